@@ -1,0 +1,76 @@
+"""The boundary to Rust. Arrays are C-contiguous; a matrix `w` is held in × out; every call releases the GIL.
+
+The public functions in `tqcompressor` wrap these and document them; nothing else should call them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+Float32Array = NDArray[np.float32]
+Int64Array = NDArray[np.int64]
+# Called with (done, total) from the calling thread, about every 50 ms and once at the end.
+ProgressCallback = Callable[[int, int], object]
+
+def nearest_kronecker_sum(
+    w: Float32Array, block: tuple[int, int], rank: int
+) -> tuple[Float32Array, Float32Array, float]:
+    """`(A, B, lost_energy)` with `A` (rank, m1, n1) and `B` (rank, m2, n2)."""
+
+def find_permutation(
+    w: Float32Array,
+    block: tuple[int, int],
+    rank: int,
+    permute: str,
+    effort: str,
+    seed: int,
+    threads: int | None,
+    progress: ProgressCallback | None,
+) -> tuple[Int64Array, Int64Array, float]:
+    """`(p, q, lost_energy)`: gather indices such that `w[p][:, q]` is near a Kronecker sum."""
+
+def decompose_many(
+    matrices: Sequence[Float32Array],
+    names: Sequence[str],
+    blocks: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    permutes: Sequence[str],
+    effort: str,
+    seed: int,
+    threads: int | None,
+    progress: ProgressCallback | None,
+) -> list[tuple[Float32Array, Float32Array, Int64Array, Int64Array, float, float]]:
+    """`(A, B, p, q, lost_energy, seconds)` of each matrix, in parallel; `names` are for error messages."""
+
+def reconstruct(
+    a: Float32Array, b: Float32Array, p: Int64Array, q: Int64Array
+) -> Float32Array:
+    """The dense `(m, n)` matrix that the factors stand for, permutations undone."""
+
+def apply(
+    x: Float32Array, a: Float32Array, b: Float32Array, p: Int64Array, q: Int64Array
+) -> Float32Array:
+    """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
+
+def plan(
+    tensors: Sequence[tuple[str, tuple[int, ...], str]], tied_head: bool, config: str
+) -> str:
+    """What `config` (JSON) would do to these `(name, shape, kind)` tensors, as JSON; kind is "conv1d", "linear" or "embedding"."""
+
+def plan_checkpoint(source: str, config: str) -> str:
+    """What `config` (JSON) would do to the checkpoint in the directory `source`, as JSON."""
+
+def compress_checkpoint(
+    source: str,
+    destination: str,
+    config: str,
+    dtype: str | None,
+    overwrite: bool,
+    max_shard_bytes: int,
+    threads: int | None,
+    progress: ProgressCallback | None,
+) -> str:
+    """Compresses `source` into the directory `destination` and returns the report as JSON."""

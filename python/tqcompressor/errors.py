@@ -1,0 +1,37 @@
+"""The exceptions: every one is a `TQError`, and also the built-in exception that a caller would expect."""
+
+
+class TQError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ShapeError(TQError, ValueError):
+    """A shape that does not fit: a block that does not divide, a rank too large, an array of the wrong dimensions."""
+
+
+class NonFiniteError(TQError, ValueError):
+    """A weight that holds NaN or an infinity."""
+
+
+class DtypeError(TQError, TypeError):
+    """A dtype that is not handled."""
+
+
+class ConfigError(TQError, ValueError):
+    """A configuration that cannot be followed: unknown keys, a pattern that matches nothing, a newer format."""
+
+
+class CheckpointError(TQError, ValueError):
+    """A checkpoint that cannot be read: truncated, a lying header, a missing tensor, not safetensors."""
+
+
+class DestinationError(TQError, FileExistsError):
+    """A destination that exists and is not empty."""
+
+
+class StorageError(TQError, OSError):
+    """The operating system refused: `errno` and `filename` say what and where."""
+
+
+class ConvergenceError(TQError, ArithmeticError):
+    """A numerical routine that did not converge."""

@@ -1,0 +1,23 @@
+//! Compress GPT-2 checkpoints by Kronecker decomposition improved by permutations.
+//!
+//! A weight `W` of shape `(m, n) = (in, out)` is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with the row and
+//! column permutations `p` and `q` searched so that little energy is lost.
+//!
+//! Modules, from the bottom up (each imports only from those before it):
+//! [`error`], [`shape`], [`progress`], [`simd`], [`kron`], [`permute`], [`checkpoint`], [`plan`], [`compress`].
+//! `python` is the only module that knows Python.
+
+pub mod checkpoint;
+pub mod compress;
+pub mod error;
+pub mod kron;
+pub mod permute;
+pub mod plan;
+pub mod progress;
+pub mod shape;
+pub mod simd;
+
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::{Error, Result};

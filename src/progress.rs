@@ -1,0 +1,44 @@
+//! Progress and cancellation of a long job: two counters and a flag, shared by all its threads.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use crate::error::{Error, Result};
+
+/// Work done so far, work expected, and whether to stop. Units are the job's own; only the ratio means anything.
+#[derive(Debug, Default)]
+pub struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// Announces `units` more of work.
+    pub fn expect(&self, units: u64) {
+        self.total.fetch_add(units, Relaxed);
+    }
+
+    /// Records `units` of work as done.
+    pub fn advance(&self, units: u64) {
+        self.done.fetch_add(units, Relaxed);
+    }
+
+    /// `(done, total)`.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        (self.done.load(Relaxed), self.total.load(Relaxed))
+    }
+
+    /// Asks the job to stop at its next [`check`](Self::check).
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Relaxed);
+    }
+
+    /// To be called in every loop that can last longer than some 10 ms.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] once [`cancel`](Self::cancel) was called.
+    pub fn check(&self) -> Result<()> {
+        if self.cancelled.load(Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
