@@ -1,0 +1,10 @@
+//! Kronecker sums `Σ_k A_k ⊗ B_k`: the nearest one to a matrix, and applying one to vectors.
+
+mod apply;
+mod decompose;
+mod gram;
+mod view;
+
+pub use decompose::{KroneckerSum, lost_energy, nearest_kronecker_sum};
+pub use gram::{block_gram, top_eigenvectors};
+pub use view::MatrixView;

@@ -1,0 +1,167 @@
+//! Simulated annealing over swaps of two elements, with no matrix product and no SVD inside a move.
+//!
+//! A swap changes the kept energy `tr(M G)` for the current projector `M` by a few products of the [`PhaseGram`], so
+//! millions of swaps a second can be tried. `M` is refreshed between stages; since the kept energy is the maximum over all
+//! projectors, refreshing it never lowers it.
+
+use rand_xoshiro::Xoshiro256PlusPlus;
+use rand_xoshiro::rand_core::{Rng, SeedableRng};
+
+use super::assign::Projector;
+use super::phase_gram::PhaseGram;
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::simd::dispatched;
+
+/// How long to anneal and from how hot.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Schedule {
+    /// Temperature of the first stage, as a share of an element's mean energy.
+    pub start: f64,
+    /// Temperature of the last stage, likewise.
+    pub end: f64,
+    /// Stages; the projector is refreshed after each.
+    pub stages: usize,
+    /// Swaps tried in a stage, for each element.
+    pub moves: usize,
+}
+
+/// Improves `order` by annealing and returns the energy kept. The order found is not always better than the one given.
+///
+/// Cost: `stages·moves·elements` swaps at `slots·phases²` multiplies and `4·slots` cache lines each.
+pub(super) fn anneal(
+    gram: &PhaseGram,
+    order: &mut [usize],
+    slots: usize,
+    rank: usize,
+    energy: f64,
+    schedule: Schedule,
+    seed: u64,
+    progress: &Progress,
+) -> Result<f64> {
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let unit = energy / gram.elements as f64;
+    let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
+    let mut projector = Projector::fit(gram, order, slots, rank)?;
+    let mut own = Vec::new();
+    for stage in 0..schedule.stages {
+        let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;
+        own_energies(gram, &projector, slots, &mut own);
+        let mut left = schedule.moves * gram.elements;
+        while left > 0 {
+            progress.check()?;
+            let moves = left.min(50_000);
+            left -= moves;
+            let state = State { gram, projector: &projector, own: &own, slots, temperature };
+            match gram.phases {
+                1 => try_swaps::<1>(&state, order, moves, &mut random),
+                2 => try_swaps::<4>(&state, order, moves, &mut random),
+                4 => try_swaps::<16>(&state, order, moves, &mut random),
+                8 => try_swaps::<64>(&state, order, moves, &mut random),
+                _ => try_swaps::<0>(&state, order, moves, &mut random),
+            }
+        }
+        projector = Projector::fit(gram, order, slots, rank)?;
+        progress.advance(gram.elements as u64);
+    }
+    Ok(projector.kept)
+}
+
+/// `own[y·slots + a]`: energy that element `y` keeps by itself in slot `a`, whatever else is in the block.
+fn own_energies(gram: &PhaseGram, projector: &Projector, slots: usize, own: &mut Vec<f32>) {
+    own.clear();
+    for y in 0..gram.elements {
+        for a in 0..slots {
+            let terms = gram.pair(y, y).iter().zip(projector.between(a, a));
+            own.push(terms.map(|(product, coefficient)| product * coefficient).sum());
+        }
+    }
+}
+
+struct State<'a> {
+    gram: &'a PhaseGram,
+    projector: &'a Projector,
+    own: &'a [f32],
+    slots: usize,
+    temperature: f32,
+}
+
+dispatched! {
+    /// Metropolis swaps of two elements of different blocks; `PAIR` is `phases²`, or 0 for any.
+    fn try_swaps[const PAIR: usize](state: &State<'_>, order: &mut [usize], moves: usize, random: &mut Xoshiro256PlusPlus) {
+        for _ in 0..moves {
+            let bits = random.next_u64();
+            let x = below(order.len(), bits as u32);
+            let y = below(order.len(), (bits >> 32) as u32);
+            if x / state.slots == y / state.slots {
+                continue;
+            }
+            let gain = swap_gain::<PAIR>(state, order, x, y);
+            if gain >= 0.0 || accepts(gain, state.temperature, random) {
+                order.swap(x, y);
+            }
+        }
+    }
+}
+
+/// A number below `limit` from 32 random bits.
+#[inline(always)]
+fn below(limit: usize, bits: u32) -> usize {
+    ((u64::from(bits) * limit as u64) >> 32) as usize
+}
+
+/// Metropolis' rule, `u < exp(gain / temperature)` for a uniform `u`.
+#[inline(always)]
+fn accepts(gain: f32, temperature: f32, random: &mut Xoshiro256PlusPlus) -> bool {
+    // exp(−16) is one in nine million: not worth an exponential.
+    if gain < -16.0 * temperature {
+        return false;
+    }
+    let uniform = (random.next_u64() >> 40) as f32 * (1.0 / (1_u32 << 24) as f32);
+    uniform < (gain / temperature).exp()
+}
+
+/// Change of the kept energy if the elements at positions `x` and `y`, in different blocks, change places.
+#[inline(always)]
+fn swap_gain<const PAIR: usize>(state: &State<'_>, order: &[usize], x: usize, y: usize) -> f32 {
+    let State { gram, projector, own, slots, .. } = *state;
+    let (a, b) = (x % slots, y % slots);
+    let (at_x, at_y) = (order[x], order[y]);
+    let alone = own[at_y * slots + a] - own[at_x * slots + a] + own[at_x * slots + b] - own[at_y * slots + b];
+    let mut lanes = [0.0_f32; 64];
+    let mut sum = 0.0;
+    let mut add = |neighbour: usize, comes: usize, goes: usize, coefficients: &[f32]| {
+        let (comes, goes) = (gram.pair(neighbour, comes), gram.pair(neighbour, goes));
+        if PAIR == 0 {
+            for ((&comes, &goes), &coefficient) in comes.iter().zip(goes).zip(coefficients) {
+                sum += coefficient * (comes - goes);
+            }
+        } else {
+            let comes: &[f32; PAIR] = comes.try_into().expect("PAIR products");
+            let goes: &[f32; PAIR] = goes.try_into().expect("PAIR products");
+            let coefficients: &[f32; PAIR] = coefficients.try_into().expect("PAIR coefficients");
+            for lane in 0..PAIR {
+                lanes[lane] += coefficients[lane] * (comes[lane] - goes[lane]);
+            }
+        }
+    };
+    for e in 0..slots {
+        if e != a {
+            add(order[x - a + e], at_y, at_x, projector.between(e, a));
+        }
+        if e != b {
+            add(order[y - b + e], at_x, at_y, projector.between(e, b));
+        }
+    }
+    if PAIR > 0 {
+        let mut width = PAIR / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        sum = lanes[0];
+    }
+    2.0 * sum + alone
+}

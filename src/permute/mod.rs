@@ -1,0 +1,127 @@
+//! Permutations of rows and columns under which a matrix is nearer to a Kronecker sum.
+
+mod anneal;
+mod assign;
+mod decomposition;
+mod jonker_volgenant;
+mod norm_sort;
+mod phase_gram;
+mod search;
+
+use crate::error::{Error, Result};
+
+pub use decomposition::Decomposition;
+pub use jonker_volgenant::solve_assignment;
+pub use norm_sort::norm_sort;
+pub use search::{Effort, Orders, Parallelism, decompose, find_permutation};
+
+/// A validated permutation, held as gather indices: element `i` of the permuted sequence is element `p[i]` of the original.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Permutation(Vec<usize>);
+
+impl Permutation {
+    /// The permutation that changes nothing.
+    #[must_use]
+    pub fn identity(length: usize) -> Self {
+        Self((0..length).collect())
+    }
+
+    /// Checks that every index from 0 to `indices.len() − 1` comes once.
+    ///
+    /// # Errors
+    /// [`Error::Permutation`] naming the first index that is out of range or repeated.
+    pub fn new(indices: Vec<usize>) -> Result<Self> {
+        let mut seen = vec![false; indices.len()];
+        for (at, &index) in indices.iter().enumerate() {
+            let fault = match seen.get_mut(index) {
+                None => "is out of range",
+                Some(seen) if *seen => "is repeated",
+                Some(seen) => {
+                    *seen = true;
+                    continue;
+                }
+            };
+            return Err(Error::Permutation { length: indices.len(), problem: format!("entry {at}, {index}, {fault}") });
+        }
+        Ok(Self(indices))
+    }
+
+    /// The gather indices.
+    #[must_use]
+    pub fn as_slice(&self) -> &[usize] {
+        &self.0
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_identity(&self) -> bool {
+        self.0.iter().enumerate().all(|(at, &index)| at == index)
+    }
+
+    /// The permutation that undoes this one.
+    #[must_use]
+    pub fn inverse(&self) -> Self {
+        let mut inverse = vec![0; self.len()];
+        for (at, &index) in self.0.iter().enumerate() {
+            inverse[index] = at;
+        }
+        Self(inverse)
+    }
+
+    /// The permutation that gathers by `self` and then by `next`.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    #[must_use]
+    pub fn then(&self, next: &Self) -> Self {
+        assert_eq!(self.len(), next.len(), "permutations of the same length");
+        Self(next.0.iter().map(|&index| self.0[index]).collect())
+    }
+
+    /// `values` in the permuted order.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    #[must_use]
+    pub fn gather<T: Copy>(&self, values: &[T]) -> Vec<T> {
+        assert_eq!(self.len(), values.len(), "one value per index");
+        self.0.iter().map(|&index| values[index]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn inverse_and_composition_agree_with_gathering(order in Just((0..40_usize).collect::<Vec<_>>()).prop_shuffle()) {
+            let permutation = Permutation::new(order).unwrap();
+            let values: Vec<usize> = (100..140).collect();
+            let gathered = permutation.gather(&values);
+            prop_assert_eq!(permutation.inverse().gather(&gathered), values.clone());
+            prop_assert!(permutation.then(&permutation.inverse()).is_identity());
+            prop_assert_eq!(permutation.then(&permutation).gather(&values), permutation.gather(&gathered));
+        }
+    }
+
+    #[test]
+    fn what_is_no_permutation_is_refused() {
+        assert!(Permutation::new(vec![1, 0, 1]).unwrap_err().to_string().contains("entry 2, 1, is repeated"));
+        assert!(Permutation::new(vec![0, 3]).unwrap_err().to_string().contains("entry 1, 3, is out of range"));
+    }
+}

@@ -1,0 +1,66 @@
+//! numpy arrays to plain slices and back, with every check before a kernel sees them.
+
+use numpy::ndarray::{Array, Dimension, IntoDimension};
+use numpy::{PyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
+use pyo3::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::permute::Permutation;
+use crate::shape::KroneckerShape;
+
+/// A C-contiguous matrix as a vector of its own and its shape. A copy, so that the job may outlive the call.
+pub(super) fn owned_matrix(array: &PyReadonlyArray2<'_, f32>) -> Result<(Vec<f32>, (usize, usize))> {
+    let view = array.as_array();
+    Ok((contiguous(view.as_slice(), "matrix")?.to_vec(), view.dim()))
+}
+
+/// The values of an array that must be C-contiguous.
+pub(super) fn contiguous<'a, T>(slice: Option<&'a [T]>, operation: &'static str) -> Result<&'a [T]> {
+    slice.ok_or_else(|| Error::Shape {
+        operation,
+        expected: "a C-contiguous array".into(),
+        got: "another memory layout".into(),
+    })
+}
+
+/// The factor shapes that `A` and `B` have together.
+pub(super) fn factor_shape(a: &PyReadonlyArray3<'_, f32>, b: &PyReadonlyArray3<'_, f32>) -> Result<KroneckerShape> {
+    let ((rank, m1, n1), (b_rank, m2, n2)) = (a.as_array().dim(), b.as_array().dim());
+    if rank != b_rank {
+        return Err(Error::Shape {
+            operation: "factors",
+            expected: format!("B with the {rank} terms of A"),
+            got: format!("{b_rank} terms"),
+        });
+    }
+    KroneckerShape::new(m1 * m2, n1 * n2, (m2, n2), rank)
+}
+
+/// A permutation of `length` elements from gather indices.
+pub(super) fn permutation(indices: &PyReadonlyArray1<'_, i64>, length: usize) -> Result<Permutation> {
+    let view = indices.as_array();
+    if view.len() != length {
+        return Err(Error::Shape {
+            operation: "permutation",
+            expected: format!("{length} indices"),
+            got: view.len().to_string(),
+        });
+    }
+    // A negative index becomes a huge one, which is out of range.
+    Permutation::new(view.iter().map(|&index| usize::try_from(index).unwrap_or(usize::MAX)).collect())
+}
+
+/// Gather indices as an int64 array.
+pub(super) fn indices<'py>(py: Python<'py>, order: impl Iterator<Item = usize>) -> Bound<'py, PyArray1<i64>> {
+    PyArray1::from_iter(py, order.map(|index| index as i64))
+}
+
+/// `values` as an array of the given shape, without a copy.
+pub(super) fn shaped<'py, D: Dimension>(
+    py: Python<'py>,
+    shape: impl IntoDimension<Dim = D>,
+    values: Vec<f32>,
+) -> Bound<'py, PyArray<f32, D>> {
+    let array = Array::from_shape_vec(shape, values).expect("kernels return as many values as their shape has");
+    PyArray::from_owned_array(py, array)
+}

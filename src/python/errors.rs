@@ -1,0 +1,46 @@
+//! Rust errors as the exceptions of `tqcompressor.errors`.
+
+use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::prelude::*;
+
+use crate::error::Error;
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        Python::attach(|py| to_exception(py, &error).unwrap_or_else(|failure| failure))
+    }
+}
+
+fn to_exception(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
+    if matches!(error, Error::Cancelled) {
+        return Ok(PyKeyboardInterrupt::new_err(()));
+    }
+    let class = py.import("tqcompressor.errors")?.getattr(class_name(error))?;
+    let exception = match root(error) {
+        // OSError fills in `errno` and `filename` from its arguments.
+        Error::Io { path, source } => class.call1((source.raw_os_error(), source.to_string(), path))?,
+        _ => class.call1((error.to_string(),))?,
+    };
+    Ok(PyErr::from_value(exception))
+}
+
+fn root(error: &Error) -> &Error {
+    match error {
+        Error::InTensor { source, .. } => root(source),
+        other => other,
+    }
+}
+
+fn class_name(error: &Error) -> &'static str {
+    match root(error) {
+        Error::Shape { .. } | Error::Permutation { .. } => "ShapeError",
+        Error::NonFinite { .. } => "NonFiniteError",
+        Error::Dtype { .. } => "DtypeError",
+        Error::Config(_) => "ConfigError",
+        Error::Checkpoint { .. } => "CheckpointError",
+        Error::Destination { .. } => "DestinationError",
+        Error::Io { .. } => "StorageError",
+        Error::Convergence { .. } => "ConvergenceError",
+        Error::Cancelled | Error::InTensor { .. } => "TQError",
+    }
+}

@@ -1,0 +1,15 @@
+//! The boundary: numpy arrays and Python objects in and out, nothing computed here.
+
+mod arrays;
+mod errors;
+mod jobs;
+mod kernels;
+
+use pyo3::prelude::*;
+
+/// The extension module `tqcompressor._core`.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    kernels::register(module)
+}
