@@ -85,33 +85,37 @@ impl Orders {
 /// the other side) is sorted by norm only.
 const PHASE_GRAM_BYTES: usize = 512 << 20;
 
+/// Where annealing starts, as a share of an element's mean energy: hotter, it undoes the norm sort.
+const HOT: f64 = 1e-2;
+/// Where the slow part of the cooling ends. Nearly all the energy is gained between [`HOT`] and here, so time is spent here.
+const COLD: f64 = 1e-3;
+/// Where the final quench ends: no swap that loses energy is accepted any more.
+const FROZEN: f64 = 1e-5;
+
 /// What an effort level does.
 #[derive(Clone, Copy, Debug)]
-pub struct Recipe {
+struct Recipe {
     /// Rounds of alternating assignment over the sides.
-    pub assignment_rounds: usize,
+    assignment_rounds: usize,
     /// Assignments in a row on one side before the other side's turn.
-    pub assignments: usize,
-    /// Rounds of annealing over the sides, with the starting temperature of each.
-    pub starts: &'static [f64],
-    /// Stages of a side's annealing.
-    pub stages: usize,
+    assignments: usize,
+    /// Temperature levels between [`HOT`] and [`COLD`]; every level visits both sides.
+    levels: usize,
+    /// Stages of a visit; the projector is refreshed after each.
+    stages: usize,
     /// Swaps tried in a stage, for each element.
-    pub moves: usize,
+    moves: usize,
     /// Independent annealings; the best is kept.
-    pub restarts: u64,
+    restarts: u64,
 }
 
 impl Effort {
     fn recipe(self) -> Recipe {
+        let recipe = Recipe { assignment_rounds: 2, assignments: 2, levels: 0, stages: 5, moves: 120, restarts: 1 };
         match self {
-            Self::Fast => Recipe { assignment_rounds: 4, assignments: 2, starts: &[], stages: 0, moves: 0, restarts: 0 },
-            Self::Balanced => {
-                Recipe { assignment_rounds: 2, assignments: 2, starts: &[0.03, 0.01], stages: 40, moves: 60, restarts: 1 }
-            }
-            Self::Best => {
-                Recipe { assignment_rounds: 2, assignments: 2, starts: &[0.03, 0.01], stages: 100, moves: 200, restarts: 2 }
-            }
+            Self::Fast => Recipe { assignment_rounds: 4, restarts: 0, ..recipe },
+            Self::Balanced => Recipe { levels: 6, ..recipe },
+            Self::Best => Recipe { levels: 64, moves: 200, restarts: 2, ..recipe },
         }
     }
 }
@@ -219,26 +223,33 @@ impl Search<'_> {
         if recipe.restarts == 0 {
             return Ok(orders);
         }
-        let restart = |restart: u64| -> Result<(f64, Orders)> {
-            let mut orders = orders.clone();
-            let mut kept = 0.0;
-            for (round, &start) in recipe.starts.iter().enumerate() {
-                for side in self.searchable_sides() {
-                    let seed = seed.wrapping_add(restart << 32).wrapping_add(round as u64);
-                    kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
-                        let schedule = Schedule { start, end: start * 1e-4, stages: recipe.stages, moves: recipe.moves };
-                        anneal(gram, order, slots, rank, self.energy, schedule, seed, self.progress)
-                    })?;
-                }
-            }
-            Ok((kept, orders))
-        };
+        let restart = |restart: u64| self.anneal(orders.clone(), recipe, seed.wrapping_add(restart << 32));
         let tried: Vec<(f64, Orders)> = match self.parallelism {
             Parallelism::Rayon => (0..recipe.restarts).into_par_iter().map(restart).collect::<Result<_>>()?,
             Parallelism::Sequential => (0..recipe.restarts).map(restart).collect::<Result<_>>()?,
         };
         let best = tried.into_iter().reduce(|best, next| if next.0 > best.0 { next } else { best });
         Ok(best.map_or(orders, |(_, orders)| orders))
+    }
+
+    /// Cools `orders` slowly, taking turns between the sides at every level, and quenches them; returns the energy kept.
+    fn anneal(&self, mut orders: Orders, recipe: Recipe, seed: u64) -> Result<(f64, Orders)> {
+        let cooling = (COLD / HOT).powf(1.0 / recipe.levels as f64);
+        let levels = (0..recipe.levels).map(|level| {
+            let start = HOT * cooling.powi(level as i32);
+            (start, start * cooling)
+        });
+        let mut kept = 0.0;
+        for (level, (start, end)) in levels.chain([(COLD, FROZEN)]).enumerate() {
+            let schedule = Schedule { start, end, stages: recipe.stages, moves: recipe.moves };
+            for side in self.searchable_sides() {
+                kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
+                    let seed = seed.wrapping_add(level as u64);
+                    anneal(gram, order, slots, rank, self.energy, schedule, seed, self.progress)
+                })?;
+            }
+        }
+        Ok((kept, orders))
     }
 
     /// The sides that have a phase Gram of bearable size.
