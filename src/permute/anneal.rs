@@ -11,7 +11,7 @@ use super::assign::Projector;
 use super::phase_gram::PhaseGram;
 use crate::error::Result;
 use crate::progress::Progress;
-use crate::simd::dispatched;
+use crate::simd::{dispatched, prefetch};
 
 /// How long to anneal and from how hot.
 #[derive(Clone, Copy, Debug)]
@@ -89,10 +89,12 @@ struct State<'a> {
 dispatched! {
     /// Metropolis swaps of two elements of different blocks; `PAIR` is `phases²`, or 0 for any.
     fn try_swaps[const PAIR: usize](state: &State<'_>, order: &mut [usize], moves: usize, random: &mut Xoshiro256PlusPlus) {
-        for _ in 0..moves {
-            let bits = random.next_u64();
-            let x = below(order.len(), bits as u32);
-            let y = below(order.len(), (bits >> 32) as u32);
+        let mut ahead = [(0, 0); AHEAD];
+        for next in &mut ahead {
+            *next = draw(state, order, random);
+        }
+        for step in 0..moves {
+            let (x, y) = std::mem::replace(&mut ahead[step % AHEAD], draw(state, order, random));
             if x / state.slots == y / state.slots {
                 continue;
             }
@@ -102,6 +104,24 @@ dispatched! {
             }
         }
     }
+}
+
+/// Swaps drawn ahead of the one being tried: their products are on the way from memory in the meantime.
+const AHEAD: usize = 4;
+
+/// Draws a swap and prefetches what its gain will need, as far as the order stays what it is.
+#[inline(always)]
+fn draw(state: &State<'_>, order: &[usize], random: &mut Xoshiro256PlusPlus) -> (usize, usize) {
+    let bits = random.next_u64();
+    let (x, y) = (below(order.len(), bits as u32), below(order.len(), (bits >> 32) as u32));
+    let (at_x, at_y) = (order[x], order[y]);
+    for start in [x - x % state.slots, y - y % state.slots] {
+        for &neighbour in &order[start..start + state.slots] {
+            prefetch(&state.gram.pair(neighbour, at_x)[0]);
+            prefetch(&state.gram.pair(neighbour, at_y)[0]);
+        }
+    }
+    (x, y)
 }
 
 /// A number below `limit` from 32 random bits.

@@ -15,12 +15,12 @@ use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
 /// How long to search.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Effort {
-    /// Norm sort and alternating assignment.
+    /// Norm sort, alternating assignment and a very short annealing.
     Fast,
-    /// The same, then annealing.
+    /// The same, and a longer annealing.
     #[default]
     Balanced,
-    /// Longer annealing from several seeds; the best is kept.
+    /// The same, and two annealings some fifteen times as long.
     Best,
 }
 
@@ -64,6 +64,40 @@ pub enum Side {
     Columns,
 }
 
+impl Side {
+    /// How many rows, or columns, there are.
+    fn elements(self, shape: &KroneckerShape) -> usize {
+        match self {
+            Self::Rows => shape.rows(),
+            Self::Columns => shape.columns(),
+        }
+    }
+
+    /// Elements of this side in a block ("slots"), and of the other side ("phases").
+    fn slots_and_phases(self, shape: &KroneckerShape) -> (usize, usize) {
+        match self {
+            Self::Rows => (shape.m2, shape.n2),
+            Self::Columns => (shape.n2, shape.m2),
+        }
+    }
+}
+
+/// The sides that may be permuted, whose order matters, and whose [`PhaseGram`] has a bearable size.
+///
+/// With one slot or one block on a side, permuting it only permutes `A` or `B`.
+fn searchable_sides(shape: &KroneckerShape, permute: Permute) -> Vec<Side> {
+    let allowed = |side| match side {
+        Side::Rows => permute.rows(),
+        Side::Columns => permute.columns(),
+    };
+    let matters = |side: Side| {
+        let (slots, phases) = side.slots_and_phases(shape);
+        let elements = side.elements(shape);
+        slots > 1 && slots < elements && PhaseGram::bytes(elements, phases) <= PHASE_GRAM_BYTES
+    };
+    [Side::Rows, Side::Columns].into_iter().filter(|&side| allowed(side) && matters(side)).collect()
+}
+
 /// An order of rows and one of columns, as gather indices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Orders {
@@ -85,39 +119,55 @@ impl Orders {
 /// the other side) is sorted by norm only.
 const PHASE_GRAM_BYTES: usize = 512 << 20;
 
-/// Where annealing starts, as a share of an element's mean energy: hotter, it undoes the norm sort.
-const HOT: f64 = 1e-2;
-/// Where the slow part of the cooling ends. Nearly all the energy is gained between [`HOT`] and here, so time is spent here.
+/// Temperature, as a share of an element's mean energy, where the slow part of the cooling ends. Nearly all the energy is
+/// gained above it, from 1e-2 on; hotter still, the norm sort is undone.
 const COLD: f64 = 1e-3;
 /// Where the final quench ends: no swap that loses energy is accepted any more.
 const FROZEN: f64 = 1e-5;
+/// Stages of annealing on one side before the other side's turn; the projector is refreshed after each.
+const STAGES: usize = 5;
+/// Assignments in a row on one side before the other side's turn.
+const ASSIGNMENTS: usize = 2;
+/// Sides longer than this are annealed only: there an assignment problem costs more than the annealing that gains as much.
+const ASSIGNMENT_ELEMENTS: usize = 1024;
 
-/// What an effort level does.
+/// One annealing, from `hot` down to [`COLD`] and a quench.
 #[derive(Clone, Copy, Debug)]
-struct Recipe {
-    /// Rounds of alternating assignment over the sides.
-    assignment_rounds: usize,
-    /// Assignments in a row on one side before the other side's turn.
-    assignments: usize,
-    /// Temperature levels between [`HOT`] and [`COLD`]; every level visits both sides.
+struct Cooling {
+    /// Temperature of the start, as a share of an element's mean energy.
+    hot: f64,
+    /// Temperature levels from there to [`COLD`]; every level visits both sides.
     levels: usize,
-    /// Stages of a visit; the projector is refreshed after each.
-    stages: usize,
     /// Swaps tried in a stage, for each element.
     moves: usize,
-    /// Independent annealings; the best is kept.
-    restarts: u64,
 }
 
 impl Effort {
-    fn recipe(self) -> Recipe {
-        let recipe = Recipe { assignment_rounds: 2, assignments: 2, levels: 0, stages: 5, moves: 120, restarts: 1 };
+    /// The annealings that this level runs, each with a seed of its own; the best result is kept. A higher level repeats
+    /// all that the lower ones do, so it never does worse.
+    fn coolings(self) -> &'static [Cooling] {
+        const ALL: [Cooling; 4] = [
+            Cooling { hot: 4e-3, levels: 1, moves: 40 },
+            Cooling { hot: 1e-2, levels: 5, moves: 80 },
+            Cooling { hot: 1e-2, levels: 64, moves: 200 },
+            Cooling { hot: 1e-2, levels: 64, moves: 200 },
+        ];
         match self {
-            Self::Fast => Recipe { assignment_rounds: 4, restarts: 0, ..recipe },
-            Self::Balanced => Recipe { levels: 6, ..recipe },
-            Self::Best => Recipe { levels: 64, moves: 200, restarts: 2, ..recipe },
+            Self::Fast => &ALL[..1],
+            Self::Balanced => &ALL[..2],
+            Self::Best => &ALL,
         }
     }
+}
+
+/// Units of [`Progress`] that [`find_permutation`] and [`decompose`] advance by for one matrix.
+///
+/// A job announces them for all its matrices before it starts, so that its total does not grow on the way.
+#[must_use]
+pub fn work(shape: KroneckerShape, permute: Permute, effort: Effort) -> u64 {
+    let elements: usize = searchable_sides(&shape, permute).iter().map(|side| side.elements(&shape)).sum();
+    let stages: usize = effort.coolings().iter().map(|cooling| (cooling.levels + 1) * STAGES).sum();
+    1 + (elements * stages) as u64
 }
 
 /// Decomposes `w`, row-major `(m, n)`: searches permutations, then takes the nearest Kronecker sum under them.
@@ -145,7 +195,9 @@ pub fn decompose(
     let rows = spec.permute.rows().then(|| Permutation::new(orders.rows)).transpose()?;
     let columns = spec.permute.columns().then(|| Permutation::new(orders.columns)).transpose()?;
     let ordered = view.ordered(rows.as_ref().map(Permutation::as_slice), columns.as_ref().map(Permutation::as_slice));
-    Ok(Decomposition { sum: nearest_kronecker_sum(ordered, shape, progress)?, rows, columns })
+    let sum = nearest_kronecker_sum(ordered, shape, progress)?;
+    progress.advance(1);
+    Ok(Decomposition { sum, rows, columns })
 }
 
 /// Searches row and column orders under which `view` is near to a Kronecker sum; returns them with the lost energy.
@@ -168,12 +220,13 @@ pub fn find_permutation(
 ) -> Result<(Orders, f64)> {
     view.check_finite()?;
     let identity = Orders::identity(view.rows(), view.columns());
-    let search = Search { view, shape, permute, energy: view.energy(), parallelism, progress };
+    let sides = searchable_sides(&shape, permute);
+    let search = Search { view, shape, permute, sides, energy: view.energy(), parallelism, progress };
     let unpermuted = search.lost_energy(&identity)?;
-    if unpermuted == 0.0 || search.sides().is_empty() {
+    if unpermuted == 0.0 || permute == Permute::None {
         return Ok((identity, unpermuted));
     }
-    let found = search.run(effort.recipe(), seed)?;
+    let found = search.run(effort, seed)?;
     let lost = search.lost_energy(&found)?;
     Ok(if lost < unpermuted { (found, lost) } else { (identity, unpermuted) })
 }
@@ -182,67 +235,52 @@ struct Search<'a> {
     view: MatrixView<'a>,
     shape: KroneckerShape,
     permute: Permute,
+    sides: Vec<Side>,
     energy: f64,
     parallelism: Parallelism,
     progress: &'a Progress,
 }
 
 impl Search<'_> {
-    /// The sides that may be permuted and whose order matters: with one slot or one block on a side, permuting it only
-    /// permutes `A` or `B`.
-    fn sides(&self) -> Vec<Side> {
-        let KroneckerShape { m1, n1, m2, n2, .. } = self.shape;
-        let mut sides = Vec::new();
-        if self.permute.rows() && m1 > 1 && m2 > 1 {
-            sides.push(Side::Rows);
-        }
-        if self.permute.columns() && n1 > 1 && n2 > 1 {
-            sides.push(Side::Columns);
-        }
-        sides
-    }
-
     fn lost_energy(&self, orders: &Orders) -> Result<f64> {
         lost_energy(self.view.ordered(Some(&orders.rows), Some(&orders.columns)), self.shape, self.progress)
     }
 
-    fn run(&self, recipe: Recipe, seed: u64) -> Result<Orders> {
-        let mut orders = norm_sort(self.view, &self.shape, self.permute);
-        let mut kept = 0.0;
-        for _ in 0..recipe.assignment_rounds {
-            let before = kept;
-            for side in self.searchable_sides() {
-                kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
-                    alternate_assignment(gram, order, slots, rank, recipe.assignments, self.progress)
-                })?;
-            }
-            if kept <= before * (1.0 + 1e-5) {
-                break;
-            }
-        }
-        if recipe.restarts == 0 {
-            return Ok(orders);
-        }
-        let restart = |restart: u64| self.anneal(orders.clone(), recipe, seed.wrapping_add(restart << 32));
-        let tried: Vec<(f64, Orders)> = match self.parallelism {
-            Parallelism::Rayon => (0..recipe.restarts).into_par_iter().map(restart).collect::<Result<_>>()?,
-            Parallelism::Sequential => (0..recipe.restarts).map(restart).collect::<Result<_>>()?,
+    fn run(&self, effort: Effort, seed: u64) -> Result<Orders> {
+        let assigned = self.assign(norm_sort(self.view, &self.shape, self.permute))?;
+        let anneal = |(index, &cooling): (usize, &Cooling)| {
+            self.anneal(assigned.1.clone(), cooling, seed.wrapping_add((index as u64) << 32))
         };
-        let best = tried.into_iter().reduce(|best, next| if next.0 > best.0 { next } else { best });
-        Ok(best.map_or(orders, |(_, orders)| orders))
+        let coolings = effort.coolings();
+        let annealed: Vec<(f64, Orders)> = match self.parallelism {
+            Parallelism::Rayon => coolings.par_iter().enumerate().map(anneal).collect::<Result<_>>()?,
+            Parallelism::Sequential => coolings.iter().enumerate().map(anneal).collect::<Result<_>>()?,
+        };
+        Ok(annealed.into_iter().fold(assigned, |best, next| if next.0 > best.0 { next } else { best }).1)
     }
 
-    /// Cools `orders` slowly, taking turns between the sides at every level, and quenches them; returns the energy kept.
-    fn anneal(&self, mut orders: Orders, recipe: Recipe, seed: u64) -> Result<(f64, Orders)> {
-        let cooling = (COLD / HOT).powf(1.0 / recipe.levels as f64);
-        let levels = (0..recipe.levels).map(|level| {
-            let start = HOT * cooling.powi(level as i32);
-            (start, start * cooling)
+    /// Alternating assignment, one turn for each side that is not too long; returns the energy kept and the orders.
+    fn assign(&self, mut orders: Orders) -> Result<(f64, Orders)> {
+        let mut kept = 0.0;
+        for &side in self.sides.iter().filter(|side| side.elements(&self.shape) <= ASSIGNMENT_ELEMENTS) {
+            kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
+                alternate_assignment(gram, order, slots, rank, ASSIGNMENTS, self.progress)
+            })?;
+        }
+        Ok((kept, orders))
+    }
+
+    /// Cools slowly, taking turns between the sides at every level, and quenches; returns the energy kept and the orders.
+    fn anneal(&self, mut orders: Orders, cooling: Cooling, seed: u64) -> Result<(f64, Orders)> {
+        let step = (COLD / cooling.hot).powf(1.0 / cooling.levels as f64);
+        let levels = (0..cooling.levels).map(|level| {
+            let start = cooling.hot * step.powi(level as i32);
+            (start, start * step)
         });
         let mut kept = 0.0;
         for (level, (start, end)) in levels.chain([(COLD, FROZEN)]).enumerate() {
-            let schedule = Schedule { start, end, stages: recipe.stages, moves: recipe.moves };
-            for side in self.searchable_sides() {
+            let schedule = Schedule { start, end, stages: STAGES, moves: cooling.moves };
+            for &side in &self.sides {
                 kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
                     let seed = seed.wrapping_add(level as u64);
                     anneal(gram, order, slots, rank, self.energy, schedule, seed, self.progress)
@@ -252,15 +290,6 @@ impl Search<'_> {
         Ok((kept, orders))
     }
 
-    /// The sides that have a phase Gram of bearable size.
-    fn searchable_sides(&self) -> Vec<Side> {
-        let bytes = |side| match side {
-            Side::Rows => PhaseGram::bytes(self.shape.rows(), self.shape.n2),
-            Side::Columns => PhaseGram::bytes(self.shape.columns(), self.shape.m2),
-        };
-        self.sides().into_iter().filter(|&side| bytes(side) <= PHASE_GRAM_BYTES).collect()
-    }
-
     /// Runs one search step on one side.
     fn improve(
         &self,
@@ -268,10 +297,7 @@ impl Search<'_> {
         orders: &mut Orders,
         step: impl FnOnce(&PhaseGram, &mut Vec<usize>, usize, usize) -> Result<f64>,
     ) -> Result<f64> {
-        let (slots, phases) = match side {
-            Side::Rows => (self.shape.m2, self.shape.n2),
-            Side::Columns => (self.shape.n2, self.shape.m2),
-        };
+        let (slots, phases) = side.slots_and_phases(&self.shape);
         let view = match side {
             Side::Rows => self.view.ordered(None, Some(&orders.columns)),
             Side::Columns => self.view.ordered(Some(&orders.rows), None),
