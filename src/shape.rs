@@ -203,7 +203,9 @@ mod tests {
 
     #[test]
     fn misfits_are_refused_with_both_shapes_in_the_message() {
-        for (block, rank, word) in [((5, 4), 1, "(5, 4)"), ((0, 4), 1, "(0, 4)"), ((2, 4), 9, "1 to 8"), ((2, 4), 0, "got 0")] {
+        for (block, rank, word) in
+            [((5, 4), 1, "(5, 4)"), ((0, 4), 1, "(0, 4)"), ((2, 4), 9, "1 to 8"), ((2, 4), 0, "got 0")]
+        {
             let message = KroneckerShape::new(768, 3072, block, rank).unwrap_err().to_string();
             assert!(message.contains(word) && message.contains("(768, 3072)"), "{message}");
         }

@@ -135,14 +135,8 @@ fn right_singular_vectors(view: MatrixView<'_>, shape: &KroneckerShape, progress
     let mut vectors = Mat::zeros(entries, entries);
     let parameters = Spec::<_, f64>::new(Auto::<f64>::auto());
     // Only the small side's vectors are wanted: the large side follows from a multiplication.
-    let scratch = svd_scratch::<f64>(
-        blocks,
-        entries,
-        ComputeSvdVectors::No,
-        ComputeSvdVectors::Full,
-        Par::Seq,
-        parameters,
-    );
+    let scratch =
+        svd_scratch::<f64>(blocks, entries, ComputeSvdVectors::No, ComputeSvdVectors::Full, Par::Seq, parameters);
     svd(
         rearranged.as_ref(),
         faer::diag::DiagMut::from_slice_mut(&mut values),
@@ -201,7 +195,8 @@ impl KroneckerSum {
     fn fix_signs(&mut self) {
         let (blocks, entries) = (self.shape.blocks(), self.shape.block_entries());
         for (a, b) in self.a.chunks_exact_mut(blocks).zip(self.b.chunks_exact_mut(entries)) {
-            let largest = b.iter().fold(0.0_f32, |largest, &value| if value.abs() > largest.abs() { value } else { largest });
+            let largest =
+                b.iter().fold(0.0_f32, |largest, &value| if value.abs() > largest.abs() { value } else { largest });
             if largest < 0.0 {
                 for value in a.iter_mut().chain(b) {
                     *value = -*value;

@@ -5,6 +5,9 @@ mod decompose;
 mod gram;
 mod view;
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 pub use decompose::{KroneckerSum, lost_energy, nearest_kronecker_sum};
 pub use gram::{block_gram, top_eigenvectors};
 pub use view::MatrixView;

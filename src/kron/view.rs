@@ -108,11 +108,9 @@ impl<'a> MatrixView<'a> {
     pub fn check_finite(&self) -> Result<()> {
         match self.data.iter().position(|value| !value.is_finite()) {
             None => Ok(()),
-            Some(at) => Err(Error::NonFinite {
-                value: self.data[at],
-                row: at / self.columns(),
-                column: at % self.columns(),
-            }),
+            Some(at) => {
+                Err(Error::NonFinite { value: self.data[at], row: at / self.columns(), column: at % self.columns() })
+            }
         }
     }
 }

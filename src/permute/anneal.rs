@@ -185,3 +185,25 @@ fn swap_gain<const PAIR: usize>(state: &State<'_>, order: &[usize], x: usize, y:
     }
     2.0 * sum + alone
 }
+
+/// The gain of a swap by the kernel for this number of products and by the one for any number.
+#[cfg(test)]
+pub(super) fn swap_gains_for_tests(
+    gram: &PhaseGram,
+    projector: &Projector,
+    order: &[usize],
+    slots: usize,
+    x: usize,
+    y: usize,
+) -> [f32; 2] {
+    let mut own = Vec::new();
+    own_energies(gram, projector, slots, &mut own);
+    let state = State { gram, projector, own: &own, slots, temperature: 0.0 };
+    let by_width = match gram.phases {
+        1 => swap_gain::<1>(&state, order, x, y),
+        2 => swap_gain::<4>(&state, order, x, y),
+        4 => swap_gain::<16>(&state, order, x, y),
+        _ => swap_gain::<0>(&state, order, x, y),
+    };
+    [by_width, swap_gain::<0>(&state, order, x, y)]
+}

@@ -42,6 +42,17 @@ impl Projector {
         Ok(Self { kept, coefficients, slots, pair: phases * phases })
     }
 
+    /// Energy `tr(M G)` that these factors' block space keeps under another order.
+    #[cfg(test)]
+    pub fn energy(&self, gram: &PhaseGram, order: &[usize]) -> f64 {
+        let blocks = order.chunks_exact(self.slots);
+        let pairs = blocks.flat_map(|block| {
+            (0..self.slots).flat_map(move |a| (0..self.slots).map(move |b| (a, b, block[a], block[b])))
+        });
+        let energies = pairs.flat_map(|(a, b, y, x)| gram.pair(y, x).iter().zip(self.between(a, b)));
+        energies.map(|(&product, &coefficient)| f64::from(product) * f64::from(coefficient)).sum()
+    }
+
     /// Coefficients of the products between an element in slot `a` and one in slot `b` of the same block.
     #[inline]
     pub fn between(&self, a: usize, b: usize) -> &[f32] {

@@ -27,7 +27,8 @@ pub fn solve_assignment(cost: &[f32], size: usize, progress: &Progress) -> Resul
     if size <= 1 {
         return Ok(vec![0; size]);
     }
-    let mut matching = Matching { cost, size, price: vec![0.0; size], column_of: vec![NONE; size], row_of: vec![NONE; size] };
+    let mut matching =
+        Matching { cost, size, price: vec![0.0; size], column_of: vec![NONE; size], row_of: vec![NONE; size] };
     let mut free_rows = matching.reduce_columns();
     for _ in 0..2 {
         free_rows = matching.reduce_rows(free_rows, progress)?;

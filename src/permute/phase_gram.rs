@@ -36,7 +36,13 @@ impl PhaseGram {
     /// Forms the products of `side`'s elements; `phases` belongs to the other side, whose order `view` carries.
     ///
     /// Cost: `elements²·phases·(length of an element)` multiplies.
-    pub fn new(view: MatrixView<'_>, side: Side, phases: usize, parallelism: Parallelism, progress: &Progress) -> Result<Self> {
+    pub fn new(
+        view: MatrixView<'_>,
+        side: Side,
+        phases: usize,
+        parallelism: Parallelism,
+        progress: &Progress,
+    ) -> Result<Self> {
         let (elements, length) = match side {
             Side::Rows => (view.rows(), view.columns()),
             Side::Columns => (view.columns(), view.rows()),
@@ -117,7 +123,8 @@ impl PhaseGram {
             }
             for (row, products) in product.chunks_exact(wide).enumerate() {
                 let (y, c) = (row / phases, row % phases);
-                let to = &mut rows[y * element_length + first * phases * phases..][..(elements - first) * phases * phases];
+                let to =
+                    &mut rows[y * element_length + first * phases * phases..][..(elements - first) * phases * phases];
                 for (pair, values) in to.chunks_exact_mut(phases * phases).zip(products.chunks_exact(phases)) {
                     pair[c * phases..][..phases].copy_from_slice(values);
                 }
@@ -125,9 +132,7 @@ impl PhaseGram {
             Ok(())
         };
         match parallelism {
-            Parallelism::Rayon => {
-                self.products.par_chunks_mut(TILE * element_length).enumerate().try_for_each(fill)
-            }
+            Parallelism::Rayon => self.products.par_chunks_mut(TILE * element_length).enumerate().try_for_each(fill),
             Parallelism::Sequential => self.products.chunks_mut(TILE * element_length).enumerate().try_for_each(fill),
         }
     }

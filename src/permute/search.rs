@@ -34,9 +34,11 @@ impl Effort {
     /// # Errors
     /// [`Error::Config`] if the name is none of [`Self::NAMES`].
     pub fn from_name(name: &str) -> Result<Self> {
-        Self::NAMES.iter().find(|(known, _)| *known == name).map(|&(_, effort)| effort).ok_or_else(|| {
-            Error::Config(format!("effort: expected \"fast\", \"balanced\" or \"best\", got {name:?}"))
-        })
+        Self::NAMES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|&(_, effort)| effort)
+            .ok_or_else(|| Error::Config(format!("effort: expected \"fast\", \"balanced\" or \"best\", got {name:?}")))
     }
 
     /// The name that configurations use.

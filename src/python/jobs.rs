@@ -1,8 +1,8 @@
 //! Long jobs: the work runs on threads of its own without the GIL, while the calling thread stays responsive.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
@@ -65,8 +65,10 @@ pub(super) fn run<T: Send + 'static>(
         if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress, callback.as_ref())) {
             progress.cancel();
             let deadline = Instant::now() + GRACE;
-            py.detach(|| while !worker.is_finished() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(2));
+            py.detach(|| {
+                while !worker.is_finished() && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
             });
             return Err(stop);
         }
