@@ -72,6 +72,13 @@ fn auto_class(architecture: &str) -> &str {
     }
 }
 
+/// What to call the source in a report: the hub's name if it is in the hub's cache, else the path as given.
+#[must_use]
+pub fn source_name(source: &Path) -> String {
+    let absolute = std::path::absolute(source);
+    absolute.ok().and_then(|path| hub_id(&path)).unwrap_or_else(|| source.display().to_string())
+}
+
 /// The hub's name of a model in huggingface_hub's cache: `models--ORG--NAME/snapshots/REVISION`.
 fn hub_id(source: &Path) -> Option<String> {
     let snapshots = source.parent()?;

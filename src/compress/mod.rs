@@ -54,7 +54,7 @@ pub fn plan_checkpoint(source: &Path, config: &TQConfig) -> Result<Report> {
     let checkpoint = Checkpoint::open(source)?;
     let plan = Plan::for_checkpoint(&checkpoint, config)?;
     let bytes_before = Some(checkpoint.weight_bytes());
-    Ok(Report { source: Some(source.display().to_string()), bytes_before, ..Report::planned(&plan) })
+    Ok(Report { source: Some(card::source_name(source)), bytes_before, ..Report::planned(&plan) })
 }
 
 /// Compresses the checkpoint in `source` into the directory `destination`, on the current rayon pool. The bytes written
@@ -119,7 +119,7 @@ pub fn compress_checkpoint(
     progress.check()?;
 
     report.matrices.iter_mut().for_each(|matrix| matrix.place = None);
-    report.source = Some(source.display().to_string());
+    report.source = Some(card::source_name(source));
     report.dtype = options.dtype.map(Float::name);
     report.bytes_before = Some(checkpoint.weight_bytes());
     report.bytes_after = Some(writer.bytes());

@@ -52,7 +52,7 @@ pub struct Report {
     pub tqcompressor: &'static str,
     /// The version of the format.
     pub format_version: u64,
-    /// The directory that was read; `None` for a model in memory.
+    /// The directory that was read, or its name on the hub; `None` for a model in memory.
     pub source: Option<String>,
     /// How long permutations are searched.
     pub effort: &'static str,
