@@ -102,8 +102,8 @@ def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
     """What `config` would do to the checkpoint in `source`, without reading its weights.
 
     Takes `source` and `config` as `compress_checkpoint` does, and raises as it does for what can be told from names and
-    shapes. The report has neither lost energy nor seconds. For a compressed checkpoint and no `config`, it is the report
-    of its compression.
+    shapes. The report has neither lost energy nor seconds. For a compressed checkpoint and no `config`, it is the
+    report of its compression.
 
     Example:
         >>> print(inspect("gpt2", "tq-81m"))  # doctest: +SKIP

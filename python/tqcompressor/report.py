@@ -1,4 +1,4 @@
-"""What was done to a model, or what would be: the report that `compress`, `compress_checkpoint` and `inspect` return."""
+"""What was done to a model, or would be: the report that `compress`, `compress_checkpoint` and `inspect` return."""
 
 from __future__ import annotations
 
