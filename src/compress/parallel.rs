@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::permute::{Decomposition, Effort, Parallelism, decompose};
+use crate::permute::{Decomposition, Effort, Parallelism, decompose, work};
 use crate::progress::Progress;
 use crate::shape::KroneckerSpec;
 
@@ -93,6 +93,11 @@ pub fn decompose_each<'a>(
         drop(matrix);
         finish(i, Timed { decomposition, seconds: start.elapsed().as_secs_f64() })
     };
+    // What does not fit is no work: `decompose` refuses it.
+    let units = |Task { rows, columns, spec, .. }: &Task| {
+        spec.shape(*rows, *columns).map_or(0, |shape| work(shape, spec.permute, effort))
+    };
+    progress.expect(tasks.iter().map(units).sum());
     let next = AtomicUsize::new(0);
     let errors = Mutex::new(Vec::new());
     rayon::broadcast(|_| {
@@ -107,7 +112,13 @@ pub fn decompose_each<'a>(
     let mut errors = errors.into_inner().expect("no thread panicked");
     // What came of cancelling the others is not the cause.
     errors.sort_by_key(|(i, error)| (matches!(error, Error::Cancelled), *i));
-    errors.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+    if let Some((_, error)) = errors.into_iter().next() {
+        return Err(error);
+    }
+    // A search that has nothing left to gain ends early: what it did not need to do is done, too.
+    let (done, total) = progress.counts();
+    progress.advance(total.saturating_sub(done));
+    Ok(())
 }
 
 #[cfg(test)]

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.checkpoints import Checkpoint, config, decode, encode, listing, write_safetensors
-
 from tqcompressor import errors
 from tqcompressor.checkpoint import compress_checkpoint, inspect
 

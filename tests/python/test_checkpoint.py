@@ -6,9 +6,8 @@ import types
 
 import numpy as np
 import pytest
-from helpers.checkpoints import Checkpoint, config, decode, encode, listing, read_safetensors
-
 import tqcompressor
+from helpers.checkpoints import Checkpoint, config, decode, encode, listing, read_safetensors
 from tqcompressor import _core, errors
 from tqcompressor.checkpoint import compress_checkpoint, inspect
 from tqcompressor.report import CompressionReport

@@ -4,7 +4,6 @@ import hashlib
 
 import pytest
 from helpers.checkpoints import Checkpoint, config, listing
-
 from tqcompressor.checkpoint import compress_checkpoint
 
 SPECS = {
