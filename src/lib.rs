@@ -7,9 +7,12 @@
 //! [`error`], [`shape`], [`progress`], [`simd`], [`kron`], [`permute`], [`checkpoint`], [`plan`], [`compress`].
 //! `python` is the only module that knows Python.
 
+pub mod checkpoint;
+pub mod compress;
 pub mod error;
 pub mod kron;
 pub mod permute;
+pub mod plan;
 pub mod progress;
 pub mod shape;
 pub mod simd;

@@ -1,6 +1,7 @@
 //! The boundary: numpy arrays and Python objects in and out, nothing computed here.
 
 mod arrays;
+mod checkpoint;
 mod errors;
 mod jobs;
 mod kernels;
@@ -11,5 +12,6 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    kernels::register(module)
+    kernels::register(module)?;
+    checkpoint::register(module)
 }

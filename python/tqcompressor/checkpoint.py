@@ -1,0 +1,162 @@
+"""Compressing a GPT-2 checkpoint on disk, without torch, and showing beforehand what that would do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from . import _core
+from .config import QUANT_METHOD, TQConfig, resolve_config
+from .errors import CheckpointError, ConfigError
+from .progress import ProgressOption, reporter
+from .report import CompressionReport
+
+StrPath: TypeAlias = str | os.PathLike[str]
+ConfigOption: TypeAlias = StrPath | Mapping[str, Any] | TQConfig | None
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+# "name" or "organisation/name", as the hub allows them.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def compress_checkpoint(
+    source: StrPath,
+    destination: StrPath,
+    config: ConfigOption = None,
+    *,
+    effort: str | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> CompressionReport:
+    """Compresses the checkpoint in `source` into the directory `destination`, without torch.
+
+    Every matrix `W` (in × out) that `config` names becomes `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`. The result holds the weights,
+    `config.json`, the tokenizer and other files of the source, a model card, and `compression_report.json`; after
+    `import tqcompressor`, transformers loads it. `destination` appears whole or not at all. The same input, effort and
+    seed give the same bytes, whatever the number of threads.
+
+    Args:
+        source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
+            shards), or the id of a model on the hub, fetched by huggingface_hub if that is installed.
+        destination: The directory to be made. It may exist if it is empty.
+        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        effort: "fast", "balanced" or "best", in place of the config's.
+        seed: In place of the config's.
+        dtype: "float32", "float16" or "bfloat16" for every floating tensor; by default each keeps its own.
+        overwrite: Whether a destination that holds a checkpoint is replaced, all of it, in one step.
+        max_shard_size: The longest weight file, in bytes or as in "500MB" or "2GiB".
+        threads: How many threads work; by default one per core.
+        progress: True or False to show a progress bar or not, None to show it in a terminal or notebook, or a function
+            that is called with `(done, total)`.
+
+    Returns:
+        The report, with for every matrix its shape, spec, parameters before and after, lost energy and seconds.
+
+    Raises:
+        CheckpointError: The source cannot be read: missing, truncated, pickled, compressed already, no GPT-2.
+        ConfigError: The config does not fit the checkpoint: a pattern that matches nothing, a newer format.
+        ShapeError: A block that does not divide a matrix, or a rank that is too large for it.
+        DtypeError: A weight that is not floating, or values that `dtype` cannot hold.
+        NonFiniteError: A weight that holds NaN or an infinity.
+        DestinationError: The destination exists and is not empty, or is the source itself.
+        StorageError: The operating system refused: no permission, no space.
+
+    Whatever is raised, Ctrl-C included, nothing is written.
+
+    Cost: memory for one matrix a thread and its search; the source is mapped, not loaded.
+
+    Example:
+        >>> report = compress_checkpoint("gpt2", "gpt2-tq", "tq-81m", effort="fast")  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
+    """
+    resolved = resolve_config(config, effort=effort, seed=seed)
+    if threads is not None and (isinstance(threads, bool) or threads < 1):
+        raise ConfigError(f"threads must be at least 1, got {threads!r}")
+    most = _bytes(max_shard_size)
+    directory = _directory(source)
+    with reporter(progress, "compress") as report_progress:
+        text = _core.compress_checkpoint(
+            directory,
+            os.fspath(destination),
+            resolved.to_json(),
+            # torch's dtypes are welcome, too: "torch.float16".
+            None if dtype is None else str(dtype).removeprefix("torch."),
+            overwrite,
+            most,
+            threads,
+            report_progress,
+        )
+    return CompressionReport.from_dict(json.loads(text))
+
+
+def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
+    """What `config` would do to the checkpoint in `source`, without reading its weights.
+
+    Takes `source` and `config` as `compress_checkpoint` does, and raises as it does for what can be told from names and
+    shapes. The report has neither lost energy nor seconds. For a compressed checkpoint and no `config`, it is the
+    report of its compression.
+
+    Example:
+        >>> print(inspect("gpt2", "tq-81m"))  # doctest: +SKIP
+    """
+    directory = _directory(source)
+    if config is None and _is_compressed(directory):
+        path = Path(directory, "compression_report.json")
+        try:
+            return CompressionReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a compression report: {error}") from None
+    text = _core.plan_checkpoint(directory, resolve_config(config).to_json())
+    return CompressionReport.from_dict(json.loads(text))
+
+
+def _is_compressed(directory: str) -> bool:
+    try:
+        config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        # Whatever is wrong with it, the reader says it better.
+        return False
+
+
+def _directory(source: StrPath) -> str:
+    """The local directory that `source` means; downloads a model of the hub."""
+    name = os.fspath(source)
+    if os.path.exists(name) or not isinstance(source, str):
+        return name
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such directory")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: no such directory (to fetch it from the hub, install huggingface_hub)"
+        ) from None
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "README.md"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such directory, and the hub does not give it: {reason}") from error
+
+
+def _bytes(size: int | str) -> int:
+    """Reads a number of bytes: 1000, "500MB", "2GiB"."""
+    match = _SIZE.fullmatch(str(size))
+    if match is None or match[2].lower() not in _UNITS or isinstance(size, bool):
+        raise ConfigError(f'max_shard_size: expected bytes, or a size like "5GB" or "500MiB", got {size!r}')
+    most = int(float(match[1]) * _UNITS[match[2].lower()])
+    if not 0 < most < 2**63:
+        raise ConfigError(f"max_shard_size: expected at least one byte, got {size!r}")
+    return most

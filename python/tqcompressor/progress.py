@@ -1,0 +1,63 @@
+"""Showing how far a long job is: the `progress` argument that every one of them takes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+ProgressCallback: TypeAlias = Callable[[int, int], object]
+
+# True and False switch the bar on and off; None shows it where somebody may be watching, in a terminal or a notebook,
+# if tqdm is installed; a function is called with (done, total) in the job's own units.
+ProgressOption: TypeAlias = bool | ProgressCallback | None
+
+
+@contextmanager
+def reporter(option: ProgressOption, description: str) -> Iterator[ProgressCallback | None]:
+    """Yields the `(done, total)` callback that `option` asks for, or None for none, and closes the bar behind it.
+
+    The bar is tqdm's. `True` without tqdm prints a percentage on standard error instead.
+    """
+    if option is None:
+        tqdm = _tqdm() if _is_watched() else None
+        wanted = tqdm is not None
+    elif isinstance(option, bool):
+        tqdm = _tqdm() if option else None
+        wanted = option
+    else:
+        yield option
+        return
+
+    if not wanted:
+        yield None
+    elif tqdm is None:
+        try:
+            yield lambda done, total: print(
+                f"\r{description}: {100 * done // max(total, 1)} %", end="", file=sys.stderr, flush=True
+            )
+        finally:
+            print(file=sys.stderr)
+    else:
+        # Units mean nothing to a reader, so the bar shows the share that is done and the time that is left.
+        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+        with tqdm(total=1, desc=description, bar_format=layout) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = max(total, 1)
+                bar.update(done - bar.n)
+
+            yield show
+
+
+def _is_watched() -> bool:
+    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    return tqdm

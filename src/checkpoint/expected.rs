@@ -1,0 +1,221 @@
+//! What `config.json` promises: the tensors that a GPT-2 of that geometry must have, and their shapes.
+
+use serde_json::{Map, Value};
+
+use super::names::{self, Kind};
+
+/// The numbers of a GPT-2 `config.json` that shapes follow from. Missing ones have transformers' defaults.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// `n_layer`
+    pub layers: usize,
+    /// `n_embd`
+    pub width: usize,
+    /// `vocab_size`
+    pub vocabulary: usize,
+    /// `n_positions`
+    pub positions: usize,
+    /// `n_inner`, by default `4·n_embd`
+    pub inner: usize,
+    /// `add_cross_attention`
+    pub cross_attention: bool,
+    /// Whether the output head is the token embedding: `tie_word_embeddings`.
+    pub tied: bool,
+    /// Whether `architectures` names a model with a language-model head.
+    pub head: bool,
+}
+
+impl Geometry {
+    /// Reads a `config.json`.
+    ///
+    /// # Errors
+    /// The key whose value is of the wrong type.
+    pub fn from_config(config: &Map<String, Value>) -> Result<Self, String> {
+        let number = |key: &str, default: usize| match config.get(key) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .and_then(|number| usize::try_from(number).ok())
+                .filter(|&number| number > 0)
+                .ok_or_else(|| format!("{key}: expected a positive integer, got {value}")),
+        };
+        let flag = |key: &str, default: bool| match config.get(key) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value.as_bool().ok_or_else(|| format!("{key}: expected true or false, got {value}")),
+        };
+        let width = number("n_embd", 768)?;
+        let architectures = config.get("architectures").and_then(Value::as_array);
+        let head = |name: &str| name.contains("LMHead") || name.contains("DoubleHeads");
+        Ok(Self {
+            layers: number("n_layer", 12)?,
+            width,
+            vocabulary: number("vocab_size", 50257)?,
+            positions: number("n_positions", 1024)?,
+            inner: number("n_inner", width.saturating_mul(4))?,
+            cross_attention: flag("add_cross_attention", false)?,
+            tied: flag("tie_word_embeddings", true)?,
+            head: architectures.is_some_and(|all| all.iter().filter_map(Value::as_str).any(head)),
+        })
+    }
+
+    /// The bare names and shapes of the tensors that must be there, one layer at a time, so that a `config.json` that
+    /// asks for 10¹⁸ layers costs nothing more than the first one that is missing.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
+        let d = self.width;
+        let top = [("wte.weight", vec![self.vocabulary, d]), ("wpe.weight", vec![self.positions, d])];
+        let last = [("ln_f.weight", vec![d]), ("ln_f.bias", vec![d])];
+        let head = (self.head && !self.tied).then(|| (names::TIED_HEAD, vec![self.vocabulary, d]));
+        top.into_iter()
+            .chain(last)
+            .chain(head)
+            .map(|(name, shape)| (name.to_owned(), shape))
+            .chain((0..self.layers).flat_map(|layer| self.layer(layer)))
+    }
+
+    fn layer(&self, number: usize) -> Vec<(String, Vec<usize>)> {
+        let d = self.width;
+        let mut norms = vec!["ln_1", "ln_2"];
+        let mut maps = vec![
+            ("attn.c_attn", d, d.saturating_mul(3)),
+            ("attn.c_proj", d, d),
+            ("mlp.c_fc", d, self.inner),
+            ("mlp.c_proj", self.inner, d),
+        ];
+        if self.cross_attention {
+            norms.push("ln_cross_attn");
+            maps.extend([
+                ("crossattention.c_attn", d, d.saturating_mul(2)),
+                ("crossattention.q_attn", d, d),
+                ("crossattention.c_proj", d, d),
+            ]);
+        }
+        let norms = norms.into_iter().flat_map(|norm| [(norm, "weight", vec![d]), (norm, "bias", vec![d])]);
+        let maps = maps
+            .into_iter()
+            .flat_map(|(map, rows, columns)| [(map, "weight", vec![rows, columns]), (map, "bias", vec![columns])]);
+        norms.chain(maps).map(|(module, which, shape)| (format!("h.{number}.{module}.{which}"), shape)).collect()
+    }
+
+    /// Checks a checkpoint's tensors, given by stored name and shape.
+    ///
+    /// # Errors
+    /// The first tensor that is missing, misshapen, or that the configuration leaves no room for.
+    pub fn check<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Result<(), String> {
+        let mut found = std::collections::HashMap::new();
+        for (stored, shape) in tensors {
+            if let Some((other, _)) = found.insert(names::bare(stored), (stored, shape)) {
+                return Err(format!("tensors '{other}' and '{stored}' are the same weight under two names"));
+            }
+        }
+        let mut promised = std::collections::HashSet::new();
+        for (name, expected) in self.tensors() {
+            match found.get(name.as_str()) {
+                None => {
+                    return Err(format!("tensor '{name}' is missing (config.json asks for it, shape {expected:?})"));
+                }
+                Some((stored, shape)) if *shape != expected => {
+                    return Err(format!("tensor '{stored}': config.json asks for shape {expected:?}, got {shape:?}"));
+                }
+                Some(_) => promised.insert(name),
+            };
+        }
+        let mut rest: Vec<_> = found.iter().filter(|(name, _)| !promised.contains(**name)).collect();
+        rest.sort_unstable();
+        for (name, (stored, shape)) in rest {
+            let fits = match names::kind_of(stored) {
+                // A head: its width is the model's, how many outputs it has is its own affair.
+                Some(Kind::Linear) if *name == names::TIED_HEAD => **shape == [self.vocabulary, self.width],
+                Some(Kind::Linear) => shape.len() == 2 && shape[1] == self.width,
+                Some(_) => false,
+                None => names::layer(name).is_none_or(|(layer, _)| layer < self.layers as u64),
+            };
+            if !fits {
+                return Err(format!(
+                    "tensor '{stored}' of shape {shape:?} does not belong to the model of config.json"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(json: &str) -> Result<Geometry, String> {
+        Geometry::from_config(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap())
+    }
+
+    const SMALL: &str = r#"{"n_layer":2,"n_embd":4,"vocab_size":10,"n_positions":6,"add_cross_attention":true}"#;
+
+    #[test]
+    fn defaults_are_gpt2_small() {
+        let small = geometry("{}").unwrap();
+        assert_eq!((small.layers, small.width, small.inner, small.tied, small.head), (12, 768, 3072, true, false));
+        // 124,439,808 is GPT-2 small's published count, the tied head counted once.
+        let count: usize = small.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert_eq!(count, 124_439_808);
+    }
+
+    #[test]
+    fn values_of_the_wrong_type_are_named() {
+        for (json, key) in [
+            (r#"{"n_layer":"12"}"#, "n_layer"),
+            (r#"{"n_embd":-1}"#, "n_embd"),
+            (r#"{"n_embd":0}"#, "n_embd"),
+            (r#"{"tie_word_embeddings":1}"#, "tie_word_embeddings"),
+        ] {
+            assert!(geometry(json).unwrap_err().starts_with(key));
+        }
+    }
+
+    #[test]
+    fn a_whole_model_passes_and_every_fault_is_named() {
+        let small = geometry(SMALL).unwrap();
+        let whole: Vec<(String, Vec<usize>)> =
+            small.tensors().map(|(name, shape)| (format!("transformer.{name}"), shape)).collect();
+        let check = |tensors: &[(String, Vec<usize>)]| {
+            small.check(tensors.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())))
+        };
+        check(&whole).unwrap();
+        for i in 0..whole.len() {
+            let mut missing = whole.clone();
+            let (name, _) = missing.remove(i);
+            assert!(check(&missing).unwrap_err().contains(names::bare(&name)));
+            let mut misshapen = whole.clone();
+            misshapen[i].1[0] += 1;
+            assert!(check(&misshapen).unwrap_err().contains(&name));
+        }
+        for (name, shape, word) in [
+            ("wte.weight", vec![10, 4], "two names"),
+            ("transformer.h.2.mlp.c_fc.weight", vec![4, 16], "does not belong"),
+            ("transformer.h.2.ln_1.bias", vec![4], "does not belong"),
+            ("lm_head.weight", vec![11, 4], "does not belong"),
+            ("score.weight", vec![3, 5], "does not belong"),
+        ] {
+            let mut extra = whole.clone();
+            extra.push((name.into(), shape));
+            assert!(check(&extra).unwrap_err().contains(word), "{name}");
+        }
+        let mut heads = whole.clone();
+        heads.extend([
+            ("score.weight".into(), vec![3, 4]),
+            ("lm_head.weight".into(), vec![10, 4]),
+            ("other".into(), vec![]),
+        ]);
+        check(&heads).unwrap();
+    }
+
+    #[test]
+    fn an_untied_language_model_needs_its_head() {
+        let config = r#"{"architectures":["GPT2LMHeadModel"],"tie_word_embeddings":false}"#;
+        assert!(geometry(config).unwrap().tensors().any(|(name, _)| name == "lm_head.weight"));
+    }
+
+    #[test]
+    fn an_absurd_layer_count_costs_nothing() {
+        let absurd = geometry(r#"{"n_layer":1000000000000000000,"n_embd":9000000000000000000}"#).unwrap();
+        assert!(absurd.check(std::iter::empty()).unwrap_err().contains("wte.weight"));
+    }
+}

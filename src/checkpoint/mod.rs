@@ -1,0 +1,20 @@
+//! GPT-2 checkpoints on disk: which tensor is what, reading without loading, writing all or nothing.
+//!
+//! * [`names`]: kinds, orientation, the fused `c_attn`, model order.
+//! * [`float`]: the floating dtypes, and conversion to and from `f32`.
+//! * [`header`]: the header of a safetensors file, validated.
+//! * [`expected`]: the tensors that `config.json` promises.
+//! * [`read`]: a mapped checkpoint.
+//! * [`write`]: safetensors files written tensor by tensor, in any order.
+//! * [`stage`]: the hidden directory that becomes the destination in one step.
+
+pub mod expected;
+pub mod float;
+pub mod header;
+pub mod names;
+pub mod read;
+pub mod stage;
+pub mod write;
+
+#[cfg(test)]
+pub(crate) mod testing;

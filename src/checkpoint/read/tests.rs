@@ -1,0 +1,141 @@
+use serde_json::json;
+
+use super::super::testing::Source;
+use super::*;
+
+/// Writes a tiny checkpoint after `change`, and the words with which it is refused.
+fn refusal(change: impl FnOnce(&mut Source)) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = Source::tiny("transformer.", Float::F32);
+    change(&mut source);
+    source.write(directory.path());
+    Checkpoint::open(directory.path()).unwrap_err().to_string()
+}
+
+#[test]
+fn one_file_and_shards_read_the_same_in_model_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = Source::tiny("", Float::Bf16);
+    source.add("h.0.attn.bias", Float::F32, &[1, 1, 6, 6]);
+    source.write(&directory.path().join("one"));
+    source.write_sharded(&directory.path().join("two"));
+    let one = Checkpoint::open(&directory.path().join("one")).unwrap();
+    let two = Checkpoint::open(&directory.path().join("two")).unwrap();
+    assert_eq!(one.tensors().keys().collect::<Vec<_>>(), two.tensors().keys().collect::<Vec<_>>());
+    assert_eq!(one.tensors().keys().next().unwrap(), "wte.weight");
+    assert!(!one.tensors().contains_key("h.0.attn.bias"), "masks are no weights");
+    for (name, tensor) in one.tensors() {
+        assert_eq!(one.bytes(tensor), two.bytes(&two.tensors()[name]), "{name}");
+        let before = one.bytes(tensor).to_vec();
+        one.release(tensor);
+        assert_eq!(one.bytes(tensor), before, "released pages come back");
+    }
+    assert!(two.weight_bytes() > one.weight_bytes() && one.tied());
+}
+
+#[test]
+fn a_linear_weight_is_transposed_and_a_fused_one_is_cut() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = Source::tiny("transformer.", Float::F16);
+    source.add("score.weight", Float::F16, &[3, 8]);
+    source.write(directory.path());
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    for (name, kind) in [("score.weight", Kind::Linear), ("transformer.h.1.attn.c_attn.weight", Kind::Conv1d)] {
+        let tensor = &checkpoint.tensors()[name];
+        let mut stored = vec![0.0; tensor.elements()];
+        Float::F16.widen(checkpoint.bytes(tensor), &mut stored);
+        for matrix in names::matrices(name, &tensor.shape, kind).unwrap() {
+            let values = checkpoint.matrix(&matrix).unwrap();
+            for i in 0..matrix.rows {
+                for j in 0..matrix.columns {
+                    let at = if kind == Kind::Linear { j * 8 + i } else { i * 24 + matrix.first_column + j };
+                    assert_eq!(values[i * matrix.columns + j], stored[at]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn non_finite_values_are_named_by_row_and_column() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = Source::tiny("transformer.", Float::F32);
+    source.tensor("transformer.wte.weight").3[(3 * 8 + 5) * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    source.write(directory.path());
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    checkpoint.check_finite("transformer.wpe.weight").unwrap();
+    let message = checkpoint.check_finite("transformer.wte.weight").unwrap_err().to_string();
+    assert!(message.contains("'transformer.wte.weight'") && message.contains("NaN at row 3, column 5"), "{message}");
+}
+
+#[test]
+fn what_does_not_fit_the_config_is_refused_by_name() {
+    type Change<'a> = &'a dyn Fn(&mut Source);
+    let cases: [(Change<'_>, &str); 9] = [
+        (&|s| s.tensors.retain(|t| !t.0.ends_with("h.1.mlp.c_fc.weight")), "'h.1.mlp.c_fc.weight' is missing"),
+        (&|s| s.config["vocab_size"] = json!(21), "'transformer.wte.weight': config.json asks for shape [21, 8]"),
+        (&|s| s.config["n_layer"] = json!(1), "'transformer.h.1."),
+        (&|s| s.config["n_layer"] = json!("2"), "n_layer"),
+        (&|s| s.config["model_type"] = json!("llama"), "expected \"gpt2\", got \"llama\""),
+        (&|s| s.config["quantization_config"] = json!({"quant_method": "tqcompressor"}), "already compressed"),
+        (&|s| s.config["quantization_config"] = json!({"quant_method": "gptq"}), "quantized by gptq"),
+        (&|s| s.config["tie_word_embeddings"] = json!(false), "'lm_head.weight' is missing"),
+        (&|s| s.config = json!([]), "expected a JSON object"),
+    ];
+    for (change, words) in cases {
+        let message = refusal(change);
+        assert!(message.contains(words), "{message}");
+    }
+}
+
+#[test]
+fn damaged_directories_are_refused_in_words() {
+    let root = tempfile::tempdir().unwrap();
+    let source = Source::tiny("transformer.", Float::F32);
+    let damaged = |change: &dyn Fn(&Path)| {
+        let directory = root.path().join("sharded");
+        source.write_sharded(&directory);
+        change(&directory);
+        let message = Checkpoint::open(&directory).unwrap_err().to_string();
+        fs::remove_dir_all(directory).unwrap();
+        message
+    };
+    let shard = "model-00002-of-00002.safetensors";
+    type Change<'a> = &'a dyn Fn(&Path);
+    let cases: [(Change<'_>, &str); 8] = [
+        (&|d| fs::remove_file(d.join(shard)).unwrap(), "this shard is missing"),
+        (
+            &|d| fs::copy(d.join("model-00001-of-00002.safetensors"), d.join(shard)).map(drop).unwrap(),
+            "is missing; the index puts it here",
+        ),
+        (&|d| File::options().write(true).open(d.join(shard)).unwrap().set_len(900).unwrap(), "truncated"),
+        (&|d| fs::write(d.join(INDEX_FILE), "{}").unwrap(), "weight_map"),
+        (
+            &|d| fs::write(d.join(INDEX_FILE), r#"{"weight_map":{"a":"../x.safetensors"}}"#).unwrap(),
+            "tensor 'a': its shard",
+        ),
+        (&|d| fs::remove_file(d.join("config.json")).unwrap(), "no such file"),
+        (&|d| fs::write(d.join("config.json"), "{").unwrap(), "expected a JSON object"),
+        (&|d| fs::remove_file(d.join(INDEX_FILE)).unwrap(), "found only model-00001-of-00002.safetensors"),
+    ];
+    for (change, words) in cases {
+        let message = damaged(change);
+        assert!(message.contains(words), "{message}");
+    }
+}
+
+#[test]
+fn pickles_and_other_places_are_refused_with_advice() {
+    let root = tempfile::tempdir().unwrap();
+    let message = || Checkpoint::open(root.path()).unwrap_err().to_string();
+    assert!(message().contains("found no weights"));
+    fs::write(root.path().join("pytorch_model.bin"), b"").unwrap();
+    assert!(
+        message().contains("only safetensors is read, found pytorch_model.bin")
+            && message().contains("save_pretrained")
+    );
+    let absent = Checkpoint::open(&root.path().join("absent")).unwrap_err().to_string();
+    assert!(absent.contains("no such directory"), "{absent}");
+    let file = Checkpoint::open(&root.path().join("pytorch_model.bin")).unwrap_err().to_string();
+    assert!(file.contains("expected a directory"), "{file}");
+}

@@ -1,0 +1,312 @@
+//! All or nothing: a hidden directory beside the destination, which becomes the destination in one step.
+//!
+//! Beside `out` a run makes `.out.tqcompressor-lock`, locked while it lives, and `.out.tqcompressor-partial`, which it
+//! fills and then renames. The kernel drops the lock of a killed run, so the next run knows that what it finds is stale
+//! and removes it; the destination itself is at every moment absent, or whole, or what it was.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::read::Checkpoint;
+use crate::error::{Error, Result};
+
+/// A destination that may be written to.
+#[derive(Clone, Debug)]
+pub struct Destination {
+    /// Absolute, symbolic links resolved.
+    path: PathBuf,
+    overwrite: bool,
+}
+
+impl Destination {
+    /// Checks, before any work, that `path` may become the compressed form of `source`: it does not exist, or is an
+    /// empty directory, or `overwrite` is set and it is a checkpoint (it holds a `config.json`). What is overwritten is
+    /// replaced as a whole, and never takes the source with it.
+    ///
+    /// # Errors
+    /// [`Error::Destination`] saying why not; [`Error::Io`] if it cannot be looked at.
+    pub fn check(path: &Path, source: &Checkpoint, overwrite: bool) -> Result<Self> {
+        let refuse = |problem: &str| Err(Error::Destination { path: path.to_owned(), problem: problem.into() });
+        let resolved = resolve(path)?;
+        let Some(parent) = resolved.parent() else { return refuse("expected a directory below the root") };
+        let from = source.directory().canonicalize().map_err(Error::io(source.directory()))?;
+        if resolved == from {
+            return refuse("this is the source itself: a compressed checkpoint goes to a directory of its own");
+        }
+        let destination = Self { path: resolved.clone(), overwrite };
+        let metadata = match fs::metadata(&resolved) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(destination),
+            other => other.map_err(Error::io(path))?,
+        };
+        if !metadata.is_dir() {
+            return refuse("exists and is not a directory");
+        }
+        if metadata.dev() != fs::metadata(parent).map_err(Error::io(parent))?.dev() {
+            return refuse("is a mount point, which cannot be replaced in one step: give a directory below it");
+        }
+        if is_empty(&resolved)? {
+            return Ok(destination);
+        }
+        if !overwrite {
+            return refuse("exists and is not empty (overwrite would replace it)");
+        }
+        if !resolved.join("config.json").exists() {
+            return refuse("is not empty and holds no config.json, so it is not overwritten: remove it by hand");
+        }
+        for file in source.weight_files() {
+            if file.canonicalize().map_err(Error::io(file))?.starts_with(&resolved) {
+                return refuse("holds the source's weights: overwriting it would delete them");
+            }
+        }
+        Ok(destination)
+    }
+}
+
+/// The hidden directory of a live run. Dropped without [`commit`](Self::commit), it leaves no trace.
+#[derive(Debug)]
+pub struct Stage {
+    destination: Destination,
+    directory: PathBuf,
+    // Fields are dropped in this order, after `drop` has removed the directory.
+    _lock: Option<Lock>,
+    parents: Parents,
+}
+
+impl Stage {
+    /// Locks the destination, removes what killed runs left, and makes the hidden directory.
+    ///
+    /// # Errors
+    /// [`Error::Destination`] if another run is writing it; [`Error::Io`] if the directory above cannot be written to.
+    pub fn begin(destination: Destination) -> Result<Self> {
+        let parents = Parents::make(destination.path.parent().unwrap_or(&destination.path))?;
+        let lock = Lock::take(&destination.path)?;
+        let directory = sibling(&destination.path, "partial");
+        if lock.is_some() {
+            recover(&destination)?;
+            remove(&directory).map_err(Error::io(&directory))?;
+        }
+        fs::create_dir(&directory).map_err(Error::io(&directory))?;
+        // Only now is there a stage to drop: what stood in the way until here belongs to somebody else.
+        Ok(Self { destination, directory, _lock: lock, parents })
+    }
+
+    /// The hidden directory.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Writes a small file and makes it durable.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
+        let path = self.directory.join(name);
+        fs::write(&path, contents).and_then(|()| File::open(&path)?.sync_all()).map_err(Error::io(path))
+    }
+
+    /// Copies a file under its own name and makes the copy durable.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn copy(&self, from: &Path) -> Result<()> {
+        let path = self.directory.join(from.file_name().unwrap_or_default());
+        fs::copy(from, &path).and_then(|_| File::open(&path)?.sync_all()).map_err(Error::io(path))
+    }
+
+    /// Makes the hidden directory the destination, in one step where the file system can.
+    ///
+    /// # Errors
+    /// [`Error::Destination`] if the destination was filled meanwhile; [`Error::Io`].
+    pub fn commit(mut self) -> Result<()> {
+        let to = self.destination.path.clone();
+        sync_directory(&self.directory)?;
+        if to.exists() && !is_empty(&to)? {
+            if !self.destination.overwrite {
+                return Err(Error::Destination { path: to, problem: "was filled while this run went on".into() });
+            }
+            exchange(&self.directory, &to).map_err(Error::io(&to))?;
+            // The old destination is in the hidden place now; dropping the stage removes it.
+        } else {
+            fs::rename(&self.directory, &to).map_err(Error::io(&to))?;
+        }
+        self.parents.keep();
+        sync_directory(to.parent().unwrap_or(&to))
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Nothing can be done about a refusal here; the next run tries again.
+        let _ = remove(&self.directory);
+    }
+}
+
+/// An advisory lock on a destination, held by the open file, named by the path.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock, or `None` where the file system knows no locks.
+    fn take(destination: &Path) -> Result<Option<Self>> {
+        let path = sibling(destination, "lock");
+        loop {
+            // The directory above is what is not writable, so it is what an error names.
+            let file = File::create(&path).map_err(Error::io(path.parent().unwrap_or(&path)))?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    let problem = "another run of tqcompressor is writing it".into();
+                    return Err(Error::Destination { path: destination.to_owned(), problem });
+                }
+                Err(Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOLCK | Errno::INVAL) => {
+                    let _ = fs::remove_file(&path);
+                    return Ok(None);
+                }
+                Err(error) => return Err(Error::io(&path)(error.into())),
+            }
+            // Between opening and locking, the run that held the lock may have ended and removed the file: then this
+            // lock is on a file without a name, and another run may hold one on a new file of that name.
+            let (mine, named) = (file.metadata().map_err(Error::io(&path))?, fs::metadata(&path));
+            if named.is_ok_and(|named| (named.dev(), named.ino()) == (mine.dev(), mine.ino())) {
+                return Ok(Some(Self { path, _file: file }));
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Removed while still locked, so no other run can be holding it.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// `.NAME.tqcompressor-WHAT` beside `NAME`.
+fn sibling(path: &Path, what: &str) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".tqcompressor-{what}"));
+    path.with_file_name(name)
+}
+
+/// An absolute path without symbolic links, of which the last components need not exist.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(Error::io(path))?;
+    let (mut existing, mut rest) = (absolute.as_path(), Vec::new());
+    loop {
+        match existing.canonicalize() {
+            Ok(mut resolved) => {
+                resolved.extend(rest.iter().rev());
+                return Ok(resolved);
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound && !existing.is_symlink() => {}
+            Err(error) => return Err(Error::io(path)(error)),
+        }
+        let (Some(name), Some(parent)) = (existing.file_name(), existing.parent()) else {
+            // "missing/..": there is no saying where that would lead.
+            return Err(Error::io(path)(ErrorKind::NotFound.into()));
+        };
+        rest.push(name.to_owned());
+        existing = parent;
+    }
+}
+
+fn is_empty(directory: &Path) -> Result<bool> {
+    Ok(fs::read_dir(directory).map_err(Error::io(directory))?.next().is_none())
+}
+
+/// Directories made on the way to the destination, outermost first. Dropped, it removes those that are empty again.
+#[derive(Debug)]
+struct Parents(Vec<PathBuf>);
+
+impl Parents {
+    /// Makes `directory` and those above it that are missing.
+    fn make(directory: &Path) -> Result<Self> {
+        let missing: Vec<_> = directory.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
+        let mut made = Self(Vec::new());
+        for path in missing.into_iter().rev() {
+            fs::create_dir(&path).map_err(Error::io(&path))?;
+            made.0.push(path);
+        }
+        Ok(made)
+    }
+
+    /// Leaves them where they are.
+    fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Parents {
+    fn drop(&mut self) {
+        for path in self.0.iter().rev() {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+fn remove(directory: &Path) -> std::io::Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Puts back, or removes, what a run that was killed in [`exchange_in_steps`] had moved aside.
+fn recover(destination: &Destination) -> Result<()> {
+    let aside = sibling(&destination.path, "replaced");
+    if !aside.exists() || destination.path.exists() {
+        return remove(&aside).map_err(Error::io(&aside));
+    }
+    fs::rename(&aside, &destination.path).map_err(Error::io(&aside))?;
+    if destination.overwrite {
+        return Ok(());
+    }
+    let problem = "exists and is not empty (a killed run had moved it aside, it is back now)".into();
+    Err(Error::Destination { path: destination.path.clone(), problem })
+}
+
+/// Makes the entries of a directory durable.
+fn sync_directory(directory: &Path) -> Result<()> {
+    match File::open(directory).and_then(|file| file.sync_all()) {
+        // Some network file systems cannot.
+        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
+        other => other.map_err(Error::io(directory)),
+    }
+}
+
+/// Swaps two directories: in one step where the system can, else in three, undone if the second fails.
+fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "macos"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
+            Err(Errno::NOSYS | Errno::INVAL | Errno::NOTSUP) => {}
+            other => return other.map_err(Into::into),
+        }
+    }
+    exchange_in_steps(new, old)
+}
+
+fn exchange_in_steps(new: &Path, old: &Path) -> std::io::Result<()> {
+    let aside = sibling(old, "replaced");
+    fs::rename(old, &aside)?;
+    if let Err(error) = fs::rename(new, old) {
+        fs::rename(&aside, old)?;
+        return Err(error);
+    }
+    fs::rename(&aside, new)
+}
+
+#[cfg(test)]
+mod tests;

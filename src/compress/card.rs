@@ -1,0 +1,143 @@
+//! The model card, `README.md`, of a compressed checkpoint. It holds no times and no dates: the same input gives the
+//! same card.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::report::Report;
+
+/// Writes the card of a checkpoint made from `source`, whose configuration is `config`.
+#[must_use]
+pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -> String {
+    let hub = hub_id(source);
+    let name = hub.clone().unwrap_or_else(|| {
+        source.file_name().map_or_else(|| "GPT-2".into(), |name| name.to_string_lossy().into_owned())
+    });
+    let architecture =
+        config.get("architectures").and_then(|all| all.get(0)).and_then(Value::as_str).unwrap_or_default();
+    let class = auto_class(architecture);
+    let license = license(source).map_or(String::new(), |license| format!("license: {license}\n"));
+    let base = hub.map_or(String::new(), |id| format!("base_model: {id}\n"));
+    let pipeline = if class == "AutoModelForCausalLM" { "pipeline_tag: text-generation\n" } else { "" };
+    let Report { parameters_before: before, parameters_after: after, effort, seed, tqcompressor: version, .. } = report;
+    let dtype = report.dtype.map_or(String::new(), |dtype| format!(", stored as {dtype}"));
+
+    let mut card = format!(
+        "---\nlibrary_name: transformers\n{license}{base}{pipeline}tags:\n- gpt2\n- tqcompressor\n- kronecker\n---\n\n\
+         # {name}, compressed\n\n\
+         A GPT-2 checkpoint of which {count} matrices were replaced by sums of Kronecker products, with permuted rows and \
+         columns where that loses less: {before} parameters became {after} ({share:.1} %). Made from `{name}` by \
+         tqcompressor {version}, effort `{effort}`, seed {seed}{dtype}.\n\n\
+         ## Loading\n\n\
+         ```sh\npip install \"tqcompressor[hf]\"\n```\n\n\
+         ```python\nimport tqcompressor  # teaches transformers this format\n\
+         from transformers import {class}\n\n\
+         model = {class}.from_pretrained(\"path/to/this/directory\")\n```\n\n\
+         Without `import tqcompressor`, transformers refuses to load it.\n\n\
+         ## What was done\n\n\
+         A matrix `W` (in × out) became `W[p][:, q] ≈ Σ A_k ⊗ B_k`, every `B_k` of the shape *block*. Lost energy is \
+         `‖W − Ŵ‖² / ‖W‖²`. Everything else is unchanged.\n\n\
+         | matrix | shape | block | rank | permuted | parameters | lost energy |\n\
+         |---|---|---|---|---|---|---|\n",
+        count = report.matrices.len(),
+        before = grouped(*before),
+        after = grouped(*after),
+        share = 100.0 * *after as f64 / (*before).max(1) as f64,
+    );
+    for matrix in &report.matrices {
+        let ((m, n), (m2, n2)) = (matrix.shape, matrix.block);
+        let lost = matrix.lost_energy.map_or(String::new(), |lost| format!("{lost:.4}"));
+        let (before, after) = (grouped(matrix.parameters_before), grouped(matrix.parameters_after));
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            card,
+            "| `{}` | {m} × {n} | {m2} × {n2} | {} | {} | {before} → {after} | {lost} |",
+            matrix.name, matrix.rank, matrix.permute
+        );
+    }
+    card
+}
+
+/// The class that loads a model of this architecture.
+fn auto_class(architecture: &str) -> &str {
+    match architecture {
+        "GPT2LMHeadModel" => "AutoModelForCausalLM",
+        "GPT2ForSequenceClassification" => "AutoModelForSequenceClassification",
+        "GPT2ForTokenClassification" => "AutoModelForTokenClassification",
+        "GPT2ForQuestionAnswering" => "AutoModelForQuestionAnswering",
+        "GPT2DoubleHeadsModel" => "GPT2DoubleHeadsModel",
+        _ => "AutoModel",
+    }
+}
+
+/// What to call the source in a report: the hub's name if it is in the hub's cache, else the path as given.
+#[must_use]
+pub fn source_name(source: &Path) -> String {
+    let absolute = std::path::absolute(source);
+    absolute.ok().and_then(|path| hub_id(&path)).unwrap_or_else(|| source.display().to_string())
+}
+
+/// The hub's name of a model in huggingface_hub's cache: `models--ORG--NAME/snapshots/REVISION`.
+fn hub_id(source: &Path) -> Option<String> {
+    let snapshots = source.parent()?;
+    let id = snapshots.parent()?.file_name()?.to_str()?.strip_prefix("models--")?;
+    (snapshots.file_name()? == "snapshots").then(|| id.replace("--", "/"))
+}
+
+/// The licence that the source's own card declares.
+fn license(source: &Path) -> Option<String> {
+    let card = std::fs::read_to_string(source.join("README.md")).ok()?;
+    let front = card.strip_prefix("---\n")?.split("\n---").next()?;
+    let license = front.lines().find_map(|line| line.strip_prefix("license:"))?.trim();
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-._+".contains(letter);
+    (!license.is_empty() && license.chars().all(plain)).then(|| license.to_owned())
+}
+
+/// 1234567 → "1,234,567".
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::with_capacity(digits.len() * 4 / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        let grouped: Vec<_> = [0, 12, 999, 1000, 81_336_388].map(grouped).into();
+        assert_eq!(grouped, ["0", "12", "999", "1,000", "81,336,388"]);
+    }
+
+    #[test]
+    fn a_hub_cache_path_gives_the_hubs_name() {
+        let path = Path::new("/home/me/.cache/huggingface/hub/models--openai-community--gpt2/snapshots/607a30d");
+        assert_eq!(hub_id(path).unwrap(), "openai-community/gpt2");
+        assert_eq!(hub_id(Path::new("/models--a--b/other/c")), None);
+        assert_eq!(hub_id(Path::new("gpt2")), None);
+    }
+
+    #[test]
+    fn the_licence_is_taken_from_the_front_matter_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let card = directory.path().join("README.md");
+        for (text, expected) in [
+            ("---\nlanguage: en\nlicense: mit\n---\ntext", Some("mit")),
+            ("---\nlanguage: en\n---\nlicense: mit\n", None),
+            ("license: mit\n", None),
+            ("---\nlicense: [a, b]\n---\n", None),
+        ] {
+            std::fs::write(&card, text).unwrap();
+            assert_eq!(license(directory.path()).as_deref(), expected);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! `TQConfig` in JSON: which matrices get which Kronecker spec, how long to search, and the seed.
+
+use indexmap::IndexMap;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::permute::Effort;
+use crate::shape::{KroneckerSpec, Permute};
+
+/// The format that this version reads and writes.
+pub const FORMAT_VERSION: u64 = 1;
+
+/// A configuration: patterns and what each asks of the matrices it matches, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TQConfig {
+    /// Pattern → spec. The first pattern that matches a matrix decides.
+    pub specs: IndexMap<String, KroneckerSpec>,
+    /// How long to search permutations.
+    pub effort: Effort,
+    /// The seed of the search, used as it is for every matrix.
+    pub seed: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Fields {
+    #[serde(default)]
+    quant_method: Option<String>,
+    // Read before the rest: see `from_json`.
+    #[serde(default, rename = "format_version")]
+    _format_version: Option<u64>,
+    specs: Map<String, Value>,
+    #[serde(default)]
+    effort: Option<String>,
+    #[serde(default)]
+    seed: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpecFields {
+    block: (usize, usize),
+    rank: usize,
+    #[serde(default)]
+    permute: Option<String>,
+}
+
+impl TQConfig {
+    /// Reads the JSON of a configuration. `effort` and `seed` may be missing, unknown keys may not be there.
+    ///
+    /// ```
+    /// use tqcompressor::plan::TQConfig;
+    /// let config = TQConfig::from_json(
+    ///     r#"{"quant_method": "tqcompressor", "format_version": 1,
+    ///         "specs": {"h.*.mlp.c_fc": {"block": [2, 4], "rank": 4, "permute": "both"}}}"#,
+    /// )?;
+    /// assert_eq!(config.specs["h.*.mlp.c_fc"].block, (2, 4));
+    /// # Ok::<(), tqcompressor::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key, or the pattern, that is wrong; a newer `format_version` is said to be one.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let value: Value = serde_json::from_str(text)
+            .map_err(|error| Error::Config(format!("the configuration is not JSON: {error}")))?;
+        // A newer format may have other keys, so its version must be looked at before they are complained about.
+        match value.get("format_version") {
+            None | Some(Value::Null) => {}
+            Some(version) => match version.as_u64() {
+                Some(FORMAT_VERSION) => {}
+                Some(newer) if newer > FORMAT_VERSION => {
+                    return Err(Error::Config(format!(
+                        "written by a newer tqcompressor (format {newer}), this one reads {FORMAT_VERSION}: upgrade"
+                    )));
+                }
+                _ => return Err(Error::Config(format!("format_version: expected {FORMAT_VERSION}, got {version}"))),
+            },
+        }
+        let fields: Fields =
+            serde_json::from_value(value).map_err(|error| Error::Config(format!("configuration: {error}")))?;
+        if let Some(method) = fields.quant_method.filter(|method| method != "tqcompressor") {
+            return Err(Error::Config(format!("quant_method: expected \"tqcompressor\", got {method:?}")));
+        }
+        if fields.specs.is_empty() {
+            return Err(Error::Config("specs: expected at least one pattern, got none".into()));
+        }
+        let specs = fields.specs.into_iter().map(|(pattern, value)| {
+            let spec = spec(value).map_err(|words| Error::Config(format!("specs: pattern {pattern:?}: {words}")))?;
+            Ok((pattern, spec))
+        });
+        Ok(Self {
+            specs: specs.collect::<Result<_>>()?,
+            effort: fields.effort.as_deref().map_or(Ok(Effort::default()), Effort::from_name)?,
+            seed: fields.seed,
+        })
+    }
+
+    /// The JSON form, with every key.
+    #[must_use]
+    pub fn to_value(&self) -> Value {
+        let specs: Map<String, Value> = self
+            .specs
+            .iter()
+            .map(|(pattern, spec)| {
+                let (m2, n2) = spec.block;
+                (pattern.clone(), json!({"block": [m2, n2], "rank": spec.rank, "permute": spec.permute.name()}))
+            })
+            .collect();
+        json!({
+            "quant_method": "tqcompressor",
+            "format_version": FORMAT_VERSION,
+            "specs": specs,
+            "effort": self.effort.name(),
+            "seed": self.seed,
+        })
+    }
+}
+
+fn spec(value: Value) -> Result<KroneckerSpec, String> {
+    let fields: SpecFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    let permute = fields.permute.as_deref().map_or(Ok(Permute::default()), Permute::from_name);
+    Ok(KroneckerSpec { block: fields.block, rank: fields.rank, permute: permute.map_err(|error| error.to_string())? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = r#"{"quant_method":"tqcompressor","format_version":1,
+        "specs":{"wte":{"block":[1,4],"rank":1,"permute":"columns"},"a*":{"block":[2,4],"rank":4,"permute":"both"}},
+        "effort":"fast","seed":7}"#;
+
+    #[test]
+    fn json_round_trips_in_order() {
+        let config = TQConfig::from_json(WHOLE).unwrap();
+        assert_eq!(config.specs.keys().collect::<Vec<_>>(), ["wte", "a*"]);
+        assert_eq!((config.effort, config.seed), (Effort::Fast, 7));
+        assert_eq!(config.specs["wte"].permute, Permute::Columns);
+        assert_eq!(config.to_value(), serde_json::from_str::<Value>(WHOLE).unwrap());
+        assert_eq!(TQConfig::from_json(&config.to_value().to_string()).unwrap(), config);
+    }
+
+    #[test]
+    fn effort_seed_and_permute_have_defaults() {
+        let config = TQConfig::from_json(r#"{"specs":{"wte":{"block":[1,4],"rank":1}}}"#).unwrap();
+        assert_eq!((config.effort, config.seed, config.specs["wte"].permute), (Effort::Balanced, 0, Permute::Both));
+    }
+
+    #[test]
+    fn every_fault_is_named() {
+        let spec = r#""specs":{"wte":{"block":[1,4],"rank":1}}"#;
+        for (json, words) in [
+            ("[", "not JSON"),
+            ("[]", "configuration"),
+            ("{}", "specs"),
+            (r#"{"specs":{}}"#, "at least one pattern"),
+            (&format!("{{{spec},\"bits\":4}}"), "bits"),
+            (
+                &format!("{{{spec},\"format_version\":2,\"new\":1}}"),
+                "newer tqcompressor (format 2), this one reads 1: upgrade",
+            ),
+            (&format!("{{{spec},\"format_version\":0}}"), "format_version: expected 1"),
+            (&format!("{{{spec},\"format_version\":\"1\"}}"), "format_version: expected 1"),
+            (&format!("{{{spec},\"quant_method\":\"gptq\"}}"), "quant_method"),
+            (&format!("{{{spec},\"effort\":\"utmost\"}}"), "utmost"),
+            (&format!("{{{spec},\"seed\":-1}}"), "-1"),
+            (r#"{"specs":{"h.*":{"block":[1,4]}}}"#, r#"pattern "h.*": missing field `rank`"#),
+            (r#"{"specs":{"h.*":{"block":[1,4,2],"rank":1}}}"#, r#"pattern "h.*""#),
+            (r#"{"specs":{"h.*":{"block":[1,4],"rank":-1}}}"#, r#"pattern "h.*""#),
+            (r#"{"specs":{"h.*":{"block":[1,4],"rank":1,"shape":2}}}"#, "shape"),
+            (r#"{"specs":{"h.*":{"block":[1,4],"rank":1,"permute":"all"}}}"#, r#"pattern "h.*": permute"#),
+        ] {
+            let error = TQConfig::from_json(json).unwrap_err();
+            assert!(matches!(error, Error::Config(_)) && error.to_string().contains(words), "{json}: {error}");
+        }
+    }
+}
