@@ -23,6 +23,12 @@ impl Progress {
         self.done.fetch_add(units, Relaxed);
     }
 
+    /// Records all that was announced as done: a search that has nothing to gain ends before it has done it all.
+    pub fn finish(&self) {
+        let (done, total) = self.counts();
+        self.advance(total.saturating_sub(done));
+    }
+
     /// `(done, total)`.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {

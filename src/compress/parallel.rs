@@ -115,9 +115,7 @@ pub fn decompose_each<'a>(
     if let Some((_, error)) = errors.into_iter().next() {
         return Err(error);
     }
-    // A search that has nothing left to gain ends early: what it did not need to do is done, too.
-    let (done, total) = progress.counts();
-    progress.advance(total.saturating_sub(done));
+    progress.finish();
     Ok(())
 }
 

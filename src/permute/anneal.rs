@@ -32,7 +32,6 @@ pub(super) struct Schedule {
 pub(super) fn anneal(
     gram: &PhaseGram,
     order: &mut [usize],
-    slots: usize,
     rank: usize,
     energy: f64,
     schedule: Schedule,
@@ -42,17 +41,17 @@ pub(super) fn anneal(
     let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
     let unit = energy / gram.elements as f64;
     let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
-    let mut projector = Projector::fit(gram, order, slots, rank)?;
+    let mut projector = Projector::fit(gram, order, rank)?;
     let mut own = Vec::new();
     for stage in 0..schedule.stages {
         let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;
-        own_energies(gram, &projector, slots, &mut own);
+        own_energies(gram, &projector, &mut own);
         let mut left = schedule.moves * gram.elements;
         while left > 0 {
             progress.check()?;
             let moves = left.min(50_000);
             left -= moves;
-            let state = State { gram, projector: &projector, own: &own, slots, temperature };
+            let state = State { gram, projector: &projector, own: &own, temperature };
             match gram.phases {
                 1 => try_swaps::<1>(&state, order, moves, &mut random),
                 2 => try_swaps::<4>(&state, order, moves, &mut random),
@@ -61,17 +60,17 @@ pub(super) fn anneal(
                 _ => try_swaps::<0>(&state, order, moves, &mut random),
             }
         }
-        projector = Projector::fit(gram, order, slots, rank)?;
+        projector = Projector::fit(gram, order, rank)?;
         progress.advance(gram.elements as u64);
     }
     Ok(projector.kept)
 }
 
 /// `own[y·slots + a]`: energy that element `y` keeps by itself in slot `a`, whatever else is in the block.
-fn own_energies(gram: &PhaseGram, projector: &Projector, slots: usize, own: &mut Vec<f32>) {
+fn own_energies(gram: &PhaseGram, projector: &Projector, own: &mut Vec<f32>) {
     own.clear();
     for y in 0..gram.elements {
-        for a in 0..slots {
+        for a in 0..gram.slots {
             let terms = gram.pair(y, y).iter().zip(projector.between(a, a));
             own.push(terms.map(|(product, coefficient)| product * coefficient).sum());
         }
@@ -82,7 +81,6 @@ struct State<'a> {
     gram: &'a PhaseGram,
     projector: &'a Projector,
     own: &'a [f32],
-    slots: usize,
     temperature: f32,
 }
 
@@ -95,7 +93,7 @@ dispatched! {
         }
         for step in 0..moves {
             let (x, y) = std::mem::replace(&mut ahead[step % AHEAD], draw(state, order, random));
-            if x / state.slots == y / state.slots {
+            if x / state.gram.slots == y / state.gram.slots {
                 continue;
             }
             let gain = swap_gain::<PAIR>(state, order, x, y);
@@ -115,8 +113,8 @@ fn draw(state: &State<'_>, order: &[usize], random: &mut Xoshiro256PlusPlus) -> 
     let bits = random.next_u64();
     let (x, y) = (below(order.len(), bits as u32), below(order.len(), (bits >> 32) as u32));
     let (at_x, at_y) = (order[x], order[y]);
-    for start in [x - x % state.slots, y - y % state.slots] {
-        for &neighbour in &order[start..start + state.slots] {
+    for start in [x - x % state.gram.slots, y - y % state.gram.slots] {
+        for &neighbour in &order[start..start + state.gram.slots] {
             prefetch(&state.gram.pair(neighbour, at_x)[0]);
             prefetch(&state.gram.pair(neighbour, at_y)[0]);
         }
@@ -144,7 +142,8 @@ fn accepts(gain: f32, temperature: f32, random: &mut Xoshiro256PlusPlus) -> bool
 /// Change of the kept energy if the elements at positions `x` and `y`, in different blocks, change places.
 #[inline(always)]
 fn swap_gain<const PAIR: usize>(state: &State<'_>, order: &[usize], x: usize, y: usize) -> f32 {
-    let State { gram, projector, own, slots, .. } = *state;
+    let State { gram, projector, own, .. } = *state;
+    let slots = gram.slots;
     let (a, b) = (x % slots, y % slots);
     let (at_x, at_y) = (order[x], order[y]);
     let alone = own[at_y * slots + a] - own[at_x * slots + a] + own[at_x * slots + b] - own[at_y * slots + b];
@@ -192,13 +191,12 @@ pub(super) fn swap_gains_for_tests(
     gram: &PhaseGram,
     projector: &Projector,
     order: &[usize],
-    slots: usize,
     x: usize,
     y: usize,
 ) -> [f32; 2] {
     let mut own = Vec::new();
-    own_energies(gram, projector, slots, &mut own);
-    let state = State { gram, projector, own: &own, slots, temperature: 0.0 };
+    own_energies(gram, projector, &mut own);
+    let state = State { gram, projector, own: &own, temperature: 0.0 };
     let by_width = match gram.phases {
         1 => swap_gain::<1>(&state, order, x, y),
         2 => swap_gain::<4>(&state, order, x, y),

@@ -26,9 +26,9 @@ impl Projector {
     /// Fits the factors to `order`.
     ///
     /// Cost: `elements·slots·phases²` additions and an eigendecomposition of size `slots·phases`.
-    pub fn fit(gram: &PhaseGram, order: &[usize], slots: usize, rank: usize) -> Result<Self> {
-        let phases = gram.phases;
-        let (vectors, values) = top_eigenvectors(&gram.block_gram(order, slots), rank)?;
+    pub fn fit(gram: &PhaseGram, order: &[usize], rank: usize) -> Result<Self> {
+        let (slots, phases) = (gram.slots, gram.phases);
+        let (vectors, values) = top_eigenvectors(&gram.block_gram(order), rank)?;
         let projector: Mat<f64> = &vectors * vectors.transpose();
         let mut coefficients = Vec::with_capacity(projector.nrows() * projector.ncols());
         for a in 0..slots {
@@ -70,17 +70,16 @@ impl Projector {
 pub(super) fn alternate_assignment(
     gram: &PhaseGram,
     order: &mut Vec<usize>,
-    slots: usize,
     rank: usize,
     iterations: usize,
     progress: &Progress,
 ) -> Result<f64> {
-    let mut projector = Projector::fit(gram, order, slots, rank)?;
+    let mut projector = Projector::fit(gram, order, rank)?;
     let mut cost = vec![0.0_f32; gram.elements * gram.elements];
     for _ in 0..iterations {
         assignment_cost(gram, order, &projector, &mut cost, progress)?;
         let improved = solve_assignment(&cost, gram.elements, progress)?;
-        let next = Projector::fit(gram, &improved, slots, rank)?;
+        let next = Projector::fit(gram, &improved, rank)?;
         if next.kept <= projector.kept * (1.0 + 1e-5) {
             if next.kept > projector.kept {
                 *order = improved;

@@ -8,6 +8,7 @@ use super::search::{Parallelism, Side};
 use crate::error::Result;
 use crate::kron::MatrixView;
 use crate::progress::Progress;
+use crate::shape::KroneckerShape;
 
 /// Elements (rows or columns) whose products are formed by one matrix multiplication.
 const TILE: usize = 64;
@@ -21,7 +22,9 @@ const TILE: usize = 64;
 pub(super) struct PhaseGram {
     /// Elements on this side: rows, or columns.
     pub elements: usize,
-    /// Phases of the other side.
+    /// Elements of this side in a block.
+    pub slots: usize,
+    /// Elements of the other side in a block.
     pub phases: usize,
     /// `C[y, x, c, d]`, f32.
     products: Vec<f32>,
@@ -33,16 +36,17 @@ impl PhaseGram {
         elements * elements * phases * phases * size_of::<f32>()
     }
 
-    /// Forms the products of `side`'s elements; `phases` belongs to the other side, whose order `view` carries.
+    /// Forms the products of `side`'s elements, with the other side in the order that `view` carries.
     ///
     /// Cost: `elements²·phases·(length of an element)` multiplies.
     pub fn new(
         view: MatrixView<'_>,
         side: Side,
-        phases: usize,
+        shape: &KroneckerShape,
         parallelism: Parallelism,
         progress: &Progress,
     ) -> Result<Self> {
+        let (slots, phases) = side.slots_and_phases(shape);
         let (elements, length) = match side {
             Side::Rows => (view.rows(), view.columns()),
             Side::Columns => (view.columns(), view.rows()),
@@ -63,7 +67,7 @@ impl PhaseGram {
                 MatRef::from_column_major_slice(&gathered, elements * phases, inner)
             }
         };
-        let mut gram = Self { elements, phases, products: zeros(elements * elements * phases * phases) };
+        let mut gram = Self { elements, slots, phases, products: zeros(elements * elements * phases * phases) };
         gram.fill_upper(parts, parallelism, progress)?;
         gram.mirror();
         Ok(gram)
@@ -82,10 +86,10 @@ impl PhaseGram {
         &self.products[(y * self.elements + x) * length..][..length]
     }
 
-    /// The block Gram matrix under the order `p` of this side, blocks `slots` high:
+    /// The block Gram matrix under the order `p` of this side:
     /// `G[(a, c), (b, d)] = Σ_I C[p(I, a), p(I, b), c, d]`.
-    pub fn block_gram(&self, order: &[usize], slots: usize) -> Mat<f64> {
-        let phases = self.phases;
+    pub fn block_gram(&self, order: &[usize]) -> Mat<f64> {
+        let (slots, phases) = (self.slots, self.phases);
         let mut gram = Mat::zeros(slots * phases, slots * phases);
         for block in order.chunks_exact(slots) {
             for (a, &y) in block.iter().enumerate() {

@@ -76,7 +76,7 @@ impl Side {
     }
 
     /// Elements of this side in a block ("slots"), and of the other side ("phases").
-    fn slots_and_phases(self, shape: &KroneckerShape) -> (usize, usize) {
+    pub(super) fn slots_and_phases(self, shape: &KroneckerShape) -> (usize, usize) {
         match self {
             Self::Rows => (shape.m2, shape.n2),
             Self::Columns => (shape.n2, shape.m2),
@@ -265,8 +265,8 @@ impl Search<'_> {
     fn assign(&self, mut orders: Orders) -> Result<(f64, Orders)> {
         let mut kept = 0.0;
         for &side in self.sides.iter().filter(|side| side.elements(&self.shape) <= ASSIGNMENT_ELEMENTS) {
-            kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
-                alternate_assignment(gram, order, slots, rank, ASSIGNMENTS, self.progress)
+            kept = self.improve(side, &mut orders, |gram, order| {
+                alternate_assignment(gram, order, self.shape.rank, ASSIGNMENTS, self.progress)
             })?;
         }
         Ok((kept, orders))
@@ -283,9 +283,9 @@ impl Search<'_> {
         for (level, (start, end)) in levels.chain([(COLD, FROZEN)]).enumerate() {
             let schedule = Schedule { start, end, stages: STAGES, moves: cooling.moves };
             for &side in &self.sides {
-                kept = self.improve(side, &mut orders, |gram, order, slots, rank| {
+                kept = self.improve(side, &mut orders, |gram, order| {
                     let seed = seed.wrapping_add(level as u64);
-                    anneal(gram, order, slots, rank, self.energy, schedule, seed, self.progress)
+                    anneal(gram, order, self.shape.rank, self.energy, schedule, seed, self.progress)
                 })?;
             }
         }
@@ -297,18 +297,17 @@ impl Search<'_> {
         &self,
         side: Side,
         orders: &mut Orders,
-        step: impl FnOnce(&PhaseGram, &mut Vec<usize>, usize, usize) -> Result<f64>,
+        step: impl FnOnce(&PhaseGram, &mut Vec<usize>) -> Result<f64>,
     ) -> Result<f64> {
-        let (slots, phases) = side.slots_and_phases(&self.shape);
         let view = match side {
             Side::Rows => self.view.ordered(None, Some(&orders.columns)),
             Side::Columns => self.view.ordered(Some(&orders.rows), None),
         };
-        let gram = PhaseGram::new(view, side, phases, self.parallelism, self.progress)?;
+        let gram = PhaseGram::new(view, side, &self.shape, self.parallelism, self.progress)?;
         let order = match side {
             Side::Rows => &mut orders.rows,
             Side::Columns => &mut orders.columns,
         };
-        step(&gram, order, slots, self.shape.rank)
+        step(&gram, order)
     }
 }

@@ -38,7 +38,7 @@ fn random_order(length: usize, seed: u64) -> Vec<usize> {
 }
 
 fn row_gram(view: MatrixView<'_>, shape: &KroneckerShape) -> PhaseGram {
-    PhaseGram::new(view, Side::Rows, shape.n2, Parallelism::Sequential, &Progress::default()).unwrap()
+    PhaseGram::new(view, Side::Rows, shape, Parallelism::Sequential, &Progress::default()).unwrap()
 }
 
 proptest! {
@@ -51,10 +51,10 @@ proptest! {
         let view = MatrixView::new(&w, m, n).unwrap();
         let expected = block_gram(view.ordered(Some(&rows), Some(&columns)), &shape, &progress).unwrap();
         let scale = view.energy();
-        let by_rows = row_gram(view.ordered(None, Some(&columns)), &shape).block_gram(&rows, shape.m2);
-        let by_columns = PhaseGram::new(view.ordered(Some(&rows), None), Side::Columns, shape.m2, Parallelism::Rayon, &progress)
+        let by_rows = row_gram(view.ordered(None, Some(&columns)), &shape).block_gram(&rows);
+        let by_columns = PhaseGram::new(view.ordered(Some(&rows), None), Side::Columns, &shape, Parallelism::Rayon, &progress)
             .unwrap()
-            .block_gram(&columns, shape.n2);
+            .block_gram(&columns);
         for i in 0..shape.block_entries() {
             for j in 0..=i {
                 prop_assert!((expected[(i, j)] - by_rows[(i, j)]).abs() < 1e-5 * scale);
@@ -73,10 +73,10 @@ proptest! {
         let view = MatrixView::new(&w, shape.rows(), shape.columns()).unwrap();
         let gram = row_gram(view, &shape);
         let mut order = random_order(shape.rows(), seed);
-        let projector = Projector::fit(&gram, &order, shape.m2, shape.rank).unwrap();
+        let projector = Projector::fit(&gram, &order, shape.rank).unwrap();
         let before = projector.energy(&gram, &order);
         for (x, y) in [(0, shape.m2), (shape.m2 - 1, shape.rows() - 1), (0, shape.rows() - 1)] {
-            let gain = swap_gains_for_tests(&gram, &projector, &order, shape.m2, x, y);
+            let gain = swap_gains_for_tests(&gram, &projector, &order, x, y);
             order.swap(x, y);
             let gained = projector.energy(&gram, &order) - before;
             order.swap(x, y);
@@ -92,11 +92,11 @@ proptest! {
         let view = MatrixView::new(&w, shape.rows(), shape.columns()).unwrap();
         let gram = row_gram(view, &shape);
         let mut order = random_order(shape.rows(), seed);
-        let before = Projector::fit(&gram, &order, shape.m2, shape.rank).unwrap().kept;
-        let kept = alternate_assignment(&gram, &mut order, shape.m2, shape.rank, 3, &Progress::default()).unwrap();
+        let before = Projector::fit(&gram, &order, shape.rank).unwrap().kept;
+        let kept = alternate_assignment(&gram, &mut order, shape.rank, 3, &Progress::default()).unwrap();
         prop_assert!(kept >= before);
         Permutation::new(order.clone()).unwrap();
-        let checked = Projector::fit(&gram, &order, shape.m2, shape.rank).unwrap().kept;
+        let checked = Projector::fit(&gram, &order, shape.rank).unwrap().kept;
         prop_assert!((checked - kept).abs() <= 1e-9 * view.energy());
     }
 
@@ -183,9 +183,9 @@ fn annealing_at_rest_only_climbs() {
     let view = MatrixView::new(&w, 64, 64).unwrap();
     let gram = row_gram(view, &shape);
     let mut order: Vec<usize> = (0..64).collect();
-    let before = Projector::fit(&gram, &order, 4, 3).unwrap().kept;
+    let before = Projector::fit(&gram, &order, 3).unwrap().kept;
     let schedule = Schedule { start: 1e-12, end: 1e-12, stages: 4, moves: 200 };
-    let kept = anneal(&gram, &mut order, 4, 3, view.energy(), schedule, 1, &Progress::default()).unwrap();
+    let kept = anneal(&gram, &mut order, 3, view.energy(), schedule, 1, &Progress::default()).unwrap();
     assert!(kept > before * 1.05, "{before} {kept}");
     Permutation::new(order).unwrap();
 }

@@ -1,21 +1,15 @@
 //! `plan`, `plan_checkpoint` and `compress_checkpoint`.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::mpsc::channel;
-use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use super::jobs;
+use super::jobs::{self, Grace};
 use crate::checkpoint::float::Float;
 use crate::checkpoint::names::Kind;
 use crate::compress::{self, Options, Report};
 use crate::error::Result;
 use crate::plan::{Input, Plan, TQConfig};
-
-/// How long an interrupted job is waited for, so that it can remove what it has written.
-const TIDYING: Duration = Duration::from_secs(10);
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plan, module)?)?;
@@ -38,7 +32,7 @@ fn plan(tensors: Vec<(String, Vec<usize>, String)>, tied_head: bool, config: &st
 #[pyfunction]
 fn plan_checkpoint(py: Python<'_>, source: PathBuf, config: &str) -> PyResult<String> {
     let config = TQConfig::from_json(config)?;
-    let report = jobs::run(py, None, None, move |_| compress::plan_checkpoint(&source, &config))?;
+    let report = jobs::run(py, None, Grace::Short, move |_| compress::plan_checkpoint(&source, &config))?;
     Ok(report.to_json(false))
 }
 
@@ -57,17 +51,9 @@ fn compress_checkpoint(
 ) -> PyResult<String> {
     let config = TQConfig::from_json(config)?;
     let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
-    // Nothing is ever sent: the channel is disconnected when the job ends, one way or the other.
-    let (ends, ended) = channel::<()>();
-    let result = jobs::run(py, threads, progress, move |progress| {
-        let _ends = ends;
-        compress::compress_checkpoint(&source, &destination, &config, &options, progress)
-    });
-    if result.is_err() {
-        // After Ctrl-C the job may still be removing its files, and a script that ends now would stop it halfway.
-        let ended = Mutex::new(ended);
-        // Both outcomes, ended and still busy, are final here: the caller gets its exception either way.
-        py.detach(|| drop(ended.lock().map(|ended| ended.recv_timeout(TIDYING))));
-    }
-    Ok(result?.to_json(false))
+    let pool = jobs::pool(threads)?;
+    let report = jobs::run(py, progress, Grace::UntilTidy, move |progress| {
+        pool.install(|| compress::compress_checkpoint(&source, &destination, &config, &options, progress))
+    })?;
+    Ok(report.to_json(false))
 }

@@ -14,40 +14,54 @@ use crate::progress::Progress;
 /// How often the calling thread looks for Ctrl-C and reports progress.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How long a cancelled job is waited for, so that it can tidy up, before the caller gets its exception all the same.
-const GRACE: Duration = Duration::from_millis(40);
+/// How long a cancelled job is waited for before the caller gets its exception all the same.
+pub(super) enum Grace {
+    /// Hardly at all: the job leaves nothing behind.
+    Short,
+    /// Until it has removed what it has written: a script that ends now would stop it halfway.
+    UntilTidy,
+}
+
+impl Grace {
+    fn duration(&self) -> Duration {
+        match self {
+            Self::Short => Duration::from_millis(40),
+            Self::UntilTidy => Duration::from_secs(10),
+        }
+    }
+}
+
+/// A pool of `threads` threads, one per core by default, for a job to install.
+///
+/// Every job has a pool of its own: rayon's global one would hang in a forked child.
+pub(super) fn pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
+    let count = threads.unwrap_or(0);
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(count)
+        .build()
+        .map_err(|error| PyRuntimeError::new_err(format!("cannot start {count} threads: {error}")))
+}
 
 /// Runs `job` on a thread of its own and returns its result.
 ///
-/// The job owns what it works on: after Ctrl-C, or an exception from `callback`, the caller goes on at once, and the job
-/// ends by itself at its next [`Progress::check`]. `callback` gets `(done, total)` every [`TICK`] and once at the end.
+/// The job owns what it works on: after Ctrl-C, or an exception from `callback`, the caller goes on after `grace`, and
+/// the job ends by itself at its next [`Progress::check`]. `callback` gets `(done, total)` every [`TICK`] and once at the
+/// end.
 pub(super) fn run<T: Send + 'static>(
     py: Python<'_>,
-    threads: Option<usize>,
     callback: Option<Py<PyAny>>,
+    grace: Grace,
     job: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
 ) -> PyResult<T> {
-    let pool = match threads {
-        None => None,
-        Some(threads) => Some(
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .map_err(|error| PyRuntimeError::new_err(format!("cannot start {threads} threads: {error}")))?,
-        ),
-    };
     let progress = Arc::new(Progress::default());
     // A mutex only makes the receiver shareable, which `detach` asks for; nobody else ever locks it.
     let (sender, receiver) = channel();
     let receiver = Mutex::new(receiver);
     let shared = Arc::clone(&progress);
     let worker = std::thread::Builder::new().name("tqcompressor".into()).spawn(move || {
-        let work = AssertUnwindSafe(|| match &pool {
-            Some(pool) => pool.install(|| job(&shared)),
-            None => job(&shared),
-        });
+        let outcome = catch_unwind(AssertUnwindSafe(|| job(&shared)));
         // The receiver is gone if the caller was interrupted: then nobody wants the result.
-        let _ = sender.send(catch_unwind(work));
+        let _ = sender.send(outcome);
     });
     let worker = worker.map_err(|error| PyRuntimeError::new_err(format!("cannot start a thread: {error}")))?;
     loop {
@@ -64,7 +78,7 @@ pub(super) fn run<T: Send + 'static>(
         }
         if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress, callback.as_ref())) {
             progress.cancel();
-            let deadline = Instant::now() + GRACE;
+            let deadline = Instant::now() + grace.duration();
             py.detach(|| {
                 while !worker.is_finished() && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(2));

@@ -1,18 +1,22 @@
 //! `decompose_many`, `nearest_kronecker_sum`, `find_permutation`, `reconstruct` and `apply`.
 
-use std::time::Instant;
-
 use numpy::{PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
 
 use super::arrays::{contiguous, factor_shape, indices, owned_matrix, permutation, shaped};
-use super::jobs;
+use super::jobs::{self, Grace};
+use crate::compress::{self, Task, Timed};
 use crate::error::{Error, Result};
 use crate::kron::{KroneckerSum, MatrixView};
 use crate::permute::{self, Decomposition, Effort, Parallelism, Permutation};
 use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
 
 type Factors<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>);
+/// `(A, B, lost_energy)`.
+type NearestSum<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>, f64);
+/// `(p, q, lost_energy)`.
+type FoundOrders<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, f64);
+/// `(A, B, p, q, lost_energy, seconds)`.
 type Decomposed<'py> = (
     Bound<'py, PyArray3<f32>>,
     Bound<'py, PyArray3<f32>>,
@@ -41,10 +45,10 @@ fn nearest_kronecker_sum<'py>(
     w: PyReadonlyArray2<'py, f32>,
     block: (usize, usize),
     rank: usize,
-) -> PyResult<(Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>, f64)> {
+) -> PyResult<NearestSum<'py>> {
     let (data, (m, n)) = owned_matrix(&w)?;
     let shape = KroneckerShape::new(m, n, block, rank)?;
-    let sum = jobs::run(py, None, None, move |progress| {
+    let sum = jobs::run(py, None, Grace::Short, move |progress| {
         crate::kron::nearest_kronecker_sum(MatrixView::new(&data, m, n)?, shape, progress)
     })?;
     let lost_energy = sum.lost_energy;
@@ -64,13 +68,18 @@ fn find_permutation<'py>(
     seed: u64,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
-) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, f64)> {
+) -> PyResult<FoundOrders<'py>> {
     let (data, (m, n)) = owned_matrix(&w)?;
     let shape = KroneckerShape::new(m, n, block, rank)?;
     let (permute, effort) = (Permute::from_name(permute)?, Effort::from_name(effort)?);
-    let (orders, lost_energy) = jobs::run(py, threads, progress, move |progress| {
+    let pool = jobs::pool(threads)?;
+    let (orders, lost_energy) = jobs::run(py, progress, Grace::Short, move |progress| {
         let view = MatrixView::new(&data, m, n)?;
-        permute::find_permutation(view, shape, permute, effort, seed, Parallelism::Rayon, progress)
+        progress.expect(permute::work(shape, permute, effort));
+        let search = || permute::find_permutation(view, shape, permute, effort, seed, Parallelism::Rayon, progress);
+        let found = pool.install(search)?;
+        progress.finish();
+        Ok(found)
     })?;
     Ok((indices(py, orders.rows.into_iter()), indices(py, orders.columns.into_iter()), lost_energy))
 }
@@ -99,31 +108,29 @@ fn decompose_many<'py>(
         }
         .into());
     }
-    let mut tasks = Vec::with_capacity(count);
+    let (mut tasks, mut data) = (Vec::with_capacity(count), Vec::with_capacity(count));
     for (((array, name), (block, rank)), permute) in
         matrices.iter().zip(names).zip(blocks.into_iter().zip(ranks)).zip(permutes)
     {
-        let (data, (m, n)) = owned_matrix(array)?;
+        let (values, (rows, columns)) = owned_matrix(array)?;
         let spec = KroneckerSpec { block, rank, permute: Permute::from_name(&permute)? };
-        spec.shape(m, n).map_err(|error| error.in_tensor(&name))?;
-        tasks.push((data, (m, n), spec, name));
+        // All of them, before the first is worked on.
+        spec.shape(rows, columns)
+            .and_then(|_| MatrixView::new(&values, rows, columns)?.check_finite())
+            .map_err(|error| error.in_tensor(&name))?;
+        tasks.push(Task { name, rows, columns, spec });
+        data.push(values);
     }
-    let decompositions = jobs::run(py, threads, progress, move |progress| {
-        tasks
-            .into_iter()
-            .map(|(data, shape, spec, name)| {
-                let clock = Instant::now();
-                permute::decompose(&data, shape, &spec, effort, seed, Parallelism::Rayon, progress)
-                    .map(|decomposition| (decomposition, clock.elapsed().as_secs_f64()))
-                    .map_err(|error| error.in_tensor(&name))
-            })
-            .collect::<Result<Vec<_>>>()
+    let pool = jobs::pool(threads)?;
+    let decompositions = jobs::run(py, progress, Grace::Short, move |progress| {
+        let slices: Vec<&[f32]> = data.iter().map(Vec::as_slice).collect();
+        pool.install(|| compress::decompose_many(&tasks, &slices, effort, seed, progress))
     })?;
-    Ok(decompositions.into_iter().map(|(decomposition, seconds)| to_python(py, decomposition, seconds)).collect())
+    Ok(decompositions.into_iter().map(|timed| to_python(py, timed)).collect())
 }
 
-fn to_python(py: Python<'_>, decomposition: Decomposition, seconds: f64) -> Decomposed<'_> {
-    let Decomposition { sum, rows, columns } = decomposition;
+fn to_python(py: Python<'_>, timed: Timed) -> Decomposed<'_> {
+    let Timed { decomposition: Decomposition { sum, rows, columns }, seconds } = timed;
     let (m, n, lost_energy) = (sum.shape.rows(), sum.shape.columns(), sum.lost_energy);
     let order = |side: Option<Permutation>, length| match side {
         Some(permutation) => indices(py, permutation.as_slice().iter().copied()),
@@ -162,7 +169,7 @@ fn reconstruct<'py>(
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let decomposition = decomposition(&a, &b, &p, &q)?;
     let shape = decomposition.sum.shape;
-    let dense = jobs::run(py, None, None, move |_| Ok(decomposition.to_dense()))?;
+    let dense = jobs::run(py, None, Grace::Short, move |_| Ok(decomposition.to_dense()))?;
     Ok(shaped(py, (shape.rows(), shape.columns()), dense))
 }
 
@@ -186,6 +193,6 @@ fn apply<'py>(
         }
         .into());
     }
-    let y = jobs::run(py, None, None, move |_| decomposition.apply(&x, batch))?;
+    let y = jobs::run(py, None, Grace::Short, move |_| decomposition.apply(&x, batch))?;
     Ok(shaped(py, (batch, columns), y))
 }
