@@ -27,9 +27,8 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        from .transformers_integration import register
-
-        register()
+        # Importing it registers. It may itself be what is importing transformers: then it does so when it is done.
+        from . import transformers_integration  # noqa: F401
     except (ImportError, AttributeError) as error:
         # Never break somebody's import of transformers, which may have nothing to do with this package.
         warnings.warn(

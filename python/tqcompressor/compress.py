@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, gpt2
-from .config import KroneckerSpec, TQConfig, resolve_config
+from .config import FORMAT_VERSION, KroneckerSpec, TQConfig, resolve_config
 from .embeddings import KroneckerEmbedding, KroneckerHead
 from .errors import ConfigError, DtypeError
 from .modules import FusedKroneckerLinear, KroneckerLinear
 from .progress import ProgressOption, reporter
+from .report import CompressionReport
 from .transformers_integration import attach, detach
 
 
@@ -31,7 +32,7 @@ def compress(
     seed: int | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
-) -> dict[str, Any]:
+) -> CompressionReport:
     """Replaces the matrices of a GPT-2 that `config` names by Kronecker sums, in place, and reports what it cost.
 
     Every `W` in × out becomes `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`. The model keeps its device, dtype, training mode and
@@ -64,6 +65,8 @@ def compress(
         >>> report = tqcompressor.compress(model, "tq-81m", effort="fast")  # doctest: +SKIP
     """
     started = time.perf_counter()
+    gpt2.require_gpt2(model)
+    before = model.num_parameters()
     config = resolve_config(config, effort=effort, seed=seed)
     plan = plan_model(model, config)
     planned = plan["matrices"]
@@ -94,7 +97,7 @@ def compress(
     except BaseException:
         detach(model)
         raise
-    return _report(plan, results, time.perf_counter() - started)
+    return _report(model, plan, results, (before, model.num_parameters()), time.perf_counter() - started)
 
 
 def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
@@ -144,5 +147,38 @@ def _fill_factors(module: Any, dense: Any, factors: tuple[NDArray[Any], ...]) ->
     module.set_factors(*factors, dtype=weight.dtype, device=weight.device)
 
 
-def _report(plan, results, seconds):
-    return plan
+def _report(
+    model: PreTrainedModel,
+    plan: Mapping[str, Any],
+    results: Sequence[tuple[Any, ...]],
+    parameters: tuple[int, int],
+    seconds: float,
+) -> CompressionReport:
+    matrices = [
+        {**entry, "lost_energy": lost_energy, "seconds": elapsed}
+        for entry, (*_, lost_energy, elapsed) in zip(plan["matrices"], results, strict=True)
+    ]
+    factors = {id(factor) for _, module in gpt2.compressed_modules(model) for factor in gpt2.factors(module)}
+    untouched = [
+        {"tensor": name, "shape": parameter.shape, "parameters": parameter.numel()}
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in factors
+    ]
+    return CompressionReport.from_dict(
+        {
+            **plan,
+            "tqcompressor": _core.__version__,
+            "format_version": FORMAT_VERSION,
+            "source": None,
+            "effort": model.config.quantization_config.effort,
+            "seed": model.config.quantization_config.seed,
+            "dtype": None,
+            "matrices": matrices,
+            "untouched": untouched,
+            "parameters_before": parameters[0],
+            "parameters_after": parameters[1],
+            "bytes_before": None,
+            "bytes_after": None,
+            "seconds": seconds,
+        }
+    )

@@ -230,6 +230,10 @@ class TQConfig:
         """The value of a key of `to_dict`: transformers reads a config that it may hold as a dict or as an object."""
         return self.to_dict().get(key, default)
 
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Takes none of the arguments that transformers passes on from `from_pretrained`, and returns them all."""
+        return changes
+
 
 RECIPES: Mapping[str, TQConfig] = MappingProxyType(
     {

@@ -114,6 +114,11 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule
             yield name, module
 
 
+def factors(module: CompressedModule) -> list[nn.Parameter]:
+    """The factors of a compressed module, which its bias is not one of."""
+    return [parameter for name, parameter in module.named_parameters() if name.split(".")[-1] in ("A", "B")]
+
+
 def by_module(matrices: Iterable[str]) -> dict[str, dict[str | None, str]]:
     """Groups matrix names by their module: {"h.0.attn.c_attn": {"q": "h.0.attn.c_attn.q", …}, "wte": {None: "wte"}}."""
     groups: dict[str, dict[str | None, str]] = defaultdict(dict)

@@ -252,3 +252,6 @@ def check_loaded(model: PreTrainedModel) -> None:
                 order = torch.arange(len(tensor), device=tensor.device)
                 if not torch.equal(tensor.sort().values, order):
                     raise CheckpointError(f"tensor {module_name}.{name} is not a permutation")
+
+
+register()

@@ -3,20 +3,16 @@
 import copy
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
+import torch
 from tiny_models import CONFIG, SPECS, VOCABULARY, first_output, some_ids, tiny_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from tqcompressor import _core
 from tqcompressor.compress import compress
 from tqcompressor.config import KroneckerSpec, TQConfig
 from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead
 from tqcompressor.errors import ConfigError, DtypeError, NonFiniteError, ShapeError
 from tqcompressor.modules import FusedKroneckerLinear, KroneckerLinear
+from transformers.pytorch_utils import Conv1D
 
 HEADS = [
     "GPT2Model",
@@ -75,7 +71,7 @@ def test_the_factors_are_those_of_the_standalone_decomposition_whatever_the_thre
             a, b, p, q, *_ = _core.decompose_many(*arguments)[0]
             module = compressed.transformer.get_submodule(name)
             assert torch.equal(module.A, torch.from_numpy(a)) and torch.equal(module.B, torch.from_numpy(b))
-            # Indices for a lookup, which inverts the rows of an embedding, and for the output, which is inverted always.
+            # Gather indices of the forward pass: an embedding looks its rows up, so they are inverted too.
             rows = module.input_permutation
             if rows is not None:
                 rows = rows.argsort() if name == "wte" else rows
@@ -242,7 +238,7 @@ def test_models_that_cannot_be_compressed():
         compress(model, CONFIG)
     with torch.device("meta"):
         empty = tiny_model()
-    with pytest.raises(ConfigError, match="wte.*meta"):
+    with pytest.raises(ConfigError, match=r"wte.*meta"):
         compress(empty, CONFIG)
     model = tiny_model()
     model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(torch.zeros(32, 128, dtype=torch.complex64))
@@ -279,8 +275,29 @@ def test_effort_and_seed_override_the_config_and_are_recorded():
 
 def test_progress_ends_at_the_total():
     seen = []
-    compress(tiny_model(), CONFIG, progress=lambda done, total: seen.append((done, total)))
+    compress(tiny_model(), CONFIG, effort="balanced", progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_the_report_accounts_for_every_parameter():
+    model = tiny_model()
+    before = model.num_parameters()
+    report = compress(model, CONFIG, seed=5)
+    assert (report.parameters_before, report.parameters_after) == (before, model.num_parameters())
+    kept = sum(tensor.parameters for tensor in report.untouched)
+    assert kept + sum(matrix.parameters_before for matrix in report.matrices) == report.parameters_before
+    assert kept + sum(matrix.parameters_after for matrix in report.matrices) == report.parameters_after
+    assert [matrix.name for matrix in report.matrices] == list(model.config.quantization_config.specs)
+    assert (report.effort, report.seed, report.source) == ("fast", 5, None)
+    dense = dict(tiny_model().named_parameters())
+    for matrix in report.matrices:
+        assert matrix.seconds >= 0
+        if matrix.name == "h.0.attn.c_attn.k":
+            weight = dense["transformer.h.0.attn.c_attn.weight"][:, 32:64]
+            error = weight - model.transformer.h[0].attn.c_attn.k.dense_weight()
+            assert matrix.lost_energy == pytest.approx((error.square().sum() / weight.square().sum()).item(), rel=1e-4)
+    assert "h.0.attn.c_attn.k" in str(report)
 
 
 def test_dequantize_gives_a_stock_model_that_can_be_compressed_again():

@@ -6,7 +6,6 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tqcompressor.config import RECIPES, KroneckerSpec, TQConfig, resolve_config
 from tqcompressor.errors import ConfigError, ShapeError
 
@@ -170,5 +169,5 @@ def test_what_is_no_config_is_refused(bad):
 def test_a_bad_file_is_named(tmp_path):
     file = tmp_path / "broken.json"
     file.write_text("{")
-    with pytest.raises(ConfigError, match="broken.json"):
+    with pytest.raises(ConfigError, match=r"broken\.json"):
         resolve_config(file)

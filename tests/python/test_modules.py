@@ -2,15 +2,12 @@
 
 import copy
 
-import pytest
-
-torch = pytest.importorskip("torch")
-
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-
 from tqcompressor.contraction import kronecker_matmul, multiplies
 from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead
 from tqcompressor.errors import ConfigError, ShapeError
