@@ -1,0 +1,281 @@
+"""What to compress and how: one spec per matrix, the search's effort, the seed, and the named recipes.
+
+Nothing here imports torch. A [`TQConfig`] is what `config.json` carries as `quantization_config`, what every entry
+point takes as `config`, and what `from_pretrained(..., quantization_config=...)` of transformers accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from .errors import ConfigError, ShapeError
+
+QUANT_METHOD = "tqcompressor"
+FORMAT_VERSION = 1
+EFFORTS = ("fast", "balanced", "best")
+PERMUTES = ("none", "rows", "columns", "both")
+DEFAULT_RECIPE = "tq-81m"
+# The search draws its random numbers from an unsigned 64-bit seed.
+_LARGEST_SEED = 2**64 - 1
+
+
+def _integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
+    wanted = f"{name} must be an integer from {smallest}" + (" up" if largest is None else f" to {largest}")
+    try:
+        # True would pass as 1, and 4.0 as nothing at all: neither is meant as a count.
+        number = operator.index(value) if not isinstance(value, bool) else None
+    except TypeError:
+        number = None
+    if number is None or number < smallest or (largest is not None and number > largest):
+        raise ConfigError(f"{wanted}, got {value!r}")
+    return number
+
+
+def _check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"a {what} must be a JSON object, got {type(data).__name__}")
+    unknown = [str(key) for key in data if key not in known]
+    if unknown:
+        raise ConfigError(f"unknown key of a {what}: {', '.join(unknown)}; known are {', '.join(known)}")
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise ConfigError(f"a {what} needs {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class KroneckerSpec:
+    """How one matrix becomes a Kronecker sum: `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, `k < rank`.
+
+    `W` has shape `(m, n)`, in × out; `block = (m2, n2)` is the shape of every `B_k` and must divide it, so that `A_k`
+    has shape `(m / m2, n / n2)`. The parameters are `rank · (m1·n1 + m2·n2)`. `permute` says which sides are searched
+    for a permutation: "none", "rows" (`p`), "columns" (`q`) or "both". `block = (1, n)` is a plain low-rank product.
+
+    >>> KroneckerSpec(block=(2, 4), rank=4).parameters(768, 3072)
+    1179680
+    """
+
+    block: tuple[int, int]
+    rank: int
+    permute: str = "both"
+
+    def __post_init__(self) -> None:
+        try:
+            rows, columns = self.block
+        except (TypeError, ValueError):
+            raise ConfigError(f"block must be two positive integers (m2, n2), got {self.block!r}") from None
+        block = (_integer("block", rows, 1), _integer("block", columns, 1))
+        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "rank", _integer("rank", self.rank, 1))
+        if self.permute not in PERMUTES:
+            raise ConfigError(f"permute must be one of {', '.join(PERMUTES)}, got {self.permute!r}")
+
+    @property
+    def permutes_rows(self) -> bool:
+        """Whether the rows of `W` are permuted."""
+        return self.permute in ("rows", "both")
+
+    @property
+    def permutes_columns(self) -> bool:
+        """Whether the columns of `W` are permuted."""
+        return self.permute in ("columns", "both")
+
+    def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The shapes `(rank, m1, n1)` of A and `(rank, m2, n2)` of B for a `(rows, columns)` matrix.
+
+        Raises `ShapeError` when the block does not divide the matrix, or when the rank is larger than any matrix of
+        this shape can need, which is `min(m1·n1, m2·n2)`.
+        """
+        m2, n2 = self.block
+        if rows % m2 or columns % n2 or not rows or not columns:
+            raise ShapeError(f"block {self.block} does not divide a {rows} × {columns} matrix")
+        m1, n1 = rows // m2, columns // n2
+        if self.rank > min(m1 * n1, m2 * n2):
+            raise ShapeError(
+                f"rank {self.rank} is too large: block {self.block} of a {rows} × {columns} matrix "
+                f"allows at most {min(m1 * n1, m2 * n2)}"
+            )
+        return (self.rank, m1, n1), (self.rank, m2, n2)
+
+    def parameters(self, rows: int, columns: int) -> int:
+        """The number of elements in the factors of a `(rows, columns)` matrix: `rank · (m1·n1 + m2·n2)`."""
+        (_, m1, n1), (_, m2, n2) = self.factor_shapes(rows, columns)
+        return self.rank * (m1 * n1 + m2 * n2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {"block": list(self.block), "rank": self.rank, "permute": self.permute}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KroneckerSpec:
+        """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
+        _check_keys(data, "spec", known=("block", "rank", "permute"), required=("block", "rank"))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class TQConfig:
+    """Which matrices of a model get which [`KroneckerSpec`], and how hard their permutations are searched.
+
+    `specs` maps a glob pattern to a spec; without it the specs of the recipe `tq-81m` are taken. A pattern is matched
+    against the name of a matrix ("wte", "h.1.mlp.c_fc", "h.0.attn.c_attn.q") or of its module, with or without
+    "transformer." before and ".weight" behind it; `*` crosses dots, `[13579]` is one of these characters. The first
+    pattern that matches a matrix decides. `effort` is "fast", "balanced" or "best". The result depends on the weights,
+    the spec, the effort and the seed only.
+
+    Two configs are equal when their specs (in any order), effort and seed are.
+
+    Raises `ConfigError` for values that cannot be followed.
+
+    >>> config = TQConfig({"h.*.mlp.c_fc": KroneckerSpec(block=(2, 4), rank=4)}, effort="fast")
+    >>> TQConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    specs: Mapping[str, KroneckerSpec] = None  # type: ignore[assignment]  # None is replaced by the default recipe's
+    effort: str = "balanced"
+    seed: int = 0
+
+    # Read by transformers, which picks the quantizer by it.
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        specs = RECIPES[DEFAULT_RECIPE].specs if self.specs is None else self.specs
+        if not isinstance(specs, Mapping):
+            raise ConfigError(f"specs must map patterns to KroneckerSpec, got {type(specs).__name__}")
+        if not specs:
+            raise ConfigError("specs is empty: name at least one matrix to compress")
+        checked = {}
+        for pattern, spec in specs.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"a pattern of specs must be a non-empty string, got {pattern!r}")
+            try:
+                checked[pattern] = spec if isinstance(spec, KroneckerSpec) else KroneckerSpec.from_dict(spec)
+            except ConfigError as error:
+                raise ConfigError(f"specs[{pattern!r}]: {error}") from None
+        object.__setattr__(self, "specs", checked)
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, _LARGEST_SEED))
+
+    @classmethod
+    def from_recipe(cls, name: str) -> TQConfig:
+        """The recipe of that name in `RECIPES`; raises `ConfigError` when there is none."""
+        try:
+            return RECIPES[name]
+        except KeyError:
+            raise ConfigError(f"no recipe is called {name!r}; there is {', '.join(RECIPES)}") from None
+
+    def replace(self, **changes: Any) -> TQConfig:
+        """A copy with the given `specs`, `effort` or `seed`; arguments that are None change nothing."""
+        unknown = changes.keys() - {field.name for field in fields(self)}
+        if unknown:
+            raise ConfigError(f"a config has no {', '.join(sorted(unknown))}")
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types, as stored under `quantization_config` in `config.json`."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "specs": {pattern: spec.to_dict() for pattern, spec in self.specs.items()},
+            "effort": self.effort,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TQConfig:
+        """The inverse of `to_dict`; a missing `effort` or `seed` takes its default.
+
+        Raises `ConfigError` for unknown keys, another `quant_method`, or a `format_version` newer than this package.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config must be a JSON object, got {type(data).__name__}")
+        method = data.get("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ConfigError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
+        # Before the keys: a newer format may well have keys that this one does not know.
+        version = _integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
+        if version > FORMAT_VERSION:
+            raise ConfigError(
+                f"written by a newer tqcompressor (format {version}), this one reads {FORMAT_VERSION}: upgrade"
+            )
+        own = tuple(field.name for field in fields(cls))
+        _check_keys(data, "config", known=("quant_method", "format_version", *own), required=("specs",))
+        return cls(**{name: data[name] for name in own if name in data})
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The config as JSON text, also written to `path` when that is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> TQConfig:
+        """The inverse of `to_json`, from the text; raises `ConfigError` when it is not JSON."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"not JSON: {error}") from None
+        return cls.from_dict(data)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of `to_dict`: transformers reads a config that it may hold as a dict or as an object."""
+        return self.to_dict().get(key, default)
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Takes none of the arguments that transformers passes on from `from_pretrained`, and returns them all."""
+        return changes
+
+
+RECIPES: Mapping[str, TQConfig] = MappingProxyType(
+    {
+        # The published 81M model (arXiv 2401.16367) in one shot: the embedding in a quarter of its width, and the
+        # feed-forward matrices of every odd block with half of their parameters.
+        "tq-81m": TQConfig(
+            {
+                "wte": KroneckerSpec(block=(1, 4), rank=1, permute="columns"),
+                "h.*[13579].mlp.c_fc": KroneckerSpec(block=(2, 4), rank=4),
+                "h.*[13579].mlp.c_proj": KroneckerSpec(block=(4, 2), rank=4),
+            }
+        ),
+    }
+)
+
+
+def resolve_config(config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None, **changes: Any) -> TQConfig:
+    """The config that any entry point was given: a recipe's name, the path of a JSON file, a dict or a `TQConfig`.
+
+    None stands for the default. `changes` (`effort`, `seed`) override what the config says, unless they are None.
+    Raises `ConfigError` when the name is neither a recipe nor a file, or when its contents cannot be followed.
+    """
+    if config is None:
+        resolved = TQConfig()
+    elif isinstance(config, TQConfig):
+        resolved = config
+    elif isinstance(config, Mapping):
+        resolved = TQConfig.from_dict(config)
+    elif isinstance(config, str | os.PathLike):
+        resolved = _named_config(config)
+    else:
+        raise ConfigError(f"a config is a recipe's name, a path, a dict or a TQConfig, got {type(config).__name__}")
+    return resolved.replace(**changes)
+
+
+def _named_config(name: str | os.PathLike[str]) -> TQConfig:
+    if isinstance(name, str) and name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"{os.fspath(name)!r} is neither a recipe ({', '.join(RECIPES)}) nor a file")
+    try:
+        return TQConfig.from_json(path.read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None

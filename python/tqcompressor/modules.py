@@ -1,0 +1,267 @@
+"""The torch modules that stand in for dense linear ones: they hold Kronecker factors and permutations.
+
+Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers `input_permutation` and
+`output_permutation` (gather indices used in the forward pass; None where a side is not permuted). No module has a
+`weight`: code that looks for one must fail, not work on a copy. `dense_weight()` computes it on request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .config import KroneckerSpec
+from .contraction import kronecker_matmul
+from .errors import ShapeError
+
+
+class KroneckerFactors(nn.Module):
+    """What the modules share: the factors and permutations of a `(rows, columns)` matrix."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    input_permutation: torch.Tensor | None
+    output_permutation: torch.Tensor | None
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        block: tuple[int, int],
+        rank: int,
+        input_size: int | None,
+        output_size: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        spec = KroneckerSpec(block, rank)
+        a_shape, b_shape = spec.factor_shapes(rows, columns)
+        self.block = spec.block
+        self.rank = spec.rank
+        self.A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
+        for name, size in (("input_permutation", input_size), ("output_permutation", output_size)):
+            self.register_buffer(name, None if size is None else torch.arange(size, device=device))
+
+    def reset_parameters(self, variance: float) -> None:
+        """Draws factors whose Kronecker sum has entries of the given variance."""
+        bound = math.sqrt(3 * math.sqrt(variance / self.rank))
+        nn.init.uniform_(self.A, -bound, bound)
+        nn.init.uniform_(self.B, -bound, bound)
+
+    def _set(
+        self, tensors: Mapping[str, NDArray[Any]], dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
+        """Takes copies of the factors, and of the permutations of those sides that are permuted."""
+        for name, values in tensors.items():
+            current = getattr(self, name)
+            if current is None:
+                continue
+            if values.shape != tuple(current.shape):
+                raise ShapeError(f"{name} has shape {values.shape}, expected {tuple(current.shape)}")
+            values = np.ascontiguousarray(values)
+            if isinstance(current, nn.Parameter):
+                trainable = current.requires_grad
+                setattr(self, name, nn.Parameter(torch.tensor(values, dtype=dtype, device=device), trainable))
+            else:
+                setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
+
+    def _expand(self) -> torch.Tensor:
+        """The Kronecker sum as a matrix, still permuted, in at least single precision."""
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        blocks = torch.einsum("kac,kbd->abcd", self.A.to(wide), self.B.to(wide))
+        return blocks.flatten(2, 3).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        sides = [name for name in ("input_permutation", "output_permutation") if getattr(self, name) is not None]
+        return f"block={self.block}, rank={self.rank}" + "".join(f", {side}=True" for side in sides)
+
+
+class KroneckerLinear(KroneckerFactors):
+    """`y = x W + bias` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, never forming `W`.
+
+    Shapes: `x (..., in_features)`, `y (..., out_features)`, `A (rank, in_features / m2, out_features / n2)`,
+    `B (rank, m2, n2)` with `block = (m2, n2)`, `bias (out_features,)`. `input_permutation` is `p` and
+    `output_permutation` is the inverse of `q`: `x[..., p]` goes in, `flat[..., inverse(q)]` comes out.
+
+    The cost of a row is the smaller of `rank · (m1·n1·m2 + n1·m2·n2)` and `rank · (m1·m2·n2 + m1·n1·n2)`
+    multiplications. Takes the place of `nn.Linear` and of transformers' `Conv1D` alike.
+
+    Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block: tuple[int, int],
+        rank: int,
+        bias: bool = True,
+        input_permutation: bool = True,
+        output_permutation: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            block,
+            rank,
+            in_features if input_permutation else None,
+            out_features if output_permutation else None,
+            device,
+            dtype,
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        permute: str = "both",
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerLinear:
+        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with the given, copied, factors.
+
+        A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
+        """
+        spec = KroneckerSpec((b.shape[1], b.shape[2]), a.shape[0], permute)
+        module = cls(
+            a.shape[1] * b.shape[1],
+            a.shape[2] * b.shape[2],
+            spec.block,
+            spec.rank,
+            bias=bias is not None,
+            input_permutation=spec.permutes_rows,
+            output_permutation=spec.permutes_columns,
+            device="meta",
+        )
+        module.set_factors(a, b, p, q, dtype, device)
+        if bias is not None:
+            if bias.shape != (module.out_features,):
+                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({module.out_features},)")
+            module.bias = nn.Parameter(bias.detach().clone().to(device=device, dtype=dtype))
+        return module
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: Any,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerLinear:
+        """The module for what `tqcompressor.decompose` returned for the matrix `W` (in × out)."""
+        d = decomposition
+        return cls.from_factors(d.a, d.b, d.row_permutation, d.column_permutation, d.spec.permute, bias, dtype, device)
+
+    def set_factors(
+        self,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Takes copies of the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored."""
+        self._set(
+            {"A": a, "B": b, "input_permutation": p, "output_permutation": np.argsort(q)}, dtype=dtype, device=device
+        )
+
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
+        super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        if self.input_permutation is not None:
+            x = x.index_select(-1, self.input_permutation)
+        y = kronecker_matmul(x, self.A, self.B)
+        if self.output_permutation is not None:
+            y = y.index_select(-1, self.output_permutation)
+        # Under autocast y is narrower than the bias, and must stay so, as it does in nn.Linear.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `W (in_features, out_features)` that the factors stand for, in the dtype of the factors."""
+        weight = self._expand()
+        if self.input_permutation is not None:
+            weight = weight.index_select(0, torch.argsort(self.input_permutation))
+        if self.output_permutation is not None:
+            weight = weight.index_select(1, self.output_permutation)
+        return weight.to(self.A.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {super().extra_repr()}, bias={self.bias is not None}"
+
+
+class FusedKroneckerLinear(nn.Module):
+    """Several `KroneckerLinear` side by side on one input, with one bias: GPT-2's `c_attn` as its q, k and v.
+
+    `y = concatenate(part(x) for part in parts) + bias`. GPT-2 splits the output itself, so that this drops in. The
+    parts are submodules by their names, and have no bias of their own.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Mapping[str, KroneckerLinear], bias: bool | torch.Tensor = True) -> None:
+        super().__init__()
+        first = next(iter(parts.values()))
+        for name, part in parts.items():
+            if part.in_features != first.in_features or part.bias is not None:
+                raise ShapeError(f"part {name} must have {first.in_features} inputs and no bias")
+            self.add_module(name, part)
+        self.part_names = tuple(parts)
+        self.in_features = first.in_features
+        self.out_features = sum(part.out_features for part in parts.values())
+        if isinstance(bias, torch.Tensor):
+            if bias.shape != (self.out_features,):
+                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
+            self.bias = nn.Parameter(bias.detach().clone())
+        elif bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_features, device=first.A.device, dtype=first.A.dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def parts(self) -> list[KroneckerLinear]:
+        """The parts in the order of their outputs."""
+        return [getattr(self, name) for name in self.part_names]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        y = torch.cat([part(x) for part in self.parts], dim=-1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `(in_features, out_features)` of all parts, in the dtype of the factors."""
+        return torch.cat([part.dense_weight() for part in self.parts], dim=1)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
