@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqcompressor._core import __version__
-from tqcompressor.config import EFFORTS, RECIPES, TQConfig, resolve_config
-from tqcompressor.errors import ConvergenceError, MissingDependencyError, StorageError, TQError
-from tqcompressor.tables import format_table
+from ._core import __version__
+from .config import EFFORTS, RECIPES, TQConfig, resolve_config
+from .errors import ConvergenceError, MissingDependencyError, StorageError, TQError
+from .tables import format_table
 
 if TYPE_CHECKING:
-    from tqcompressor.evaluate import ModelScore
+    from .evaluate import ModelScore
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -111,7 +111,7 @@ def _config(options: argparse.Namespace) -> TQConfig | None:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from tqcompressor.checkpoint import compress_checkpoint
+    from .checkpoint import compress_checkpoint
 
     report = compress_checkpoint(
         options.source,
@@ -128,7 +128,7 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from tqcompressor.checkpoint import inspect
+    from .checkpoint import inspect
 
     plan = inspect(options.source, _config(options))
     print(json.dumps(plan, indent=2) if options.json else _report_table(plan))
@@ -161,7 +161,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from tqcompressor.evaluate import Comparison, read_passages, read_text
+    from .evaluate import Comparison, read_passages, read_text
 
     # Before the models, which take seconds to load.
     text = read_text(options.text)
@@ -173,7 +173,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _score(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
-    from tqcompressor.evaluate import score
+    from .evaluate import score
 
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from tqcompressor.errors import ConfigError, MissingDependencyError, TextError
-from tqcompressor.progress import ProgressOption, reporter
-from tqcompressor.results import Comparison, LastWordResult, ModelScore, PerplexityResult, exponential
-from tqcompressor.texts import read_passages, read_text
+from .errors import ConfigError, MissingDependencyError, TextError
+from .progress import ProgressOption, reporter
+from .results import Comparison, LastWordResult, ModelScore, PerplexityResult, exponential
+from .texts import read_passages, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqcompressor.tables import format_table
+from .tables import format_table
 
 
 @dataclass(frozen=True)

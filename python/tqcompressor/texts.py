@@ -4,7 +4,7 @@ import json
 from os import PathLike
 from pathlib import Path
 
-from tqcompressor.errors import TextError
+from .errors import TextError
 
 
 def read_text(path: str | PathLike[str]) -> str:
