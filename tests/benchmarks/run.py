@@ -40,7 +40,8 @@ def main() -> None:
     try:
         for result in BENCHMARKS[options.benchmark].run(options):
             results.append(result)
-            print("  ".join(f"{name}={show(value)}" for name, value in result.items()), file=sys.stderr)
+            if sys.stderr.isatty():
+                print("  ".join(f"{name}={show(value)}" for name, value in result.items()), file=sys.stderr)
     finally:
         print_tables(results)
         if options.json:
