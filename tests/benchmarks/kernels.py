@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
 
 def decomposition_methods(w: np.ndarray, block: tuple[int, int], rank: int) -> dict[str, Callable[[], object]]:
     import torch
-    from tqcompressor import nearest_kronecker_sum
+    from tqcompressor import KroneckerSpec, nearest_kronecker_sum
 
     (m, n), (m2, n2) = w.shape, block
     shared = torch.from_numpy(w)
@@ -73,7 +73,7 @@ def decomposition_methods(w: np.ndarray, block: tuple[int, int], rank: int) -> d
         return r @ vectors, vectors
 
     return {
-        "tqcompressor": lambda: nearest_kronecker_sum(w, block, rank),
+        "tqcompressor": lambda: nearest_kronecker_sum(w, KroneckerSpec(block=block, rank=rank)),
         "numpy thin SVD": numpy_svd,
         "numpy Gram": numpy_gram,
         "torch thin SVD": torch_svd,
