@@ -7,17 +7,15 @@ Results go to standard output (as JSON with `--json`), progress and errors to st
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._core import __version__
 from .config import EFFORTS, RECIPES, TQConfig, resolve_config
 from .errors import ConvergenceError, MissingDependencyError, StorageError, TQError
-from .tables import format_table
 
 if TYPE_CHECKING:
     from .evaluate import ModelScore
@@ -124,40 +122,14 @@ def _compress(options: argparse.Namespace) -> None:
         threads=options.threads,
         max_shard_size=options.max_shard_size,
     )
-    print(json.dumps(report, indent=2) if options.json else f"{_report_table(report)}\nwritten to {options.out}")
+    print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from .checkpoint import inspect
 
-    plan = inspect(options.source, _config(options))
-    print(json.dumps(plan, indent=2) if options.json else _report_table(plan))
-
-
-def _report_table(report: Mapping[str, Any]) -> str:
-    """A plan or a report: one line per matrix, then what stays as it is, then the total."""
-    done = all("lost_energy" in matrix for matrix in report["matrices"])
-    rows = [
-        ["matrix", "shape", "block", "rank", "permute", "parameters", "after", *(["lost energy", "seconds"] * done)]
-    ]
-    for matrix in report["matrices"]:
-        row = [matrix["name"], _shape(matrix["shape"]), _shape(matrix["block"]), str(matrix["rank"]), matrix["permute"]]
-        row += [f"{matrix['parameters_before']:,}", f"{matrix['parameters_after']:,}"]
-        rows.append(row + [f"{matrix['lost_energy']:.4f}", f"{matrix['seconds']:.2f}"] * done)
-    kept = f"{sum(tensor['parameters'] for tensor in report['untouched']):,}"
-    before, after = report["parameters_before"], report["parameters_after"]
-    blank = [""] * 4
-    rows.append([f"{len(report['untouched'])} other tensors", *blank, kept, kept, *([""] * 2 * done)])
-    seconds = ["", f"{report['seconds']:.2f}"] if done else []
-    rows.append(["total", *blank, f"{before:,}", f"{after:,}", *seconds])
-    lines = [format_table(rows), f"{100 * after / before:.1f}% of the parameters are left"]
-    if done:
-        lines[-1] += f", in {report['bytes_after']:,} of {report['bytes_before']:,} bytes"
-    return "\n".join(lines)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape))
+    report = inspect(options.source, _config(options))
+    print(report.to_json() if options.json else report)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

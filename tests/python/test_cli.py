@@ -35,7 +35,7 @@ def test_inspect_shows_the_plan(capsys):
     assert line_of(table, "wte") == ["wte", "8192×256", "1×4", "1", "columns", "2,097,152", "524,292"]
     assert line_of(table, "h.3.mlp.c_proj")[1:5] == ["1024×256", "4×2", "4", "both"]
     assert line_of(table, "total") == ["total", f"{PARAMETERS:,}", f"{AFTER:,}"]
-    assert f"{100 * AFTER / PARAMETERS:.1f}% of the parameters" in table
+    assert f"{100 * AFTER / PARAMETERS:.1f}% of the parameters would be left" in table
 
 
 def test_inspect_writes_nothing(tmp_path, monkeypatch):
