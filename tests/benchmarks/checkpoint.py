@@ -2,7 +2,7 @@
 
 The checkpoint is `GPT2LMHeadModel(GPT2Config())` (GPT-2 small, 124,439,808 parameters) with random weights: counts,
 times and memory are real, lost energies mean nothing. `load` is what `from_pretrained` takes beyond an interpreter that
-has imported torch and transformers.
+has imported torch and transformers, and the peak includes a first pass over all weights.
 """
 
 import argparse
@@ -19,24 +19,32 @@ from measuring import fresh_process
 
 MAKE = """
 import sys
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+torch.manual_seed(0)
 width, layers, vocabulary = map(int, sys.argv[2:])
 config = GPT2Config(n_embd=width, n_layer=layers, vocab_size=vocabulary)
 GPT2LMHeadModel(config).save_pretrained(sys.argv[1])
 """
 # Reports itself: the peak of the process would also hold that of the imports.
 LOAD = """
-import gc, resource, sys, time
+import gc, re, sys, time
 import torch, transformers, tqcompressor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-# A first model of no size, so that what transformers imports lazily is not counted.
-GPT2LMHeadModel(GPT2Config(n_embd=2, n_layer=1, n_head=1, vocab_size=2, n_positions=2))
-gc.collect()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-seconds = time.perf_counter() - start
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+token = torch.tensor([[0]])
+with torch.inference_mode():
+    # A first model of no size, so that what is imported and allocated once is not counted.
+    GPT2LMHeadModel(GPT2Config(n_embd=2, n_layer=1, n_head=1, vocab_size=2, n_positions=2))(token)
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+    before = kilobytes("VmRSS")
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    seconds = time.perf_counter() - start
+    model(token)  # weights are mapped from the file: only now are they all in memory
+print(seconds, (kilobytes("VmHWM") - before) / 1024)
 """
 COMPRESS = """
 import sys

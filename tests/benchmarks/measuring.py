@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("tqcompressor", "numpy", "scipy", "torch", "transformers", "safetensors")
+# Warnings and bars of transformers, which would stand between the figures.
+SILENCE = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 THREAD_VARIABLES = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -50,7 +52,7 @@ def interleaved_medians(methods: Mapping[str, Callable[[], object]], repeats: in
 
 def fresh_process(arguments: Sequence[str], threads: int | None = None) -> tuple[float, float, str]:
     """Runs `python ARGUMENTS` and returns its wall-clock seconds, peak resident MB and standard output."""
-    environment = dict(os.environ)
+    environment = os.environ | SILENCE
     if threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
     start = time.perf_counter()
