@@ -35,3 +35,11 @@ class StorageError(TQError, OSError):
 
 class ConvergenceError(TQError, ArithmeticError):
     """A numerical routine that did not converge."""
+
+
+class TextError(TQError, ValueError):
+    """A text that cannot be evaluated: empty, too short, not UTF-8, a passage without a last word."""
+
+
+class MissingDependencyError(TQError, ImportError):
+    """An optional package that the called function needs is not installed: the message says how to get it."""

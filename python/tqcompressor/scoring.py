@@ -1,0 +1,269 @@
+"""Scoring text with a model: sliding-window perplexity, and last words; their conventions stand in the docstrings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import ConfigError, MissingDependencyError, TextError
+from .progress import ProgressOption, reporter
+from .results import LastWordResult, PerplexityResult, exponential
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_Item = TypeVar("_Item")
+
+# Logits of one batch, in elements: 256 MB in float32.
+_LOGITS_PER_BATCH = 1 << 26
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressOption = None,
+) -> PerplexityResult:
+    """Sliding-window perplexity of `text`.
+
+    `perplexity = exp(−(1/N) Σ_i ln p(t_i | the tokens before t_i in its window))`
+
+    The convention, exactly:
+
+    - The whole text is tokenized at once, with no special tokens added. The sequence is the begin-of-text token
+      (`bos_token_id` of the tokenizer, else `eos_token_id`) followed by the `N` tokens of the text. All `N` are scored,
+      each once; the begin-of-text token is not. A tokenizer with neither token gives no such start: then the first
+      token of the text is only context and the other `N − 1` are scored.
+    - The first window scores `context` tokens; each later one moves on by `stride` tokens, scores just those, and holds
+      the `context` tokens before the last of them as its input. So every scored token but those of the first window
+      has at least `context − stride` tokens of the text before it. A text shorter than `context` is one window.
+    - `stride == context` is the cheapest (each token is read once) and equals lm-eval's `loglikelihood_rolling`; a
+      small stride comes nearer to the true conditional probabilities and gives lower figures. Compare only figures
+      with equal settings.
+    - Log-probabilities are taken in float32 whatever the model's dtype, and summed in float64.
+
+    Args:
+        model: A causal language model; it is put in evaluation mode for the duration of the call.
+        tokenizer: Its tokenizer.
+        text: The text as it is; see `evaluate.read_text` for files.
+        context: Longest input of the model, in tokens. Default: the model's `max_position_embeddings`.
+        stride: Tokens by which the window moves, from 1 to `context`. Default: half of `context`.
+        batch_size: Windows in one forward pass; results do not depend on it but for rounding. Default: as many as keep
+            the logits under 256 MB, at most 32.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+    Raises:
+        TextError: The text is empty or has fewer than 2 tokens.
+        ConfigError: `context`, `stride` or `batch_size` is out of its range.
+        MissingDependencyError: torch is not installed.
+
+    Cost: about `N · context / stride` token positions through the model.
+
+    Example:
+        >>> result = perplexity(model, tokenizer, read_text("wiki.test.raw"), stride=512)  # doctest: +SKIP
+        >>> print(result.perplexity, result.bits_per_byte)  # doctest: +SKIP
+    """
+    torch = _import_torch()
+    context = _context(model, context)
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ConfigError(f"stride: expected 1 to {context} (the context), got {stride}")
+    if not text.strip():
+        raise TextError("the text is empty")
+    start = time.perf_counter()
+    ids = _token_ids(tokenizer, text)
+    if len(ids) < 2:
+        raise TextError("the text has fewer than 2 tokens")
+    first = _begin_token(tokenizer)
+    sequence = torch.tensor(ids if first is None else [first, *ids], device=model.device)
+    windows = list(_windows(len(sequence) - 1, context, stride))
+    batch_size = _batch_size(model, batch_size, stride)
+    total, done = 0.0, 0
+    with _evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as callback:
+        report = callback or _silent
+        report(done, len(sequence) - 1)
+        # The first window scores more tokens than the others: by itself, it does not widen their logits.
+        for batch in [windows[:1], *_chunks(windows[1:], batch_size)]:
+            inputs = torch.stack([sequence[begin:end] for begin, end, _ in batch])
+            most = max(scored for _, _, scored in batch)
+            logits = model(input_ids=inputs, use_cache=False, logits_to_keep=most).logits
+            for row, (_, end, scored) in zip(logits, batch, strict=True):
+                targets = sequence[end - scored + 1 : end + 1]
+                total -= float(_log_likelihoods(row[most - scored :], targets).double().sum())
+                done += scored
+            report(done, len(sequence) - 1)
+    return PerplexityResult(
+        negative_log_likelihood=total,
+        tokens=done,
+        words=len(text.split()),
+        bytes=len(text.encode()),
+        context=context,
+        stride=stride,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def last_word_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    progress: ProgressOption = None,
+) -> LastWordResult:
+    """LAMBADA's task: how well the model continues each passage by its last word.
+
+    The last word is what follows the last white space of the passage (punctuation that is attached to it included),
+    scored with one space in front. A passage counts as right when every token of the word is the model's most probable
+    one, given the true tokens before it. The perplexity is `exp` of the mean negative log-likelihood of a whole word.
+    Passage and word are tokenized together, so that the word is split as in running text; nothing is put before the
+    passage, and one that is longer than the model's context loses its beginning. These are lm-eval's `lambada` rules.
+
+    Args:
+        model: A causal language model; it is put in evaluation mode for the duration of the call.
+        tokenizer: Its tokenizer.
+        passages: Texts of two words or more; see `evaluate.read_passages` for files.
+        batch_size: Passages in one forward pass, padded on the right under an attention mask; results do not depend on
+            it but for rounding. Default: as for `perplexity`.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+    Raises:
+        TextError: There are no passages, one has no word before its last, or a last word alone exceeds the context.
+        ConfigError: `batch_size` is not positive.
+        MissingDependencyError: torch is not installed.
+
+    Source: Paperno et al., *The LAMBADA dataset*, arXiv 1606.06031.
+    """
+    torch = _import_torch()
+    if not passages:
+        raise TextError("there are no passages")
+    start = time.perf_counter()
+    context = _context(model, None)
+    items = [_last_word_item(tokenizer, passage, number, context) for number, passage in enumerate(passages, 1)]
+    # Passages of one length side by side: little padding, and last words at few different positions.
+    items.sort(key=lambda item: -len(item[0]))
+    batch_size = _batch_size(model, batch_size, len(items[0][0]))
+    right, total, done = 0, 0.0, 0
+    with _evaluating(model), torch.inference_mode(), reporter(progress, "last words") as callback:
+        report = callback or _silent
+        report(done, len(items))
+        for batch in _chunks(items, batch_size):
+            inputs = torch.zeros((len(batch), len(batch[0][0])), dtype=torch.long)
+            mask = torch.zeros_like(inputs)
+            for row, (tokens, _) in enumerate(batch):
+                inputs[row, : len(tokens)] = torch.tensor(tokens)
+                mask[row, : len(tokens)] = 1
+            spans = [range(len(tokens) - len(targets), len(tokens)) for tokens, targets in batch]
+            # The head is a third of a small model's work: ask for logits only where some last word stands.
+            positions = sorted(set().union(*spans))
+            column = {position: index for index, position in enumerate(positions)}
+            logits = model(
+                input_ids=inputs.to(model.device),
+                attention_mask=mask.to(model.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(positions, device=model.device),
+            ).logits
+            for row, (_, targets), span in zip(logits, batch, spans, strict=True):
+                scores = row[[column[position] for position in span]]
+                expected = torch.tensor(targets, device=model.device)
+                total -= float(_log_likelihoods(scores, expected).double().sum())
+                right += bool((scores.argmax(-1) == expected).all())
+            done += len(batch)
+            report(done, len(items))
+    count = len(items)
+    return LastWordResult(right / count, exponential(total / count), count, time.perf_counter() - start)
+
+
+def _windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yields `(begin, end, scored)`: the input is `sequence[begin:end]`, its last `scored` positions are scored."""
+    end = 0
+    while end < targets:
+        scored = min(stride if end else context, targets - end)
+        end += scored
+        yield max(0, end - context), end, scored
+
+
+def _last_word_item(
+    tokenizer: PreTrainedTokenizerBase, passage: str, number: int, context: int
+) -> tuple[list[int], list[int]]:
+    """The input tokens of a passage, and the tokens of its last word, which the last positions of the input predict."""
+    words = passage.rsplit(maxsplit=1)
+    if len(words) < 2:
+        raise TextError(f"passage {number} has no word before its last one")
+    head, word = words
+    tokens = _token_ids(tokenizer, f"{head} {word}")
+    targets = tokens[len(_token_ids(tokenizer, head)) :]
+    if len(targets) > context:
+        raise TextError(f"passage {number}: its last word has {len(targets)} tokens, the model's context is {context}")
+    return tokens[:-1][-context:], targets
+
+
+def _log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    """`ln p(target)` in each row of `logits` (positions, vocabulary), in float32."""
+    logits = logits.float()
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # Not verbose: a text longer than the context is what windows are for, no reason for a warning.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return None
+
+
+def _context(model: PreTrainedModel, context: int | None) -> int:
+    longest = int(model.config.max_position_embeddings)
+    if context is None:
+        return longest
+    if not 1 <= context <= longest:
+        raise ConfigError(f"context: expected 1 to {longest} (the model's positions), got {context}")
+    return context
+
+
+def _batch_size(model: PreTrainedModel, batch_size: int | None, positions: int) -> int:
+    if batch_size is None:
+        return max(1, min(32, _LOGITS_PER_BATCH // (positions * int(model.config.vocab_size))))
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
+    return batch_size
+
+
+def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while."""
+    training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _silent(done: int, total: int) -> None:
+    """What is called where nobody wants to see progress."""
+
+
+def _import_torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError('evaluating needs torch: pip install "tqcompressor[hf]"') from error
+    return torch

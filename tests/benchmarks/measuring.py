@@ -1,0 +1,68 @@
+"""What all benchmarks share: facts of the machine, interleaved timing, runs of a fresh process with its peak memory."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ("tqcompressor", "numpy", "scipy", "torch", "transformers", "safetensors")
+# Warnings and bars of transformers, which would stand between the figures.
+SILENCE = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+THREAD_VARIABLES = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores, Python, versions of the peers, and the commit."""
+    facts = {"processor": processor(), "cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()}
+    for name in PEERS:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    facts["commit"] = git.stdout.strip() or "unknown"
+    return facts
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def interleaved_medians(methods: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each method, taken in turns so that a disturbance of the machine hits all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for method in methods.values():
+        method()
+    for _ in range(repeats):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            method()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def fresh_process(arguments: Sequence[str], threads: int | None = None) -> tuple[float, float, str]:
+    """Runs `python ARGUMENTS` and returns its wall-clock seconds, peak resident MB and standard output."""
+    environment = os.environ | SILENCE
+    if threads is not None:
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    # Not `wait`, which does not tell this child's peak memory from that of others.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        sys.exit(f"{' '.join(arguments)} failed with status {process.returncode}")
+    return seconds, usage.ru_maxrss / 1024, output
