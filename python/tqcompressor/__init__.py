@@ -2,15 +2,74 @@
 
 A weight `W` of shape (in, out) is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with row and column permutations `p` and `q`
 searched so that little energy is lost.
+
+Importing this package needs numpy alone. It also makes transformers load compressed checkpoints, whichever of the two is
+imported first. What needs torch is imported when it is first used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _import_hook
 from ._core import __version__
+from .checkpoint import compress_checkpoint, inspect
+from .config import RECIPES, KroneckerSpec, TQConfig
 from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
+from .errors import TQError
+from .report import CompressionReport
+
+if TYPE_CHECKING:
+    from .embeddings import KroneckerEmbedding, KroneckerHead
+    from .in_place import compress
+    from .modules import FusedKroneckerLinear, KroneckerLinear
+    from .peft_integration import merge_lora, register_lora
 
 __all__ = [
+    "RECIPES",
+    "CompressionReport",
+    "FusedKroneckerLinear",
     "KroneckerDecomposition",
+    "KroneckerEmbedding",
+    "KroneckerHead",
+    "KroneckerLinear",
+    "KroneckerSpec",
+    "TQConfig",
+    "TQError",
     "__version__",
+    "compress",
+    "compress_checkpoint",
     "decompose",
     "find_permutation",
+    "inspect",
+    "merge_lora",
     "nearest_kronecker_sum",
+    "register_lora",
 ]
+
+# What needs torch, transformers or peft, and the module that has it.
+_ON_DEMAND = {
+    "FusedKroneckerLinear": "modules",
+    "KroneckerEmbedding": "embeddings",
+    "KroneckerHead": "embeddings",
+    "KroneckerLinear": "modules",
+    "compress": "in_place",
+    "merge_lora": "peft_integration",
+    "register_lora": "peft_integration",
+}
+
+_import_hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"tqcompressor.{name} needs {error.name}: pip install 'tqcompressor[hf]'") from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

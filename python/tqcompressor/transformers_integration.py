@@ -82,7 +82,7 @@ class TQQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         from . import gpt2
-        from .compress import plan_model
+        from .in_place import plan_model
         from .embeddings import KroneckerHead
 
         gpt2.require_gpt2(model)
@@ -106,7 +106,7 @@ class TQQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         from . import gpt2
-        from .compress import compress
+        from .in_place import compress
         from .embeddings import KroneckerEmbedding, KroneckerHead
 
         if not self.pre_quantized:

@@ -7,7 +7,7 @@ import torch
 from tiny_models import CONFIG, SPECS, VOCABULARY, first_output, some_ids, tiny_model
 from torch import nn
 from tqcompressor import _core
-from tqcompressor.compress import compress
+from tqcompressor.in_place import compress
 from tqcompressor.config import KroneckerSpec, TQConfig
 from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead
 from tqcompressor.errors import ConfigError, DtypeError, NonFiniteError, ShapeError

@@ -28,7 +28,7 @@ PYTHON = [
     "gpt2",
     "transformers_integration",
     "_import_hook",
-    "compress",
+    "in_place",
     "peft_integration",
     "texts",
     "results",
@@ -38,7 +38,7 @@ PYTHON = [
     "__init__",
 ]
 # `from_pretrained(..., quantization_config=TQConfig())` runs the one above from within a hook of the one below.
-UPWARDS = {("transformers_integration", "compress")}
+UPWARDS = {("transformers_integration", "in_place")}
 # What only some machines have, and what takes long to import: never at the price of `import tqcompressor`.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "matplotlib", "scipy", "tqdm"}
 

@@ -6,7 +6,7 @@ from fresh_process import run_script
 def test_lm_eval_scores_a_compressed_checkpoint(tmp_path):
     from tiny_models import CONFIG, tiny_model
     from tiny_tokenizer import save_tokenizer
-    from tqcompressor.compress import compress
+    from tqcompressor.in_place import compress
 
     model = tiny_model()
     compress(model, CONFIG)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import CONFIG, agree, first_output, some_ids, tiny_model
-from tqcompressor.compress import compress
+from tqcompressor.in_place import compress
 from tqcompressor.modules import FusedKroneckerLinear, KroneckerLinear
 from tqcompressor.peft_integration import LoraKroneckerLinear, merge_lora, register_lora
 from transformers.pytorch_utils import Conv1D

@@ -9,7 +9,7 @@ from fresh_process import run_script
 # What most scripts begin with: a dense and a compressed checkpoint, and the logits of the latter.
 PREPARE = """
 import sys, hashlib, pathlib, torch, transformers, tqcompressor
-from tqcompressor.compress import compress
+from tqcompressor.in_place import compress
 from tiny_models import CONFIG, agree, first_output, some_ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -23,7 +23,7 @@ def checkpoints(tmp_path_factory):
     """A directory with checkpoints `dense`, `compressed` (tied), `untied`, `base` (no head), and what they give."""
     import torch
     from tiny_models import CONFIG, first_output, some_ids, tiny_model
-    from tqcompressor.compress import compress
+    from tqcompressor.in_place import compress
 
     directory = tmp_path_factory.mktemp("checkpoints")
     model = tiny_model()
@@ -348,7 +348,7 @@ assert agree(first_output(model, some_ids()), logits)
 def test_loading_takes_no_more_memory_than_the_checkpoint_and_200_mb(tmp_path):
     import torch
     from tiny_models import tiny_model
-    from tqcompressor.compress import compress
+    from tqcompressor.in_place import compress
 
     model = tiny_model(n_embd=768, n_layer=4, vocab_size=50256)
     compress(model, {"specs": {"wte": {"block": [1, 4], "rank": 1, "permute": "none"}}}, effort="fast")
