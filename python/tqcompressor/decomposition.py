@@ -13,7 +13,7 @@ from .errors import DtypeError, ShapeError
 from .progress import ProgressOption, reporter
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KroneckerDecomposition:
     """`W[p][:, q] ≈ Σ_k A_k ⊗ B_k`: what `decompose` returns.
 
@@ -42,6 +42,13 @@ class KroneckerDecomposition:
     def parameters(self) -> int:
         """Stored numbers, `rank·(m1·n1 + m2·n2)`; permutations are integer buffers and do not count."""
         return self.a.size + self.b.size
+
+    def __repr__(self) -> str:
+        (m, n), (m2, n2) = self.shape, self.spec.block
+        return (
+            f"KroneckerDecomposition({m} × {n}, block {m2} × {n2}, rank {self.spec.rank}, "
+            f"{self.parameters} parameters, lost energy {self.lost_energy:.4f})"
+        )
 
     def reconstruct(self) -> NDArray[np.float32]:
         """The dense matrix Ŵ of shape (m, n), permutations undone. Cost: `rank·m·n` multiplies."""

@@ -178,7 +178,7 @@ def test_interrupted_by_the_progress_callback_the_model_is_as_it_was():
     compress(model, CONFIG)
 
 
-@pytest.mark.parametrize("step", ["tqcompressor.compress.attach", "tqcompressor.gpt2.retie"])
+@pytest.mark.parametrize("step", ["tqcompressor.in_place.attach", "tqcompressor.gpt2.retie"])
 def test_interrupted_while_modules_are_swapped_the_model_is_as_it_was(monkeypatch, step):
     import importlib
 
