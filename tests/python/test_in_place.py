@@ -1,10 +1,11 @@
 """Compressing a live model: every head, all or nothing, and what is left of the model as it was."""
 
 import copy
+import json
 
 import pytest
 import torch
-from tiny_models import CONFIG, SPECS, VOCABULARY, first_output, some_ids, tiny_model
+from helpers.models import CONFIG, SPECS, VOCABULARY, first_output, some_ids, tiny_model
 from torch import nn
 from tqcompressor import _core
 from tqcompressor.in_place import compress
@@ -314,3 +315,24 @@ def test_dequantize_gives_a_stock_model_that_can_be_compressed_again():
     assert torch.allclose(first_output(dense, some_ids()), expected, atol=1e-4)
     compress(dense, CONFIG)
     assert isinstance(dense.lm_head, KroneckerHead)
+
+
+@pytest.mark.parametrize("head", ["GPT2LMHeadModel", "GPT2Model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_and_on_disk_give_the_same_tensors_and_config(head, dtype, tmp_path):
+    from safetensors.torch import load_file
+    from tqcompressor.checkpoint import compress_checkpoint
+
+    model = tiny_model(head).to(dtype)
+    model.save_pretrained(tmp_path / "dense")
+    on_disk = compress_checkpoint(tmp_path / "dense", tmp_path / "on-disk", CONFIG)
+    report = compress(model, CONFIG)
+    model.save_pretrained(tmp_path / "in-place")
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("on-disk", "in-place")]
+    assert stored[0].keys() == stored[1].keys()
+    for name, tensor in stored[0].items():
+        assert tensor.dtype == stored[1][name].dtype and torch.equal(tensor, stored[1][name]), name
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("on-disk", "in-place")]
+    assert configs[0] == configs[1]
+    assert [(m.name, m.lost_energy) for m in report.matrices] == [(m.name, m.lost_energy) for m in on_disk.matrices]
+    assert report.parameters_after == on_disk.parameters_after

@@ -1,11 +1,11 @@
 """A compressed checkpoint in EleutherAI's lm-eval, without network."""
 
-from fresh_process import run_script
+from helpers.processes import run_script
 
 
 def test_lm_eval_scores_a_compressed_checkpoint(tmp_path):
-    from tiny_models import CONFIG, tiny_model
-    from tiny_tokenizer import save_tokenizer
+    from helpers.models import CONFIG, tiny_model
+    from helpers.tokenizer import save_tokenizer
     from tqcompressor.in_place import compress
 
     model = tiny_model()

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from helpers.models import CONFIG, agree, first_output, some_ids, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import CONFIG, agree, first_output, some_ids, tiny_model
 from tqcompressor.in_place import compress
 from tqcompressor.modules import FusedKroneckerLinear, KroneckerLinear
 from tqcompressor.peft_integration import LoraKroneckerLinear, merge_lora, register_lora

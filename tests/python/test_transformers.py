@@ -4,13 +4,13 @@ Numbers in names are those of the pitfalls that a naive integration falls into.
 """
 
 import pytest
-from fresh_process import run_script
+from helpers.processes import run_script
 
 # What most scripts begin with: a dense and a compressed checkpoint, and the logits of the latter.
 PREPARE = """
 import sys, hashlib, pathlib, torch, transformers, tqcompressor
 from tqcompressor.in_place import compress
-from tiny_models import CONFIG, agree, first_output, some_ids, tiny_model
+from helpers.models import CONFIG, agree, first_output, some_ids, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 def digest(directory):
@@ -22,7 +22,7 @@ def digest(directory):
 def checkpoints(tmp_path_factory):
     """A directory with checkpoints `dense`, `compressed` (tied), `untied`, `base` (no head), and what they give."""
     import torch
-    from tiny_models import CONFIG, first_output, some_ids, tiny_model
+    from helpers.models import CONFIG, first_output, some_ids, tiny_model
     from tqcompressor.in_place import compress
 
     directory = tmp_path_factory.mktemp("checkpoints")
@@ -55,7 +55,7 @@ def test_loading_works_whichever_is_imported_first(checkpoints, imports):
         + """
 import sys, torch
 from transformers import AutoModelForCausalLM
-from tiny_models import agree, first_output, some_ids
+from helpers.models import agree, first_output, some_ids
 model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/compressed")
 assert agree(first_output(model, some_ids()), torch.load(f"{sys.argv[1]}/compressed.pt"))
 """,
@@ -209,7 +209,7 @@ compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 with torch.no_grad():
     assert torch.allclose(compiled(ids, use_cache=False).logits, logits, atol=1e-4 * largest)
 
-from tiny_tokenizer import save_tokenizer
+from helpers.tokenizer import save_tokenizer
 model.save_pretrained(f"{out}/text")
 save_tokenizer(f"{out}/text")
 generator = transformers.pipeline("text-generation", f"{out}/text")
@@ -347,7 +347,7 @@ assert agree(first_output(model, some_ids()), logits)
 
 def test_loading_takes_no_more_memory_than_the_checkpoint_and_200_mb(tmp_path):
     import torch
-    from tiny_models import tiny_model
+    from helpers.models import tiny_model
     from tqcompressor.in_place import compress
 
     model = tiny_model(n_embd=768, n_layer=4, vocab_size=50256)

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 # No hub, no progress bars, no noise from the machine's own settings.
 ENVIRONMENT = {
@@ -19,7 +19,7 @@ ENVIRONMENT = {
 
 def run_script(script, *arguments, fails=False):
     """Runs `script` (dedented) and returns what it printed; `fails` says that a non-zero exit is expected."""
-    paths = [str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
