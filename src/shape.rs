@@ -110,6 +110,18 @@ impl KroneckerShape {
         Self { m1: self.n1, n1: self.m1, m2: self.n2, n2: self.m2, rank: self.rank }
     }
 
+    /// The shape of the exchanged sum `Σ_k B_k ⊗ A_k`, which is the same matrix but for the order of rows and columns.
+    #[must_use]
+    pub fn exchanged(&self) -> Self {
+        Self { m1: self.m2, n1: self.n2, m2: self.m1, n2: self.n1, rank: self.rank }
+    }
+
+    /// Whether the blocks have more entries than there are blocks, so that the exchanged sum has the smaller Gram matrix.
+    #[must_use]
+    pub fn large_blocks(&self) -> bool {
+        self.blocks() < self.block_entries()
+    }
+
     fn multiplies_a_first(&self) -> usize {
         self.m1 * self.n1 * self.m2 + self.n1 * self.m2 * self.n2
     }
@@ -197,7 +209,9 @@ mod tests {
         let shape = KroneckerShape::new(768, 3072, (2, 4), 4).unwrap();
         assert_eq!((shape.rows(), shape.columns(), shape.blocks(), shape.block_entries()), (768, 3072, 294_912, 8));
         assert_eq!(shape.parameters(), 1_179_680);
-        assert_eq!(shape.multiplies(), 4 * (384 * 2 * 4 + 384 * 768 * 4).min(384 * 768 * 2 + 768 * 2 * 4));
+        // A first: 384·768·2 + 768·2·4; B first: 384·2·4 + 384·768·4.
+        assert_eq!(shape.multiplies(), 4 * 595_968);
+        assert!(shape.a_first() && !shape.transposed().a_first());
         assert_eq!(shape.transposed().transposed(), shape);
     }
 

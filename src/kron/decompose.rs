@@ -55,7 +55,7 @@ pub struct KroneckerSum {
 pub fn nearest_kronecker_sum(view: MatrixView<'_>, shape: KroneckerShape, progress: &Progress) -> Result<KroneckerSum> {
     check_shape(view, &shape)?;
     view.check_finite()?;
-    if shape.blocks() < shape.block_entries() {
+    if shape.large_blocks() {
         return with_factors_exchanged(view, shape, |view, shape| nearest_kronecker_sum(view, shape, progress));
     }
     let vectors = if shape.block_entries() <= GRAM_ENTRIES {
@@ -75,7 +75,7 @@ pub fn nearest_kronecker_sum(view: MatrixView<'_>, shape: KroneckerShape, progre
 /// About half of [`nearest_kronecker_sum`]'s.
 pub fn lost_energy(view: MatrixView<'_>, shape: KroneckerShape, progress: &Progress) -> Result<f64> {
     check_shape(view, &shape)?;
-    if shape.blocks() < shape.block_entries() {
+    if shape.large_blocks() {
         return with_views_exchanged(view, shape, |view, shape| lost_energy(view, shape, progress));
     }
     if shape.block_entries() > GRAM_ENTRIES {
@@ -102,11 +102,10 @@ fn with_views_exchanged<T>(
     shape: KroneckerShape,
     solve: impl FnOnce(MatrixView<'_>, KroneckerShape) -> Result<T>,
 ) -> Result<T> {
-    let KroneckerShape { m1, n1, m2, n2, rank } = shape;
+    let KroneckerShape { m1, n1, m2, n2, .. } = shape;
     let rows: Vec<usize> = (0..m1 * m2).map(|i| view.source_row(i % m1 * m2 + i / m1)).collect();
     let columns: Vec<usize> = (0..n1 * n2).map(|j| view.source_column(j % n1 * n2 + j / n1)).collect();
-    let exchanged = KroneckerShape { m1: m2, n1: n2, m2: m1, n2: n1, rank };
-    solve(view.ordered(Some(&rows), Some(&columns)), exchanged)
+    solve(view.ordered(Some(&rows), Some(&columns)), shape.exchanged())
 }
 
 fn with_factors_exchanged(

@@ -22,9 +22,12 @@ pub(super) struct Schedule {
     pub end: f64,
     /// Stages; the projector is refreshed after each.
     pub stages: usize,
-    /// Swaps tried in a stage, for each element.
+    /// Swaps tried in a stage, for each element; fewer where a swap costs more than [`SWAP_MULTIPLIES`].
     pub moves: usize,
 }
+
+/// Multiplies of a swap up to which a schedule is followed to the letter: a block of (8, 8). Beyond, time is kept.
+const SWAP_MULTIPLIES: usize = 512;
 
 /// Improves `order` by annealing and returns the energy kept. The order found is not always better than the one given.
 ///
@@ -42,11 +45,13 @@ pub(super) fn anneal(
     let unit = energy / gram.elements as f64;
     let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
     let mut projector = Projector::fit(gram, order, rank)?;
+    let multiplies = gram.slots * gram.phases * gram.phases;
+    let moves = (schedule.moves * SWAP_MULTIPLIES / multiplies.max(SWAP_MULTIPLIES)).max(1);
     let mut own = Vec::new();
     for stage in 0..schedule.stages {
         let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;
         own_energies(gram, &projector, &mut own);
-        let mut left = schedule.moves * gram.elements;
+        let mut left = moves * gram.elements;
         while left > 0 {
             progress.check()?;
             let moves = left.min(50_000);

@@ -9,12 +9,13 @@ use super::search::Orders;
 /// goes to position `(t mod m1)·m2 + t div m1`, columns alike.
 ///
 /// Then the first row of every block is a large one and the last a small one, so that the energy gathers in a few
-/// entries of the block, and `B` can follow it. Ties keep their order. A side that may not be permuted keeps its order.
+/// entries of the block, and `B` can follow it. Ties keep their order. A side that may not be permuted keeps that of
+/// `orders`.
 ///
 /// # Cost
 /// One pass over `W`.
 #[must_use]
-pub fn norm_sort(view: MatrixView<'_>, shape: &KroneckerShape, permute: Permute) -> Orders {
+pub fn norm_sort(view: MatrixView<'_>, shape: &KroneckerShape, permute: Permute, mut orders: Orders) -> Orders {
     let mut row_energy = vec![0.0_f64; view.rows()];
     let mut column_energy = vec![0.0_f64; view.columns()];
     for (row, energy) in view.data().chunks_exact(view.columns()).zip(&mut row_energy) {
@@ -24,7 +25,6 @@ pub fn norm_sort(view: MatrixView<'_>, shape: &KroneckerShape, permute: Permute)
             *column += square;
         }
     }
-    let mut orders = Orders::identity(view.rows(), view.columns());
     if permute.rows() {
         orders.rows = deal(&row_energy, shape.m1, shape.m2);
     }
@@ -50,7 +50,8 @@ mod tests {
         let data: Vec<f32> = (0..6_u8).map(f32::from).collect();
         let view = MatrixView::new(&data, 6, 1).unwrap();
         let shape = KroneckerShape::new(6, 1, (2, 1), 1).unwrap();
-        assert_eq!(norm_sort(view, &shape, Permute::Both).rows, [5, 2, 4, 1, 3, 0]);
-        assert_eq!(norm_sort(view, &shape, Permute::Columns).rows, [0, 1, 2, 3, 4, 5]);
+        let start = Orders::identity(6, 1);
+        assert_eq!(norm_sort(view, &shape, Permute::Both, start.clone()).rows, [5, 2, 4, 1, 3, 0]);
+        assert_eq!(norm_sort(view, &shape, Permute::Columns, start).rows, [0, 1, 2, 3, 4, 5]);
     }
 }

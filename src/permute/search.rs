@@ -115,6 +115,14 @@ impl Orders {
     pub fn identity(m: usize, n: usize) -> Self {
         Self { rows: (0..m).collect(), columns: (0..n).collect() }
     }
+
+    /// Orders for the exchanged sum, from those for one of this shape: `A ⊗ B` and `B ⊗ A` differ by a perfect shuffle.
+    fn exchanged(&self, shape: &KroneckerShape) -> Self {
+        let shuffle = |order: &[usize], blocks: usize, slots: usize| {
+            (0..order.len()).map(|position| order[position % blocks * slots + position / blocks]).collect()
+        };
+        Self { rows: shuffle(&self.rows, shape.m1, shape.m2), columns: shuffle(&self.columns, shape.n1, shape.n2) }
+    }
 }
 
 /// Memory that a [`PhaseGram`] may take. A side for which it would not do (a vocabulary, or a block with many entries on
@@ -167,6 +175,7 @@ impl Effort {
 /// A job announces them for all its matrices before it starts, so that its total does not grow on the way.
 #[must_use]
 pub fn work(shape: KroneckerShape, permute: Permute, effort: Effort) -> u64 {
+    let shape = if shape.large_blocks() { shape.exchanged() } else { shape };
     let elements: usize = searchable_sides(&shape, permute).iter().map(|side| side.elements(&shape)).sum();
     let stages: usize = effort.coolings().iter().map(|cooling| (cooling.levels + 1) * STAGES).sum();
     1 + (elements * stages) as u64
@@ -221,15 +230,23 @@ pub fn find_permutation(
     progress: &Progress,
 ) -> Result<(Orders, f64)> {
     view.check_finite()?;
+    let lost_energy =
+        |orders: &Orders| lost_energy(view.ordered(Some(&orders.rows), Some(&orders.columns)), shape, progress);
     let identity = Orders::identity(view.rows(), view.columns());
-    let sides = searchable_sides(&shape, permute);
-    let search = Search { view, shape, permute, sides, energy: view.energy(), parallelism, progress };
-    let unpermuted = search.lost_energy(&identity)?;
+    let unpermuted = lost_energy(&identity)?;
     if unpermuted == 0.0 || permute == Permute::None {
         return Ok((identity, unpermuted));
     }
-    let found = search.run(effort, seed)?;
-    let lost = search.lost_energy(&found)?;
+    let run = |shape, start| {
+        let sides = searchable_sides(&shape, permute);
+        Search { view, shape, permute, sides, energy: view.energy(), parallelism, progress }.run(start, effort, seed)
+    };
+    let found = if shape.large_blocks() {
+        run(shape.exchanged(), identity.exchanged(&shape))?.exchanged(&shape.exchanged())
+    } else {
+        run(shape, identity.clone())?
+    };
+    let lost = lost_energy(&found)?;
     Ok(if lost < unpermuted { (found, lost) } else { (identity, unpermuted) })
 }
 
@@ -244,12 +261,9 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    fn lost_energy(&self, orders: &Orders) -> Result<f64> {
-        lost_energy(self.view.ordered(Some(&orders.rows), Some(&orders.columns)), self.shape, self.progress)
-    }
-
-    fn run(&self, effort: Effort, seed: u64) -> Result<Orders> {
-        let assigned = self.assign(norm_sort(self.view, &self.shape, self.permute))?;
+    /// Searches from `start`, whose order is kept on a side that may not be permuted.
+    fn run(&self, start: Orders, effort: Effort, seed: u64) -> Result<Orders> {
+        let assigned = self.assign(norm_sort(self.view, &self.shape, self.permute, start))?;
         let anneal = |(index, &cooling): (usize, &Cooling)| {
             self.anneal(assigned.1.clone(), cooling, seed.wrapping_add((index as u64) << 32))
         };

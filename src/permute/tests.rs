@@ -159,6 +159,21 @@ fn norm_structure_is_found_and_more_effort_finds_more() {
 }
 
 #[test]
+fn a_large_block_is_searched_as_well_as_a_small_one() {
+    // (2, 4) blocks of (32, 24) entries, and the other way round: the same sums in another order.
+    let (m, n) = (64, 96);
+    let w = uneven(m, n, 10);
+    let lost = |block| {
+        let spec = KroneckerSpec { block, rank: 3, permute: Permute::Both };
+        decompose(&w, (m, n), &spec, Effort::Balanced, 0, Parallelism::Rayon, &Progress::default())
+            .unwrap()
+            .sum
+            .lost_energy
+    };
+    assert!((lost((32, 24)) - lost((2, 4))).abs() < 1e-6);
+}
+
+#[test]
 fn a_seed_decides_and_threads_do_not() {
     let (m, n) = (160, 192);
     let w = uneven(m, n, 6);
