@@ -82,8 +82,8 @@ class TQQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         from . import gpt2
-        from .in_place import plan_model
         from .embeddings import KroneckerHead
+        from .in_place import plan_model
 
         gpt2.require_gpt2(model)
         if not self.pre_quantized:
@@ -106,8 +106,8 @@ class TQQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         from . import gpt2
-        from .in_place import compress
         from .embeddings import KroneckerEmbedding, KroneckerHead
+        from .in_place import compress
 
         if not self.pre_quantized:
             # `compress` sets what this hook is expected to: it starts from a model that was never quantized.

@@ -8,10 +8,10 @@ import torch
 from helpers.models import CONFIG, SPECS, VOCABULARY, first_output, some_ids, tiny_model
 from torch import nn
 from tqcompressor import _core
-from tqcompressor.in_place import compress
 from tqcompressor.config import KroneckerSpec, TQConfig
 from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead
 from tqcompressor.errors import ConfigError, DtypeError, NonFiniteError, ShapeError
+from tqcompressor.in_place import compress
 from tqcompressor.modules import FusedKroneckerLinear, KroneckerLinear
 from transformers.pytorch_utils import Conv1D
 
