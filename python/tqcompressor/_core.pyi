@@ -8,32 +8,44 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "__version__",
+    "apply",
+    "compress_checkpoint",
+    "decompose_many",
+    "find_permutation",
+    "nearest_kronecker_sum",
+    "plan",
+    "plan_checkpoint",
+    "reconstruct",
+]
+
 __version__: str
 
-Float32Array = NDArray[np.float32]
-Int64Array = NDArray[np.int64]
+_Float32Array = NDArray[np.float32]
+_Int64Array = NDArray[np.int64]
 # Called with (done, total) from the calling thread, about every 50 ms and once at the end.
-ProgressCallback = Callable[[int, int], object]
+_ProgressCallback = Callable[[int, int], object]
 
 def nearest_kronecker_sum(
-    w: Float32Array, block: tuple[int, int], rank: int
-) -> tuple[Float32Array, Float32Array, float]:
+    w: _Float32Array, block: tuple[int, int], rank: int
+) -> tuple[_Float32Array, _Float32Array, float]:
     """`(A, B, lost_energy)` with `A` (rank, m1, n1) and `B` (rank, m2, n2)."""
 
 def find_permutation(
-    w: Float32Array,
+    w: _Float32Array,
     block: tuple[int, int],
     rank: int,
     permute: str,
     effort: str,
     seed: int,
     threads: int | None,
-    progress: ProgressCallback | None,
-) -> tuple[Int64Array, Int64Array, float]:
+    progress: _ProgressCallback | None,
+) -> tuple[_Int64Array, _Int64Array, float]:
     """`(p, q, lost_energy)`: gather indices such that `w[p][:, q]` is near a Kronecker sum."""
 
 def decompose_many(
-    matrices: Sequence[Float32Array],
+    matrices: Sequence[_Float32Array],
     names: Sequence[str],
     blocks: Sequence[tuple[int, int]],
     ranks: Sequence[int],
@@ -41,24 +53,21 @@ def decompose_many(
     effort: str,
     seed: int,
     threads: int | None,
-    progress: ProgressCallback | None,
-) -> list[tuple[Float32Array, Float32Array, Int64Array, Int64Array, float, float]]:
+    progress: _ProgressCallback | None,
+) -> list[tuple[_Float32Array, _Float32Array, _Int64Array, _Int64Array, float, float]]:
     """`(A, B, p, q, lost_energy, seconds)` of each matrix, in parallel; `names` are for error messages."""
 
-def reconstruct(
-    a: Float32Array, b: Float32Array, p: Int64Array, q: Int64Array
-) -> Float32Array:
+def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """The dense `(m, n)` matrix that the factors stand for, permutations undone."""
 
-def apply(
-    x: Float32Array, a: Float32Array, b: Float32Array, p: Int64Array, q: Int64Array
-) -> Float32Array:
+def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
 
-def plan(
-    tensors: Sequence[tuple[str, tuple[int, ...], str]], tied_head: bool, config: str
-) -> str:
-    """What `config` (JSON) would do to these `(name, shape, kind)` tensors, as JSON; kind is "conv1d", "linear" or "embedding"."""
+def plan(tensors: Sequence[tuple[str, tuple[int, ...], str]], tied_head: bool, config: str) -> str:
+    """What `config` (JSON) would do to these `(name, shape, kind)` tensors, as JSON.
+
+    A kind is "conv1d", "linear", "embedding" or, for what is never compressed, "other".
+    """
 
 def plan_checkpoint(source: str, config: str) -> str:
     """What `config` (JSON) would do to the checkpoint in the directory `source`, as JSON."""
@@ -71,6 +80,6 @@ def compress_checkpoint(
     overwrite: bool,
     max_shard_bytes: int,
     threads: int | None,
-    progress: ProgressCallback | None,
+    progress: _ProgressCallback | None,
 ) -> str:
     """Compresses `source` into the directory `destination` and returns the report as JSON."""

@@ -152,8 +152,9 @@ def _score(name: str, text: str, passages: list[str] | None, options: argparse.N
         from transformers.utils import logging
     except ImportError as error:
         raise MissingDependencyError('evaluate needs transformers: pip install "tqcompressor[hf]"') from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    # Its notes and bars would stand between the user and the table.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
     return score(
