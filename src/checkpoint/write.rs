@@ -95,8 +95,9 @@ impl Writer {
 
     fn add_file(&mut self, path: PathBuf, shard: &[&Slot]) -> Result<()> {
         let mut shard = shard.to_vec();
-        // `Dtype` is ordered by width. The sort is stable, so tensors of one dtype stay in the caller's order.
-        shard.sort_by_key(|slot| std::cmp::Reverse(slot.dtype));
+        // The order of safetensors' own writer, widest dtype first and then by name: loading and saving again with it
+        // gives the same bytes.
+        shard.sort_by(|a, b| (b.dtype, &a.name).cmp(&(a.dtype, &b.name)));
         let mut end = 0;
         let mut infos = Vec::with_capacity(shard.len());
         for slot in shard {
