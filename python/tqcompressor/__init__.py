@@ -1,10 +1,10 @@
 """Compress GPT-2 checkpoints by Kronecker decomposition improved by permutations.
 
-A weight `W` of shape (in, out) is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with row and column permutations `p` and `q`
-searched so that little energy is lost.
+A weight `W` of shape (in, out) is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with row and column permutations `p` and
+`q` searched so that little energy is lost.
 
-Importing this package needs numpy alone. It also makes transformers load compressed checkpoints, whichever of the two is
-imported first. What needs torch is imported when it is first used.
+Importing this package needs numpy alone. It also makes transformers load compressed checkpoints, whichever of the two
+is imported first. What needs torch is imported when it is first used.
 """
 
 from importlib import import_module

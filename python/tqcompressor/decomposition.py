@@ -147,9 +147,7 @@ def find_permutation(
     """
     matrix = _as_matrix(w)
     with reporter(progress, "find_permutation") as callback:
-        return _core.find_permutation(
-            matrix, spec.block, spec.rank, spec.permute, effort, seed, threads, callback
-        )
+        return _core.find_permutation(matrix, spec.block, spec.rank, spec.permute, effort, seed, threads, callback)
 
 
 def _as_matrix(w: ArrayLike) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_progress_runs_to_its_end_and_may_stop_the_job():
     seen = []
     decompose(w, spec, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
-    assert all(before[0] <= after[0] for before, after in zip(seen, seen[1:], strict=False))
+    assert all(before[0] <= after[0] for before, after in pairwise(seen))
     assert len({total for done, total in seen if done}) == 1
 
     class Enough(Exception):
