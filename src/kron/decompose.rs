@@ -4,15 +4,15 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Auto, Mat, Par, Spec};
 
-use super::gram::{block_gram, for_each_chunk, multiply_rows, top_eigenvectors};
+use super::gram::{block_gram, for_each_chunk, top_eigenvectors};
 use super::view::MatrixView;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::shape::KroneckerShape;
 
-/// Up to this many block entries the Gram matrix is formed; beyond it the eigensolver's cubic cost passes that of a
-/// thin SVD of `R(W)`.
-const GRAM_ENTRIES: usize = 512;
+/// Up to this many block entries the Gram matrix is formed, in f64, so that squaring costs no digit that f32 has; beyond
+/// it, a thin SVD of `R(W)` takes no longer.
+const GRAM_ENTRIES: usize = 1024;
 
 /// A Kronecker sum `Σ_k A_k ⊗ B_k` with balanced factors.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,12 +58,12 @@ pub fn nearest_kronecker_sum(view: MatrixView<'_>, shape: KroneckerShape, progre
     if shape.large_blocks() {
         return with_factors_exchanged(view, shape, |view, shape| nearest_kronecker_sum(view, shape, progress));
     }
-    let vectors = if shape.block_entries() <= GRAM_ENTRIES {
-        top_eigenvectors(&block_gram(view, &shape, progress)?, shape.rank)?.0
+    let (vectors, energies) = if shape.block_entries() <= GRAM_ENTRIES {
+        top_eigenvectors(&block_gram(view, &shape, progress)?, shape.rank)?
     } else {
         right_singular_vectors(view, &shape, progress)?
     };
-    project(view, shape, &vectors, progress)
+    project(view, shape, &vectors, energies.iter().sum(), progress)
 }
 
 /// The lost energy of [`nearest_kronecker_sum`], without making its factors.
@@ -123,12 +123,17 @@ fn lost_share(kept: f64, total: f64) -> f64 {
     if total > 0.0 { (1.0 - kept / total).clamp(0.0, 1.0) } else { 0.0 }
 }
 
-/// Leading right singular vectors of `R(W)` by a thin SVD of all of it.
-fn right_singular_vectors(view: MatrixView<'_>, shape: &KroneckerShape, progress: &Progress) -> Result<Mat<f64>> {
+/// Leading right singular vectors of `R(W)`, and the squares of all its singular values, by a thin SVD of all of it.
+fn right_singular_vectors(
+    view: MatrixView<'_>,
+    shape: &KroneckerShape,
+    progress: &Progress,
+) -> Result<(Mat<f64>, Vec<f64>)> {
     let (blocks, entries) = (shape.blocks(), shape.block_entries());
     let mut rearranged = Mat::<f64>::zeros(blocks, entries);
-    for_each_chunk(view, shape, progress, |first, chunk| {
-        rearranged.as_mut().subrows_mut(first, chunk.nrows()).copy_from(chunk);
+    for_each_chunk(view, shape, progress, |chunk| {
+        let rows = chunk.transposed().transpose();
+        rearranged.as_mut().subrows_mut(chunk.first, rows.nrows()).copy_from(rows);
     })?;
     let mut values = vec![0.0; entries];
     let mut vectors = Mat::zeros(entries, entries);
@@ -146,31 +151,25 @@ fn right_singular_vectors(view: MatrixView<'_>, shape: &KroneckerShape, progress
         parameters,
     )
     .map_err(|_| Error::Convergence { operation: "the singular value decomposition" })?;
-    Ok(vectors.subcols(0, shape.rank).to_owned())
+    let energies = values.iter().map(|value| value * value).collect();
+    Ok((vectors.subcols(0, shape.rank).to_owned(), energies))
 }
 
-/// The sum `Σ_k (R v_k) ⊗ v_k` for orthonormal block directions `v_k`, balanced.
+/// The sum `Σ_k (R v_k) ⊗ v_k` for orthonormal block directions `v_k`, balanced; `energy` is `‖W‖²`.
 fn project(
     view: MatrixView<'_>,
     shape: KroneckerShape,
     vectors: &Mat<f64>,
+    energy: f64,
     progress: &Progress,
 ) -> Result<KroneckerSum> {
     let (blocks, entries, rank) = (shape.blocks(), shape.block_entries(), shape.rank);
     let mut a = vec![0.0_f32; rank * blocks];
     let mut squares = vec![0.0_f64; rank];
-    let mut products = Vec::new();
-    let mut energy = 0.0;
-    for_each_chunk(view, &shape, progress, |first, chunk| {
-        products.resize(chunk.nrows() * rank, 0.0);
-        multiply_rows(&mut products, chunk, vectors);
-        energy += chunk.squared_norm_l2();
-        for (block, coefficients) in products.chunks_exact(rank).enumerate() {
-            for (k, &coefficient) in coefficients.iter().enumerate() {
-                squares[k] += coefficient * coefficient;
-                a[k * blocks + first + block] = coefficient as f32;
-            }
-        }
+    for_each_chunk(view, &shape, progress, |chunk| {
+        let width = chunk.transposed().ncols();
+        let mut columns: Vec<_> = a.chunks_exact_mut(blocks).map(|a| &mut a[chunk.first..][..width]).collect();
+        chunk.project(vectors, &mut columns, &mut squares);
     })?;
     let mut b = vec![0.0_f32; rank * entries];
     for (k, &square) in squares.iter().enumerate() {

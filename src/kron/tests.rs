@@ -111,7 +111,7 @@ proptest! {
 #[test]
 fn a_full_width_block_is_the_truncated_singular_value_decomposition() {
     // Wide enough for the route without a Gram matrix.
-    let (m, n, rank) = (600, 640, 5);
+    let (m, n, rank) = (1040, 1056, 5);
     let shape = KroneckerShape::new(m, n, (1, n), rank).unwrap();
     let w = noise(m * n, 1);
     let sum = nearest(&w, shape);

@@ -1,6 +1,7 @@
 //! A read-only matrix whose rows and columns are seen through an order, without copying it.
 
 use crate::error::{Error, Result};
+use crate::simd::{LANES, dispatched};
 
 /// An `(m, n)` row-major matrix `W`, read as `W[rows][:, columns]`.
 #[derive(Clone, Copy, Debug)]
@@ -106,11 +107,29 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::NonFinite`] with the position of the first NaN or infinity.
     pub fn check_finite(&self) -> Result<()> {
+        if all_finite(self.data) {
+            return Ok(());
+        }
         match self.data.iter().position(|value| !value.is_finite()) {
             None => Ok(()),
             Some(at) => {
                 Err(Error::NonFinite { value: self.data[at], row: at / self.columns(), column: at % self.columns() })
             }
         }
+    }
+}
+
+dispatched! {
+    /// Whether no value is NaN or infinite. Without an early exit, so that it runs at the speed of memory.
+    fn all_finite(values: &[f32]) -> bool {
+        // An exponent of all ones becomes the largest number after the sign is shifted out.
+        let mut largest = [0_u32; LANES];
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        for chunk in chunks {
+            for lane in 0..LANES {
+                largest[lane] = largest[lane].max(chunk[lane].to_bits() << 1);
+            }
+        }
+        largest.iter().all(|&bits| bits < f32::INFINITY.to_bits() << 1) && rest.iter().all(|value| value.is_finite())
     }
 }

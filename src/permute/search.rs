@@ -159,8 +159,8 @@ impl Effort {
         const ALL: [Cooling; 4] = [
             Cooling { hot: 4e-3, levels: 1, moves: 40 },
             Cooling { hot: 1e-2, levels: 5, moves: 80 },
-            Cooling { hot: 1e-2, levels: 64, moves: 200 },
-            Cooling { hot: 1e-2, levels: 64, moves: 200 },
+            Cooling { hot: 1e-2, levels: 96, moves: 200 },
+            Cooling { hot: 1e-2, levels: 96, moves: 200 },
         ];
         match self {
             Self::Fast => &ALL[..1],

@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::permute::Permutation;
 use crate::shape::KroneckerShape;
 
-/// A C-contiguous matrix as a vector of its own and its shape. A copy, so that the job may outlive the call.
-pub(super) fn owned_matrix(array: &PyReadonlyArray2<'_, f32>) -> Result<(Vec<f32>, (usize, usize))> {
-    let view = array.as_array();
-    Ok((contiguous(view.as_slice(), "matrix")?.to_vec(), view.dim()))
+/// The values of a C-contiguous matrix, row-major, and its shape.
+pub(super) fn matrix<'a>(array: &'a PyReadonlyArray2<'_, f32>) -> Result<(&'a [f32], (usize, usize))> {
+    let (m, n) = array.as_array().dim();
+    Ok((contiguous(array.as_slice().ok(), "matrix")?, (m, n)))
 }
 
 /// The values of an array that must be C-contiguous.

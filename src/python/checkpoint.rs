@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
-use super::jobs::{self, Grace};
+use super::jobs;
 use crate::checkpoint::float::Float;
 use crate::checkpoint::names::Kind;
 use crate::compress::{self, Options, Report};
@@ -32,7 +32,7 @@ fn plan(tensors: Vec<(String, Vec<usize>, String)>, tied_head: bool, config: &st
 #[pyfunction]
 fn plan_checkpoint(py: Python<'_>, source: PathBuf, config: &str) -> PyResult<String> {
     let config = TQConfig::from_json(config)?;
-    let report = jobs::run(py, None, Grace::Short, move |_| compress::plan_checkpoint(&source, &config))?;
+    let report = jobs::run(py, None, move |_| compress::plan_checkpoint(&source, &config))?;
     Ok(report.to_json(false))
 }
 
@@ -52,7 +52,7 @@ fn compress_checkpoint(
     let config = TQConfig::from_json(config)?;
     let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
     let pool = jobs::pool(threads)?;
-    let report = jobs::run(py, progress, Grace::UntilTidy, move |progress| {
+    let report = jobs::run(py, progress, move |progress| {
         pool.install(|| compress::compress_checkpoint(&source, &destination, &config, &options, progress))
     })?;
     Ok(report.to_json(false))

@@ -2,8 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -13,23 +13,6 @@ use crate::progress::Progress;
 
 /// How often the calling thread looks for Ctrl-C and reports progress.
 const TICK: Duration = Duration::from_millis(50);
-
-/// How long a cancelled job is waited for before the caller gets its exception all the same.
-pub(super) enum Grace {
-    /// Hardly at all: the job leaves nothing behind.
-    Short,
-    /// Until it has removed what it has written: a script that ends now would stop it halfway.
-    UntilTidy,
-}
-
-impl Grace {
-    fn duration(&self) -> Duration {
-        match self {
-            Self::Short => Duration::from_millis(40),
-            Self::UntilTidy => Duration::from_secs(10),
-        }
-    }
-}
 
 /// A pool of `threads` threads, one per core by default, for a job to install.
 ///
@@ -42,51 +25,50 @@ pub(super) fn pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
         .map_err(|error| PyRuntimeError::new_err(format!("cannot start {count} threads: {error}")))
 }
 
-/// Runs `job` on a thread of its own and returns its result.
+/// Runs `job` on a thread of its own, without the GIL, and returns its result.
 ///
-/// The job owns what it works on: after Ctrl-C, or an exception from `callback`, the caller goes on after `grace`, and
-/// the job ends by itself at its next [`Progress::check`]. `callback` gets `(done, total)` every [`TICK`] and once at the
-/// end.
-pub(super) fn run<T: Send + 'static>(
+/// The calling thread looks every [`TICK`] for Ctrl-C and calls `callback` with `(done, total)`, and once at the end.
+/// After Ctrl-C, or an exception from `callback`, the job is cancelled and waited for: it ends at its next
+/// [`Progress::check`], and may remove what it has written.
+pub(super) fn run<T: Send>(
     py: Python<'_>,
     callback: Option<Py<PyAny>>,
-    grace: Grace,
-    job: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
+    job: impl FnOnce(&Progress) -> Result<T> + Send,
 ) -> PyResult<T> {
-    let progress = Arc::new(Progress::default());
+    let progress = Progress::default();
     // A mutex only makes the receiver shareable, which `detach` asks for; nobody else ever locks it.
     let (sender, receiver) = channel();
     let receiver = Mutex::new(receiver);
-    let shared = Arc::clone(&progress);
-    let worker = std::thread::Builder::new().name("tqcompressor".into()).spawn(move || {
-        let outcome = catch_unwind(AssertUnwindSafe(|| job(&shared)));
-        // The receiver is gone if the caller was interrupted: then nobody wants the result.
-        let _ = sender.send(outcome);
-    });
-    let worker = worker.map_err(|error| PyRuntimeError::new_err(format!("cannot start a thread: {error}")))?;
-    loop {
-        match py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(TICK)) {
-            Ok(outcome) => {
-                // The result is here; what the thread still does is to end.
-                drop(worker);
-                let result = outcome.map_err(|panic| internal_error(panic.as_ref()))??;
-                report(py, &progress, callback.as_ref())?;
-                return Ok(result);
-            }
-            Err(RecvTimeoutError::Disconnected) => return Err(PyRuntimeError::new_err("the worker thread died")),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress, callback.as_ref())) {
-            progress.cancel();
-            let deadline = Instant::now() + grace.duration();
-            py.detach(|| {
-                while !worker.is_finished() && Instant::now() < deadline {
-                    std::thread::sleep(Duration::from_millis(2));
+    let receive = |wait| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(wait);
+    std::thread::scope(|scope| {
+        let work = || {
+            // Nothing that a panic may have left half done is looked at again.
+            let outcome = catch_unwind(AssertUnwindSafe(|| job(&progress)));
+            // The receiver lives as long as this scope.
+            let _ = sender.send(outcome);
+        };
+        std::thread::Builder::new()
+            .name("tqcompressor".into())
+            .spawn_scoped(scope, work)
+            .map_err(|error| PyRuntimeError::new_err(format!("cannot start a thread: {error}")))?;
+        loop {
+            match py.detach(|| receive(TICK)) {
+                Ok(outcome) => {
+                    let result = outcome.map_err(|panic| internal_error(panic.as_ref()))??;
+                    report(py, &progress, callback.as_ref())?;
+                    return Ok(result);
                 }
-            });
-            return Err(stop);
+                Err(RecvTimeoutError::Disconnected) => return Err(PyRuntimeError::new_err("the worker thread died")),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress, callback.as_ref())) {
+                progress.cancel();
+                // Here, without the GIL, and not at the end of the scope, which would wait with it.
+                py.detach(|| while matches!(receive(TICK), Err(RecvTimeoutError::Timeout)) {});
+                return Err(stop);
+            }
         }
-    }
+    })
 }
 
 fn report(py: Python<'_>, progress: &Progress, callback: Option<&Py<PyAny>>) -> PyResult<()> {

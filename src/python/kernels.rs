@@ -3,8 +3,8 @@
 use numpy::{PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
 
-use super::arrays::{contiguous, factor_shape, indices, owned_matrix, permutation, shaped};
-use super::jobs::{self, Grace};
+use super::arrays::{contiguous, factor_shape, indices, matrix, permutation, shaped};
+use super::jobs;
 use crate::compress::{self, Task, Timed};
 use crate::error::{Error, Result};
 use crate::kron::{KroneckerSum, MatrixView};
@@ -46,10 +46,10 @@ fn nearest_kronecker_sum<'py>(
     block: (usize, usize),
     rank: usize,
 ) -> PyResult<NearestSum<'py>> {
-    let (data, (m, n)) = owned_matrix(&w)?;
+    let (data, (m, n)) = matrix(&w)?;
     let shape = KroneckerShape::new(m, n, block, rank)?;
-    let sum = jobs::run(py, None, Grace::Short, move |progress| {
-        crate::kron::nearest_kronecker_sum(MatrixView::new(&data, m, n)?, shape, progress)
+    let sum = jobs::run(py, None, |progress| {
+        crate::kron::nearest_kronecker_sum(MatrixView::new(data, m, n)?, shape, progress)
     })?;
     let lost_energy = sum.lost_energy;
     let (a, b) = factor_arrays(py, sum);
@@ -69,12 +69,12 @@ fn find_permutation<'py>(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<FoundOrders<'py>> {
-    let (data, (m, n)) = owned_matrix(&w)?;
+    let (data, (m, n)) = matrix(&w)?;
     let shape = KroneckerShape::new(m, n, block, rank)?;
     let (permute, effort) = (Permute::from_name(permute)?, Effort::from_name(effort)?);
     let pool = jobs::pool(threads)?;
-    let (orders, lost_energy) = jobs::run(py, progress, Grace::Short, move |progress| {
-        let view = MatrixView::new(&data, m, n)?;
+    let (orders, lost_energy) = jobs::run(py, progress, |progress| {
+        let view = MatrixView::new(data, m, n)?;
         progress.expect(permute::work(shape, permute, effort));
         let search = || permute::find_permutation(view, shape, permute, effort, seed, Parallelism::Rayon, progress);
         let found = pool.install(search)?;
@@ -112,19 +112,18 @@ fn decompose_many<'py>(
     for (((array, name), (block, rank)), permute) in
         matrices.iter().zip(names).zip(blocks.into_iter().zip(ranks)).zip(permutes)
     {
-        let (values, (rows, columns)) = owned_matrix(array)?;
+        let (values, (rows, columns)) = matrix(array)?;
         let spec = KroneckerSpec { block, rank, permute: Permute::from_name(&permute)? };
         // All of them, before the first is worked on.
         spec.shape(rows, columns)
-            .and_then(|_| MatrixView::new(&values, rows, columns)?.check_finite())
+            .and_then(|_| MatrixView::new(values, rows, columns)?.check_finite())
             .map_err(|error| error.in_tensor(&name))?;
         tasks.push(Task { name, rows, columns, spec });
         data.push(values);
     }
     let pool = jobs::pool(threads)?;
-    let decompositions = jobs::run(py, progress, Grace::Short, move |progress| {
-        let slices: Vec<&[f32]> = data.iter().map(Vec::as_slice).collect();
-        pool.install(|| compress::decompose_many(&tasks, &slices, effort, seed, progress))
+    let decompositions = jobs::run(py, progress, |progress| {
+        pool.install(|| compress::decompose_many(&tasks, &data, effort, seed, progress))
     })?;
     Ok(decompositions.into_iter().map(|timed| to_python(py, timed)).collect())
 }
@@ -169,7 +168,7 @@ fn reconstruct<'py>(
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let decomposition = decomposition(&a, &b, &p, &q)?;
     let shape = decomposition.sum.shape;
-    let dense = jobs::run(py, None, Grace::Short, move |_| Ok(decomposition.to_dense()))?;
+    let dense = jobs::run(py, None, |_| Ok(decomposition.to_dense()))?;
     Ok(shaped(py, (shape.rows(), shape.columns()), dense))
 }
 
@@ -184,7 +183,7 @@ fn apply<'py>(
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let decomposition = decomposition(&a, &b, &p, &q)?;
     let columns = decomposition.sum.shape.columns();
-    let (x, (batch, width)) = owned_matrix(&x)?;
+    let (x, (batch, width)) = matrix(&x)?;
     if width != decomposition.sum.shape.rows() {
         return Err(Error::Shape {
             operation: "apply",
@@ -193,6 +192,6 @@ fn apply<'py>(
         }
         .into());
     }
-    let y = jobs::run(py, None, Grace::Short, move |_| decomposition.apply(&x, batch))?;
+    let y = jobs::run(py, None, |_| decomposition.apply(x, batch))?;
     Ok(shaped(py, (batch, columns), y))
 }
