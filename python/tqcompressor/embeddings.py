@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .config import KroneckerSpec
 from .contraction import kronecker_matmul
 from .modules import KroneckerFactors
 
@@ -65,31 +64,12 @@ class KroneckerEmbedding(KroneckerFactors):
 
         A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
         """
-        spec = KroneckerSpec((b.shape[1], b.shape[2]), a.shape[0], permute)
-        module = cls(
-            a.shape[1] * b.shape[1],
-            a.shape[2] * b.shape[2],
-            spec.block,
-            spec.rank,
-            input_permutation=spec.permutes_rows,
-            output_permutation=spec.permutes_columns,
-            device="meta",
-        )
-        module.set_factors(a, b, p, q, dtype, device)
+        module: KroneckerEmbedding = cls._from_factors(a, b, p, q, permute, dtype, device)
         return module
 
-    def set_factors(
-        self,
-        a: NDArray[np.float32],
-        b: NDArray[np.float32],
-        p: NDArray[np.int64],
-        q: NDArray[np.int64],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Takes copies of the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored."""
-        permutations = {"input_permutation": np.argsort(p), "output_permutation": np.argsort(q)}
-        self._set({"A": a, "B": b, **permutations}, dtype=dtype, device=device)
+    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Token `i` is looked up where row `i` went.
+        return np.argsort(p)
 
     def reset_parameters(self, variance: float = 1.0) -> None:
         """Initialises like `nn.Embedding`: entries of variance 1."""

@@ -56,10 +56,45 @@ class KroneckerFactors(nn.Module):
         nn.init.uniform_(self.A, -bound, bound)
         nn.init.uniform_(self.B, -bound, bound)
 
-    def _set(
-        self, tensors: Mapping[str, NDArray[Any]], dtype: torch.dtype | None, device: torch.device | str | None
+    @classmethod
+    def _from_factors(
+        cls,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        permute: str,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        **options: Any,
+    ) -> Any:
+        """A module of this class for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`; `options` are its constructor's own."""
+        (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
+        spec = KroneckerSpec((m2, n2), rank, permute)
+        sides: dict[str, Any] = {
+            "input_permutation": spec.permutes_rows,
+            "output_permutation": spec.permutes_columns,
+        }
+        # Every subclass that is made from factors takes rows, columns, block and rank first.
+        module: Any = cls(m1 * m2, n1 * n2, spec.block, rank, device="meta", **sides, **options)
+        module.set_factors(a, b, p, q, dtype, device)
+        return module
+
+    def set_factors(
+        self,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        """Takes copies of the factors, and of the permutations of those sides that are permuted."""
+        """Takes copies of the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored.
+
+        Raises `ShapeError` for shapes that are not the module's.
+        """
+        tensors: dict[str, NDArray[Any]] = {"A": a, "B": b}
+        tensors |= {"input_permutation": self._input_indices(p), "output_permutation": np.argsort(q)}
         for name, values in tensors.items():
             current = getattr(self, name)
             if current is None:
@@ -72,6 +107,10 @@ class KroneckerFactors(nn.Module):
                 setattr(self, name, nn.Parameter(torch.tensor(values, dtype=dtype, device=device), trainable))
             else:
                 setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
+
+    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The gather indices that the row permutation `p` means for this module's input."""
+        return p
 
     def _expand(self) -> torch.Tensor:
         """The Kronecker sum as a matrix, still permuted, in at least single precision."""
@@ -145,18 +184,7 @@ class KroneckerLinear(KroneckerFactors):
 
         A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
         """
-        spec = KroneckerSpec((b.shape[1], b.shape[2]), a.shape[0], permute)
-        module = cls(
-            a.shape[1] * b.shape[1],
-            a.shape[2] * b.shape[2],
-            spec.block,
-            spec.rank,
-            bias=bias is not None,
-            input_permutation=spec.permutes_rows,
-            output_permutation=spec.permutes_columns,
-            device="meta",
-        )
-        module.set_factors(a, b, p, q, dtype, device)
+        module: KroneckerLinear = cls._from_factors(a, b, p, q, permute, dtype, device, bias=bias is not None)
         if bias is not None:
             if bias.shape != (module.out_features,):
                 raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({module.out_features},)")
@@ -174,20 +202,6 @@ class KroneckerLinear(KroneckerFactors):
         """The module for what `tqcompressor.decompose` returned for the matrix `W` (in × out)."""
         d = decomposition
         return cls.from_factors(d.a, d.b, d.row_permutation, d.column_permutation, d.spec.permute, bias, dtype, device)
-
-    def set_factors(
-        self,
-        a: NDArray[np.float32],
-        b: NDArray[np.float32],
-        p: NDArray[np.int64],
-        q: NDArray[np.int64],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Takes copies of the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored."""
-        self._set(
-            {"A": a, "B": b, "input_permutation": p, "output_permutation": np.argsort(q)}, dtype=dtype, device=device
-        )
 
     def reset_parameters(self, variance: float | None = None) -> None:
         """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
