@@ -28,6 +28,16 @@ pub enum Error {
         /// Its column.
         column: usize,
     },
+    /// A label that is not in the vocabulary.
+    #[error("labels: expected 0 to {}, or the ignored index, got {label} at row {row}", vocabulary - 1)]
+    Label {
+        /// The offending label.
+        label: i64,
+        /// Its row.
+        row: usize,
+        /// Entries of the vocabulary, at least one.
+        vocabulary: usize,
+    },
     /// A dtype that is not handled.
     #[error("expected dtype {expected}, got {got}")]
     Dtype {

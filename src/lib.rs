@@ -4,13 +4,15 @@
 //! column permutations `p` and `q` searched so that little energy is lost.
 //!
 //! Modules, from the bottom up (each imports only from those before it):
-//! [`error`], [`shape`], [`progress`], [`simd`], [`kron`], [`permute`], [`checkpoint`], [`plan`], [`compress`].
+//! [`error`], [`shape`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`checkpoint`], [`plan`], [`compress`].
 //! `python` is the only module that knows Python.
 
 pub mod checkpoint;
 pub mod compress;
 pub mod error;
 pub mod kron;
+pub mod loss;
+pub mod memory;
 pub mod permute;
 pub mod plan;
 pub mod progress;

@@ -13,7 +13,10 @@ __all__ = [
     "apply",
     "compress_checkpoint",
     "decompose_many",
+    "distillation_loss",
     "find_permutation",
+    "head_loss",
+    "hidden_state_loss",
     "nearest_kronecker_sum",
     "plan",
     "plan_checkpoint",
@@ -83,3 +86,48 @@ def compress_checkpoint(
     progress: _ProgressCallback | None,
 ) -> str:
     """Compresses `source` into the directory `destination` and returns the report as JSON."""
+
+# A half-precision matrix comes and goes as its bits; the dtype beside it says which of the two it is.
+_FloatMatrix = _Float32Array | NDArray[np.uint16]
+
+def distillation_loss(
+    student: _FloatMatrix,
+    student_dtype: str,
+    teacher: _FloatMatrix | None,
+    teacher_dtype: str,
+    labels: _Int64Array | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[float, _FloatMatrix | None]:
+    """`divergence·KL_T + cross_entropy·CE`, the mean over rows of logits, and its gradient by the student's."""
+
+def hidden_state_loss(
+    student: _FloatMatrix,
+    student_dtype: str,
+    teacher: _FloatMatrix,
+    teacher_dtype: str,
+    mask: NDArray[np.bool_] | None,
+    kind: str,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[float, _FloatMatrix | None]:
+    """The mean distance of hidden states, "mse" or "cosine", and its gradient by the student's."""
+
+def head_loss(
+    student: tuple[_Float32Array, _Float32Array],
+    teacher: tuple[_Float32Array, _Float32Array] | None,
+    labels: _Int64Array | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[float, tuple[_Float32Array, _Float32Array] | None]:
+    """`distillation_loss` of `hidden @ head.T` for pairs `(hidden, head)`, with the gradients by both."""

@@ -13,6 +13,10 @@ class NonFiniteError(TQError, ValueError):
     """A weight that holds NaN or an infinity."""
 
 
+class LabelError(TQError, ValueError):
+    """A label that is neither in the vocabulary nor the ignored index."""
+
+
 class DtypeError(TQError, TypeError):
     """A dtype that is not handled."""
 

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::search::{Parallelism, Side};
 use crate::error::Result;
 use crate::kron::MatrixView;
+use crate::memory::zeros;
 use crate::progress::Progress;
 use crate::shape::KroneckerShape;
 
@@ -193,24 +194,4 @@ fn gather_column_phases(view: MatrixView<'_>, phases: usize) -> Vec<f32> {
         }
     }
     parts
-}
-
-/// Zeros, on huge pages where the system has them: the search reads the products in random order, and finding a small
-/// page's address would cost more than reading it.
-fn zeros(length: usize) -> Vec<f32> {
-    let mut values = vec![0.0_f32; length];
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::mm::{Advice, madvise};
-        const PAGE: usize = 4096;
-        let bytes = length * size_of::<f32>();
-        let start = values.as_mut_ptr().cast::<u8>();
-        let skip = start.align_offset(PAGE);
-        if bytes > 4 << 20 {
-            // Advice only: if it is refused, the search is slower, not wrong.
-            // SAFETY: the range lies inside the allocation, and the advice changes no contents.
-            let _ = unsafe { madvise(start.add(skip).cast(), (bytes - skip) / PAGE * PAGE, Advice::LinuxHugepage) };
-        }
-    }
-    values
 }

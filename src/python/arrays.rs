@@ -1,7 +1,7 @@
 //! numpy arrays to plain slices and back, with every check before a kernel sees them.
 
 use numpy::ndarray::{Array, Dimension, IntoDimension};
-use numpy::{PyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
+use numpy::{Element, PyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
@@ -56,11 +56,11 @@ pub(super) fn indices<'py>(py: Python<'py>, order: impl Iterator<Item = usize>) 
 }
 
 /// `values` as an array of the given shape, without a copy.
-pub(super) fn shaped<'py, D: Dimension>(
+pub(super) fn shaped<'py, T: Element, D: Dimension>(
     py: Python<'py>,
     shape: impl IntoDimension<Dim = D>,
-    values: Vec<f32>,
-) -> Bound<'py, PyArray<f32, D>> {
+    values: Vec<T>,
+) -> Bound<'py, PyArray<T, D>> {
     let array = Array::from_shape_vec(shape, values).expect("kernels return as many values as their shape has");
     PyArray::from_owned_array(py, array)
 }

@@ -35,6 +35,7 @@ fn class_name(error: &Error) -> &'static str {
     match root(error) {
         Error::Shape { .. } | Error::Permutation { .. } => "ShapeError",
         Error::NonFinite { .. } => "NonFiniteError",
+        Error::Label { .. } => "LabelError",
         Error::Dtype { .. } => "DtypeError",
         Error::Config(_) => "ConfigError",
         Error::Checkpoint { .. } => "CheckpointError",

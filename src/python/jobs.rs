@@ -71,6 +71,12 @@ pub(super) fn run<T: Send>(
     })
 }
 
+/// Runs a job that takes no longer than a few milliseconds on the calling thread, without the GIL.
+pub(super) fn run_here<T: Send>(py: Python<'_>, job: impl FnOnce(&Progress) -> Result<T> + Send) -> PyResult<T> {
+    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| job(&Progress::default()))));
+    Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??)
+}
+
 fn report(py: Python<'_>, progress: &Progress, callback: Option<&Py<PyAny>>) -> PyResult<()> {
     if let Some(callback) = callback {
         callback.call1(py, progress.counts())?;

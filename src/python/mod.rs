@@ -5,6 +5,7 @@ mod checkpoint;
 mod errors;
 mod jobs;
 mod kernels;
+mod losses;
 
 use pyo3::prelude::*;
 
@@ -13,5 +14,6 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     kernels::register(module)?;
-    checkpoint::register(module)
+    checkpoint::register(module)?;
+    losses::register(module)
 }

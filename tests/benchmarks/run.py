@@ -1,4 +1,4 @@
-"""The benchmarks: `python tests/benchmarks/run.py search | kernels | checkpoint | import [--json FILE]`.
+"""The benchmarks: `python tests/benchmarks/run.py search | kernels | losses | checkpoint | import [--json FILE]`.
 
 Every figure in the README names the sub-command that prints it. Each one prints the machine and the versions, then a
 table; `--json FILE` writes the same for machines. Sub-commands and their options: `--help`.
@@ -11,12 +11,19 @@ from pathlib import Path
 
 import import_time
 import kernels
+import losses
 import search
 import whole_checkpoint
 from measuring import machine
 from tqcompressor.tables import format_table
 
-BENCHMARKS = {"search": search, "kernels": kernels, "checkpoint": whole_checkpoint, "import": import_time}
+BENCHMARKS = {
+    "search": search,
+    "kernels": kernels,
+    "losses": losses,
+    "checkpoint": whole_checkpoint,
+    "import": import_time,
+}
 
 
 def main() -> None:

@@ -12,7 +12,20 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "data" / "tiny-gpt2"
 
 # From the bottom up: a module imports only from those before it. CONTRIBUTING.md shows the same tables.
-RUST = ["error", "shape", "progress", "simd", "kron", "permute", "checkpoint", "plan", "compress", "python"]
+RUST = [
+    "error",
+    "shape",
+    "progress",
+    "memory",
+    "simd",
+    "loss",
+    "kron",
+    "permute",
+    "checkpoint",
+    "plan",
+    "compress",
+    "python",
+]
 PYTHON = [
     "errors",
     "_core",
@@ -22,6 +35,10 @@ PYTHON = [
     "config",
     "decomposition",
     "checkpoint",
+    "loss_arrays",
+    "torch_formulas",
+    "torch_losses",
+    "losses",
     "contraction",
     "modules",
     "embeddings",

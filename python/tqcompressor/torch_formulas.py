@@ -1,0 +1,94 @@
+"""The losses of logits in plain torch: for devices that Rust does not compute on, and for float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .errors import LabelError, NonFiniteError
+
+# Logits worked on at a time.
+_CHUNK = 1 << 24
+
+
+def computed_dtype(values: torch.Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows of so many values, such that what is computed from each takes little memory."""
+    step = max(1, _CHUNK // width)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def counted_rows(rows: torch.Tensor, labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """Which rows count, as booleans."""
+    if labels is None:
+        return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    return labels != ignore_index
+
+
+def check_on_cpu(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    counted: torch.Tensor,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+) -> None:
+    """Refuses what Rust refuses; elsewhere than on the CPU, looking would mean waiting for the device."""
+    if student.device.type != "cpu":
+        return
+    width = student.shape[-1]
+    if labels is not None and (wrong := counted & ((labels < 0) | (labels >= width))).any():
+        row = int(wrong.nonzero()[0])
+        raise LabelError(
+            f"labels: expected 0 to {width - 1}, or the ignored index, got {int(labels[row])} at row {row}"
+        )
+    for name, values in zip(names, (student, teacher), strict=True):
+        if values is not None and (bad := counted[:, None] & ~values.isfinite()).any():
+            row, column = bad.nonzero()[0].tolist()
+            value = values[row, column].item()
+            raise NonFiniteError(f"{name}: expected finite values, got {value} at row {row}, column {column}")
+
+
+def rows_in_torch(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    counted: torch.Tensor,
+    objective: tuple[float, float, float, bool, int],
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sum of the rows' losses, and its gradient by the logits.
+
+    `objective` is (temperature, weight of the divergence, weight of the cross-entropy, reverse, ignored index).
+    """
+    temperature, divergence, cross_entropy, reverse, _ = objective
+    z = student.to(computed_dtype(student))
+    losses, by_logits = z.new_zeros(z.shape[0]), torch.zeros_like(z) if gradient else None
+    if teacher is not None and divergence > 0:
+        log_q = (z / temperature).log_softmax(-1)
+        log_p = (teacher.to(z.dtype) / temperature).log_softmax(-1)
+        difference = log_q - log_p if reverse else log_p - log_q
+        q, first = log_q.exp(), log_q.exp() if reverse else log_p.exp()
+        divergences = (first * difference).sum(-1, keepdim=True).clamp(min=0)
+        losses += divergence * divergences.squeeze(-1)
+        if by_logits is not None:
+            by_divergence = q * (difference - divergences) if reverse else q - first
+            by_logits += (divergence / temperature) * by_divergence
+    if labels is not None and cross_entropy > 0:
+        log_s = z.log_softmax(-1)
+        targets = torch.where(counted, labels, 0)[:, None]
+        losses -= cross_entropy * log_s.gather(-1, targets).squeeze(-1)
+        if by_logits is not None:
+            by_logits += cross_entropy * log_s.exp()
+            by_logits.scatter_add_(-1, targets, torch.full_like(targets, -cross_entropy, dtype=z.dtype))
+    if by_logits is not None:
+        # The entries sum to zero, and at the largest logit that is more exact than a difference of two near 1.
+        largest = z.argmax(-1, keepdim=True)
+        by_logits.scatter_(-1, largest, 0.0)
+        by_logits.scatter_(-1, largest, -by_logits.sum(-1, keepdim=True))
+        by_logits = torch.where(counted[:, None], by_logits, 0.0)
+    return torch.where(counted, losses, 0.0).sum(), by_logits

@@ -1,0 +1,349 @@
+"""The losses as torch operators: Rust for CPU tensors, the same formulas in torch for other devices and for float64.
+
+An operator computes its gradient along with the value, and keeps it for the backward pass. `tqcompressor.losses` has
+the public functions and their documentation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from . import _core
+from .errors import DtypeError, ShapeError
+from .torch_formulas import check_on_cpu, computed_dtype, counted_rows, row_chunks, rows_in_torch
+
+if TYPE_CHECKING:
+    # (temperature, divergence, cross_entropy, reverse, ignore_index)
+    Objective: TypeAlias = tuple[float, float, float, bool, int]
+    Context: TypeAlias = Any
+
+_IN_RUST = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_OBJECTIVE = "float temperature, float divergence, float cross_entropy, bool reverse, int ignore_index"
+
+
+def logit_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    threads: int | None,
+) -> torch.Tensor:
+    """`distillation_loss`, `cross_entropy` and `kl_divergence` of `tqcompressor.losses`, for tensors."""
+    _check_rows("student_logits", student)
+    if teacher is not None:
+        _check_rows("teacher_logits", teacher)
+        _check_shape("teacher_logits", student.shape, teacher.shape)
+        teacher = _flat(teacher.detach())
+    if labels is not None:
+        labels = _flat_labels(labels, student.shape[:-1])
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    loss: torch.Tensor = _distillation_loss(_flat(student), teacher, labels, *objective, wanted, threads)[0]
+    return loss
+
+
+def hidden_state_loss(
+    student: torch.Tensor, teacher: torch.Tensor, kind: str, mask: torch.Tensor | None, threads: int | None
+) -> torch.Tensor:
+    """`tqcompressor.losses.hidden_state_loss`, for tensors."""
+    _check_rows("student_hidden", student)
+    _check_rows("teacher_hidden", teacher)
+    _check_shape("teacher_hidden", student.shape, teacher.shape)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise DtypeError(f"mask: expected booleans, got {mask.dtype}")
+        _check_shape("mask", student.shape[:-1], mask.shape)
+        mask = mask.reshape(-1)
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    loss: torch.Tensor = _hidden_state_loss(_flat(student), _flat(teacher.detach()), mask, kind, wanted, threads)[0]
+    return loss
+
+
+def head_loss(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    threads: int | None,
+) -> torch.Tensor:
+    """`tqcompressor.losses.head_distillation_loss`, for tensors."""
+    _check_head("student", student_hidden, student_head)
+    if teacher_hidden is not None and teacher_head is not None:
+        _check_head("teacher", teacher_hidden, teacher_head)
+        _check_shape("rows of teacher_hidden", student_hidden.shape[:-1], teacher_hidden.shape[:-1])
+        _check_shape("vocabulary of teacher_head", student_head.shape[:1], teacher_head.shape[:1])
+        teacher_hidden, teacher_head = _flat(teacher_hidden.detach()), teacher_head.detach()
+    if labels is not None:
+        labels = _flat_labels(labels, student_hidden.shape[:-1])
+    wanted = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
+    arguments = (_flat(student_hidden), student_head, teacher_hidden, teacher_head, labels)
+    loss: torch.Tensor = _head_loss(*arguments, *objective, wanted, threads)[0]
+    return loss
+
+
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _flat_labels(labels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise DtypeError(f"labels: expected integers, got {labels.dtype}")
+    _check_shape("labels", shape, labels.shape)
+    return labels.reshape(-1).long()
+
+
+def _check_shape(name: str, expected: torch.Size, got: torch.Size) -> None:
+    if expected != got:
+        raise ShapeError(f"{name}: expected the shape {tuple(expected)}, got {tuple(got)}")
+
+
+def _check_rows(name: str, rows: torch.Tensor) -> None:
+    if rows.dtype not in _IN_RUST and rows.dtype != torch.float64:
+        raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {rows.dtype}")
+    if rows.dim() == 0 or rows.shape[-1] == 0:
+        raise ShapeError(f"{name}: expected the shape (..., at least one), got {tuple(rows.shape)}")
+
+
+def _check_head(side: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
+    _check_rows(f"{side}_hidden", hidden)
+    _check_rows(f"{side}_head", head)
+    if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != hidden.shape[-1]:
+        expected = f"(vocabulary, {hidden.shape[-1]})"
+        raise ShapeError(f"{side}_head: expected the shape {expected}, got {tuple(head.shape)}")
+
+
+# Operators. First the value, in float32 (float64 for float64), then the gradients, empty if they are not wanted.
+
+
+@torch.library.custom_op(
+    "tqcompressor::distillation_loss",
+    mutates_args=(),
+    schema=f"(Tensor student, Tensor? teacher, Tensor? labels, {_OBJECTIVE}, bool gradient, int? threads)"
+    " -> (Tensor, Tensor)",
+)
+def _distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
+    if _for_rust(student, teacher):
+        student_array, student_dtype = _array(student)
+        teacher_array, teacher_dtype = (None, "") if teacher is None else _array(teacher)
+        targets = None if labels is None else labels.contiguous().numpy()
+        arguments = (student_array, student_dtype, teacher_array, teacher_dtype, targets)
+        value, written = _core.distillation_loss(*arguments, *objective, gradient, _threads(threads))
+        return student.new_tensor(value, dtype=torch.float32), _tensor(written, student)
+    counted = counted_rows(student, labels, ignore_index)
+    check_on_cpu(student, teacher, labels, counted)
+    written_tensor = student.new_empty(student.shape if gradient else 0)
+    scale = counted.sum().clamp(min=1).to(computed_dtype(student)).reciprocal()
+    loss = student.new_zeros((), dtype=computed_dtype(student))
+    for rows in row_chunks(student.shape[0], student.shape[1]):
+        chunk = (student[rows], None if teacher is None else teacher[rows], None if labels is None else labels[rows])
+        value_tensor, by_logits = rows_in_torch(*chunk, counted[rows], objective, gradient)
+        loss += value_tensor * scale
+        if by_logits is not None:
+            written_tensor[rows] = by_logits.mul_(scale)
+    return loss, written_tensor
+
+
+@torch.library.custom_op(
+    "tqcompressor::hidden_state_loss",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor? mask, str kind, bool gradient, int? threads) -> (Tensor, Tensor)",
+)
+def _hidden_state_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    kind: str,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _for_rust(student, teacher):
+        flags = None if mask is None else mask.contiguous().numpy()
+        value, written = _core.hidden_state_loss(
+            *_array(student), *_array(teacher), flags, kind, gradient, _threads(threads)
+        )
+        return student.new_tensor(value, dtype=torch.float32), _tensor(written, student)
+    counted = torch.ones_like(student[:, 0], dtype=torch.bool) if mask is None else mask
+    check_on_cpu(student, teacher, None, counted, ("student_hidden", "teacher_hidden"))
+    s, t = student.to(computed_dtype(student)), teacher.to(computed_dtype(student))
+    if kind == "mse":
+        losses = (s - t).square().mean(-1)
+        by_states = 2 * (s - t) / s.shape[1]
+    else:
+        inner, squares = (s * t).sum(-1, keepdim=True), s.square().sum(-1, keepdim=True)
+        norms = squares.sqrt() * t.square().sum(-1, keepdim=True).sqrt()
+        cosine = torch.where(norms > 0, inner / norms, 0.0)
+        losses = (1 - cosine).squeeze(-1)
+        by_states = torch.where(norms > 0, cosine * s / squares - t / norms, 0.0)
+    count = counted.sum().clamp(min=1)
+    loss = torch.where(counted, losses, 0.0).sum() / count
+    if not gradient:
+        return loss, student.new_empty(0)
+    return loss, (torch.where(counted[:, None], by_states, 0.0) / count).to(student.dtype)
+
+
+@torch.library.custom_op(
+    "tqcompressor::head_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor head, Tensor? teacher_hidden, Tensor? teacher_head, Tensor? labels, "
+    f"{_OBJECTIVE}, bool gradient, int? threads) -> (Tensor, Tensor, Tensor)",
+)
+def _head_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
+    if _for_rust(hidden, head):
+        student = (_single(hidden), _single(head))
+        teacher = None
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher = (_single(teacher_hidden), _single(teacher_head))
+        rows = None if labels is None else labels.contiguous().numpy()
+        value, written = _core.head_loss(student, teacher, rows, *objective, gradient, _threads(threads))
+        loss = hidden.new_tensor(value, dtype=torch.float32)
+        if written is None:
+            return loss, hidden.new_empty(0), head.new_empty(0)
+        by_hidden, by_head = (torch.from_numpy(array) for array in written)
+        return loss, by_hidden.to(hidden.dtype), by_head.to(head.dtype)
+    counted = counted_rows(hidden, labels, ignore_index)
+    dtype = computed_dtype(hidden)
+    scale = counted.sum().clamp(min=1).to(dtype).reciprocal()
+    loss = hidden.new_zeros((), dtype=dtype)
+    by_hidden = hidden.new_empty(hidden.shape if gradient else 0)
+    sums = head.new_zeros(head.shape if gradient else 0, dtype=dtype)
+    for rows_of_chunk in row_chunks(hidden.shape[0], head.shape[0]):
+        states, targets = hidden[rows_of_chunk], None if labels is None else labels[rows_of_chunk]
+        logits, teacher_logits = (states @ head.to(hidden.dtype).T).to(dtype), None
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher_logits = teacher_hidden[rows_of_chunk] @ teacher_head.to(teacher_hidden.dtype).T
+        check_on_cpu(logits, teacher_logits, targets, counted[rows_of_chunk])
+        value_of_chunk, by_logits = rows_in_torch(
+            logits, teacher_logits, targets, counted[rows_of_chunk], objective, gradient
+        )
+        loss += value_of_chunk * scale
+        if by_logits is not None:
+            by_logits.mul_(scale)
+            by_hidden[rows_of_chunk] = (by_logits @ head.to(dtype)).to(hidden.dtype)
+            sums += by_logits.T @ states.to(dtype)
+    return loss, by_hidden, sums.to(head.dtype)
+
+
+@torch.library.custom_op(
+    "tqcompressor::scaled_gradient", mutates_args=(), schema="(Tensor gradient, Tensor by) -> Tensor"
+)
+def _scaled_gradient(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return (gradient * by.to(gradient.device)).to(gradient.dtype)
+
+
+# What torch must know of them to trace and to differentiate.
+
+
+@_distillation_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+@_hidden_state_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+@_head_loss.register_fake
+def _(hidden: torch.Tensor, head: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wanted = arguments[-2]
+    by_hidden = hidden.new_empty(hidden.shape if wanted else (0,))
+    return _fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
+
+
+@_scaled_gradient.register_fake
+def _(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(gradient)
+
+
+def _fake_loss(values: torch.Tensor) -> torch.Tensor:
+    return values.new_empty((), dtype=computed_dtype(values))
+
+
+def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    # Zeros for the gradients of the gradients would take as much memory as all the rest.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.unused = len(inputs) - len(output) + 1
+
+
+def _return_gradients(ctx: Context, by_value: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    gradients = [None if by_value is None else _scale(gradient, by_value) for gradient in ctx.saved_tensors]
+    return *gradients, *([None] * ctx.unused)
+
+
+def _scale(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    # Mostly the loss itself is differentiated, and a product with 1 would take a second gradient's memory. Traced
+    # tensors have no value to look at, and those of other devices none that is at hand.
+    at_hand = type(gradient) is torch.Tensor and type(by) is torch.Tensor and by.device.type == "cpu"
+    if at_hand and not torch.is_grad_enabled() and by.item() == 1:
+        # An output of the operator, it would drag the graph along.
+        return gradient.detach()
+    scaled: torch.Tensor = _scaled_gradient(gradient, by)
+    return scaled
+
+
+def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
+    raise RuntimeError("the losses of tqcompressor are not twice differentiable")
+
+
+for _operator in (_distillation_loss, _hidden_state_loss, _head_loss):
+    _operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
+_scaled_gradient.register_autograd(_refuse)
+
+
+# Between tensors and Rust.
+
+
+def _for_rust(*tensors: torch.Tensor | None) -> bool:
+    return all(tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _IN_RUST) for tensor in tensors)
+
+
+def _threads(threads: int | None) -> int:
+    return torch.get_num_threads() if threads is None else threads
+
+
+def _array(tensor: torch.Tensor) -> tuple[Any, str]:
+    """The tensor's memory as float32 or as bits, and the name of its dtype."""
+    tensor = tensor.detach().contiguous()
+    bits = tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
+    return bits.numpy(), _IN_RUST[tensor.dtype]
+
+
+def _single(tensor: torch.Tensor) -> Any:
+    return tensor.detach().float().contiguous().numpy()
+
+
+def _tensor(gradient: Any, like: torch.Tensor) -> torch.Tensor:
+    if gradient is None:
+        return like.new_empty(0)
+    tensor = torch.from_numpy(gradient)
+    return tensor if like.dtype == torch.float32 else tensor.view(like.dtype)

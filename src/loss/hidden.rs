@@ -1,0 +1,182 @@
+//! Distances between hidden states of student and teacher.
+
+use super::kernels::extent;
+use super::parallel::{Parallelism, for_each};
+use super::values::{OwnedValues, RowMut, Values};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::simd::{LANES, dispatched};
+
+/// How far two vectors are apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HiddenDistance {
+    /// `‖s − t‖² / width`.
+    MeanSquaredError,
+    /// `1 − s·t / (‖s‖‖t‖)`; where either is zero, 1 with a zero gradient.
+    Cosine,
+}
+
+impl HiddenDistance {
+    /// Reads "mse" or "cosine".
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other name.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "mse" => Ok(Self::MeanSquaredError),
+            "cosine" => Ok(Self::Cosine),
+            other => Err(Error::Config(format!("kind: expected \"mse\" or \"cosine\", got \"{other}\""))),
+        }
+    }
+}
+
+/// Hidden states of `rows` tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct HiddenBatch<'a> {
+    /// The student's, `(rows, width)`.
+    pub student: Values<'a>,
+    /// The teacher's, of the same shape; any of the dtypes.
+    pub teacher: Values<'a>,
+    /// Values per row.
+    pub width: usize,
+    /// Which rows count; all without a mask. The others are not read, and their gradient is exactly zero.
+    pub mask: Option<&'a [bool]>,
+}
+
+/// The mean distance over the rows that count, and its gradient by the student's states, in their dtype.
+///
+/// All sums are f64. No row that counts: the loss is 0.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::NonFinite`] in "student_hidden" or "teacher_hidden", [`Error::Cancelled`].
+///
+/// # Cost
+/// One pass; memory beyond the gradient: up to three rows of f32 per thread.
+pub fn hidden_state_loss(
+    batch: &HiddenBatch<'_>,
+    distance: HiddenDistance,
+    gradient: bool,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<(f64, Option<OwnedValues>)> {
+    let rows = batch.check()?;
+    let counted = batch.mask.map_or(rows, |mask| mask.iter().filter(|&&counts| counts).count());
+    let scale = 1.0 / counted.max(1) as f64;
+    let mut written = gradient.then(|| batch.student.zeros());
+    let mut losses = vec![0.0; rows];
+    let outputs: Vec<Option<RowMut<'_>>> = match &mut written {
+        Some(written) => written.rows_mut(batch.width).into_iter().map(Some).collect(),
+        None => losses.iter().map(|_| None).collect(),
+    };
+    progress.expect(rows as u64);
+    let items = losses.iter_mut().zip(outputs).enumerate();
+    let scratch = || (Vec::new(), Vec::new(), Vec::new());
+    for_each(items, parallelism, progress, scratch, |(student, teacher, narrow), (row, (loss, out))| {
+        progress.advance(1);
+        if batch.mask.is_some_and(|mask| !mask[row]) {
+            return Ok(());
+        }
+        let student = batch.student.row(row, batch.width, student);
+        let teacher = batch.teacher.row(row, batch.width, teacher);
+        for (name, values) in [("student_hidden", student), ("teacher_hidden", teacher)] {
+            if !extent(values).finite {
+                let column = values.iter().position(|value| !value.is_finite()).unwrap_or(0);
+                return Err(Error::NonFinite { value: values[column], row, column }.in_tensor(name));
+            }
+        }
+        let products = Products::of(student, teacher);
+        // The gradient is `own·s + other·t`.
+        let (value, own, other) = match distance {
+            HiddenDistance::MeanSquaredError => {
+                let width = batch.width as f64;
+                (products.difference / width, 2.0 / width, -2.0 / width)
+            }
+            HiddenDistance::Cosine => {
+                let norms = products.student.sqrt() * products.teacher.sqrt();
+                if norms == 0.0 {
+                    (1.0, 0.0, 0.0)
+                } else {
+                    let cosine = products.inner / norms;
+                    (1.0 - cosine, cosine / products.student, -1.0 / norms)
+                }
+            }
+        };
+        *loss = value;
+        if let Some(out) = out {
+            out.fill(narrow, |out| combine(student, teacher, own * scale, other * scale, out));
+        }
+        Ok(())
+    })?;
+    Ok((losses.iter().sum::<f64>() * scale, written))
+}
+
+impl HiddenBatch<'_> {
+    fn check(&self) -> Result<usize> {
+        let shape = |operation, expected, got: String| Err(Error::Shape { operation, expected, got });
+        let values = self.student.len();
+        if self.width == 0 || !values.is_multiple_of(self.width) {
+            let expected = format!("rows of at least one value, here {}", self.width);
+            return shape("student_hidden", expected, format!("{values} values"));
+        }
+        if self.teacher.len() != values {
+            return shape("teacher_hidden", format!("the student's {values} values"), self.teacher.len().to_string());
+        }
+        let rows = values / self.width;
+        match self.mask {
+            Some(mask) if mask.len() != rows => shape("mask", format!("{rows}, one per row"), mask.len().to_string()),
+            _ => Ok(rows),
+        }
+    }
+}
+
+/// Inner products of two vectors.
+#[derive(Clone, Copy)]
+struct Products {
+    student: f64,
+    teacher: f64,
+    inner: f64,
+    /// `‖s − t‖²`.
+    difference: f64,
+}
+
+impl Products {
+    fn of(student: &[f32], teacher: &[f32]) -> Self {
+        let [student, teacher, inner, difference] = products(student, teacher);
+        Self { student, teacher, inner, difference }
+    }
+}
+
+dispatched! {
+    /// `‖s‖²`, `‖t‖²`, `s·t` and `‖s − t‖²`.
+    fn products(student: &[f32], teacher: &[f32]) -> [f64; 4] {
+        let mut lanes = [[0.0_f64; LANES]; 4];
+        let ((s, s_rest), (t, t_rest)) = (student.as_chunks::<LANES>(), teacher.as_chunks::<LANES>());
+        for (s, t) in s.iter().zip(t) {
+            for (lane, (&s, &t)) in s.iter().zip(t).enumerate() {
+                accumulate(&mut lanes, lane, s, t);
+            }
+        }
+        for (lane, (&s, &t)) in s_rest.iter().zip(t_rest).enumerate() {
+            accumulate(&mut lanes, lane, s, t);
+        }
+        lanes.map(|lanes| lanes.iter().sum())
+    }
+}
+
+#[inline(always)]
+fn accumulate(lanes: &mut [[f64; LANES]; 4], lane: usize, s: f32, t: f32) {
+    let (s, t) = (f64::from(s), f64::from(t));
+    lanes[0][lane] += s * s;
+    lanes[1][lane] += t * t;
+    lanes[2][lane] += s * t;
+    lanes[3][lane] += (s - t) * (s - t);
+}
+
+dispatched! {
+    /// `out = own·s + other·t`, in f64, rounded once.
+    fn combine(student: &[f32], teacher: &[f32], own: f64, other: f64, out: &mut [f32]) {
+        for ((out, &s), &t) in out.iter_mut().zip(student).zip(teacher) {
+            *out = (own * f64::from(s) + other * f64::from(t)) as f32;
+        }
+    }
+}

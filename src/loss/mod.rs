@@ -1,0 +1,21 @@
+//! Losses of distillation with their gradients: cross-entropy, Kullback–Leibler divergence, and distances of hidden states.
+//!
+//! A row is one token. Rows are worked on in parallel, each by one thread and always in the same way, and their losses are
+//! added in f64 in row order: results do not depend on the number of threads, nor on the instruction set.
+
+mod distillation;
+mod exponential;
+mod head;
+mod hidden;
+mod kernels;
+mod logits;
+mod parallel;
+#[cfg(test)]
+mod tests;
+mod values;
+
+pub use distillation::{Batch, Direction, Objective, distillation_loss};
+pub use head::{Head, HeadBatch, HeadGradients, head_loss};
+pub use hidden::{HiddenBatch, HiddenDistance, hidden_state_loss};
+pub use parallel::Parallelism;
+pub use values::{OwnedValues, Values};

@@ -1,0 +1,338 @@
+//! Losses against naive f64 oracles.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::error::Error;
+use crate::progress::Progress;
+
+const IGNORE: i64 = -100;
+
+/// Uniform values in (−scale, scale) that depend on `seed` only.
+fn noise(length: usize, seed: u64, scale: f32) -> Vec<f32> {
+    use rand_xoshiro::rand_core::{Rng, SeedableRng};
+    let mut random = rand_xoshiro::Xoshiro256PlusPlus::seed_from_u64(seed);
+    (0..length).map(|_| scale * ((random.next_u64() >> 40) as f32 / (1_u32 << 23) as f32 - 1.0)).collect()
+}
+
+fn log_softmax(row: &[f32], temperature: f64) -> Vec<f64> {
+    let scaled: Vec<f64> = row.iter().map(|&value| f64::from(value) / temperature).collect();
+    let max = scaled.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = max + scaled.iter().map(|value| (value - max).exp()).sum::<f64>().ln();
+    scaled.iter().map(|value| value - log_sum).collect()
+}
+
+/// One row by the definitions. The entry at the label and those of two distributions that are both near to 1 are taken
+/// through `exp_m1`, for the oracle must not cancel either.
+fn oracle_row(z: &[f32], t: &[f32], label: usize, objective: &Objective) -> (f64, Vec<f64>) {
+    let temperature = objective.temperature;
+    let (log_q, log_p, log_s) = (log_softmax(z, temperature), log_softmax(t, temperature), log_softmax(z, 1.0));
+    let reverse = objective.direction == Direction::Reverse;
+    let divergence: f64 =
+        log_q.iter().zip(&log_p).map(|(q, p)| if reverse { q.exp() * (q - p) } else { p.exp() * (p - q) }).sum();
+    let gradient = (0..z.len()).map(|i| {
+        let of_divergence =
+            if reverse { log_q[i].exp() * (log_q[i] - log_p[i] - divergence) } else { log_q[i].exp() - log_p[i].exp() };
+        let of_cross_entropy = if i == label { log_s[i].exp_m1() } else { log_s[i].exp() };
+        objective.divergence * of_divergence / temperature + objective.cross_entropy * of_cross_entropy
+    });
+    (objective.divergence * divergence - objective.cross_entropy * log_s[label], gradient.collect())
+}
+
+fn run(batch: &Batch<'_>, objective: &Objective) -> (f64, Vec<f32>) {
+    let parallelism = Parallelism::Sequential;
+    match distillation_loss(batch, objective, true, parallelism, &Progress::default()).unwrap() {
+        (value, Some(OwnedValues::F32(gradient))) => (value, gradient),
+        other => panic!("a gradient of f32, not {other:?}"),
+    }
+}
+
+/// Entries above 1e-3 of their row's largest, to `tolerance` of themselves; the others to as much of that limit.
+fn assert_close(found: &[f32], expected: &[f64], tolerance: f64) {
+    let largest = expected.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+    for (index, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let allowed = tolerance * expected.abs().max(1e-3 * largest);
+        let error = (f64::from(found) - expected).abs();
+        assert!(error <= allowed, "entry {index}: {found:e}, expected {expected:e}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn values_and_gradients_are_the_oracles(
+        rows in 1_usize..4,
+        vocabulary in 1_usize..2500,
+        scale in 0.5_f32..12.0,
+        temperature in prop_oneof![Just(1.0), Just(2.0), 0.5_f64..10.0],
+        alpha in prop_oneof![Just(0.0), Just(1.0), 0.0_f64..1.0],
+        reverse in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let (student, teacher) = (noise(rows * vocabulary, seed, scale), noise(rows * vocabulary, !seed, scale));
+        let mut labels: Vec<i64> = (0..rows).map(|row| ((seed >> (row + 3)) % vocabulary as u64) as i64).collect();
+        if rows > 1 {
+            labels[1] = IGNORE;
+        }
+        let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+        let objective = Objective::new(temperature, alpha * temperature * temperature, 1.0 - alpha, direction).unwrap();
+        let batch = Batch {
+            student: Values::F32(&student),
+            teacher: Some(Values::F32(&teacher)),
+            labels: Some(&labels),
+            vocabulary,
+            ignore_index: IGNORE,
+        };
+        let (value, gradient) = run(&batch, &objective);
+        let counted = labels.iter().filter(|&&label| label != IGNORE).count() as f64;
+        let mut expected_value = 0.0;
+        for (row, &label) in labels.iter().enumerate() {
+            let range = row * vocabulary..(row + 1) * vocabulary;
+            if label == IGNORE {
+                prop_assert!(gradient[range].iter().all(|&value| value == 0.0));
+                continue;
+            }
+            let (value, expected) = oracle_row(&student[range.clone()], &teacher[range.clone()], label as usize, &objective);
+            expected_value += value / counted;
+            let expected: Vec<f64> = expected.iter().map(|value| value / counted).collect();
+            // A vocabulary of one has no gradient at all.
+            if vocabulary > 1 {
+                assert_close(&gradient[range], &expected, 1e-4);
+            } else {
+                prop_assert!(gradient[range].iter().all(|value| value.abs() < 1e-6));
+            }
+        }
+        prop_assert!((value - expected_value).abs() <= 2e-6 * (1.0 + expected_value.abs() + temperature * temperature));
+        let without = distillation_loss(&batch, &objective, false, Parallelism::Sequential, &Progress::default()).unwrap();
+        prop_assert_eq!(without, (value, None));
+    }
+
+    #[test]
+    fn hidden_distances_are_the_oracles(rows in 1_usize..5, width in 1_usize..200, seed in any::<u64>()) {
+        let (student, teacher) = (noise(rows * width, seed, 3.0), noise(rows * width, !seed, 3.0));
+        let batch = HiddenBatch { student: Values::F32(&student), teacher: Values::F32(&teacher), width, mask: None };
+        for distance in [HiddenDistance::MeanSquaredError, HiddenDistance::Cosine] {
+            let (value, gradient) =
+                hidden_state_loss(&batch, distance, true, Parallelism::Sequential, &Progress::default()).unwrap();
+            let Some(OwnedValues::F32(gradient)) = gradient else { panic!("a gradient of f32") };
+            // Central differences of the definition in f64.
+            let definition = |student: &[f64]| -> f64 {
+                let rows = student.chunks(width).zip(teacher.chunks(width)).map(|(s, t)| {
+                    let t: Vec<f64> = t.iter().map(|&value| f64::from(value)).collect();
+                    let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                    match distance {
+                        HiddenDistance::MeanSquaredError => {
+                            s.iter().zip(&t).map(|(s, t)| (s - t).powi(2)).sum::<f64>() / width as f64
+                        }
+                        HiddenDistance::Cosine => 1.0 - inner(s, &t) / (inner(s, s) * inner(&t, &t)).sqrt(),
+                    }
+                });
+                rows.sum::<f64>() / (student.len() / width) as f64
+            };
+            let mut point: Vec<f64> = student.iter().map(|&value| f64::from(value)).collect();
+            prop_assert!((value - definition(&point)).abs() < 1e-9 * (1.0 + value));
+            for index in (0..point.len()).step_by(7) {
+                let (at, step) = (point[index], 1e-4);
+                // Where a state is nearly zero its direction, and so the cosine, turns too fast for differences.
+                if at.abs() < 0.1 {
+                    continue;
+                }
+                point[index] = at + step;
+                let above = definition(&point);
+                point[index] = at - step;
+                let difference = (above - definition(&point)) / (2.0 * step);
+                point[index] = at;
+                prop_assert!((f64::from(gradient[index]) - difference).abs() < 1e-4, "{} {}", gradient[index], difference);
+            }
+        }
+    }
+
+    #[test]
+    fn a_head_gives_what_its_logits_give(rows in 1_usize..7, vocabulary in 1_usize..50, width in 1_usize..9, seed in any::<u64>()) {
+        let (hidden, weight) = (noise(rows * width, seed, 1.0), noise(vocabulary * width, seed ^ 1, 2.0));
+        let teacher = noise(rows * 3, seed ^ 2, 1.0);
+        let teacher_weight = noise(vocabulary * 3, seed ^ 3, 2.0);
+        let labels: Vec<i64> = (0..rows).map(|row| if row == 1 { IGNORE } else { (row % vocabulary) as i64 }).collect();
+        let student = Head { hidden: &hidden, weight: &weight, width };
+        let teacher = Head { hidden: &teacher, weight: &teacher_weight, width: 3 };
+        let objective = Objective::distillation(2.0, 0.5).unwrap();
+        let batch = HeadBatch {
+            student, teacher: Some(teacher), labels: Some(&labels), rows, vocabulary, ignore_index: IGNORE,
+        };
+        let progress = Progress::default();
+        let (value, gradients) = head_loss(&batch, &objective, true, Parallelism::Sequential, &progress).unwrap();
+        let gradients = gradients.unwrap();
+        let product = |head: &Head<'_>| -> Vec<f32> {
+            let rows = head.hidden.chunks(head.width);
+            rows.flat_map(|h| head.weight.chunks(head.width).map(|w| h.iter().zip(w).map(|(a, b)| a * b).sum())).collect()
+        };
+        let (logits, teacher_logits) = (product(&student), product(&teacher));
+        let (expected, by_logits) = run(
+            &Batch {
+                student: Values::F32(&logits),
+                teacher: Some(Values::F32(&teacher_logits)),
+                labels: Some(&labels),
+                vocabulary,
+                ignore_index: IGNORE,
+            },
+            &objective,
+        );
+        prop_assert!((value - expected).abs() < 1e-5);
+        for row in 0..rows {
+            for column in 0..width {
+                let by_hidden: f32 =
+                    (0..vocabulary).map(|token| by_logits[row * vocabulary + token] * weight[token * width + column]).sum();
+                prop_assert!((gradients.hidden[row * width + column] - by_hidden).abs() < 1e-5);
+            }
+        }
+        for token in 0..vocabulary {
+            for column in 0..width {
+                let by_weight: f32 =
+                    (0..rows).map(|row| by_logits[row * vocabulary + token] * hidden[row * width + column]).sum();
+                prop_assert!((gradients.weight[token * width + column] - by_weight).abs() < 1e-5);
+            }
+        }
+    }
+}
+
+fn batch<'a>(student: &'a [f32], teacher: &'a [f32], labels: &'a [i64], vocabulary: usize) -> Batch<'a> {
+    Batch {
+        student: Values::F32(student),
+        teacher: Some(Values::F32(teacher)),
+        labels: Some(labels),
+        vocabulary,
+        ignore_index: IGNORE,
+    }
+}
+
+#[test]
+fn sure_rows_keep_their_digits() {
+    // Both distributions nearly one at the same entry: their difference has no digit left in f32.
+    let (mut student, mut teacher) = (noise(2000, 1, 1.0), noise(2000, 2, 1.0));
+    (student[1500], teacher[1500]) = (22.0, 21.0);
+    for (temperature, direction) in [(1.0, Direction::Forward), (1.3, Direction::Forward), (1.0, Direction::Reverse)] {
+        for weights in [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] {
+            let objective = Objective::new(temperature, weights.0, weights.1, direction).unwrap();
+            let (_, gradient) = run(&batch(&student, &teacher, &[1500], 2000), &objective);
+            let (_, mut expected) = oracle_row(&student, &teacher, 1500, &objective);
+            expected[1500] = 0.0;
+            expected[1500] = -expected.iter().sum::<f64>();
+            assert_close(&gradient, &expected, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn logits_of_ten_thousand_are_finite() {
+    let student: Vec<f32> = noise(300, 1, 1e4);
+    let teacher: Vec<f32> = noise(300, 2, 1e4);
+    for direction in [Direction::Forward, Direction::Reverse] {
+        for temperature in [0.5, 1.0, 2.0, 10.0] {
+            let objective = Objective::new(temperature, 1.0, 1.0, direction).unwrap();
+            let (value, gradient) = run(&batch(&student, &teacher, &[7, 8, 9], 100), &objective);
+            assert!(value.is_finite() && gradient.iter().all(|value| value.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_threads() {
+    let (rows, vocabulary) = (37, 1303);
+    let (student, teacher) = (noise(rows * vocabulary, 1, 5.0), noise(rows * vocabulary, 2, 5.0));
+    let labels: Vec<i64> = (0..rows as i64).collect();
+    let objective = Objective::distillation(3.0, 0.4).unwrap();
+    let batch = batch(&student, &teacher, &labels, vocabulary);
+    let expected = distillation_loss(&batch, &objective, true, Parallelism::Sequential, &Progress::default()).unwrap();
+    for threads in [1, 2, 5] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let found =
+            pool.install(|| distillation_loss(&batch, &objective, true, Parallelism::Rayon, &Progress::default()));
+        assert_eq!(found.unwrap(), expected);
+    }
+}
+
+#[test]
+fn halves_are_their_widened_values_with_a_rounded_gradient() {
+    use half::{bf16, f16};
+    let (student, teacher) = (noise(3000, 1, 4.0), noise(3000, 2, 4.0));
+    let labels = [3, IGNORE, 999];
+    let objective = Objective::distillation(2.0, 0.5).unwrap();
+    type Half = (Vec<u16>, fn(u16) -> f32, fn(f32) -> u16);
+    let halves: [Half; 2] = [
+        (
+            student.iter().map(|&v| f16::from_f32(v).to_bits()).collect(),
+            |b| f16::from_bits(b).to_f32(),
+            |v| f16::from_f32(v).to_bits(),
+        ),
+        (
+            student.iter().map(|&v| bf16::from_f32(v).to_bits()).collect(),
+            |b| bf16::from_bits(b).to_f32(),
+            |v| bf16::from_f32(v).to_bits(),
+        ),
+    ];
+    for (index, (bits, widen, narrow)) in halves.iter().enumerate() {
+        let wide: Vec<f32> = bits.iter().map(|&bits| widen(bits)).collect();
+        let (expected_value, expected) = run(&batch(&wide, &teacher, &labels, 1000), &objective);
+        let values = if index == 0 { Values::F16(bits) } else { Values::Bf16(bits) };
+        let half = Batch { student: values, ..batch(&wide, &teacher, &labels, 1000) };
+        let (value, gradient) =
+            distillation_loss(&half, &objective, true, Parallelism::Sequential, &Progress::default()).unwrap();
+        let (OwnedValues::F16(gradient) | OwnedValues::Bf16(gradient)) = gradient.unwrap() else { panic!("halves") };
+        assert_eq!(value, expected_value);
+        assert_eq!(gradient, expected.iter().map(|&value| narrow(value)).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn no_row_that_counts_gives_zero() {
+    let objective = Objective::distillation(2.0, 0.5).unwrap();
+    assert_eq!(run(&batch(&[], &[], &[], 5), &objective), (0.0, vec![]));
+    // Ignored rows are not read.
+    let values = [f32::NAN; 10];
+    assert_eq!(run(&batch(&values, &values, &[IGNORE; 2], 5), &objective), (0.0, vec![0.0; 10]));
+}
+
+#[test]
+fn bad_input_is_refused() {
+    let objective = Objective::distillation(2.0, 0.5).unwrap();
+    let refused = |batch: &Batch<'_>, objective: &Objective| {
+        distillation_loss(batch, objective, true, Parallelism::Sequential, &Progress::default()).unwrap_err()
+    };
+    let (mut student, teacher) = (noise(10, 1, 1.0), noise(10, 2, 1.0));
+    assert!(matches!(refused(&batch(&student, &teacher[..5], &[1, 2], 5), &objective), Error::Shape { .. }));
+    assert!(matches!(refused(&batch(&student, &teacher, &[1], 5), &objective), Error::Shape { .. }));
+    assert!(matches!(refused(&batch(&student, &teacher, &[], 0), &objective), Error::Shape { .. }));
+    for label in [-1, 5] {
+        let error = refused(&batch(&student, &teacher, &[1, label], 5), &objective);
+        assert!(matches!(error, Error::Label { row: 1, vocabulary: 5, .. }), "{error}");
+    }
+    let unlabelled = Batch { labels: None, ..batch(&student, &teacher, &[], 5) };
+    assert!(matches!(refused(&unlabelled, &objective), Error::Config(_)));
+    let alone = Batch { teacher: None, ..batch(&student, &teacher, &[1, 2], 5) };
+    assert!(matches!(refused(&alone, &objective), Error::Config(_)));
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        student[8] = bad;
+        for (error, name) in [
+            (refused(&batch(&student, &teacher, &[1, 2], 5), &objective), "student_logits"),
+            (refused(&batch(&teacher, &student, &[1, 2], 5), &objective), "teacher_logits"),
+        ] {
+            let message = error.to_string();
+            assert!(message.contains(name) && message.contains("row 1, column 3"), "{message}");
+        }
+    }
+    for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-9] {
+        assert!(Objective::distillation(temperature, 0.5).is_err());
+    }
+    for alpha in [-0.1, 1.1, f64::NAN] {
+        assert!(Objective::distillation(1.0, alpha).is_err());
+    }
+}
+
+#[test]
+fn a_cancelled_loss_stops() {
+    let (values, progress) = (noise(10, 1, 1.0), Progress::default());
+    progress.cancel();
+    let objective = Objective::distillation(2.0, 0.5).unwrap();
+    let error =
+        distillation_loss(&batch(&values, &values, &[1, 2], 5), &objective, true, Parallelism::Rayon, &progress);
+    assert!(matches!(error, Err(Error::Cancelled)));
+}

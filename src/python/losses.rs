@@ -1,0 +1,192 @@
+//! `distillation_loss`, `hidden_state_loss` and `head_loss`.
+
+use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
+use pyo3::prelude::*;
+
+use super::arrays::{contiguous, shaped};
+use super::jobs;
+use crate::error::{Error, Result};
+use crate::loss::{self, Direction, Objective, OwnedValues, Parallelism, Values};
+use crate::progress::Progress;
+
+/// Up to so many values a call is worked on by the calling thread: it takes less than two milliseconds, and starting
+/// threads would take longer.
+const SMALL: usize = 1 << 20;
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(distillation_loss, module)?)?;
+    module.add_function(wrap_pyfunction!(hidden_state_loss, module)?)?;
+    module.add_function(wrap_pyfunction!(head_loss, module)?)
+}
+
+/// A matrix of float32, or the bits of one of float16 or bfloat16.
+#[derive(FromPyObject)]
+enum Matrix<'py> {
+    Single(PyReadonlyArray2<'py, f32>),
+    Half(PyReadonlyArray2<'py, u16>),
+}
+
+impl Matrix<'_> {
+    /// The values and their shape.
+    fn values(&self, dtype: &str) -> Result<(Values<'_>, [usize; 2])> {
+        match (self, dtype) {
+            (Self::Single(array), "float32") => {
+                Ok((Values::F32(contiguous(array.as_array().to_slice(), "logits")?), array.as_array().dim().into()))
+            }
+            (Self::Half(array), "float16") => {
+                Ok((Values::F16(contiguous(array.as_array().to_slice(), "logits")?), array.as_array().dim().into()))
+            }
+            (Self::Half(array), "bfloat16") => {
+                Ok((Values::Bf16(contiguous(array.as_array().to_slice(), "logits")?), array.as_array().dim().into()))
+            }
+            (_, other) => {
+                Err(Error::Dtype { expected: "float32, or the bits of float16 or bfloat16".into(), got: other.into() })
+            }
+        }
+    }
+}
+
+/// That teacher and student agree in shape, said in terms of both sides.
+fn same_shape(operation: &'static str, student: [usize; 2], teacher: [usize; 2]) -> Result<()> {
+    if student == teacher {
+        return Ok(());
+    }
+    Err(Error::Shape { operation, expected: format!("the student's {student:?}"), got: format!("{teacher:?}") })
+}
+
+/// Runs a loss on the calling thread if it is small, else on `threads` threads of its own. It borrows the arrays, whose
+/// copies would take more memory than everything else.
+fn run<T: Send>(
+    py: Python<'_>,
+    size: usize,
+    threads: Option<usize>,
+    job: impl FnOnce(Parallelism, &Progress) -> Result<T> + Send,
+) -> PyResult<T> {
+    if size <= SMALL {
+        return jobs::run_here(py, |progress| job(Parallelism::Sequential, progress));
+    }
+    let pool = jobs::pool(threads)?;
+    jobs::run(py, None, |progress| pool.install(|| job(Parallelism::Rayon, progress)))
+}
+
+fn to_python(py: Python<'_>, values: OwnedValues, shape: [usize; 2]) -> Bound<'_, PyAny> {
+    match values {
+        OwnedValues::F32(values) => shaped(py, shape, values).into_any(),
+        OwnedValues::F16(bits) | OwnedValues::Bf16(bits) => shaped(py, shape, bits).into_any(),
+    }
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn distillation_loss<'py>(
+    py: Python<'py>,
+    student: Matrix<'py>,
+    student_dtype: &str,
+    teacher: Option<Matrix<'py>>,
+    teacher_dtype: &str,
+    labels: Option<PyReadonlyArray1<'py, i64>>,
+    temperature: f64,
+    divergence: f64,
+    cross_entropy: f64,
+    reverse: bool,
+    ignore_index: i64,
+    gradient: bool,
+    threads: Option<usize>,
+) -> PyResult<(f64, Option<Bound<'py, PyAny>>)> {
+    let (student, shape) = student.values(student_dtype)?;
+    let teacher = teacher.as_ref().map(|teacher| teacher.values(teacher_dtype)).transpose()?;
+    if let Some((_, teacher_shape)) = teacher {
+        same_shape("teacher_logits", shape, teacher_shape)?;
+    }
+    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
+    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+    let objective = Objective::new(temperature, divergence, cross_entropy, direction)?;
+    let teacher = teacher.map(|(values, _)| values);
+    let batch = loss::Batch { student, teacher, labels, vocabulary: shape[1], ignore_index };
+    let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
+        loss::distillation_loss(&batch, &objective, gradient, parallelism, progress)
+    })?;
+    Ok((value, written.map(|values| to_python(py, values, shape))))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn hidden_state_loss<'py>(
+    py: Python<'py>,
+    student: Matrix<'py>,
+    student_dtype: &str,
+    teacher: Matrix<'py>,
+    teacher_dtype: &str,
+    mask: Option<PyReadonlyArray1<'py, bool>>,
+    kind: &str,
+    gradient: bool,
+    threads: Option<usize>,
+) -> PyResult<(f64, Option<Bound<'py, PyAny>>)> {
+    let (student, shape) = student.values(student_dtype)?;
+    let (teacher, teacher_shape) = teacher.values(teacher_dtype)?;
+    same_shape("teacher_hidden", shape, teacher_shape)?;
+    let mask = mask.as_ref().map(|mask| contiguous(mask.as_array().to_slice(), "mask")).transpose()?;
+    let distance = loss::HiddenDistance::from_name(kind)?;
+    let batch = loss::HiddenBatch { student, teacher, width: shape[1], mask };
+    let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
+        loss::hidden_state_loss(&batch, distance, gradient, parallelism, progress)
+    })?;
+    Ok((value, written.map(|values| to_python(py, values, shape))))
+}
+
+/// `(hidden, head)`.
+type HeadArrays<'py> = (PyReadonlyArray2<'py, f32>, PyReadonlyArray2<'py, f32>);
+type HeadGradientArrays<'py> = (Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<f32>>);
+
+/// A head with its number of rows and its vocabulary.
+fn head<'a>((hidden, weight): &'a HeadArrays<'_>, names: [&'static str; 2]) -> Result<(loss::Head<'a>, [usize; 2])> {
+    let ((rows, width), (vocabulary, head_width)) = (hidden.as_array().dim(), weight.as_array().dim());
+    if width != head_width {
+        return Err(Error::Shape {
+            operation: names[1],
+            expected: format!("(vocabulary, {width}), for hidden states of width {width}"),
+            got: format!("({vocabulary}, {head_width})"),
+        });
+    }
+    let hidden = contiguous(hidden.as_array().to_slice(), names[0])?;
+    let weight = contiguous(weight.as_array().to_slice(), names[1])?;
+    Ok((loss::Head { hidden, weight, width }, [rows, vocabulary]))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn head_loss<'py>(
+    py: Python<'py>,
+    student: HeadArrays<'py>,
+    teacher: Option<HeadArrays<'py>>,
+    labels: Option<PyReadonlyArray1<'py, i64>>,
+    temperature: f64,
+    divergence: f64,
+    cross_entropy: f64,
+    reverse: bool,
+    ignore_index: i64,
+    gradient: bool,
+    threads: Option<usize>,
+) -> PyResult<(f64, Option<HeadGradientArrays<'py>>)> {
+    let (student, shape) = head(&student, ["student_hidden", "student_head"])?;
+    let teacher = teacher.as_ref().map(|arrays| head(arrays, ["teacher_hidden", "teacher_head"])).transpose()?;
+    if let Some((_, teacher_shape)) = teacher {
+        same_shape("rows and vocabulary of the teacher", shape, teacher_shape)?;
+    }
+    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
+    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+    let objective = Objective::new(temperature, divergence, cross_entropy, direction)?;
+    let [rows, vocabulary] = shape;
+    let teacher = teacher.map(|(head, _)| head);
+    let batch = loss::HeadBatch { student, teacher, labels, rows, vocabulary, ignore_index };
+    // What takes long is the products.
+    let size = rows.saturating_mul(vocabulary).saturating_mul(student.width) / 16;
+    let (value, gradients) = run(py, size, threads, |parallelism, progress| {
+        loss::head_loss(&batch, &objective, gradient, parallelism, progress)
+    })?;
+    let gradients = gradients.map(|gradients| {
+        let width = student.width;
+        (shaped(py, (rows, width), gradients.hidden), shaped(py, (vocabulary, width), gradients.weight))
+    });
+    Ok((value, gradients))
+}
