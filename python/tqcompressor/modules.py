@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .config import KroneckerSpec
-from .contraction import kronecker_matmul
+from .contraction import kronecker_matmul, prefers_dense
 from .errors import ShapeError
 
 
@@ -115,8 +115,11 @@ class KroneckerFactors(nn.Module):
     def _expand(self) -> torch.Tensor:
         """The Kronecker sum as a matrix, still permuted, in at least single precision."""
         wide = torch.promote_types(self.A.dtype, torch.float32)
-        blocks = torch.einsum("kac,kbd->abcd", self.A.to(wide), self.B.to(wide))
-        return blocks.flatten(2, 3).flatten(0, 1)
+        # The sum over the rank as one matrix product, which autocast would round.
+        with torch.autocast(self.A.device.type, enabled=False):
+            blocks = self.A.to(wide).flatten(1).t() @ self.B.to(wide).flatten(1)
+        (m1, n1), (m2, n2) = self.A.shape[1:], self.B.shape[1:]
+        return blocks.view(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -125,14 +128,16 @@ class KroneckerFactors(nn.Module):
 
 
 class KroneckerLinear(KroneckerFactors):
-    """`y = x W + bias` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, never forming `W`.
+    """`y = x W + bias` for `W[p][:, q] = Σ_k A_k ⊗ B_k`.
 
     Shapes: `x (..., in_features)`, `y (..., out_features)`, `A (rank, in_features / m2, out_features / n2)`,
     `B (rank, m2, n2)` with `block = (m2, n2)`, `bias (out_features,)`. `input_permutation` is `p` and
     `output_permutation` is the inverse of `q`: `x[..., p]` goes in, `flat[..., inverse(q)]` comes out.
 
     The cost of a row is the smaller of `rank · (m1·n1·m2 + n1·m2·n2)` and `rank · (m1·m2·n2 + m1·n1·n2)`
-    multiplications. Takes the place of `nn.Linear` and of transformers' `Conv1D` alike.
+    multiplications. Only where that saves nothing against the dense product and there are hundreds of rows, as in
+    training, `W` is formed for the duration of the call. Takes the place of `nn.Linear` and of transformers' `Conv1D`
+    alike.
 
     Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
     """
@@ -212,6 +217,10 @@ class KroneckerLinear(KroneckerFactors):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
+        tokens = x.numel() // self.in_features
+        if prefers_dense(tokens, self.block, self.rank, self.in_features, self.out_features):
+            y = torch.matmul(x, self.dense_weight())
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if self.input_permutation is not None:
             x = x.index_select(-1, self.input_permutation)
         y = kronecker_matmul(x, self.A, self.B)

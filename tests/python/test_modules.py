@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from tqcompressor.contraction import kronecker_matmul, multiplies
+from tqcompressor.contraction import kronecker_matmul, multiplies, prefers_dense
 from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead
 from tqcompressor.errors import ConfigError, ShapeError
 from tqcompressor.modules import FusedKroneckerLinear, KroneckerLinear
@@ -98,6 +98,29 @@ def count_multiplies(function, *arguments):
 def test_the_cheaper_order_is_taken_and_costs_what_the_formula_says(block, rank):
     module = KroneckerLinear(32, 64, block, rank)
     assert count_multiplies(module, torch.ones(5, 32)) == 5 * min(multiplies(block, rank, 32, 64))
+
+
+@pytest.mark.parametrize("permute", ["none", "rows", "columns", "both"])
+def test_many_tokens_go_through_the_matrix_with_equal_results_and_gradients(permute):
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((4, 16, 16), (4, 2, 4)))
+    p, q = rng.permutation(32), rng.permutation(64)
+    module = KroneckerLinear.from_factors(a, b, p, q, permute, integers(64))
+    many, few = 1000, 50
+    assert prefers_dense(many, (2, 4), 4, 32, 64) and not prefers_dense(few, (2, 4), 4, 32, 64)
+    x, gradient = integers(many, 32), integers(many, 64, seed=1)
+
+    def run(size):
+        module.zero_grad()
+        inputs = x.clone().requires_grad_()
+        pieces = [module(piece) for piece in inputs.split(size)]
+        torch.cat(pieces).backward(gradient)
+        return torch.cat(pieces), inputs.grad, module.A.grad, module.B.grad, module.bias.grad
+
+    assert count_multiplies(module, x) == many * 32 * 64 + 4 * 32 * 64
+    # Integers are added without rounding, so both ways give the very same numbers.
+    for dense, factored in zip(run(many), run(few), strict=True):
+        assert torch.equal(dense, factored)
 
 
 def test_logits_cost_a_quarter_of_the_dense_ones():
