@@ -19,6 +19,7 @@ from .errors import TQError
 from .report import CompressionReport
 
 if TYPE_CHECKING:
+    from .corpus import token_blocks
     from .embeddings import KroneckerEmbedding, KroneckerHead
     from .in_place import compress
     from .modules import FusedKroneckerLinear, KroneckerLinear
@@ -44,9 +45,10 @@ __all__ = [
     "merge_lora",
     "nearest_kronecker_sum",
     "register_lora",
+    "token_blocks",
 ]
 
-# What needs torch, transformers or peft, and the module that has it.
+# What needs torch, transformers or peft, or serves only with them, and the module that has it.
 _ON_DEMAND = {
     "FusedKroneckerLinear": "modules",
     "KroneckerEmbedding": "embeddings",
@@ -55,6 +57,7 @@ _ON_DEMAND = {
     "compress": "in_place",
     "merge_lora": "peft_integration",
     "register_lora": "peft_integration",
+    "token_blocks": "corpus",
 }
 
 _import_hook.install()

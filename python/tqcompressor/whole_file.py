@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all: aside first, made durable, then renamed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from .errors import StorageError
+
+
+class WholeFile:
+    """A context manager that writes beside `path` and takes its place when the block ends well.
+
+    When the block raises, or `discard` was called, nothing is left and `path` stays what it was. Processes that write
+    the same path wait for one another when they enter; a process that is killed leaves `.NAME.partial`, which the next
+    one that writes the path takes over.
+
+    Raises:
+        StorageError: The operating system refused: no space, no permission, no locks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._discarded = False
+
+    def __enter__(self) -> WholeFile:
+        with storage_errors(self._partial):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                self._file = open(self._partial, "ab", buffering=0)
+                try:
+                    fcntl.flock(self._file, fcntl.LOCK_EX)
+                    if _is_at(self._file.fileno(), self._partial):
+                        self._file.truncate(0)
+                        return self
+                except BaseException:
+                    self._file.close()
+                    raise
+                # What was waited for has been renamed or removed by the process that held it.
+                self._file.close()
+
+    def write(self, data: bytes) -> None:
+        """Appends `data`."""
+        view = memoryview(data)
+        with storage_errors(self.path):
+            while view:
+                view = view[self._file.write(view) :]
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Writes `data` over what stands at `offset`, or behind the end of what was written so far."""
+        view = memoryview(data)
+        # Linux appends whatever the offset to a file that is open for appending.
+        with storage_errors(self.path), open(self._partial, "r+b", buffering=0) as file:
+            file.seek(offset)
+            while view:
+                view = view[file.write(view) :]
+
+    def discard(self) -> None:
+        """Leaves `path` as it is when the block ends."""
+        self._discarded = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self._discarded:
+                with storage_errors(self.path):
+                    os.fsync(self._file.fileno())
+                    self._partial.replace(self.path)
+                    _sync_directory(self.path.parent)
+        finally:
+            # Before the lock goes: behind it, the name may be another process's.
+            if _is_at(self._file.fileno(), self._partial):
+                self._partial.unlink()
+            self._file.close()
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Raises what the operating system refuses as a `StorageError` with `path` as its file name."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
