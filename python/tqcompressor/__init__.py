@@ -17,6 +17,8 @@ from .config import RECIPES, KroneckerSpec, TQConfig
 from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
 from .errors import TQError
 from .report import CompressionReport
+from .stages import STAGED_RECIPES, Stage, StagedRecipe
+from .training_config import DistillConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from .corpus import token_blocks
@@ -24,22 +26,31 @@ if TYPE_CHECKING:
     from .in_place import compress
     from .modules import FusedKroneckerLinear, KroneckerLinear
     from .peft_integration import merge_lora, register_lora
+    from .staged_distillation import distill
+    from .trainer import DistillTrainer
 
 __all__ = [
     "RECIPES",
+    "STAGED_RECIPES",
     "CompressionReport",
+    "DistillConfig",
+    "DistillTrainer",
     "FusedKroneckerLinear",
     "KroneckerDecomposition",
     "KroneckerEmbedding",
     "KroneckerHead",
     "KroneckerLinear",
     "KroneckerSpec",
+    "Stage",
+    "StagedRecipe",
     "TQConfig",
     "TQError",
+    "TrainingConfig",
     "__version__",
     "compress",
     "compress_checkpoint",
     "decompose",
+    "distill",
     "find_permutation",
     "inspect",
     "merge_lora",
@@ -50,11 +61,13 @@ __all__ = [
 
 # What needs torch, transformers or peft, or serves only with them, and the module that has it.
 _ON_DEMAND = {
+    "DistillTrainer": "trainer",
     "FusedKroneckerLinear": "modules",
     "KroneckerEmbedding": "embeddings",
     "KroneckerHead": "embeddings",
     "KroneckerLinear": "modules",
     "compress": "in_place",
+    "distill": "staged_distillation",
     "merge_lora": "peft_integration",
     "register_lora": "peft_integration",
     "token_blocks": "corpus",

@@ -1,4 +1,4 @@
-"""The command line: `tqcompressor compress`, `inspect` and `evaluate`.
+"""The command line: `tqcompressor compress`, `distill`, `inspect` and `evaluate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
 2 for wrong usage or input that cannot be followed, 130 after Ctrl-C, and 1 for any other failure.
@@ -10,12 +10,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._core import __version__
 from .config import EFFORTS, RECIPES, TQConfig, resolve_config
 from .errors import ConvergenceError, MissingDependencyError, StorageError, TQError
+from .stages import STAGED_RECIPES
+from .training_config import PRECISIONS, DistillConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from .evaluate import ModelScore
@@ -71,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
     compress.set_defaults(run=_compress)
 
+    _add_distill(commands, common)
+
     inspect = commands.add_parser(
         "inspect",
         parents=[common],
@@ -94,6 +99,54 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
+    training, losses = TrainingConfig(), DistillConfig()
+    distill = commands.add_parser(
+        "distill",
+        parents=[common],
+        help="compress a checkpoint stage by stage, and let it learn from its teacher after each",
+        description="Compress a checkpoint stage by stage, and let it learn from its teacher after each stage. "
+        "A run that was killed goes on with --resume. Several processes: torchrun -m tqcompressor.cli distill ...",
+    )
+    names = ", ".join((*STAGED_RECIPES, *RECIPES))
+    distill.add_argument("--teacher", metavar="DIR", required=True, help="a dense checkpoint directory, or a hub id")
+    distill.add_argument("--recipe", metavar="NAME", default="tq-81m-staged", help=f"{names}, or a JSON file")
+    distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to learn from")
+    distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
+    distill.add_argument("--resume", action="store_true", help="go on where a run with the same options was killed")
+    distill.add_argument("--tokens", type=_positive, metavar="N", help="to train on in all (default: all of the text)")
+    distill.add_argument("--heldout", metavar="FILE", help="measures perplexity (default: the end of the text)")
+    group = distill.add_argument_group("training")
+    group.add_argument("--block-size", type=_positive, metavar="N", help="tokens of a block (default: the context)")
+    group.add_argument("--batch-size", type=_positive, metavar="N", default=training.batch_size, help="blocks per step")
+    group.add_argument(
+        "--gradient-accumulation-steps",
+        type=_positive,
+        metavar="N",
+        default=training.gradient_accumulation_steps,
+        help="batches per step",
+    )
+    group.add_argument("--learning-rate", type=float, metavar="X", default=training.learning_rate)
+    group.add_argument("--warmup", type=float, metavar="X", default=training.warmup, help="share of the steps")
+    group.add_argument("--weight-decay", type=float, metavar="X", default=training.weight_decay)
+    group.add_argument("--precision", choices=PRECISIONS, default=training.precision, help="of the forward pass")
+    group.add_argument(
+        "--checkpoints", type=_positive, metavar="N", default=training.checkpoints, help="of a stage, to resume from"
+    )
+    group.add_argument("--device", choices=("cpu",), help="train on the CPU though there is a GPU")
+    group.add_argument("--seed", type=int, default=training.seed, help="of the search and of the order of the text")
+    group = distill.add_argument_group("loss: alpha·T²·KL(teacher‖student at T) + (1 − alpha)·CE + hidden_weight·H")
+    group.add_argument("--temperature", type=float, metavar="T", default=losses.temperature)
+    group.add_argument("--alpha", type=float, metavar="X", default=losses.alpha)
+    group.add_argument("--hidden-weight", type=float, metavar="X", default=losses.hidden_weight)
+    group.add_argument("--hidden-kind", choices=("mse", "cosine"), default=losses.hidden_kind)
+    group = distill.add_argument_group("compression")
+    group.add_argument("--effort", choices=EFFORTS, help="how hard permutations are searched (default: the recipe's)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: float32)")
+    distill.set_defaults(run=_distill)
 
 
 def _add_config(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -123,6 +176,35 @@ def _compress(options: argparse.Namespace) -> None:
         max_shard_size=options.max_shard_size,
     )
     print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    # What is wrong with them is said before torch is imported.
+    training = TrainingConfig(**{field.name: getattr(options, field.name) for field in fields(TrainingConfig)})
+    losses = DistillConfig(options.temperature, options.alpha, options.hidden_weight, options.hidden_kind)
+    try:
+        from .staged_distillation import distill
+    except ImportError as error:
+        raise MissingDependencyError(f'distill needs {error.name}: pip install "tqcompressor[hf]"') from error
+    report = distill(
+        options.teacher,
+        options.recipe,
+        texts=options.text,
+        out=options.out,
+        tokens=options.tokens,
+        heldout=options.heldout,
+        losses=losses,
+        training=training,
+        effort=options.effort,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+        resume=options.resume,
+        threads=options.threads,
+    )
+    # One of several processes speaks for all.
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -38,7 +38,8 @@ def _integer(name: str, value: Any, smallest: int, largest: int | None = None) -
     return number
 
 
-def _check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+def check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    """Raises `ConfigError` unless `data` is a mapping with all the required and none but the known keys."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"a {what} must be a JSON object, got {type(data).__name__}")
     unknown = [str(key) for key in data if key not in known]
@@ -115,7 +116,7 @@ class KroneckerSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KroneckerSpec:
         """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
-        _check_keys(data, "spec", known=("block", "rank", "permute"), required=("block", "rank"))
+        check_keys(data, "spec", known=("block", "rank", "permute"), required=("block", "rank"))
         return cls(**data)
 
 
@@ -207,7 +208,7 @@ class TQConfig:
                 f"written by a newer tqcompressor (format {version}), this one reads {FORMAT_VERSION}: upgrade"
             )
         own = tuple(field.name for field in fields(cls))
-        _check_keys(data, "config", known=("quant_method", "format_version", *own), required=("specs",))
+        check_keys(data, "config", known=("quant_method", "format_version", *own), required=("specs",))
         return cls(**{name: data[name] for name in own if name in data})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

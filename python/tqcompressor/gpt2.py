@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -246,13 +246,25 @@ def retie(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def dense_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The stock modules, holding dense weights, for every compressed one: full name to module."""
-    # A model without values tells which class each had: Conv1D and nn.Linear are laid out differently.
+def stock_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is before any compression, without values, on the meta device."""
     with torch.device("meta"):
-        stock = type(model)(copy.deepcopy(model.config))
+        return type(model)(copy.deepcopy(model.config))
+
+
+def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None) -> dict[str, nn.Module]:
+    """The stock modules, holding dense weights, for the compressed ones: full name to module.
+
+    `matrices` are the modules that are wanted, named without the base prefix; None stands for all. A head that is tied
+    to the embedding comes with it.
+    """
+    # Tells which class each had: Conv1D and nn.Linear are laid out differently.
+    stock = stock_model(model)
     modules: dict[str, nn.Module] = {}
     for name, compressed in compressed_modules(model):
+        bare = "wte" if isinstance(compressed, KroneckerHead) else name.removeprefix(base_prefix(model))
+        if matrices is not None and bare not in matrices:
+            continue
         dense: Any = stock.get_submodule(name)
         if isinstance(compressed, KroneckerHead):
             # Tied anew by the caller: its weight is the embedding's.

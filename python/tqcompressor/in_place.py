@@ -64,11 +64,60 @@ def compress(
         >>> model = AutoModelForCausalLM.from_pretrained("gpt2")  # doctest: +SKIP
         >>> report = tqcompressor.compress(model, "tq-81m", effort="fast")  # doctest: +SKIP
     """
-    started = time.perf_counter()
     gpt2.require_gpt2(model)
-    before = model.num_parameters()
     config = resolve_config(config, effort=effort, seed=seed)
-    plan = plan_model(model, config)
+    parameters = model.num_parameters()
+    return _compress_planned(model, config, plan_model(model, config), {}, parameters, threads, progress)
+
+
+def compress_again(
+    model: PreTrainedModel,
+    config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
+    *,
+    effort: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> CompressionReport:
+    """As `compress`, of a GPT-2 that may be compressed already: a further stage, from its weights as they are now.
+
+    Matrices that `config` names are multiplied out where they are compressed, and decomposed as it says; compressed
+    matrices that it does not name keep their factors. The report has the matrices that this call decomposed.
+    Arguments and errors are those of `compress`, and whatever is raised, the model is then as it was.
+    """
+    gpt2.require_gpt2(model)
+    config = resolve_config(config, effort=effort, seed=seed)
+    if next(gpt2.compressed_modules(model), None) is None:
+        return compress(model, config, threads=threads, progress=progress)
+    tied = gpt2.tied_head(model) is not None
+    plan = json.loads(_core.plan(gpt2.weight_tensors(gpt2.stock_model(model)), tied, config.to_json()))
+    parameters = model.num_parameters()
+    named = {entry["name"] for entry in plan["matrices"]}
+    before: TQConfig = model.config.quantization_config
+    kept = {name: spec for name, spec in before.specs.items() if name not in named}
+    with gpt2.swapped(model, gpt2.dense_modules(model, {entry["module"] for entry in plan["matrices"]})):
+        detach(model)
+        try:
+            return _compress_planned(model, config, plan, kept, parameters, threads, progress)
+        except BaseException:
+            attach(model, before)
+            raise
+
+
+def _compress_planned(
+    model: PreTrainedModel,
+    config: TQConfig,
+    plan: Mapping[str, Any],
+    kept: Mapping[str, KroneckerSpec],
+    parameters: int,
+    threads: int | None,
+    progress: ProgressOption,
+) -> CompressionReport:
+    """Decomposes the matrices of `plan`, all of them dense; `kept` are those that are compressed and stay so.
+
+    `parameters` are the model's before, for the report.
+    """
+    started = time.perf_counter()
     planned = plan["matrices"]
     specs = {entry["name"]: KroneckerSpec(entry["block"], entry["rank"], entry["permute"]) for entry in planned}
     modules = gpt2.empty_modules(model, specs)
@@ -93,11 +142,11 @@ def compress(
         modules["lm_head"] = KroneckerHead(embedding)
     try:
         with gpt2.swapped(model, modules):
-            attach(model, config.replace(specs=specs))
+            attach(model, config.replace(specs={**kept, **specs}))
     except BaseException:
         detach(model)
         raise
-    return _report(model, plan, results, (before, model.num_parameters()), time.perf_counter() - started)
+    return _report(model, plan, results, (parameters, model.num_parameters()), time.perf_counter() - started)
 
 
 def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:

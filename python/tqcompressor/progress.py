@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 ProgressCallback: TypeAlias = Callable[[int, int], object]
+# What a job calls: (done, total), and behind them, if it likes, a note to show beside the bar.
+Report: TypeAlias = Callable[..., object]
 
 # True and False switch the bar on and off; None shows it where somebody may be watching, in a terminal or a notebook,
 # if tqdm is installed; a function is called with (done, total) in the job's own units.
@@ -15,8 +17,8 @@ ProgressOption: TypeAlias = bool | ProgressCallback | None
 
 
 @contextmanager
-def reporter(option: ProgressOption, description: str) -> Iterator[ProgressCallback | None]:
-    """Yields the `(done, total)` callback that `option` asks for, or None for none, and closes the bar behind it.
+def reporter(option: ProgressOption, description: str) -> Iterator[Report | None]:
+    """Yields the `(done, total, note="")` callback that `option` asks for, or None, and closes the bar behind it.
 
     The bar is tqdm's. `True` without tqdm prints a percentage on standard error instead.
     """
@@ -27,25 +29,26 @@ def reporter(option: ProgressOption, description: str) -> Iterator[ProgressCallb
         tqdm = _tqdm() if option else None
         wanted = option
     else:
-        yield option
+        yield lambda done, total, note="": option(done, total)
         return
 
     if not wanted:
         yield None
     elif tqdm is None:
         try:
-            yield lambda done, total: print(
-                f"\r{description}: {100 * done // max(total, 1)} %", end="", file=sys.stderr, flush=True
+            yield lambda done, total, note="": print(
+                f"\r{description}: {100 * done // max(total, 1)} % {note}", end="", file=sys.stderr, flush=True
             )
         finally:
             print(file=sys.stderr)
     else:
         # Units mean nothing to a reader, so the bar shows the share that is done and the time that is left.
-        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
         with tqdm(total=1, desc=description, bar_format=layout) as bar:
 
-            def show(done: int, total: int) -> None:
+            def show(done: int, total: int, note: str = "") -> None:
                 bar.total = max(total, 1)
+                bar.set_postfix_str(note, refresh=False)
                 bar.update(done - bar.n)
 
             yield show

@@ -1,4 +1,4 @@
-"""The benchmarks: `python tests/benchmarks/run.py search | kernels | losses | checkpoint | import [--json FILE]`.
+"""The benchmarks: `python tests/benchmarks/run.py BENCHMARK [--json FILE]`; `--help` lists them.
 
 Every figure in the README names the sub-command that prints it. Each one prints the machine and the versions, then a
 table; `--json FILE` writes the same for machines. Sub-commands and their options: `--help`.
@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import distillation
 import import_time
 import kernels
 import losses
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "kernels": kernels,
     "losses": losses,
     "checkpoint": whole_checkpoint,
+    "distillation": distillation,
     "import": import_time,
 }
 

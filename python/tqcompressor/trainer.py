@@ -1,0 +1,236 @@
+"""Training a student to imitate its teacher: `DistillTrainer`, a `transformers.Trainer` with another loss.
+
+Everything but the loss is transformers' own: logging, checkpoints and resuming, gradient accumulation, schedulers,
+mixed precision, several processes and hosts by `torchrun` or `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.data.data_collator import default_data_collator
+
+from . import gpt2
+from .errors import ConfigError
+from .losses import cross_entropy, distillation_loss, hidden_state_loss
+from .training_config import DistillConfig
+from .transformers_integration import guard_name
+from .whole_file import storage_errors
+from .whole_folder import sync_folder
+
+# Its presence says that all of a checkpoint folder was written.
+COMPLETE = "complete"
+
+
+class DistillTrainer(Trainer):
+    """A `transformers.Trainer` whose loss is that of `DistillConfig`, computed by Rust on the CPU.
+
+    The teacher runs in evaluation and inference mode, on the student's device, in its own dtype or in that of the
+    mixed precision. The evaluation loss is the cross-entropy of the labels alone, whose exponential is the perplexity.
+
+    Items of the datasets have "input_ids" and may have "attention_mask" and "labels"; without labels every token that
+    is attended to is one. Labels are shifted here, as for transformers' own causal models.
+
+    Args:
+        model: The student; compressed or not.
+        args: As for `transformers.Trainer`.
+        teacher: A causal model with the student's vocabulary, or None where nothing is learned from it.
+        distill: What to learn from.
+        teacher_tokenizer: If given along with `processing_class`, both must give equal ids to equal text.
+        **options: As for `transformers.Trainer`: `train_dataset`, `eval_dataset`, `callbacks`, `processing_class`, …
+
+    Raises `ConfigError` when teacher and student do not fit together: vocabularies, tokenizers, layers, widths.
+
+    Example:
+        >>> trainer = DistillTrainer(student, args, teacher=teacher, train_dataset=blocks)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531; hidden states: Sanh et al., arXiv 1910.01108.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        distill: DistillConfig | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
+        self.distill = distill or DistillConfig()
+        self.teacher = teacher
+        if teacher is None and self.distill.hidden_weight > 0:
+            raise ConfigError("hidden_weight: hidden states are learned from a teacher, and none is given")
+        self.hidden_pairs: tuple[tuple[int, int], ...] = ()
+        if teacher is not None:
+            require_same_vocabulary(model, teacher)
+            if self.distill.hidden_weight > 0:
+                self.hidden_pairs = _hidden_pairs(model, teacher, self.distill)
+        processing_class = options.get("processing_class")
+        if teacher_tokenizer is not None and processing_class is not None:
+            require_same_tokenizer(processing_class, teacher_tokenizer)
+        options.setdefault("data_collator", collate)
+        super().__init__(model, args, **options)
+        # The loss is a mean over the tokens of each batch, so that the accumulated batches' must be averaged.
+        self.model_accepts_loss_kwargs = False
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            teacher.train(False)
+            move(teacher, self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch: that of the config in training, the cross-entropy in evaluation."""
+        inputs = dict(inputs)
+        labels = _next_tokens(inputs.pop("labels", None), inputs)
+        wants_hidden = model.training and bool(self.hidden_pairs)
+        outputs = model(**inputs, use_cache=False, output_hidden_states=wants_hidden)
+        if not model.training or not self.distill.needs_teacher:
+            loss = cross_entropy(outputs.logits, labels)
+        else:
+            loss = self._distillation(outputs, inputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _distillation(self, outputs: Any, inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        if self.teacher is None:
+            raise ConfigError("there is no teacher to learn from")
+        with torch.inference_mode(), self._autocast():
+            taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
+        weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
+        loss: torch.Tensor = distillation_loss(outputs.logits, taught.logits, labels, **weights)
+        if self.hidden_pairs:
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.bool()
+            distances = [
+                hidden_state_loss(
+                    outputs.hidden_states[ours],
+                    taught.hidden_states[theirs],
+                    kind=self.distill.hidden_kind,
+                    mask=mask,
+                )
+                for ours, theirs in self.hidden_pairs
+            ]
+            loss = loss + self.distill.hidden_weight * torch.stack(distances).mean()
+        return loss
+
+    def _autocast(self) -> Any:
+        """The student's mixed precision; accelerate wraps only the model that it prepares."""
+        return self.accelerator.autocast() if self.accelerator.native_amp else nullcontext()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As `Trainer`'s, which computes no loss for batches that come without labels."""
+        if "labels" not in inputs:
+            inputs = {**inputs, "labels": _own_labels(inputs)}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A process that is killed while it writes leaves a folder that looks like a checkpoint.
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            if folder.is_dir():
+                mark_complete(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A compressed checkpoint has the guard tensor, and its tied head is not stored.
+        model: Any = self.model
+        if next(gpt2.compressed_modules(model), None) is not None:
+            tied = set(model.all_tied_weights_keys)
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+            guard = guard_name(model)
+            load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if name != guard]
+        super()._issue_warnings_after_load(load_result)
+
+
+def move(model: Any, device: Any) -> None:
+    """`model.to(device)`, in place; the stubs of transformers do not know that a model has it."""
+    model.to(device)
+
+
+def collate(items: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Items of equal length as a batch, with the input as its labels where there are none."""
+    batch: dict[str, torch.Tensor] = default_data_collator(items)
+    batch.setdefault("labels", _own_labels(batch))
+    return batch
+
+
+def _own_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    ids: torch.Tensor = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, -100)
+
+
+def _next_tokens(labels: torch.Tensor | None, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The token that each position predicts; the last one predicts none. The logits stay whole: cutting copies them."""
+    labels = _own_labels(inputs) if labels is None else labels
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], -100)], dim=-1)
+
+
+def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises `ConfigError` unless both models have equally many tokens."""
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise ConfigError(f"the student's vocabulary has {ours} tokens, the teacher's {theirs}: they must be the same")
+
+
+def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises `ConfigError` naming the first token that has not the same id in both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda token: ours.get(token, theirs.get(token, 0))):
+        if ours.get(token) != theirs.get(token):
+            raise ConfigError(
+                f"the tokenizers differ: token {token!r} is {ours.get(token)} for the student "
+                f"and {theirs.get(token)} for the teacher"
+            )
+
+
+def _hidden_pairs(
+    student: PreTrainedModel, teacher: PreTrainedModel, distill: DistillConfig
+) -> tuple[tuple[int, int], ...]:
+    ours, theirs = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    if student.config.hidden_size != teacher.config.hidden_size:
+        raise ConfigError(
+            f"hidden_weight: the student's hidden states have {student.config.hidden_size} values, the teacher's "
+            f"{teacher.config.hidden_size}; only equal widths can be compared"
+        )
+    if distill.hidden_layers is None:
+        if theirs % ours:
+            raise ConfigError(
+                f"hidden_layers: the student's {ours} blocks do not divide the teacher's {theirs}: name the pairs"
+            )
+        return tuple((block, block * theirs // ours) for block in range(1, ours + 1))
+    for our, their in distill.hidden_layers:
+        if not (0 <= our <= ours and 0 <= their <= theirs):
+            raise ConfigError(
+                f"hidden_layers: there is no pair ({our}, {their}): the student has states 0 to {ours}, "
+                f"the teacher 0 to {theirs}"
+            )
+    return distill.hidden_layers
+
+
+def mark_complete(folder: Path) -> None:
+    """Says, durably, that everything in the folder is written."""
+    with storage_errors(folder):
+        sync_folder(folder)
+        (folder / COMPLETE).touch()
+        sync_folder(folder)
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a `DistillTrainer` that was written to its end, or None."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
