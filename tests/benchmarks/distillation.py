@@ -12,15 +12,18 @@ names yours (by default the books that the teacher was trained on, where they ar
 """
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measuring import ROOT
+from measuring import ROOT, fresh_process
 from tqcompressor import KroneckerSpec, TQConfig, token_blocks
 from tqcompressor.evaluate import perplexity, read_text
 from tqcompressor.staged_distillation import distill
@@ -51,7 +54,7 @@ ONE_SHOT = TQConfig({**PUBLISHED[1].config.specs, **STAGED.stages[2].config.spec
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", default=str(BOOKS) if BOOKS.exists() else None, metavar="FILES")
-    parser.add_argument("--heldout", type=Path, default=TEACHER / "heldout.txt", metavar="FILE")
+    parser.add_argument("--heldout", default=str(TEACHER / "heldout.txt"), metavar="FILE")
     parser.add_argument("--budgets", type=int, nargs="+", default=[567_000, 1_134_000], metavar="TOKENS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
@@ -59,73 +62,84 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="blocks of 128 tokens per step")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the teacher in the loss of the distilled")
     parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--shares", type=float, nargs=3, default=[1, 1, 1], help="of the stages in the tokens")
     parser.add_argument("--precision", default="bfloat16", help="of the forward pass of every student")
     parser.add_argument("--effort", default="balanced")
-    parser.add_argument("--shares", type=float, nargs=3, default=[1, 1, 1], help="of the stages in the tokens")
+    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, each on one thread")
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
     if options.text is None:
         raise SystemExit("--text FILES: the books that the teacher was trained on are not here")
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    text = read_text(options.heldout)
-    teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    yield {
-        "model": "teacher",
-        "parameters": teacher.num_parameters(),
-        "perplexity": perplexity(teacher, tokenizer, text).perplexity,
-    }
+    common = {name: value for name, value in vars(options).items() if name in TRAINING}
+    tasks = [
+        common | {"student": student, "tokens": tokens, "seed": seed}
+        for tokens in options.budgets
+        for seed in options.seeds
+        for student in options.students
+    ]
+    results = []
+    # One thread each: two that wait for one another are slower than two students at a time.
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for result in pool.map(in_fresh_process, [common | {"student": "teacher"}, *tasks]):
+            print("  ".join(f"{name}={value}" for name, value in result.items()), flush=True)
+            results.append(result)
+            yield result
     for tokens in options.budgets:
-        figures: dict[str, list[dict]] = {name: [] for name in options.students}
-        for seed in options.seeds:
-            for name in options.students:
-                start = time.perf_counter()
-                student = STUDENTS[name](options, tokens, seed)
-                result = {
-                    "student": name,
-                    "tokens": tokens,
-                    "seed": seed,
-                    "parameters": student.num_parameters(),
-                    "perplexity": perplexity(student, tokenizer, text).perplexity,
-                    "seconds": time.perf_counter() - start,
-                }
-                print("  ".join(f"{key}={value}" for key, value in result.items()), flush=True)
-                figures[name].append(result)
-                yield result
-        for name, results in figures.items():
-            found = [result["perplexity"] for result in results]
+        for student in options.students:
+            of_seeds = [one for one in results if (one["student"], one.get("tokens")) == (student, tokens)]
+            found = [result["perplexity"] for result in of_seeds]
             yield {
-                "mean of seeds": name,
+                "mean of seeds": student,
                 "tokens": tokens,
                 "share of the teacher's": f"{tokens / TEACHER_TOKENS:.1%}",
-                "parameters": results[0]["parameters"],
+                "parameters": of_seeds[0]["parameters"],
                 "perplexity": statistics.mean(found),
                 "smallest": min(found),
                 "largest": max(found),
-                "seconds": statistics.mean(result["seconds"] for result in results),
+                "seconds": statistics.mean(result["seconds"] for result in of_seeds),
             }
 
 
+def in_fresh_process(task: dict) -> dict:
+    _, _, output = fresh_process([__file__, json.dumps(task)], threads=1)
+    return json.loads(output.splitlines()[-1])
+
+
+def one_student(task: argparse.Namespace) -> dict:
+    """Trains the student that `task` names, or takes the teacher, and scores it."""
+    start = time.perf_counter()
+    if task.student == "teacher":
+        model, training_of = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32), {}
+    else:
+        model = STUDENTS[task.student](task)
+        training_of = {"tokens": task.tokens, "seed": task.seed}
+    seconds = time.perf_counter() - start
+    score = perplexity(model, AutoTokenizer.from_pretrained(TEACHER), read_text(task.heldout))
+    result = {"student": task.student, **training_of, "parameters": model.num_parameters()}
+    return {**result, "perplexity": score.perplexity, "seconds": seconds}
+
+
 def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Callable:
-    def train(options: argparse.Namespace, tokens: int, seed: int) -> PreTrainedModel:
+    def train(task: argparse.Namespace) -> PreTrainedModel:
         shared = recipe
         if isinstance(recipe, StagedRecipe):
-            stages = zip(recipe.stages, options.shares, strict=True)
+            stages = zip(recipe.stages, task.shares, strict=True)
             shared = StagedRecipe(tuple(replace(stage, share=share) for stage, share in stages))
         with tempfile.TemporaryDirectory() as folder:
             glance = Path(folder) / "heldout.txt"
-            glance.write_text(read_text(options.heldout)[:GLANCE_CHARACTERS], encoding="utf-8")
+            glance.write_text(read_text(task.heldout)[:GLANCE_CHARACTERS], encoding="utf-8")
             distill(
                 TEACHER,
                 shared,
-                texts=options.text,
+                texts=task.text,
                 out=Path(folder) / "student",
-                tokens=tokens,
+                tokens=task.tokens,
                 heldout=glance,
-                losses=DistillConfig(options.temperature, options.alpha if learns_from_teacher else 0.0),
-                training=training(options, seed),
-                effort=options.effort,
-                seed=seed,
+                losses=DistillConfig(task.temperature, task.alpha if learns_from_teacher else 0.0),
+                training=training(task),
+                effort=task.effort,
+                seed=task.seed,
                 device="cpu",
             )
             return AutoModelForCausalLM.from_pretrained(Path(folder) / "student")
@@ -133,15 +147,15 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
     return train
 
 
-def from_scratch(options: argparse.Namespace, tokens: int, seed: int) -> PreTrainedModel:
-    settings = training(options, seed)
+def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
+    settings = training(task)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     config = AutoModelForCausalLM.from_pretrained(TEACHER).config
     # The teacher's depth and heads; the width that gives about as many parameters as the compressed student has.
     config = type(config)(**{**config.to_dict(), "n_embd": 196})
-    torch.manual_seed(seed)
+    torch.manual_seed(task.seed)
     student = GPT2LMHeadModel(config)
-    blocks = token_blocks(options.text, tokenizer, config.n_positions).take(tokens)
+    blocks = token_blocks(task.text, tokenizer, config.n_positions).take(task.tokens)
     steps = len(blocks) // settings.batch_size
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -153,8 +167,8 @@ def from_scratch(options: argparse.Namespace, tokens: int, seed: int) -> PreTrai
             lr_scheduler_type="cosine",
             weight_decay=settings.weight_decay,
             bf16=settings.precision == "bfloat16",
-            seed=seed,
-            data_seed=seed,
+            seed=task.seed,
+            data_seed=task.seed,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -170,9 +184,9 @@ def from_scratch(options: argparse.Namespace, tokens: int, seed: int) -> PreTrai
     return student
 
 
-def training(options: argparse.Namespace, seed: int) -> TrainingConfig:
-    settings = TrainingConfig(batch_size=options.batch_size, learning_rate=options.learning_rate, checkpoints=1)
-    return replace(settings, precision=options.precision, seed=seed)
+def training(task: argparse.Namespace) -> TrainingConfig:
+    settings = TrainingConfig(batch_size=task.batch_size, learning_rate=task.learning_rate, checkpoints=1)
+    return replace(settings, precision=task.precision, seed=task.seed)
 
 
 STUDENTS: dict[str, Callable] = {
@@ -181,3 +195,18 @@ STUDENTS: dict[str, Callable] = {
     "staged, labels alone": distilled(STAGED, False),
     "from scratch": from_scratch,
 }
+# What a student's own process is told.
+TRAINING = (
+    "text",
+    "heldout",
+    "learning_rate",
+    "batch_size",
+    "alpha",
+    "temperature",
+    "shares",
+    "precision",
+    "effort",
+)
+
+if __name__ == "__main__":
+    print(json.dumps(one_student(argparse.Namespace(**json.loads(sys.argv[1])))))

@@ -1,0 +1,19 @@
+"""A training script as a user writes it, for one process or for several: FOLDER OUT BATCH_SIZE."""
+
+import sys
+from pathlib import Path
+
+from test_distillation import RECIPE
+from tqcompressor import TrainingConfig, distill
+
+if __name__ == "__main__":
+    folder, out, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    distill(
+        folder / "teacher",
+        RECIPE,
+        texts=folder / "text.txt",
+        out=out,
+        cache=folder / "cache",
+        training=TrainingConfig(batch_size=batch_size, learning_rate=1e-3, checkpoints=1),
+        device="cpu",
+    )
