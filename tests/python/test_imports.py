@@ -51,6 +51,8 @@ PYTHON = [
     "whole_file",
     "token_stream",
     "corpus",
+    "teacher_file",
+    "teacher_cache",
     "results",
     "scoring",
     "evaluate",
