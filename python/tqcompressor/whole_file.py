@@ -32,7 +32,9 @@ class WholeFile:
         with storage_errors(self._partial):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                self._file = open(self._partial, "ab", buffering=0)
+                # Neither "w", which would empty what another process is writing, nor "a", which ignores offsets.
+                descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._file = open(descriptor, "r+b", buffering=0)
                 try:
                     fcntl.flock(self._file, fcntl.LOCK_EX)
                     if _is_at(self._file.fileno(), self._partial):
@@ -44,21 +46,26 @@ class WholeFile:
                 # What was waited for has been renamed or removed by the process that held it.
                 self._file.close()
 
+    def reserve(self, length: int) -> None:
+        """Makes the file `length` bytes long, so that a full disk is found before the work is done."""
+        with storage_errors(self.path):
+            os.posix_fallocate(self._file.fileno(), 0, length)
+
     def write(self, data: bytes) -> None:
-        """Appends `data`."""
+        """Writes `data` behind what was written by this method before."""
         view = memoryview(data)
         with storage_errors(self.path):
             while view:
                 view = view[self._file.write(view) :]
 
     def write_at(self, offset: int, data: bytes) -> None:
-        """Writes `data` over what stands at `offset`, or behind the end of what was written so far."""
+        """Writes `data` from byte `offset` on."""
         view = memoryview(data)
-        # Linux appends whatever the offset to a file that is open for appending.
-        with storage_errors(self.path), open(self._partial, "r+b", buffering=0) as file:
-            file.seek(offset)
+        with storage_errors(self.path):
             while view:
-                view = view[file.write(view) :]
+                written = os.pwrite(self._file.fileno(), view, offset)
+                view = view[written:]
+                offset += written
 
     def discard(self) -> None:
         """Leaves `path` as it is when the block ends."""

@@ -53,6 +53,8 @@ PYTHON = [
     "whole_folder",
     "token_stream",
     "corpus",
+    "teacher_file",
+    "teacher_cache",
     "results",
     "scoring",
     "evaluate",
