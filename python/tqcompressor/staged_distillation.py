@@ -29,6 +29,7 @@ from .config import TQConfig
 from .corpus import TokenBlocks, token_blocks
 from .errors import ConfigError, DestinationError, TextError
 from .in_place import compress, compress_again, plan_model
+from .model_files import load_model, read_json, save_model, weights_digest, write_json
 from .progress import ProgressOption, reporter
 from .scoring import perplexity
 from .stage_training import Trained, train_stage, training_arguments
@@ -37,7 +38,6 @@ from .texts import read_text
 from .trainer import move
 from .training_config import PRECISIONS, DistillConfig, TrainingConfig
 from .training_report import ModelResult, StageResult, TrainingReport
-from .whole_file import WholeFile
 from .whole_folder import require_space, whole_folder
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -135,8 +135,10 @@ class _Run:
     recipe: StagedRecipe
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    blocks: list[TokenBlocks]
+    blocks: list[TokenBlocks | None]
+    steps: list[int]
     heldout: str
+    heldout_tokens: int
     state: dict[str, Any]
 
     def __init__(
@@ -210,19 +212,15 @@ class _Run:
                 f"tokens: {tokens:,} are asked for, the texts have {available * self.block_size:,} to train on"
             )
         per_step = self.training.batch_size * self.training.gradient_accumulation_steps * self.arguments.world_size
-        self.blocks = []
+        self.blocks, self.steps = [], []
         for stage, share in zip(self.recipe.stages, self.recipe.blocks_of_stages(wanted), strict=True):
             if stage.share and len(share) < per_step:
                 raise TextError(
                     f"stage {stage.name} has {len(share)} blocks of {self.block_size} tokens to train on, and a step "
                     f"takes {per_step}: give more text or smaller batches"
                 )
-            # A stage without training has no blocks at all.
-            self.blocks.append(all_blocks.section(share.start, max(1, len(share))))
-        self.steps = [
-            (len(blocks) // per_step if stage.share else 0)
-            for stage, blocks in zip(self.recipe.stages, self.blocks, strict=True)
-        ]
+            self.blocks.append(all_blocks.section(share.start, len(share)) if share else None)
+            self.steps.append(len(share) // per_step)
         self.tokens_per_step = per_step * self.block_size
 
     def check_space(self) -> None:
@@ -235,9 +233,9 @@ class _Run:
     def begin(self, one_shot: TQConfig, dtype: str) -> None:
         """Scores teacher and one-shot student, or finds that a run with the same settings did so."""
         settings = {
-            "teacher": _digest(self.teacher),
+            "teacher": weights_digest(self.teacher),
             "recipe": self.recipe.to_dict(),
-            "texts": [blocks.fingerprint for blocks in self.blocks],
+            "texts": [blocks and blocks.fingerprint for blocks in self.blocks],
             "heldout": hashlib.sha256(self.heldout.encode()).hexdigest(),
             "losses": asdict(self.losses),
             "training": {**asdict(self.training), "block_size": self.block_size},
@@ -257,8 +255,8 @@ class _Run:
                     "teacher": asdict(teacher),
                     "one_shot": asdict(self._score(student, "score one-shot")),
                 }
-                _write_json(path, state)
-            self.state = json.loads(path.read_text(encoding="utf-8"))
+                write_json(path, state)
+            self.state = read_json(path)
         before = self.state["settings"]
         differing = [name for name in settings if before.get(name) != settings[name]]
         if differing:
@@ -269,20 +267,20 @@ class _Run:
         stage, folder = self.recipe.stages[number - 1], self._folder(number)
         compressed, trained = folder / "compressed", folder / "trained"
         if trained.is_dir():
-            return StageResult.from_dict(_read_json(trained / "stage.json"))
+            return StageResult.from_dict(read_json(trained / "stage.json"))
         with self.arguments.main_process_first(local=False):
             if not compressed.is_dir():
                 self._compress(stage, number, compressed)
-        start = _read_json(compressed / "stage.json")
-        student = _load(compressed)
-        steps = self.steps[number - 1]
+        start = read_json(compressed / "stage.json")
+        student = load_model(compressed)
+        blocks, steps = self.blocks[number - 1], self.steps[number - 1]
         run = Trained((), 0.0, 0.0)
-        if steps:
+        if blocks is not None:
             run = train_stage(
                 student,
                 self.teacher,
                 self.tokenizer,
-                self.blocks[number - 1],
+                blocks,
                 training_arguments(self.training, folder / "checkpoints", steps, self.device),
                 self.losses,
                 f"stage {number}/{len(self.recipe.stages)} {stage.name}",
@@ -302,11 +300,10 @@ class _Run:
                     losses=run.losses,
                 )
                 with whole_folder(trained) as partial:
-                    _save(student, self.tokenizer, partial)
-                    _write_json(partial / "stage.json", asdict(result))
-                for done in (folder / "checkpoints", compressed):
-                    shutil.rmtree(done, ignore_errors=True)
-        return StageResult.from_dict(_read_json(trained / "stage.json"))
+                    save_model(student, self.tokenizer, partial)
+                    write_json(partial / "stage.json", asdict(result))
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return StageResult.from_dict(read_json(trained / "stage.json"))
 
     def finish(self, stages: tuple[StageResult, ...], dtype: torch.dtype) -> TrainingReport:
         """Puts the last stage's student into `out`; the report, which is written last, says that it is all there."""
@@ -328,26 +325,29 @@ class _Run:
                 final = self.out / "final"
                 shutil.rmtree(final, ignore_errors=True)
                 with whole_folder(final) as partial:
-                    student: Any = _load(self._folder(len(stages)) / "trained")
+                    student: Any = load_model(self._folder(len(stages)) / "trained")
                     student.to(dtype)
-                    _save(student, self.tokenizer, partial)
+                    save_model(student, self.tokenizer, partial)
                     (partial / "README.md").write_text(report.model_card(), encoding="utf-8")
                 for path in final.iterdir():
                     path.replace(self.out / path.name)
                 final.rmdir()
-                _write_json(self.out / _REPORT, report.to_dict())
+                for number in range(1, len(stages) + 1):
+                    for done in ("compressed", "checkpoints"):
+                        shutil.rmtree(self._folder(number) / done, ignore_errors=True)
+                write_json(self.out / _REPORT, report.to_dict())
         return report
 
     def _compress(self, stage: Stage, number: int, folder: Path) -> None:
-        student = copy.deepcopy(self.teacher) if number == 1 else _load(self._folder(number - 1) / "trained")
+        student = copy.deepcopy(self.teacher) if number == 1 else load_model(self._folder(number - 1) / "trained")
         report = compress_again(student, stage.config, threads=self.threads, progress=self.progress)
         start = {
             "compressed": asdict(self._score(student, f"score stage {number}")),
             "lost_energy": {matrix.name: matrix.lost_energy for matrix in report.matrices},
         }
         with whole_folder(folder) as partial:
-            _save(student, self.tokenizer, partial)
-            _write_json(partial / "stage.json", start)
+            save_model(student, self.tokenizer, partial)
+            write_json(partial / "stage.json", start)
 
     def _score(self, model: PreTrainedModel, title: str) -> ModelResult:
         move(model, self.arguments.device)
@@ -359,34 +359,6 @@ class _Run:
 
     def _folder(self, number: int) -> Path:
         return self.out / "stages" / f"{number}-{self.recipe.stages[number - 1].name}"
-
-
-def _load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _digest(model: PreTrainedModel) -> str:
-    """Tells models with other weights apart."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tuple(tensor.shape)}".encode())
-        sha.update(memoryview(tensor.contiguous().numpy()).cast("B"))
-    return sha.hexdigest()
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with WholeFile(path) as file:
-        file.write(json.dumps(data, indent=2).encode())
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from .corpus import StrPath, TokenBlocks
 from .errors import CheckpointError, ConfigError, DestinationError, NonFiniteError
+from .model_files import weights_digest
 from .progress import ProgressOption, reporter
 from .teacher_file import TeacherFile
 from .whole_file import WholeFile, storage_errors
@@ -249,7 +249,7 @@ def cache_teacher(
         vocabulary=vocabulary,
         fingerprint=blocks.fingerprint,
         teacher=_description(teacher),
-        weights=_digest_of_weights(teacher),
+        weights=weights_digest(teacher),
     )
     if not path.exists():
         with WholeFile(path) as file:
@@ -327,14 +327,6 @@ def _probabilities(steps: NDArray[np.uint16], tail: NDArray[np.float64]) -> NDAr
 def _description(teacher: PreTrainedModel) -> str:
     name = f" {teacher.name_or_path}" if teacher.name_or_path else ""
     return f"{type(teacher).__name__}{name} ({sum(part.numel() for part in teacher.parameters()):,} parameters)"
-
-
-def _digest_of_weights(teacher: PreTrainedModel) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
 
 
 @contextmanager

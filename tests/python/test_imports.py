@@ -53,6 +53,7 @@ PYTHON = [
     "whole_folder",
     "token_stream",
     "corpus",
+    "model_files",
     "teacher_file",
     "teacher_cache",
     "results",

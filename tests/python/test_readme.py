@@ -23,18 +23,21 @@ def test_the_python_blocks_run(tmp_path, monkeypatch):
     # What they write goes elsewhere; what they read lies where they say.
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQCOMPRESSOR_CACHE", str(tmp_path / "cache"))
     found = blocks("python")
     assert len(found) >= 3
     namespace = {"__name__": "readme"}
     for block in found:
         exec(compile(block, "README.md", "exec"), namespace)
     assert (tmp_path / "tiny-gpt2-compressed" / "model.safetensors").exists()
+    assert (tmp_path / "tiny-gpt2-distilled" / "training_report.json").exists()
 
 
 @pytest.mark.parametrize("words", [words for words in COMMANDS if "tqcompressor" in words], ids=" ".join)
 def test_the_commands_parse(words, monkeypatch):
     parsed = []
     monkeypatch.setattr(cli, "_compress", parsed.append)
+    monkeypatch.setattr(cli, "_distill", parsed.append)
     monkeypatch.setattr(cli, "_inspect", parsed.append)
     monkeypatch.setattr(cli, "_evaluate", parsed.append)
     assert cli.main(words[words.index("tqcompressor") + 1 :]) == 0
