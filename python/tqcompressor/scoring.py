@@ -71,19 +71,57 @@ def perplexity(
         >>> result = perplexity(model, tokenizer, read_text("wiki.test.raw"), stride=512)  # doctest: +SKIP
         >>> print(result.perplexity, result.bits_per_byte)  # doctest: +SKIP
     """
-    torch = _import_torch()
-    context = _context(model, context)
-    stride = max(1, context // 2) if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ConfigError(f"stride: expected 1 to {context} (the context), got {stride}")
     if not text.strip():
         raise TextError("the text is empty")
     start = time.perf_counter()
+    sequence = token_sequence(tokenizer, text)
+    context, stride = _window(model, context, stride)
+    total, tokens = negative_log_likelihood(
+        model, sequence, context=context, stride=stride, batch_size=batch_size, progress=progress
+    )
+    return PerplexityResult(
+        negative_log_likelihood=total,
+        tokens=tokens,
+        words=len(text.split()),
+        bytes=len(text.encode()),
+        context=context,
+        stride=stride,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def token_sequence(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text behind the begin-of-text token, if there is one; raises `TextError` for fewer than 2."""
     ids = _token_ids(tokenizer, text)
     if len(ids) < 2:
         raise TextError("the text has fewer than 2 tokens")
-    first = _begin_token(tokenizer)
-    sequence = torch.tensor(ids if first is None else [first, *ids], device=model.device)
+    return [*begin_tokens(tokenizer), *ids]
+
+
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token: `bos_token_id`, else `eos_token_id`, else none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [int(token)]
+    return []
+
+
+def negative_log_likelihood(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressOption = None,
+) -> tuple[float, int]:
+    """`−Σ_i ln p(t_i | the tokens before t_i in its window)` over all tokens but the first, in nats, and their number.
+
+    The windows, and the other arguments, are those of `perplexity`.
+    """
+    torch = _import_torch()
+    context, stride = _window(model, context, stride)
+    sequence = torch.tensor(tokens, device=model.device)
     windows = list(_windows(len(sequence) - 1, context, stride))
     batch_size = _batch_size(model, batch_size, stride)
     total, done = 0.0, 0
@@ -100,15 +138,7 @@ def perplexity(
                 total -= float(_log_likelihoods(row[most - scored :], targets).double().sum())
                 done += scored
             report(done, len(sequence) - 1)
-    return PerplexityResult(
-        negative_log_likelihood=total,
-        tokens=done,
-        words=len(text.split()),
-        bytes=len(text.encode()),
-        context=context,
-        stride=stride,
-        seconds=time.perf_counter() - start,
-    )
+    return total, done
 
 
 def last_word_accuracy(
@@ -217,13 +247,6 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return None
-
-
 def _context(model: PreTrainedModel, context: int | None) -> int:
     longest = int(model.config.max_position_embeddings)
     if context is None:
@@ -231,6 +254,14 @@ def _context(model: PreTrainedModel, context: int | None) -> int:
     if not 1 <= context <= longest:
         raise ConfigError(f"context: expected 1 to {longest} (the model's positions), got {context}")
     return context
+
+
+def _window(model: PreTrainedModel, context: int | None, stride: int | None) -> tuple[int, int]:
+    context = _context(model, context)
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ConfigError(f"stride: expected 1 to {context} (the context), got {stride}")
+    return context, stride
 
 
 def _batch_size(model: PreTrainedModel, batch_size: int | None, positions: int) -> int:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,7 +32,8 @@ from .errors import ConfigError, DestinationError, TextError
 from .in_place import compress, compress_again, plan_model
 from .model_files import load_model, read_json, save_model, weights_digest, write_json
 from .progress import ProgressOption, reporter
-from .scoring import perplexity
+from .results import exponential
+from .scoring import begin_tokens, negative_log_likelihood, token_sequence
 from .stage_training import Trained, train_stage, training_arguments
 from .stages import Stage, StagedRecipe, resolve_staged_recipe
 from .texts import read_text
@@ -137,8 +139,7 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     blocks: list[TokenBlocks | None]
     steps: list[int]
-    heldout: str
-    heldout_tokens: int
+    heldout: list[int]
     state: dict[str, Any]
 
     def __init__(
@@ -195,17 +196,16 @@ class _Run:
         return self.recipe.stages[-1].config.replace(specs=specs)
 
     def load_texts(self, texts: Any, tokens: int | None, heldout: StrPath | None, cache: StrPath | None) -> None:
-        self.heldout = "" if heldout is None else read_text(heldout)
-        if heldout is not None and not self.heldout.strip():
-            raise TextError(f"{heldout}: there is no text to measure perplexity on")
+        if heldout is not None:
+            self.heldout = token_sequence(self.tokenizer, read_text(heldout))
         all_blocks = token_blocks(texts, self.tokenizer, self.block_size, cache=cache, progress=self.progress)
         available = len(all_blocks)
         if heldout is None:
             most = max(1, _HELDOUT_TOKENS // self.block_size)
             held_out = min(max(1, available // _HELDOUT_SHARE), most)
             available -= held_out
-            rows = [all_blocks[available + index]["input_ids"] for index in range(held_out)]
-            self.heldout = str(self.tokenizer.decode(torch.cat(rows)))
+            rows = [all_blocks[available + index]["input_ids"].tolist() for index in range(held_out)]
+            self.heldout = [*begin_tokens(self.tokenizer), *chain.from_iterable(rows)]
         wanted = available if tokens is None else tokens // self.block_size
         if wanted > available:
             raise TextError(
@@ -236,7 +236,7 @@ class _Run:
             "teacher": weights_digest(self.teacher),
             "recipe": self.recipe.to_dict(),
             "texts": [blocks and blocks.fingerprint for blocks in self.blocks],
-            "heldout": hashlib.sha256(self.heldout.encode()).hexdigest(),
+            "heldout": hashlib.sha256(str(self.heldout).encode()).hexdigest(),
             "losses": asdict(self.losses),
             "training": {**asdict(self.training), "block_size": self.block_size},
             "processes": self.arguments.world_size,
@@ -251,7 +251,7 @@ class _Run:
                 compress(student, one_shot, threads=self.threads, progress=self.progress)
                 state = {
                     "settings": settings,
-                    "heldout_tokens": self.heldout_tokens,
+                    "heldout_tokens": len(self.heldout) - 1,
                     "teacher": asdict(teacher),
                     "one_shot": asdict(self._score(student, "score one-shot")),
                 }
@@ -352,10 +352,9 @@ class _Run:
     def _score(self, model: PreTrainedModel, title: str) -> ModelResult:
         move(model, self.arguments.device)
         with reporter(self.progress, title) as report:
-            result = perplexity(model, self.tokenizer, self.heldout, progress=report or False)
+            total, tokens = negative_log_likelihood(model, self.heldout, progress=report or False)
         move(model, "cpu")
-        self.heldout_tokens = result.tokens
-        return ModelResult(model.num_parameters(), result.perplexity)
+        return ModelResult(model.num_parameters(), exponential(total / tokens))
 
     def _folder(self, number: int) -> Path:
         return self.out / "stages" / f"{number}-{self.recipe.stages[number - 1].name}"

@@ -86,6 +86,7 @@ class TrainingReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
         data = asdict(self)
+        data["stages"] = [{**stage, "losses": list(stage["losses"])} for stage in data["stages"]]
         return {"tqcompressor": data.pop("version"), **data, "tokens": self.tokens}
 
     def to_json(self) -> str:

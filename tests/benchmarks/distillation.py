@@ -58,7 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[567_000, 1_134_000], metavar="TOKENS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of compressed students")
+    parser.add_argument("--learning-rate-from-scratch", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=16, help="blocks of 128 tokens per step")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the teacher in the loss of the distilled")
     parser.add_argument("--temperature", type=float, default=2.0)
@@ -148,7 +149,7 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
 
 
 def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
-    settings = training(task)
+    settings = replace(training(task), learning_rate=task.learning_rate_from_scratch)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     config = AutoModelForCausalLM.from_pretrained(TEACHER).config
     # The teacher's depth and heads; the width that gives about as many parameters as the compressed student has.
@@ -200,6 +201,7 @@ TRAINING = (
     "text",
     "heldout",
     "learning_rate",
+    "learning_rate_from_scratch",
     "batch_size",
     "alpha",
     "temperature",
