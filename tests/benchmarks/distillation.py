@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="blocks of 128 tokens per step")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the teacher in the loss of the distilled")
     parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--shares", type=float, nargs=3, default=[1, 1, 1], help="of the stages in the tokens")
+    parser.add_argument("--shares", type=float, nargs=3, default=[1, 1, 8], help="of the stages in the tokens")
     parser.add_argument("--precision", default="bfloat16", help="of the forward pass of every student")
     parser.add_argument("--effort", default="balanced")
     parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, each on one thread")
