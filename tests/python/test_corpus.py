@@ -1,6 +1,7 @@
 """Text to blocks of tokens, against a naive oracle; and the cache: found again, made anew, never half written."""
 
 import errno
+import glob
 import os
 import pickle
 import re
@@ -189,6 +190,15 @@ def test_globs_are_sorted_and_lists_keep_their_order(tokenizer, tmp_path):
         assert packed(token_blocks(given_texts, tokenizer, len(tokens))) == tokens
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_globs_do_not_follow_the_file_system(tokenizer, tmp_path, monkeypatch, backwards):
+    files = write(tmp_path / "in", **{f"text{number}": f"Text number {number}." for number in range(10)})
+    expand = glob.glob
+    monkeypatch.setattr(glob, "glob", lambda *names, **options: sorted(expand(*names, **options), reverse=backwards))
+    expected = oracle(tokenizer, [path.read_text() for path in files])
+    assert packed(token_blocks(tmp_path / "in" / "*", tokenizer, len(expected))) == expected
+
+
 def test_a_name_with_brackets_is_a_file(tokenizer, tmp_path):
     (tmp_path / "a[1].txt").write_text("In brackets.")
     assert len(token_blocks(tmp_path / "a[1].txt", tokenizer, 2)) >= 1
@@ -218,8 +228,11 @@ def test_progress_is_in_bytes_and_only_where_there_is_work(tokenizer):
     assert calls == []
 
 
-def test_loaders_take_it_with_worker_processes(tokenizer, capfd):
-    blocks = token_blocks(HELD_OUT, tokenizer, 128)
+def test_loaders_take_it_with_worker_processes(tokenizer, tmp_path, monkeypatch, capfd):
+    # Several documents in one call are what makes the library start threads.
+    (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    blocks = token_blocks(file, tokenizer, 128)
     for context in ("fork", "spawn"):
         loader = torch.utils.data.DataLoader(blocks, 16, num_workers=2, multiprocessing_context=context)
         assert [int(token) for batch in loader for token in batch["input_ids"].flatten()] == packed(blocks)
@@ -257,6 +270,9 @@ def test_fingerprints_tell_apart_what_differs(tokenizer, tmp_path):
     blocks = token_blocks(HELD_OUT, tokenizer, 64)
     same = [token_blocks(copy, tokenizer, 64), blocks.take(blocks.tokens), pickle.loads(pickle.dumps(blocks))]
     assert {part.fingerprint for part in same} == {blocks.fingerprint}
+    # The same characters in the same order, cut elsewhere.
+    (one, two) = write(tmp_path / "cuts", one=f"abcd{END}efgh", two=f"abcde{END}fgh")
+    assert token_blocks(one, tokenizer, 2).fingerprint != token_blocks(two, tokenizer, 2).fingerprint
     different = [
         token_blocks(changed, tokenizer, 64),
         token_blocks(cut, tokenizer, 64),
