@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.processes import ENVIRONMENT
+from helpers.processes import ENVIRONMENT, run_script
 from helpers.tokenizer import save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -228,17 +228,35 @@ def test_progress_is_in_bytes_and_only_where_there_is_work(tokenizer):
     assert calls == []
 
 
-def test_loaders_take_it_with_worker_processes(tokenizer, tmp_path, monkeypatch, capfd):
-    # Several documents in one call are what makes the library start threads.
-    (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    blocks = token_blocks(file, tokenizer, 128)
+def test_loaders_take_it_with_worker_processes(tokenizer):
+    blocks = token_blocks(HELD_OUT, tokenizer, 128)
     for context in ("fork", "spawn"):
         loader = torch.utils.data.DataLoader(blocks, 16, num_workers=2, multiprocessing_context=context)
         assert [int(token) for batch in loader for token in batch["input_ids"].flatten()] == packed(blocks)
-    # The tokenizers library complains at a fork behind threads of its own.
-    assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err
     assert len(pickle.dumps(blocks)) < 1000
+
+
+def test_no_threads_are_left_behind(tmp_path):
+    """The tokenizers library's own would be, and would be more than were asked for."""
+    # Several documents in one call are what it starts threads for.
+    (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
+    run_script(
+        """
+        import os, sys
+        import transformers
+        from tqcompressor import token_blocks
+
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+        before = len(os.listdir("/proc/self/task"))
+        token_blocks(sys.argv[2], tokenizer, 64, workers=2)
+        after = len(os.listdir("/proc/self/task"))
+        assert before == after
+        assert "TOKENIZERS_PARALLELISM" not in os.environ
+        """,
+        TINY,
+        file,
+    )
 
 
 def test_parts(tokenizer):
