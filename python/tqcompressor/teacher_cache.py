@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .corpus import StrPath, TokenBlocks
 from .errors import CheckpointError, ConfigError, DestinationError, NonFiniteError
 from .model_files import weights_digest
 from .progress import ProgressOption, reporter
-from .teacher_file import TeacherFile
+from .teacher_file import TeacherFile, largest, probabilities_of
 from .whole_file import WholeFile, storage_errors
 
 if TYPE_CHECKING:
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedTeacher", "TaughtBlocks", "cache_teacher"]
 
-# A log-probability is kept as a number of steps below zero, in 16 bits: down to e^-32, with an error of half a step.
-_LOWEST = 32.0
-_STEPS = (1 << 16) - 1
 # Logits of one batch, in elements: 256 MB in float32.
 _LOGITS_PER_BATCH = 1 << 26
 # As in losses.py.
@@ -131,8 +126,18 @@ class CachedTeacher:
             raise CheckpointError(f"{self._path}: block {index} is damaged")
         return {
             "teacher_tokens": torch.from_numpy(tokens),
-            "teacher_probabilities": torch.from_numpy(_probabilities(self._steps[index], tail)),
+            "teacher_probabilities": torch.from_numpy(probabilities_of(self._steps[index], tail)),
         }
+
+    def mean_tail_mass(self) -> float:
+        """The mean mass of what was not kept: how much of the teacher's distributions `k` and the temperature lose.
+
+        A high temperature spreads the mass: for the checkpoint of 8,192 tokens in `tests/data`, the 64 most probable
+        leave 0.29 at temperature 1 and 0.85 at 2, and 1,024 leave 0.09 and 0.54.
+
+        Cost: reads 4 bytes a token.
+        """
+        return float(self._tail.mean(dtype=np.float64))
 
     def __repr__(self) -> str:
         return (
@@ -289,39 +294,13 @@ def _write(
             end = min(first + batch_size, len(blocks))
             inputs = torch.stack([blocks[index]["input_ids"] for index in range(first, end)]).to(teacher.device)
             logits = teacher(input_ids=inputs, use_cache=False).logits.float()
-            arrays = _largest(logits, contents.k, contents.temperature)
+            arrays = largest(logits, contents.k, contents.temperature)
             if arrays is None:
                 raise NonFiniteError(f"the teacher's logits are not finite in blocks {first} to {end - 1}")
             for part, array in zip(parts, arrays, strict=True):
                 file.write_at(part.begin + first * part.stride, array.astype(part.dtype).tobytes())
             if report is not None:
                 report(end, len(blocks))
-
-
-def _largest(
-    logits: torch.Tensor, k: int, temperature: float
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None:
-    """Tail mass, tokens and steps of the `k` largest probabilities; None where there is NaN. Overwrites `logits`."""
-    # Differences first: they are exact where logits are close, however small the temperature.
-    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
-    total = logits.logsumexp(-1, keepdim=True)
-    if not bool(total.isfinite().all()):
-        return None
-    values, tokens = logits.topk(k)
-    steps = ((total - values) * (_STEPS / _LOWEST)).round_().clamp_(0, _STEPS)
-    # The rest summed by itself: 1 minus the others would lose a small mass in rounding.
-    logits.scatter_(-1, tokens, -math.inf)
-    tail = (logits.logsumexp(-1) - total[..., 0]).exp_().clamp_(0, 1)
-    return tail.cpu().numpy(), tokens.cpu().numpy(), steps.cpu().numpy()
-
-
-def _probabilities(steps: NDArray[np.uint16], tail: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The probabilities `(positions, k)` that `steps` stand for, where all others have the mass `tail`."""
-    probabilities = np.exp(steps * (-_LOWEST / _STEPS))
-    # All share the error of the sum, and rounding to float32 must not lift it above 1.
-    scale = (1 - 2.0**-24) / (probabilities.sum(-1) + tail)
-    scaled: NDArray[np.float32] = (probabilities * scale[:, None]).astype(np.float32)
-    return scaled
 
 
 def _description(teacher: PreTrainedModel) -> str:

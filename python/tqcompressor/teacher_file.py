@@ -1,4 +1,4 @@
-"""The file of a cached teacher: safetensors with three tensors, read and written by offsets."""
+"""The file of a cached teacher: its bytes, and how probabilities become 16 bits and come back."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import CheckpointError
 from .token_stream import token_dtype
 from .whole_file import storage_errors
 
+if TYPE_CHECKING:
+    import torch
+
 _FORMAT = 1
+# A log-probability is kept as a number of steps below zero, in 16 bits: down to e^-32, with an error of half a step.
+_LOWEST = 32.0
+_STEPS = (1 << 16) - 1
 _SAFETENSORS_DTYPES = {"<f4": "F32", "<u4": "U32", "<u2": "U16"}
 
 
@@ -106,3 +113,30 @@ class TeacherFile:
         if size != (expected := found.parts()[-1].end):
             raise CheckpointError(f"{path}: truncated or damaged: expected {expected:,} bytes, got {size:,}")
         return found
+
+
+def largest(logits: torch.Tensor, k: int, temperature: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None:
+    """Tail mass, tokens and steps of the `k` largest probabilities of each row of `logits`, which are overwritten.
+
+    None where a row has NaN or plus infinity.
+    """
+    # Differences first: they are exact where logits are close, however small the temperature.
+    exponentials = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    if not bool(total.isfinite().all()):
+        return None
+    values, tokens = exponentials.topk(k)
+    steps = ((total.log() - values.log()) * (_STEPS / _LOWEST)).round_().clamp_(0, _STEPS)
+    # The rest summed by itself: 1 minus the others would lose a small mass in rounding.
+    exponentials.scatter_(-1, tokens, 0.0)
+    tail = exponentials.sum(-1).div_(total[..., 0]).clamp_(0, 1)
+    return tail.cpu().numpy(), tokens.cpu().numpy(), steps.cpu().numpy()
+
+
+def probabilities_of(steps: NDArray[np.uint16], tail: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The probabilities `(positions, k)` that `steps` stand for, where all others have the mass `tail`."""
+    probabilities = np.exp(steps * (-_LOWEST / _STEPS))
+    # All share the error of the sum, and rounding to float32 must not lift it above 1.
+    scale = (1 - 2.0**-24) / (probabilities.sum(-1) + tail)
+    scaled: NDArray[np.float32] = (probabilities * scale[:, None]).astype(np.float32)
+    return scaled

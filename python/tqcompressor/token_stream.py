@@ -189,8 +189,8 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def _own_threads_only() -> Iterator[None]:
     """Keeps the tokenizers library from starting threads of its own.
 
-    Once it has, every later fork (a DataLoader with workers) prints a warning, and the number of its threads is fixed
-    for the process.
+    They would take every processor whatever the number of workers, and stay; versions before 0.23 then print a warning
+    at every fork, such as a DataLoader's.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

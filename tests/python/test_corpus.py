@@ -1,6 +1,7 @@
 """Text to blocks of tokens, against a naive oracle; and the cache: found again, made anew, never half written."""
 
 import errno
+import glob
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.processes import ENVIRONMENT
+from helpers.processes import ENVIRONMENT, run_script
 from helpers.tokenizer import save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -189,6 +190,15 @@ def test_globs_are_sorted_and_lists_keep_their_order(tokenizer, tmp_path):
         assert packed(token_blocks(given_texts, tokenizer, len(tokens))) == tokens
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_globs_do_not_follow_the_file_system(tokenizer, tmp_path, monkeypatch, backwards):
+    files = write(tmp_path / "in", **{f"text{number}": f"Text number {number}." for number in range(10)})
+    expand = glob.glob
+    monkeypatch.setattr(glob, "glob", lambda *names, **options: sorted(expand(*names, **options), reverse=backwards))
+    expected = oracle(tokenizer, [path.read_text() for path in files])
+    assert packed(token_blocks(tmp_path / "in" / "*", tokenizer, len(expected))) == expected
+
+
 def test_a_name_with_brackets_is_a_file(tokenizer, tmp_path):
     (tmp_path / "a[1].txt").write_text("In brackets.")
     assert len(token_blocks(tmp_path / "a[1].txt", tokenizer, 2)) >= 1
@@ -218,14 +228,35 @@ def test_progress_is_in_bytes_and_only_where_there_is_work(tokenizer):
     assert calls == []
 
 
-def test_loaders_take_it_with_worker_processes(tokenizer, capfd):
+def test_loaders_take_it_with_worker_processes(tokenizer):
     blocks = token_blocks(HELD_OUT, tokenizer, 128)
     for context in ("fork", "spawn"):
         loader = torch.utils.data.DataLoader(blocks, 16, num_workers=2, multiprocessing_context=context)
         assert [int(token) for batch in loader for token in batch["input_ids"].flatten()] == packed(blocks)
-    # The tokenizers library complains at a fork behind threads of its own.
-    assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err
     assert len(pickle.dumps(blocks)) < 1000
+
+
+def test_no_threads_are_left_behind(tmp_path):
+    """The tokenizers library's own would be, and would be more than were asked for."""
+    # Several documents in one call are what it starts threads for.
+    (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
+    run_script(
+        """
+        import os, sys
+        import transformers
+        from tqcompressor import token_blocks
+
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+        before = len(os.listdir("/proc/self/task"))
+        token_blocks(sys.argv[2], tokenizer, 64, workers=2)
+        after = len(os.listdir("/proc/self/task"))
+        assert before == after
+        assert "TOKENIZERS_PARALLELISM" not in os.environ
+        """,
+        TINY,
+        file,
+    )
 
 
 def test_parts(tokenizer):
@@ -257,6 +288,9 @@ def test_fingerprints_tell_apart_what_differs(tokenizer, tmp_path):
     blocks = token_blocks(HELD_OUT, tokenizer, 64)
     same = [token_blocks(copy, tokenizer, 64), blocks.take(blocks.tokens), pickle.loads(pickle.dumps(blocks))]
     assert {part.fingerprint for part in same} == {blocks.fingerprint}
+    # The same characters in the same order, cut elsewhere.
+    (one, two) = write(tmp_path / "cuts", one=f"abcd{END}efgh", two=f"abcde{END}fgh")
+    assert token_blocks(one, tokenizer, 2).fingerprint != token_blocks(two, tokenizer, 2).fingerprint
     different = [
         token_blocks(changed, tokenizer, 64),
         token_blocks(cut, tokenizer, 64),

@@ -19,7 +19,7 @@ import transformers
 from helpers.processes import ENVIRONMENT
 from hypothesis import given
 from hypothesis import strategies as st
-from tqcompressor import errors, teacher_cache, token_blocks
+from tqcompressor import errors, teacher_file, token_blocks
 from tqcompressor.teacher_cache import CachedTeacher, TaughtBlocks, cache_teacher
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-gpt2"
@@ -104,6 +104,8 @@ def test_a_trained_teacher(tmp_path):
     blocks = token_blocks(TINY / "heldout.txt", tokenizer, 128, tokens=3 * 128, cache=tmp_path)
     cached = cache_teacher(trained, blocks, tmp_path / "teacher")
     assert (cached.k, cached.temperature) == (64, 2.0)
+    lost = [1 - cached[index]["teacher_probabilities"].double().sum(-1).mean() for index in range(3)]
+    assert 0.5 < cached.mean_tail_mass() < 1 and cached.mean_tail_mass() == pytest.approx(np.mean(lost), rel=1e-4)
     for index in range(3):
         check(cached[index], dense(trained, blocks[index]["input_ids"], 2.0), 64)
 
@@ -116,8 +118,8 @@ rows = st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5)
 )
 def test_any_finite_logits_keep_their_bounds(logits, k, temperature):
     logits = np.array(logits, np.float32)
-    tail, tokens, steps = teacher_cache._largest(torch.tensor(logits), k, temperature)
-    kept = teacher_cache._probabilities(steps.astype(np.uint16), tail.astype(np.float64))
+    tail, tokens, steps = teacher_file.largest(torch.tensor(logits), k, temperature)
+    kept = teacher_file.probabilities_of(steps.astype(np.uint16), tail.astype(np.float64))
     item = {"teacher_tokens": torch.from_numpy(tokens), "teacher_probabilities": torch.from_numpy(kept)}
     check(item, softmax(logits, temperature), k)
 

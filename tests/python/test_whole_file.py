@@ -1,6 +1,7 @@
 """Files that are written aside: whole, or absent, or what they were; writers of one path wait for one another."""
 
 import errno
+import os
 import resource
 import threading
 
@@ -20,6 +21,16 @@ def test_it_appears_when_it_is_whole(tmp_path):
         assert not path.exists()
     assert path.read_bytes() == b"aBcdefgh"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_it_is_durable_before_it_appears(tmp_path, monkeypatch):
+    """A crash of the machine must not leave a name without its contents."""
+    path = tmp_path / "file"
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, path.exists())))
+    with WholeFile(path) as file:
+        file.write(b"new")
+    assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
