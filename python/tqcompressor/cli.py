@@ -186,22 +186,26 @@ def _distill(options: argparse.Namespace) -> None:
         from .staged_distillation import distill
     except ImportError as error:
         raise MissingDependencyError(f'distill needs {error.name}: pip install "tqcompressor[hf]"') from error
-    report = distill(
-        options.teacher,
-        options.recipe,
-        texts=options.text,
-        out=options.out,
-        tokens=options.tokens,
-        heldout=options.heldout,
-        losses=losses,
-        training=training,
-        effort=options.effort,
-        seed=options.seed,
-        device=options.device,
-        dtype=options.dtype,
-        resume=options.resume,
-        threads=options.threads,
-    )
+    try:
+        report = distill(
+            options.teacher,
+            options.recipe,
+            texts=options.text,
+            out=options.out,
+            tokens=options.tokens,
+            heldout=options.heldout,
+            losses=losses,
+            training=training,
+            effort=options.effort,
+            seed=options.seed,
+            device=options.device,
+            dtype=options.dtype,
+            resume=options.resume,
+            threads=options.threads,
+        )
+    except KeyboardInterrupt:
+        print(f"tqcompressor: {options.out} holds what is done: go on with --resume", file=sys.stderr)
+        raise
     # One of several processes speaks for all.
     if int(os.environ.get("RANK", "0")) == 0:
         print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")

@@ -1,7 +1,6 @@
 """Staged distillation from end to end on a small model: its result, its report, what it refuses, how it goes on."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -13,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.models import tiny_config
-from helpers.processes import ENVIRONMENT, TESTS, run_script
+from helpers.processes import environment, run_script
 from helpers.tokenizer import save_tokenizer
-from tqcompressor import KroneckerSpec, TQConfig, distill
+from tqcompressor import KroneckerSpec, TQConfig, cli, distill
 from tqcompressor.errors import ConfigError, DestinationError, StorageError, TextError
 from tqcompressor.stages import Stage, StagedRecipe
 from tqcompressor.training_config import DistillConfig, TrainingConfig
@@ -193,6 +192,27 @@ def test_another_models_tokenizer_is_refused(teacher, tmp_path):
         run(teacher, tmp_path / "out", teacher=tmp_path / "teacher")
 
 
+def test_the_command(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TQCOMPRESSOR_CACHE", str(teacher.cache))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(StagedRecipe(RECIPE.stages[:1]).to_json(), encoding="utf-8")
+    command = ["distill", "--teacher", str(teacher.path), "--recipe", str(recipe), "--text", str(teacher.text)]
+    command += ["--out", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "4"]
+    assert cli.main([*command, "--tokens", "512"]) == 0
+    printed = capsys.readouterr().out
+    assert "stage 1, half: trained" in printed and f"written to {tmp_path / 'out'}" in printed
+    assert cli.main([*command, "--tokens", "512", "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 512
+    for wrong, message in (
+        ([], "is not empty"),
+        (["--resume", "--alpha", "0.7", "--tokens", "512"], "other settings (losses)"),
+        (["--temperature", "0"], "temperature"),
+        (["--text", "/nothing/there.txt"], "no file matches"),
+    ):
+        assert cli.main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 SCRIPT = """
 import sys
 from test_distillation import RECIPE, TRAINING
@@ -203,10 +223,11 @@ distill(teacher, RECIPE, texts=text, out=out, cache=cache, training=TRAINING, de
 """
 
 
-def start(teacher, out, launcher=(sys.executable,), arguments=("-c", SCRIPT)):
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, *arguments, *map(str, (teacher.path, teacher.text, teacher.cache, out))]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(teacher, out):
+    command = [sys.executable, "-c", SCRIPT, *map(str, (teacher.path, teacher.text, teacher.cache, out))]
+    return subprocess.Popen(
+        command, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process):

@@ -17,12 +17,17 @@ ENVIRONMENT = {
 }
 
 
+def environment(**more):
+    """This process's environment variables, with the tests and what it imports itself importable."""
+    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
 def run_script(script, *arguments, fails=False):
     """Runs `script` (dedented) and returns what it printed; `fails` says that a non-zero exit is expected."""
-    paths = [str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
