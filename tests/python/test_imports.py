@@ -18,6 +18,7 @@ RUST = [
     "progress",
     "memory",
     "simd",
+    "testing",
     "loss",
     "kron",
     "permute",
