@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::permute::{Decomposition, Effort, Parallelism, decompose, work};
-use crate::progress::Progress;
+use crate::permute::{Decomposition, Effort, decompose, work};
+use crate::progress::{Parallelism, Progress};
 use crate::shape::KroneckerSpec;
 
 /// One matrix to decompose.

@@ -1,10 +1,10 @@
 //! Cross-entropy and Kullback–Leibler divergence over rows of logits.
 
 use super::logits::{Exponentials, NotFinite, Row, row_loss};
-use super::parallel::{Parallelism, for_each};
+use super::parallel::for_each;
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 
 /// Which distribution a Kullback–Leibler divergence is taken from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! Distances between hidden states of student and teacher.
 
-use super::parallel::{Parallelism, for_each};
+use super::parallel::for_each;
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::simd::{LANES, dispatched};
 
 /// How far two vectors are apart.

@@ -15,10 +15,11 @@ mod parallel;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod topk;
 mod values;
 
 pub use distillation::{Batch, Direction, Objective, distillation_loss};
 pub use head::{Head, HeadBatch, HeadGradients, head_loss};
 pub use hidden::{HiddenBatch, HiddenDistance, hidden_state_loss};
-pub use parallel::Parallelism;
+pub use topk::{TopKBatch, topk_distillation_loss};
 pub use values::{OwnedValues, Values};

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::Error;
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 
 const IGNORE: i64 = -100;
 

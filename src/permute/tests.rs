@@ -8,7 +8,7 @@ use super::phase_gram::PhaseGram;
 use super::*;
 use crate::error::Error;
 use crate::kron::{MatrixView, block_gram, lost_energy};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
 use crate::testing::noise;
 
