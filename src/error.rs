@@ -38,6 +38,14 @@ pub enum Error {
         /// Entries of the vocabulary, at least one.
         vocabulary: usize,
     },
+    /// A token or a probability of a teacher that cannot be.
+    #[error("{problem} at row {row}")]
+    SoftLabel {
+        /// What is wrong.
+        problem: String,
+        /// The row of logits that it belongs to.
+        row: usize,
+    },
     /// A dtype that is not handled.
     #[error("expected dtype {expected}, got {got}")]
     Dtype {

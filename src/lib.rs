@@ -21,5 +21,7 @@ pub mod simd;
 
 #[cfg(feature = "python")]
 mod python;
+#[cfg(test)]
+mod testing;
 
 pub use error::{Error, Result};

@@ -1,8 +1,17 @@
-//! Progress and cancellation of a long job: two counters and a flag, shared by all its threads.
+//! How a long job runs: on which threads, and with two counters and a flag that all of them share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::error::{Error, Result};
+
+/// Whether a job may use the current rayon pool. The result is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parallelism {
+    /// Only the calling thread: right for small work, and where the caller runs many jobs side by side.
+    Sequential,
+    /// All threads of the current rayon pool.
+    Rayon,
+}
 
 /// Work done so far, work expected, and whether to stop. Units are the job's own; only the ratio means anything.
 #[derive(Debug, Default)]

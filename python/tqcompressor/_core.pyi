@@ -21,6 +21,7 @@ __all__ = [
     "plan",
     "plan_checkpoint",
     "reconstruct",
+    "topk_distillation_loss",
 ]
 
 __version__: str
@@ -105,6 +106,21 @@ def distillation_loss(
     threads: int | None,
 ) -> tuple[float, _FloatMatrix | None]:
     """`divergence·KL_T + cross_entropy·CE`, the mean over rows of logits, and its gradient by the student's."""
+
+def topk_distillation_loss(
+    student: _FloatMatrix,
+    student_dtype: str,
+    tokens: _Int64Array,
+    probabilities: _Float32Array,
+    labels: _Int64Array | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[float, _FloatMatrix | None]:
+    """`distillation_loss` against a teacher's likeliest tokens (rows, k), all others taken as one."""
 
 def hidden_state_loss(
     student: _FloatMatrix,

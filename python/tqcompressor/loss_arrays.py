@@ -1,13 +1,37 @@
-"""numpy arrays as the losses take them: rows of float32, or the bits of a half precision."""
+"""Arguments of the losses, checked: rows of float32 or the bits of a half precision, labels, and the objective."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import DtypeError, ShapeError
+from .errors import ConfigError, DtypeError, ShapeError
+
+# Beyond these, nothing is left of the logits, or nothing but their largest. As in src/loss/distillation.rs.
+TEMPERATURES = (1e-4, 1e4)
+
+
+class Objective(NamedTuple):
+    """`divergence · KL_T + cross_entropy · CE`, checked."""
+
+    temperature: float
+    divergence: float
+    cross_entropy: float
+    reverse: bool
+    ignore_index: int
+
+
+def checked_objective(
+    temperature: float, divergence: float, cross_entropy: float, reverse: bool, ignore_index: int
+) -> Objective:
+    """The objective; raises `ConfigError` for a temperature out of range."""
+    low, high = TEMPERATURES
+    if not (math.isfinite(temperature) and low <= temperature <= high):
+        raise ConfigError(f"temperature: expected a number from {low:g} to {high:g}, got {temperature}")
+    return Objective(float(temperature), float(divergence), float(cross_entropy), reverse, ignore_index)
 
 
 def is_tensor(value: Any) -> bool:

@@ -12,38 +12,42 @@ side gets no gradient. Logits are computed in one fused pass: softmax, loss and 
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .errors import ConfigError
-from .loss_arrays import check_shapes, float_matrix, gradient_like, is_tensor, label_rows, mask_rows, single_matrix
+from .loss_arrays import (
+    Objective,
+    check_shapes,
+    checked_objective,
+    float_matrix,
+    gradient_like,
+    is_tensor,
+    label_rows,
+    mask_rows,
+    single_matrix,
+)
+from .topk_loss import topk_distillation_loss
 
 if TYPE_CHECKING:
     import torch
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["cross_entropy", "distillation_loss", "head_distillation_loss", "hidden_state_loss", "kl_divergence"]
+__all__ = [
+    "cross_entropy",
+    "distillation_loss",
+    "head_distillation_loss",
+    "hidden_state_loss",
+    "kl_divergence",
+    "topk_distillation_loss",
+]
 
 ValueAndGradient: TypeAlias = tuple[float, NDArray[Any]]
 ValueAndHeadGradients: TypeAlias = tuple[float, tuple[NDArray[np.float32], NDArray[np.float32]]]
-
-# Beyond these, nothing is left of the logits, or nothing but their largest. As in src/loss/distillation.rs.
-TEMPERATURES = (1e-4, 1e4)
-
-
-class Objective(NamedTuple):
-    """`divergence · KL_T + cross_entropy · CE`, checked."""
-
-    temperature: float
-    divergence: float
-    cross_entropy: float
-    reverse: bool
-    ignore_index: int
 
 
 @overload
@@ -111,7 +115,7 @@ def distillation_loss(
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
     hard = 0.0 if labels is None else 1 - alpha
-    objective = _objective(temperature, alpha * temperature**2, hard, False, ignore_index)
+    objective = checked_objective(temperature, alpha * temperature**2, hard, False, ignore_index)
     return _logit_loss(student_logits, teacher_logits, labels, objective, threads)
 
 
@@ -133,7 +137,7 @@ def cross_entropy(logits: Any, labels: Any, *, ignore_index: int = -100, threads
     >>> round(cross_entropy(np.zeros((3, 8)), [1, 2, 3])[0], 4)  # ln 8
     2.0794
     """
-    return _logit_loss(logits, None, labels, _objective(1.0, 0.0, 1.0, False, ignore_index), threads)
+    return _logit_loss(logits, None, labels, checked_objective(1.0, 0.0, 1.0, False, ignore_index), threads)
 
 
 @overload
@@ -184,7 +188,9 @@ def kl_divergence(
         else:
             flags = mask_rows(mask, np.shape(student_logits)[:-1])
             labels = np.where(flags, 0, -1).reshape(np.shape(mask))
-    return _logit_loss(student_logits, teacher_logits, labels, _objective(temperature, 1.0, 0.0, reverse, -1), threads)
+    return _logit_loss(
+        student_logits, teacher_logits, labels, checked_objective(temperature, 1.0, 0.0, reverse, -1), threads
+    )
 
 
 @overload
@@ -299,7 +305,7 @@ def head_distillation_loss(
         if labels is None:
             raise ConfigError("labels: expected them where there is no teacher")
     hard = 0.0 if labels is None else 1 - alpha
-    objective = _objective(temperature, alpha * temperature**2, hard, False, ignore_index)
+    objective = checked_objective(temperature, alpha * temperature**2, hard, False, ignore_index)
     if is_tensor(student_hidden):
         from . import torch_losses
 
@@ -315,15 +321,6 @@ def head_distillation_loss(
     value, gradients = _core.head_loss(student, teacher, rows, *objective, True, threads)
     assert gradients is not None
     return value, (gradients[0].reshape(shape), gradients[1])
-
-
-def _objective(
-    temperature: float, divergence: float, cross_entropy: float, reverse: bool, ignore_index: int
-) -> Objective:
-    low, high = TEMPERATURES
-    if not (math.isfinite(temperature) and low <= temperature <= high):
-        raise ConfigError(f"temperature: expected a number from {low:g} to {high:g}, got {temperature}")
-    return Objective(float(temperature), float(divergence), float(cross_entropy), reverse, ignore_index)
 
 
 def _logit_loss(student: Any, teacher: Any, labels: Any, objective: Objective, threads: int | None) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from .corpus import StrPath, TokenBlocks
 from .errors import CheckpointError, ConfigError, DestinationError, NonFiniteError
+from .loss_arrays import TEMPERATURES
 from .model_files import weights_digest
 from .progress import ProgressOption, reporter
 from .teacher_file import TeacherFile, largest, probabilities_of
@@ -25,8 +26,6 @@ __all__ = ["CachedTeacher", "TaughtBlocks", "cache_teacher"]
 
 # Logits of one batch, in elements: 256 MB in float32.
 _LOGITS_PER_BATCH = 1 << 26
-# As in losses.py.
-_TEMPERATURES = (1e-4, 1e4)
 
 
 class CachedTeacher:
@@ -236,8 +235,8 @@ def cache_teacher(
     positions = getattr(teacher.config, "max_position_embeddings", None)
     if not 1 <= k <= vocabulary:
         raise ConfigError(f"k: expected 1 to {vocabulary} (the teacher's vocabulary), got {k}")
-    if not _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]:
-        raise ConfigError(f"temperature: expected {_TEMPERATURES[0]} to {_TEMPERATURES[1]}, got {temperature}")
+    if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+        raise ConfigError(f"temperature: expected {TEMPERATURES[0]} to {TEMPERATURES[1]}, got {temperature}")
     if batch_size is None:
         batch_size = max(1, min(32, _LOGITS_PER_BATCH // (blocks.block_size * vocabulary)))
     elif batch_size < 1:

@@ -78,6 +78,17 @@ def rows_in_torch(
         if by_logits is not None:
             by_divergence = q * (difference - divergences) if reverse else q - first
             by_logits += (divergence / temperature) * by_divergence
+    return _with_cross_entropy(z, losses, by_logits, labels, counted, cross_entropy)
+
+
+def _with_cross_entropy(
+    z: torch.Tensor,
+    losses: torch.Tensor,
+    by_logits: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    counted: torch.Tensor,
+    cross_entropy: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if labels is not None and cross_entropy > 0:
         log_s = z.log_softmax(-1)
         targets = torch.where(counted, labels, 0)[:, None]
@@ -92,3 +103,56 @@ def rows_in_torch(
         by_logits.scatter_(-1, largest, -by_logits.sum(-1, keepdim=True))
         by_logits = torch.where(counted[:, None], by_logits, 0.0)
     return torch.where(counted, losses, 0.0).sum(), by_logits
+
+
+def topk_rows_in_torch(
+    student: torch.Tensor,
+    tokens: torch.Tensor,
+    probabilities: torch.Tensor,
+    labels: torch.Tensor | None,
+    counted: torch.Tensor,
+    objective: tuple[float, float, float, bool, int],
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same against the `tokens` that a teacher finds likeliest, all others taken as one."""
+    temperature, divergence, cross_entropy, _, _ = objective
+    z = student.to(computed_dtype(student))
+    losses, by_logits = z.new_zeros(z.shape[0]), torch.zeros_like(z) if gradient else None
+    if divergence > 0:
+        # Rows that do not count may name anything.
+        tokens = torch.where(counted[:, None], tokens, 0)
+        p = probabilities.to(z.dtype)
+        sums = p.sum(-1, keepdim=True)
+        whole = tokens.shape[1] == z.shape[1]
+        p = p / (sums if whole else sums.clamp(min=1))
+        p_tail = torch.zeros_like(sums) if whole else (1 - sums).clamp(min=0)
+        log_q = (z / temperature).log_softmax(-1)
+        others = log_q.scatter(-1, tokens, -torch.inf)
+        log_q_tail = others.logsumexp(-1, keepdim=True)
+        terms = torch.xlogy(p, p) - p * log_q.gather(-1, tokens)
+        tail = torch.where(p_tail > 0, torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail, 0.0)
+        losses += divergence * (terms.sum(-1) + tail.squeeze(-1)).clamp(min=0)
+        if by_logits is not None:
+            in_tail = torch.where(others == -torch.inf, 0.0, (others - log_q_tail).exp() * (log_q_tail.exp() - p_tail))
+            by_divergence = in_tail.scatter(-1, tokens, log_q.gather(-1, tokens).exp() - p)
+            by_logits += (divergence / temperature) * by_divergence
+    return _with_cross_entropy(z, losses, by_logits, labels, counted, cross_entropy)
+
+
+def check_soft_labels(width: int, tokens: torch.Tensor, probabilities: torch.Tensor, counted: torch.Tensor) -> None:
+    """Refuses what Rust refuses of a teacher's tokens and probabilities; on the CPU only, as `check_on_cpu`."""
+    if tokens.device.type != "cpu" or tokens.shape[0] == 0:
+        return
+    order = tokens.sort(-1).values
+    sums = probabilities.double().sum(-1)
+    whole = tokens.shape[-1] == width
+    problems = {
+        f"teacher_tokens: expected 0 to {width - 1}, got another": ((tokens < 0) | (tokens >= width)).any(-1),
+        "teacher_tokens: expected distinct tokens, got one twice": (order[:, 1:] == order[:, :-1]).any(-1),
+        "teacher_probabilities: expected numbers from 0 to 1, got another": ~(probabilities >= 0).all(-1),
+        "teacher_probabilities: expected a sum of at most 1, got more": sums > 1.001,
+        "teacher_probabilities of the whole vocabulary: expected a sum of 1, got less": (sums < 0.999) & whole,
+    }
+    for problem, rows in problems.items():
+        if (rows & counted).any():
+            raise LabelError(f"{problem} at row {int((rows & counted).nonzero()[0])}")

@@ -12,6 +12,18 @@ import torch
 
 from . import _core
 from .errors import DtypeError, ShapeError
+from .torch_arrays import (
+    array,
+    check_rows,
+    check_shape,
+    fake_loss,
+    flat,
+    flat_labels,
+    for_rust,
+    single,
+    tensor_like,
+    thread_count,
+)
 from .torch_formulas import check_on_cpu, computed_dtype, counted_rows, row_chunks, rows_in_torch
 
 if TYPE_CHECKING:
@@ -19,7 +31,6 @@ if TYPE_CHECKING:
     Objective: TypeAlias = tuple[float, float, float, bool, int]
     Context: TypeAlias = Any
 
-_IN_RUST = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _OBJECTIVE = "float temperature, float divergence, float cross_entropy, bool reverse, int ignore_index"
 
 
@@ -31,15 +42,15 @@ def logit_loss(
     threads: int | None,
 ) -> torch.Tensor:
     """`distillation_loss`, `cross_entropy` and `kl_divergence` of `tqcompressor.losses`, for tensors."""
-    _check_rows("student_logits", student)
+    check_rows("student_logits", student)
     if teacher is not None:
-        _check_rows("teacher_logits", teacher)
-        _check_shape("teacher_logits", student.shape, teacher.shape)
-        teacher = _flat(teacher.detach())
+        check_rows("teacher_logits", teacher)
+        check_shape("teacher_logits", student.shape, teacher.shape)
+        teacher = flat(teacher.detach())
     if labels is not None:
-        labels = _flat_labels(labels, student.shape[:-1])
+        labels = flat_labels(labels, student.shape[:-1])
     wanted = torch.is_grad_enabled() and student.requires_grad
-    loss: torch.Tensor = _distillation_loss(_flat(student), teacher, labels, *objective, wanted, threads)[0]
+    loss: torch.Tensor = _distillation_loss(flat(student), teacher, labels, *objective, wanted, threads)[0]
     return loss
 
 
@@ -47,16 +58,16 @@ def hidden_state_loss(
     student: torch.Tensor, teacher: torch.Tensor, kind: str, mask: torch.Tensor | None, threads: int | None
 ) -> torch.Tensor:
     """`tqcompressor.losses.hidden_state_loss`, for tensors."""
-    _check_rows("student_hidden", student)
-    _check_rows("teacher_hidden", teacher)
-    _check_shape("teacher_hidden", student.shape, teacher.shape)
+    check_rows("student_hidden", student)
+    check_rows("teacher_hidden", teacher)
+    check_shape("teacher_hidden", student.shape, teacher.shape)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise DtypeError(f"mask: expected booleans, got {mask.dtype}")
-        _check_shape("mask", student.shape[:-1], mask.shape)
+        check_shape("mask", student.shape[:-1], mask.shape)
         mask = mask.reshape(-1)
     wanted = torch.is_grad_enabled() and student.requires_grad
-    loss: torch.Tensor = _hidden_state_loss(_flat(student), _flat(teacher.detach()), mask, kind, wanted, threads)[0]
+    loss: torch.Tensor = _hidden_state_loss(flat(student), flat(teacher.detach()), mask, kind, wanted, threads)[0]
     return loss
 
 
@@ -73,43 +84,20 @@ def head_loss(
     _check_head("student", student_hidden, student_head)
     if teacher_hidden is not None and teacher_head is not None:
         _check_head("teacher", teacher_hidden, teacher_head)
-        _check_shape("rows of teacher_hidden", student_hidden.shape[:-1], teacher_hidden.shape[:-1])
-        _check_shape("vocabulary of teacher_head", student_head.shape[:1], teacher_head.shape[:1])
-        teacher_hidden, teacher_head = _flat(teacher_hidden.detach()), teacher_head.detach()
+        check_shape("rows of teacher_hidden", student_hidden.shape[:-1], teacher_hidden.shape[:-1])
+        check_shape("vocabulary of teacher_head", student_head.shape[:1], teacher_head.shape[:1])
+        teacher_hidden, teacher_head = flat(teacher_hidden.detach()), teacher_head.detach()
     if labels is not None:
-        labels = _flat_labels(labels, student_hidden.shape[:-1])
+        labels = flat_labels(labels, student_hidden.shape[:-1])
     wanted = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    arguments = (_flat(student_hidden), student_head, teacher_hidden, teacher_head, labels)
+    arguments = (flat(student_hidden), student_head, teacher_hidden, teacher_head, labels)
     loss: torch.Tensor = _head_loss(*arguments, *objective, wanted, threads)[0]
     return loss
 
 
-def _flat(rows: torch.Tensor) -> torch.Tensor:
-    return rows.reshape(-1, rows.shape[-1])
-
-
-def _flat_labels(labels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise DtypeError(f"labels: expected integers, got {labels.dtype}")
-    _check_shape("labels", shape, labels.shape)
-    return labels.reshape(-1).long()
-
-
-def _check_shape(name: str, expected: torch.Size, got: torch.Size) -> None:
-    if expected != got:
-        raise ShapeError(f"{name}: expected the shape {tuple(expected)}, got {tuple(got)}")
-
-
-def _check_rows(name: str, rows: torch.Tensor) -> None:
-    if rows.dtype not in _IN_RUST and rows.dtype != torch.float64:
-        raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {rows.dtype}")
-    if rows.dim() == 0 or rows.shape[-1] == 0:
-        raise ShapeError(f"{name}: expected the shape (..., at least one), got {tuple(rows.shape)}")
-
-
 def _check_head(side: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
-    _check_rows(f"{side}_hidden", hidden)
-    _check_rows(f"{side}_head", head)
+    check_rows(f"{side}_hidden", hidden)
+    check_rows(f"{side}_head", head)
     if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != hidden.shape[-1]:
         expected = f"(vocabulary, {hidden.shape[-1]})"
         raise ShapeError(f"{side}_head: expected the shape {expected}, got {tuple(head.shape)}")
@@ -137,13 +125,13 @@ def _distillation_loss(
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
-    if _for_rust(student, teacher):
-        student_array, student_dtype = _array(student)
-        teacher_array, teacher_dtype = (None, "") if teacher is None else _array(teacher)
+    if for_rust(student, teacher):
+        student_array, student_dtype = array(student)
+        teacher_array, teacher_dtype = (None, "") if teacher is None else array(teacher)
         targets = None if labels is None else labels.contiguous().numpy()
         arguments = (student_array, student_dtype, teacher_array, teacher_dtype, targets)
-        value, written = _core.distillation_loss(*arguments, *objective, gradient, _threads(threads))
-        return student.new_tensor(value, dtype=torch.float32), _tensor(written, student)
+        value, written = _core.distillation_loss(*arguments, *objective, gradient, thread_count(threads))
+        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
     counted = counted_rows(student, labels, ignore_index)
     check_on_cpu(student, teacher, labels, counted)
     written_tensor = student.new_empty(student.shape if gradient else 0)
@@ -171,12 +159,12 @@ def _hidden_state_loss(
     gradient: bool,
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _for_rust(student, teacher):
+    if for_rust(student, teacher):
         flags = None if mask is None else mask.contiguous().numpy()
         value, written = _core.hidden_state_loss(
-            *_array(student), *_array(teacher), flags, kind, gradient, _threads(threads)
+            *array(student), *array(teacher), flags, kind, gradient, thread_count(threads)
         )
-        return student.new_tensor(value, dtype=torch.float32), _tensor(written, student)
+        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
     counted = torch.ones_like(student[:, 0], dtype=torch.bool) if mask is None else mask
     check_on_cpu(student, teacher, None, counted, ("student_hidden", "teacher_hidden"))
     s, t = student.to(computed_dtype(student)), teacher.to(computed_dtype(student))
@@ -217,13 +205,13 @@ def _head_loss(
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
-    if _for_rust(hidden, head):
-        student = (_single(hidden), _single(head))
+    if for_rust(hidden, head):
+        student = (single(hidden), single(head))
         teacher = None
         if teacher_hidden is not None and teacher_head is not None:
-            teacher = (_single(teacher_hidden), _single(teacher_head))
+            teacher = (single(teacher_hidden), single(teacher_head))
         rows = None if labels is None else labels.contiguous().numpy()
-        value, written = _core.head_loss(student, teacher, rows, *objective, gradient, _threads(threads))
+        value, written = _core.head_loss(student, teacher, rows, *objective, gradient, thread_count(threads))
         loss = hidden.new_tensor(value, dtype=torch.float32)
         if written is None:
             return loss, hidden.new_empty(0), head.new_empty(0)
@@ -264,28 +252,24 @@ def _scaled_gradient(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 @_distillation_loss.register_fake
 def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
 
 
 @_hidden_state_loss.register_fake
 def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
 
 
 @_head_loss.register_fake
 def _(hidden: torch.Tensor, head: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wanted = arguments[-2]
     by_hidden = hidden.new_empty(hidden.shape if wanted else (0,))
-    return _fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
+    return fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
 
 
 @_scaled_gradient.register_fake
 def _(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(gradient)
-
-
-def _fake_loss(values: torch.Tensor) -> torch.Tensor:
-    return values.new_empty((), dtype=computed_dtype(values))
 
 
 def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -315,35 +299,11 @@ def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
     raise RuntimeError("the losses of tqcompressor are not twice differentiable")
 
 
+def returns_gradients(operator: Any) -> None:
+    """Registers the backward pass of an operator whose outputs are a value and its gradients."""
+    operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
+
+
 for _operator in (_distillation_loss, _hidden_state_loss, _head_loss):
-    _operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
+    returns_gradients(_operator)
 _scaled_gradient.register_autograd(_refuse)
-
-
-# Between tensors and Rust.
-
-
-def _for_rust(*tensors: torch.Tensor | None) -> bool:
-    return all(tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _IN_RUST) for tensor in tensors)
-
-
-def _threads(threads: int | None) -> int:
-    return torch.get_num_threads() if threads is None else threads
-
-
-def _array(tensor: torch.Tensor) -> tuple[Any, str]:
-    """The tensor's memory as float32 or as bits, and the name of its dtype."""
-    tensor = tensor.detach().contiguous()
-    bits = tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
-    return bits.numpy(), _IN_RUST[tensor.dtype]
-
-
-def _single(tensor: torch.Tensor) -> Any:
-    return tensor.detach().float().contiguous().numpy()
-
-
-def _tensor(gradient: Any, like: torch.Tensor) -> torch.Tensor:
-    if gradient is None:
-        return like.new_empty(0)
-    tensor = torch.from_numpy(gradient)
-    return tensor if like.dtype == torch.float32 else tensor.view(like.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .losses import TEMPERATURES
+from .loss_arrays import TEMPERATURES
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::permute::{Decomposition, Effort, Parallelism, decompose, work};
-use crate::progress::Progress;
+use crate::permute::{Decomposition, Effort, decompose, work};
+use crate::progress::{Parallelism, Progress};
 use crate::shape::KroneckerSpec;
 
 /// One matrix to decompose.
@@ -123,25 +123,17 @@ pub fn decompose_each<'a>(
 mod tests {
     use super::*;
     use crate::shape::Permute;
+    use crate::testing::noise;
 
     fn task(name: &str, rows: usize, columns: usize) -> Task {
         let spec = KroneckerSpec { block: (2, 2), rank: 1, permute: Permute::Both };
         Task { name: name.into(), rows, columns, spec }
     }
 
-    fn values(count: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed | 1;
-        let next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        };
-        std::iter::repeat_with(next).take(count).collect()
-    }
-
     #[test]
     fn results_come_in_order_and_do_not_depend_on_threads_or_company() {
         let tasks = [task("a", 8, 12), task("b", 24, 16), task("c", 4, 4)];
-        let matrices: Vec<_> = tasks.iter().zip(1..).map(|(task, i)| values(task.rows * task.columns, i)).collect();
+        let matrices: Vec<_> = tasks.iter().zip(1..).map(|(task, i)| noise(task.rows * task.columns, i)).collect();
         let slices: Vec<_> = matrices.iter().map(Vec::as_slice).collect();
         let run = |tasks: &[Task], slices: &[&[f32]], threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -161,7 +153,7 @@ mod tests {
     fn the_cause_is_reported_not_the_cancelling_that_it_brought() {
         let mut tasks: Vec<_> = (0..20).map(|i| task(&format!("t{i}"), 16, 16)).collect();
         tasks[13].spec.block = (3, 2);
-        let matrix = values(256, 1);
+        let matrix = noise(256, 1);
         let matrices = vec![matrix.as_slice(); 20];
         let error = decompose_many(&tasks, &matrices, Effort::Fast, 0, &Progress::default()).unwrap_err();
         assert!(error.to_string().contains("'t13'"), "{error}");
@@ -169,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_cancelled_job_stops() {
-        let matrix = values(256, 1);
+        let matrix = noise(256, 1);
         let progress = Progress::default();
         progress.cancel();
         let error = decompose_many(&[task("a", 16, 16)], &[&matrix], Effort::Fast, 0, &progress).unwrap_err();

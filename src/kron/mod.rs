@@ -6,7 +6,7 @@ mod gram;
 mod view;
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 pub use decompose::{KroneckerSum, lost_energy, nearest_kronecker_sum};
 pub use gram::{block_gram, top_eigenvectors};

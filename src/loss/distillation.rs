@@ -1,10 +1,10 @@
 //! Cross-entropy and Kullback–Leibler divergence over rows of logits.
 
 use super::logits::{Exponentials, NotFinite, Row, row_loss};
-use super::parallel::{Parallelism, for_each};
+use super::parallel::for_each;
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 
 /// Which distribution a Kullback–Leibler divergence is taken from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,14 +76,14 @@ pub struct Batch<'a> {
 ///
 /// With `p` and `q` the softmax of `t/T` and `z/T`, and `s` that of `z`, the gradient of a row is `(q − p)/T` for the
 /// forward divergence, `q·(ln q − ln p − KL)/T` for the reverse one, and `s − onehot(label)` for the cross-entropy.
-/// No row that counts: the loss is 0. Exponentials and gradients are f32, sums f64.
+/// No row that counts: the loss is 0. Exponentials, sums of eight of them, and gradients are f32; all other sums f64.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Label`], [`Error::Config`] if a term of the objective lacks the teacher or labels,
 /// [`Error::NonFinite`] in "student_logits" or "teacher_logits", [`Error::Cancelled`].
 ///
 /// # Cost
-/// One pass over the logits; two exponentials per entry at temperatures 1 and 2, else three. Memory beyond the gradient:
+/// Logits are read once from memory; two exponentials per entry at temperatures 1 and 2, else three. Memory beyond the gradient:
 /// up to four rows of f32 per thread.
 pub fn distillation_loss(
     batch: &Batch<'_>,

@@ -5,10 +5,10 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 use super::distillation::{Labels, Objective, non_finite};
 use super::logits::{Exponentials, Row, row_loss};
-use super::parallel::{Parallelism, for_each};
+use super::parallel::for_each;
 use crate::error::{Error, Result};
 use crate::memory::zeros;
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 
 /// Bytes of logits (of student and teacher together) held at a time. The more, the fewer passes over the head's gradient.
 const LOGITS_BYTES: usize = 28 << 20;

@@ -1,10 +1,9 @@
 //! Distances between hidden states of student and teacher.
 
-use super::kernels::extent;
-use super::parallel::{Parallelism, for_each};
+use super::parallel::for_each;
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::simd::{LANES, dispatched};
 
 /// How far two vectors are apart.
@@ -78,13 +77,16 @@ pub fn hidden_state_loss(
         }
         let student = batch.student.row(row, batch.width, student);
         let teacher = batch.teacher.row(row, batch.width, teacher);
-        for (name, values) in [("student_hidden", student), ("teacher_hidden", teacher)] {
-            if !extent(values).finite {
+        let products = Products::of(student, teacher);
+        // Squares of finite f32 are finite in f64, as are their sums.
+        for (name, values, squares) in
+            [("student_hidden", student, products.student), ("teacher_hidden", teacher, products.teacher)]
+        {
+            if !squares.is_finite() {
                 let column = values.iter().position(|value| !value.is_finite()).unwrap_or(0);
                 return Err(Error::NonFinite { value: values[column], row, column }.in_tensor(name));
             }
         }
-        let products = Products::of(student, teacher);
         // The gradient is `own·s + other·t`.
         let (value, own, other) = match distance {
             HiddenDistance::MeanSquaredError => {
@@ -177,6 +179,58 @@ dispatched! {
     fn combine(student: &[f32], teacher: &[f32], own: f64, other: f64, out: &mut [f32]) {
         for ((out, &s), &t) in out.iter_mut().zip(student).zip(teacher) {
             *out = (own * f64::from(s) + other * f64::from(t)) as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::noise;
+
+    proptest! {
+        #[test]
+        fn hidden_distances_are_the_oracles(rows in 1_usize..5, width in 1_usize..200, seed in any::<u64>()) {
+            let [student, teacher] = [seed, !seed].map(|seed| -> Vec<f32> {
+                noise(rows * width, seed).into_iter().map(|value| 3.0 * value).collect()
+            });
+            let batch = HiddenBatch { student: Values::F32(&student), teacher: Values::F32(&teacher), width, mask: None };
+            for distance in [HiddenDistance::MeanSquaredError, HiddenDistance::Cosine] {
+                let (value, gradient) =
+                    hidden_state_loss(&batch, distance, true, Parallelism::Sequential, &Progress::default()).unwrap();
+                let Some(OwnedValues::F32(gradient)) = gradient else { panic!("a gradient of f32") };
+                // Central differences of the definition in f64.
+                let definition = |student: &[f64]| -> f64 {
+                    let rows = student.chunks(width).zip(teacher.chunks(width)).map(|(s, t)| {
+                        let t: Vec<f64> = t.iter().map(|&value| f64::from(value)).collect();
+                        let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                        match distance {
+                            HiddenDistance::MeanSquaredError => {
+                                s.iter().zip(&t).map(|(s, t)| (s - t).powi(2)).sum::<f64>() / width as f64
+                            }
+                            HiddenDistance::Cosine => 1.0 - inner(s, &t) / (inner(s, s) * inner(&t, &t)).sqrt(),
+                        }
+                    });
+                    rows.sum::<f64>() / (student.len() / width) as f64
+                };
+                let mut point: Vec<f64> = student.iter().map(|&value| f64::from(value)).collect();
+                prop_assert!((value - definition(&point)).abs() < 1e-9 * (1.0 + value));
+                for index in (0..point.len()).step_by(7) {
+                    let (at, step) = (point[index], 1e-4);
+                    // Where a state is nearly zero its direction, and so the cosine, turns too fast for differences.
+                    if at.abs() < 0.1 {
+                        continue;
+                    }
+                    point[index] = at + step;
+                    let above = definition(&point);
+                    point[index] = at - step;
+                    let difference = (above - definition(&point)) / (2.0 * step);
+                    point[index] = at;
+                    prop_assert!((f64::from(gradient[index]) - difference).abs() < 1e-4, "{} {}", gradient[index], difference);
+                }
+            }
         }
     }
 }

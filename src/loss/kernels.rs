@@ -1,11 +1,8 @@
-//! The loops over one row of logits, compiled for every instruction set.
+//! The two passes over one row of logits, tile by tile.
 
-use super::exponential::{SMALL, exponential, small_exponential_less_one};
-use crate::simd::{LANES, dispatched};
+use std::f32::consts::LOG2_E;
 
-/// Values worked on at a time, so that all steps on them meet in the first-level cache. Sums within a block are f32 lanes
-/// of 16 terms each; sums of blocks are f64.
-const BLOCK: usize = 256;
+use super::tiles::{Factors, TILE, alone, exponentiate, extent, forward, reverse, weighted_difference};
 
 /// How `Σ e^z` of the cross-entropy is found from `e^(z/T)`, so that no exponential is computed twice.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -20,239 +17,170 @@ pub(super) enum Plain {
     Own,
 }
 
-/// Largest value, where it first stands, and whether every value is finite.
-pub(super) struct Extent {
-    pub max: f32,
+/// The logits of a row, and how they are looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub student: &'a [f32],
+    /// Empty if there is none.
+    pub teacher: &'a [f32],
+    /// `log2(e) / T`: what turns differences of logits into exponents of two.
+    pub scale: f32,
+    pub plain: Plain,
+    pub reversed: bool,
+}
+
+/// Where the exponentials of a row, `2^(scale·(value − reference))`, are kept until its gradient is written.
+pub(super) struct Outputs<'a> {
+    /// The student's, which become the gradient.
+    pub student: &'a mut [f32],
+    pub teacher: &'a mut [f32],
+    /// The student's at temperature 1, for [`Plain::Own`].
+    pub plain: &'a mut [f32],
+    /// What the exponentials of each tile are relative to: the largest logits so far, student's and teacher's.
+    pub references: &'a mut [[f32; 2]],
+}
+
+/// What the first pass over a row finds.
+pub(super) struct Measured {
+    /// The largest logits, student's and teacher's.
+    pub maxima: [f32; 2],
+    /// Where the student's largest first stands.
     pub at: usize,
+    /// Of exponentials relative to the maxima.
+    pub sums: Sums,
+    /// What `sums.cross` takes differences against.
+    pub shift: f32,
+    /// Whether all values and sums are; if not, a value may be NaN or infinite.
     pub finite: bool,
 }
 
-/// Sums over a row, of exponentials of values less the row's largest.
+/// Sums over a row.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Sums {
     pub student: f64,
     pub teacher: f64,
     pub plain: f64,
-    /// `Σ e·difference`, where `e` and `difference` are the first distribution's, against the second's.
+    /// `Σ e·((x − y) − shift)`, where `e` and `x` are the first distribution's, and `y` the second's logits.
     pub cross: f64,
 }
 
-/// Coefficients of the gradient's terms; what they multiply is said in [`write_gradient`].
+/// Coefficients of the gradient's terms, which [`Factors`] names, for exponentials relative to the row's largest logits.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Coefficients {
-    pub student: f32,
-    pub teacher: f32,
-    pub plain: f32,
-    pub difference: f32,
-    /// The logarithms of the two normalisers, student's less teacher's, as a number and what it lacks: differences of
-    /// logits are only a little larger than this, and what is left of them must keep its digits.
+    pub student: f64,
+    pub teacher: f64,
+    pub plain: f64,
+    pub difference: f64,
+    /// What is taken from differences of logits, as a number and what it lacks: they may be only a little larger, and what
+    /// is left of them must keep its digits.
     pub normaliser: [f32; 2],
 }
 
-dispatched! {
-    /// The row's largest value, where it is, and whether all are finite. An empty row is finite, and its maximum −∞.
-    pub(super) fn extent(row: &[f32]) -> Extent {
-        let mut extent = Extent { max: f32::NEG_INFINITY, at: 0, finite: true };
-        for (index, block) in row.chunks(BLOCK).enumerate() {
-            let (chunks, rest) = block.as_chunks::<LANES>();
-            let mut maxima = [f32::NEG_INFINITY; LANES];
-            // Of finite values the exponent bits are never all set, so the largest magnitude tells, as an integer.
-            let mut magnitudes = [0_u32; LANES];
-            for chunk in chunks {
-                for ((max, magnitude), &value) in maxima.iter_mut().zip(&mut magnitudes).zip(chunk) {
-                    *max = if value > *max { value } else { *max };
-                    *magnitude = (*magnitude).max(value.to_bits() & 0x7fff_ffff);
-                }
-            }
-            for ((max, magnitude), &value) in maxima.iter_mut().zip(&mut magnitudes).zip(rest) {
-                *max = if value > *max { value } else { *max };
-                *magnitude = (*magnitude).max(value.to_bits() & 0x7fff_ffff);
-            }
-            extent.finite &= magnitudes.iter().all(|&bits| bits < f32::INFINITY.to_bits());
-            let max = maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            if max > extent.max {
-                let within = block.iter().position(|&value| value == max).unwrap_or(0);
-                extent = Extent { max, at: index * BLOCK + within, ..extent };
-            }
-        }
-        extent
-    }
+/// What exponentials relative to `from` must be multiplied by to be relative to `to`.
+fn rescaling(from: f32, to: f32, scale: f32) -> f64 {
+    if from == to { 1.0 } else { ((f64::from(from) - f64::from(to)) * f64::from(scale)).exp2() }
 }
 
-dispatched! {
-    /// Writes `e^((z − max)/T)` to `out`, and the teacher's and, for [`Plain::Own`], those at temperature 1 to theirs.
-    pub(super) fn exponentials_and_sums(
-        student: &[f32],
-        teacher: &[f32],
-        maxima: [f32; 2],
-        inverse: f32,
-        plain: Plain,
-        reverse: bool,
-        out: &mut [f32],
-        teacher_exponentials: &mut [f32],
-        plain_exponentials: &mut [f32],
-    ) -> Sums {
-        let [mut student_sum, mut teacher_sum, mut plain_sum, mut cross_sum] = [[0.0; LANES]; 4];
-        for start in (0..student.len()).step_by(BLOCK) {
-            let range = start..(start + BLOCK).min(student.len());
-            let (z, out) = (&student[range.clone()], &mut out[range.clone()]);
-            exponentiate(z, maxima[0], inverse, out);
-            add_sum(&mut student_sum, out, |value| value);
-            match plain {
-                Plain::Absent | Plain::Same => {}
-                Plain::Square => add_sum(&mut plain_sum, out, |value| value * value),
-                Plain::Own => {
-                    let plain = &mut plain_exponentials[range.clone()];
-                    exponentiate(z, maxima[0], 1.0, plain);
-                    add_sum(&mut plain_sum, plain, |value| value);
-                }
-            }
-            if !teacher.is_empty() {
-                let (t, teacher_out) = (&teacher[range.clone()], &mut teacher_exponentials[range]);
-                exponentiate(t, maxima[1], inverse, teacher_out);
-                add_sum(&mut teacher_sum, teacher_out, |value| value);
-                if reverse {
-                    add_weighted_difference(&mut cross_sum, out, z, t, maxima[0] - maxima[1])
-                } else {
-                    add_weighted_difference(&mut cross_sum, teacher_out, t, z, maxima[1] - maxima[0])
-                }
-            }
+/// Writes exponentials of the student at the temperature, and those of the teacher and at temperature 1 if they are asked
+/// for, and adds them up.
+pub(super) fn measure(inputs: Inputs<'_>, outputs: &mut Outputs<'_>) -> Measured {
+    let Inputs { student, teacher, scale, plain, reversed } = inputs;
+    let (mut maxima, mut least) = ([f32::NEG_INFINITY; 2], f32::INFINITY);
+    let (mut sums, mut tile_of_largest, mut shift) = (Sums::default(), 0, 0.0);
+    for (tile, start) in (0..student.len()).step_by(TILE).enumerate() {
+        let range = start..(start + TILE).min(student.len());
+        let (z, out) = (&student[range.clone()], &mut outputs.student[range.clone()]);
+        let t = if teacher.is_empty() { teacher } else { &teacher[range.clone()] };
+        let next = range.end..(range.end + TILE).min(student.len());
+        let (next_z, next_t) = (&student[next.clone()], if teacher.is_empty() { teacher } else { &teacher[next] });
+        let [[z_max, z_min], [t_max, t_min]] = [extent(z), extent(t)];
+        least = least.min(z_min).min(t_min);
+        if z_max > maxima[0] {
+            let by = rescaling(maxima[0], z_max, scale);
+            sums.student *= by;
+            sums.plain *= rescaling(maxima[0], z_max, LOG2_E);
+            sums.cross *= if reversed { by } else { 1.0 };
+            maxima[0] = z_max;
+            tile_of_largest = tile;
         }
-        let sum = |lanes: [f64; LANES]| lanes.iter().sum();
-        Sums { student: sum(student_sum), teacher: sum(teacher_sum), plain: sum(plain_sum), cross: sum(cross_sum) }
-    }
-}
-
-dispatched! {
-    /// Turns the exponentials `e` of the student in `out` into the gradient, and returns its sum. With `t` and `p` for the
-    /// exponentials of the teacher and at temperature 1, and `d` for the difference of the shifted logits:
-    /// forward `student·e + teacher·t + plain·p`, reverse `(difference·d + student)·e + plain·p`.
-    ///
-    /// Where `q` and `p` are near, as in a student that has learned, `q − p` would have few correct digits. There it is
-    /// `p·(e^(ln q − ln p) − 1)`.
-    pub(super) fn write_gradient(
-        student: &[f32],
-        teacher: &[f32],
-        maxima: [f32; 2],
-        inverse: f32,
-        coefficients: Coefficients,
-        plain: Plain,
-        reverse: bool,
-        out: &mut [f32],
-        teacher_exponentials: &[f32],
-        plain_exponentials: &[f32],
-    ) -> f64 {
-        let Coefficients { student: a, teacher: b, plain: c, difference: r, normaliser } = coefficients;
-        let shift = maxima[0] - maxima[1];
-        let mut total = [0.0; LANES];
-        for start in (0..student.len()).step_by(BLOCK) {
-            let range = start..(start + BLOCK).min(student.len());
-            let out = &mut out[range.clone()];
-            if teacher.is_empty() {
-                for e in out.iter_mut() {
-                    *e *= a;
-                }
-                add_sum(&mut total, out, |value| value);
-                continue;
-            }
-            let differences = student[range.clone()].iter().zip(&teacher[range.clone()]).map(|(&z, &t)| z - t);
-            if reverse {
-                let entries = out.iter_mut().zip(differences.map(|difference| difference - shift));
-                match plain {
-                    Plain::Absent | Plain::Same => {
-                        for (e, d) in entries {
-                            *e *= r * d + a;
-                        }
-                    }
-                    Plain::Square => {
-                        for (e, d) in entries {
-                            *e *= (r * d + a) + c * *e;
-                        }
-                    }
-                    Plain::Own => {
-                        for ((e, d), &p) in entries.zip(&plain_exponentials[range]) {
-                            *e = (r * d + a) * *e + c * p;
-                        }
-                    }
-                }
+        if t_max > maxima[1] {
+            let by = rescaling(maxima[1], t_max, scale);
+            sums.teacher *= by;
+            sums.cross *= if reversed { 1.0 } else { by };
+            maxima[1] = t_max;
+        }
+        if tile == 0 {
+            shift = if reversed { maxima[0] - maxima[1] } else { maxima[1] - maxima[0] };
+        }
+        outputs.references[tile] = maxima;
+        if plain == Plain::Square {
+            let [sum, squares] = exponentiate::<true>(z, maxima[0], scale, out, next_z);
+            sums.student += sum;
+            sums.plain += squares;
+        } else {
+            sums.student += exponentiate::<false>(z, maxima[0], scale, out, next_z)[0];
+        }
+        if plain == Plain::Own {
+            sums.plain += exponentiate::<false>(z, maxima[0], LOG2_E, &mut outputs.plain[range.clone()], &[])[0];
+        }
+        if !teacher.is_empty() {
+            let teacher_out = &mut outputs.teacher[range];
+            sums.teacher += exponentiate::<false>(t, maxima[1], scale, teacher_out, next_t)[0];
+            sums.cross += if reversed {
+                weighted_difference(out, z, t, shift)
             } else {
-                let of_divergence = |e: f32, t: f32, d: f32| {
-                    let log_quotient = (d * inverse - normaliser[0]) - normaliser[1];
-                    let near = -(b * t) * small_exponential_less_one(log_quotient);
-                    if log_quotient.abs() < SMALL { near } else { a * e + b * t }
-                };
-                let entries = out.iter_mut().zip(&teacher_exponentials[range.clone()]).zip(differences);
-                match plain {
-                    Plain::Absent => {
-                        for ((e, &t), d) in entries {
-                            *e = of_divergence(*e, t, d);
-                        }
-                    }
-                    Plain::Same => {
-                        for ((e, &t), d) in entries {
-                            *e = of_divergence(*e, t, d) + c * *e;
-                        }
-                    }
-                    Plain::Square => {
-                        for ((e, &t), d) in entries {
-                            *e = of_divergence(*e, t, d) + c * (*e * *e);
-                        }
-                    }
-                    Plain::Own => {
-                        for (((e, &t), d), &p) in entries.zip(&plain_exponentials[range]) {
-                            *e = of_divergence(*e, t, d) + c * p;
-                        }
-                    }
-                }
+                weighted_difference(teacher_out, t, z, shift)
+            };
+        }
+    }
+    // A NaN is in a sum, +∞ is the largest value, −∞ the least.
+    let finite = (sums.student + sums.teacher + sums.plain + sums.cross).is_finite()
+        && maxima.iter().all(|&max| max < f32::INFINITY)
+        && least > f32::NEG_INFINITY;
+    let first = tile_of_largest * TILE;
+    let at = first + student[first..].iter().position(|&value| value == maxima[0]).unwrap_or(0);
+    Measured { maxima, at, sums, shift, finite }
+}
+
+/// Turns the exponentials of the student into the gradient.
+pub(super) fn write_gradient(
+    inputs: Inputs<'_>,
+    outputs: &mut Outputs<'_>,
+    maxima: [f32; 2],
+    coefficients: &Coefficients,
+) {
+    let Inputs { student, teacher, scale, plain, reversed } = inputs;
+    let mut references = [f32::NAN; 2];
+    let mut factors = Factors { normaliser: coefficients.normaliser, scale, ..Factors::default() };
+    for (tile, start) in (0..student.len()).step_by(TILE).enumerate() {
+        if references != outputs.references[tile] {
+            references = outputs.references[tile];
+            let by = rescaling(references[0], maxima[0], scale);
+            factors.student = (coefficients.student * by) as f32;
+            factors.teacher = (coefficients.teacher * rescaling(references[1], maxima[1], scale)) as f32;
+            factors.difference = (coefficients.difference * by) as f32;
+            factors.plain = (coefficients.plain * rescaling(references[0], maxima[0], LOG2_E)) as f32;
+        }
+        let range = start..(start + TILE).min(student.len());
+        let (z, out) = (&student[range.clone()], &mut outputs.student[range.clone()]);
+        // Not looked at unless they are their own.
+        let own = if plain == Plain::Own { &outputs.plain[range.clone()] } else { z };
+        if teacher.is_empty() {
+            match plain {
+                Plain::Absent | Plain::Same => alone::<false, false>(out, own, &factors),
+                Plain::Square => alone::<true, false>(out, own, &factors),
+                Plain::Own => alone::<false, true>(out, own, &factors),
             }
-            add_sum(&mut total, out, |value| value);
+            continue;
         }
-        total.iter().sum()
-    }
-}
-
-#[inline(always)]
-fn exponentiate(values: &[f32], max: f32, inverse: f32, out: &mut [f32]) {
-    for (out, &value) in out.iter_mut().zip(values) {
-        *out = exponential((value - max) * inverse);
-    }
-}
-
-/// Adds `Σ map(value)` over one block to `total`, lane by lane.
-#[inline(always)]
-fn add_sum(total: &mut [f64; LANES], values: &[f32], map: impl Fn(f32) -> f32) {
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut lanes = [0.0_f32; LANES];
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += map(value);
+        let (t, e) = (&teacher[range.clone()], &outputs.teacher[range]);
+        match (reversed, plain) {
+            (false, Plain::Absent | Plain::Same) => forward::<false, false>(out, e, own, z, t, &factors),
+            (false, Plain::Square) => forward::<true, false>(out, e, own, z, t, &factors),
+            (false, Plain::Own) => forward::<false, true>(out, e, own, z, t, &factors),
+            (true, Plain::Absent | Plain::Same) => reverse::<false, false>(out, own, z, t, &factors),
+            (true, Plain::Square) => reverse::<true, false>(out, own, z, t, &factors),
+            (true, Plain::Own) => reverse::<false, true>(out, own, z, t, &factors),
         }
-    }
-    for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane += map(value);
-    }
-    for (total, lane) in total.iter_mut().zip(lanes) {
-        *total += f64::from(lane);
-    }
-}
-
-/// Adds `Σ w·((x − y) − shift)` over one block to `total`: the difference of two near logits is exact, that to a far
-/// maximum is not.
-#[inline(always)]
-fn add_weighted_difference(total: &mut [f64; LANES], w: &[f32], x: &[f32], y: &[f32], shift: f32) {
-    let ((w, w_rest), (x, x_rest), (y, y_rest)) =
-        (w.as_chunks::<LANES>(), x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
-    let term = |w: f32, x: f32, y: f32| w * ((x - y) - shift);
-    let mut lanes = [0.0_f32; LANES];
-    for ((w, x), y) in w.iter().zip(x).zip(y) {
-        for (((lane, &w), &x), &y) in lanes.iter_mut().zip(w).zip(x).zip(y) {
-            *lane += term(w, x, y);
-        }
-    }
-    for (((lane, &w), &x), &y) in lanes.iter_mut().zip(w_rest).zip(x_rest).zip(y_rest) {
-        *lane += term(w, x, y);
-    }
-    for (total, lane) in total.iter_mut().zip(lanes) {
-        *total += f64::from(lane);
     }
 }

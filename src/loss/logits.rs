@@ -1,7 +1,10 @@
 //! One row of logits: its loss, and the gradient written while the exponentials are still in cache.
 
+use std::f64::consts::{LN_2, LOG2_E};
+
 use super::distillation::{Direction, Objective};
-use super::kernels::{Coefficients, Plain, exponentials_and_sums, extent, write_gradient};
+use super::kernels::{Coefficients, Inputs, Outputs, Plain, measure, write_gradient};
+use super::tiles::{TILE, sum};
 
 /// Which of the two rows holds a NaN or an infinity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +18,7 @@ pub(super) enum NotFinite {
 pub(super) struct Exponentials {
     teacher: Vec<f32>,
     plain: Vec<f32>,
+    references: Vec<[f32; 2]>,
 }
 
 /// A row of logits with what stands for it in the loss.
@@ -22,6 +26,17 @@ pub(super) struct Row<'a> {
     pub student: &'a [f32],
     pub teacher: Option<&'a [f32]>,
     pub label: Option<usize>,
+}
+
+impl Plain {
+    /// How the cross-entropy is found beside exponentials at this temperature.
+    pub(super) fn at(temperature: f64) -> Self {
+        match temperature {
+            1.0 => Self::Same,
+            2.0 => Self::Square,
+            _ => Self::Own,
+        }
+    }
 }
 
 /// The loss of one row, not yet divided by the number of rows. Leaves in `out` its gradient times `scale`, if `gradient`;
@@ -42,70 +57,66 @@ pub(super) fn row_loss(
     let label = row.label.filter(|_| cross_entropy > 0.0);
     // Without a divergence there is no temperature.
     let temperature = if teacher.is_some() { temperature } else { 1.0 };
-    let inverse = 1.0 / temperature;
-    let plain = match label {
-        None => Plain::Absent,
-        Some(_) if temperature == 1.0 => Plain::Same,
-        Some(_) if temperature == 2.0 => Plain::Square,
-        Some(_) => Plain::Own,
+    let plain = if label.is_some() { Plain::at(temperature) } else { Plain::Absent };
+    let reverse = direction == Direction::Reverse;
+    let exponent_scale = (LOG2_E / temperature) as f32;
+    // That of the exponentials, rounding included.
+    let inverse = f64::from(exponent_scale) * LN_2;
+    exponentials.references.resize(width.div_ceil(TILE), [0.0; 2]);
+    exponentials.teacher.resize(if teacher.is_some() { width } else { 0 }, 0.0);
+    exponentials.plain.resize(if plain == Plain::Own { width } else { 0 }, 0.0);
+    let inputs = Inputs {
+        student: row.student,
+        teacher: teacher.unwrap_or(&[]),
+        scale: exponent_scale,
+        plain,
+        reversed: reverse,
     };
-    let largest = extent(row.student);
-    if !largest.finite {
-        return Err(NotFinite::Student);
-    }
-    let mut teacher_max = 0.0;
-    if let Some(teacher) = teacher {
-        let extent = extent(teacher);
-        if !extent.finite {
+    let mut outputs = Outputs {
+        student: out,
+        teacher: &mut exponentials.teacher,
+        plain: &mut exponentials.plain,
+        references: &mut exponentials.references,
+    };
+    let measured = measure(inputs, &mut outputs);
+    if !measured.finite {
+        let infinite = |values: &[f32]| values.iter().any(|value| !value.is_finite());
+        if infinite(row.student) {
+            return Err(NotFinite::Student);
+        }
+        if teacher.is_some_and(infinite) {
             return Err(NotFinite::Teacher);
         }
-        teacher_max = extent.max;
-        exponentials.teacher.resize(width, 0.0);
     }
-    if plain == Plain::Own {
-        exponentials.plain.resize(width, 0.0);
-    }
-    let teacher = teacher.unwrap_or(&[]);
-    let maxima = [largest.max, teacher_max];
-    let Exponentials { teacher: teacher_exponentials, plain: plain_exponentials } = exponentials;
-    let reverse = direction == Direction::Reverse;
-    let sums = exponentials_and_sums(
-        row.student,
-        teacher,
-        maxima,
-        inverse as f32,
-        plain,
-        reverse,
-        out,
-        teacher_exponentials,
-        plain_exponentials,
-    );
+    let (sums, at) = (measured.sums, measured.at);
 
     let mut loss = 0.0;
     let mut coefficients = Coefficients::default();
     let scale = gradient.unwrap_or(0.0);
-    if !teacher.is_empty() {
-        let log_ratio = sums.student.ln() - sums.teacher.ln();
-        let weight = divergence * inverse * scale;
-        if reverse {
-            // Rounding could make it a little negative, which no divergence is.
-            let divergent = (sums.cross * inverse / sums.student - log_ratio).max(0.0);
-            loss += divergence * divergent;
-            coefficients.difference = (weight * inverse / sums.student) as f32;
-            coefficients.student = (weight / sums.student * (-log_ratio - divergent)) as f32;
+    let maxima = measured.maxima.map(f64::from);
+    if teacher.is_some() {
+        // `T·ln Σe^(z/T)` of the student less that of the teacher.
+        let normaliser = (maxima[0] - maxima[1]) + (sums.student.ln() - sums.teacher.ln()) / inverse;
+        let (first, excess) = if reverse { (sums.student, -normaliser) } else { (sums.teacher, normaliser) };
+        // Rounding could make it a little negative, which no divergence is.
+        let divergent = ((sums.cross / first + (f64::from(measured.shift) + excess)) * inverse).max(0.0);
+        loss += divergence * divergent;
+        let weight = divergence / temperature * scale;
+        let taken = if reverse {
+            coefficients.difference = weight * inverse / sums.student;
+            normaliser + divergent / inverse
         } else {
-            loss += divergence * (sums.cross * inverse / sums.teacher + log_ratio).max(0.0);
-            coefficients.student = (weight / sums.student) as f32;
-            coefficients.teacher = (-weight / sums.teacher) as f32;
-            let normaliser = (f64::from(largest.max) - f64::from(teacher_max)) * f64::from(inverse as f32) + log_ratio;
-            coefficients.normaliser = [normaliser as f32, (normaliser - f64::from(normaliser as f32)) as f32];
-        }
+            coefficients.student = weight / sums.student;
+            coefficients.teacher = weight / sums.teacher;
+            normaliser
+        };
+        coefficients.normaliser = [taken as f32, (taken - f64::from(taken as f32)) as f32];
     }
     if let Some(label) = label {
         let total = if plain == Plain::Same { sums.student } else { sums.plain };
-        loss += cross_entropy * (total.ln() - (f64::from(row.student[label]) - f64::from(largest.max)));
-        let coefficient = (cross_entropy * scale / total) as f32;
-        if plain == Plain::Same && (reverse || teacher.is_empty()) {
+        loss += cross_entropy * (total.ln() - (f64::from(row.student[label]) - maxima[0]));
+        let coefficient = cross_entropy * scale / total;
+        if plain == Plain::Same && (reverse || teacher.is_none()) {
             coefficients.student += coefficient;
         } else {
             coefficients.plain = coefficient;
@@ -116,33 +127,22 @@ pub(super) fn row_loss(
         let sure = sums.student < 2.0 || (label.is_some() && plain != Plain::Same && sums.plain < 2.0);
         if sure {
             // Exponentials of zero give an entry of zero, so that the sum is that of all other entries.
-            out[largest.at] = 0.0;
-            for exponentials in [&mut *teacher_exponentials, &mut *plain_exponentials] {
-                if let Some(value) = exponentials.get_mut(largest.at) {
+            outputs.student[at] = 0.0;
+            for exponentials in [&mut *outputs.teacher, &mut *outputs.plain] {
+                if let Some(value) = exponentials.get_mut(at) {
                     *value = 0.0;
                 }
             }
         }
-        let mut others = write_gradient(
-            row.student,
-            teacher,
-            maxima,
-            inverse as f32,
-            coefficients,
-            plain,
-            reverse,
-            out,
-            teacher_exponentials,
-            plain_exponentials,
-        );
+        write_gradient(inputs, &mut outputs, measured.maxima, &coefficients);
+        let out = outputs.student;
         if let Some(label) = label
-            && !(sure && label == largest.at)
+            && !(sure && label == at)
         {
             out[label] -= (cross_entropy * scale) as f32;
-            others -= cross_entropy * scale;
         }
         if sure {
-            out[largest.at] = -others as f32;
+            out[at] = -out.chunks(TILE).map(sum).sum::<f64>() as f32;
         }
     }
     Ok(loss)

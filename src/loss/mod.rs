@@ -1,7 +1,9 @@
 //! Losses of distillation with their gradients: cross-entropy, Kullback–Leibler divergence, and distances of hidden states.
 //!
 //! A row is one token. Rows are worked on in parallel, each by one thread and always in the same way, and their losses are
-//! added in f64 in row order: results do not depend on the number of threads, nor on the instruction set.
+//! added in f64 in row order: results do not depend on the number of threads, nor on the instruction set. A row is worked
+//! on twice: `kernels::measure` reads it from memory and leaves its exponentials in the cache, where
+//! `kernels::write_gradient` finds them.
 
 mod distillation;
 mod exponential;
@@ -12,10 +14,12 @@ mod logits;
 mod parallel;
 #[cfg(test)]
 mod tests;
+mod tiles;
+mod topk;
 mod values;
 
 pub use distillation::{Batch, Direction, Objective, distillation_loss};
 pub use head::{Head, HeadBatch, HeadGradients, head_loss};
 pub use hidden::{HiddenBatch, HiddenDistance, hidden_state_loss};
-pub use parallel::Parallelism;
+pub use topk::{TopKBatch, topk_distillation_loss};
 pub use values::{OwnedValues, Values};

@@ -3,16 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::progress::Progress;
-
-/// Whether a loss may use the current rayon pool. The result is the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parallelism {
-    /// Only the calling thread: right for small batches.
-    Sequential,
-    /// All threads of the current rayon pool.
-    Rayon,
-}
+use crate::progress::{Parallelism, Progress};
 
 /// Calls `work` on every item, each thread with a scratch of its own that it uses again for its next item.
 ///

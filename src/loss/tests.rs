@@ -4,15 +4,13 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::Error;
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 
 const IGNORE: i64 = -100;
 
 /// Uniform values in (−scale, scale) that depend on `seed` only.
 fn noise(length: usize, seed: u64, scale: f32) -> Vec<f32> {
-    use rand_xoshiro::rand_core::{Rng, SeedableRng};
-    let mut random = rand_xoshiro::Xoshiro256PlusPlus::seed_from_u64(seed);
-    (0..length).map(|_| scale * ((random.next_u64() >> 40) as f32 / (1_u32 << 23) as f32 - 1.0)).collect()
+    crate::testing::noise(length, seed).into_iter().map(|value| scale * value).collect()
 }
 
 fn log_softmax(row: &[f32], temperature: f64) -> Vec<f64> {
@@ -107,46 +105,6 @@ proptest! {
     }
 
     #[test]
-    fn hidden_distances_are_the_oracles(rows in 1_usize..5, width in 1_usize..200, seed in any::<u64>()) {
-        let (student, teacher) = (noise(rows * width, seed, 3.0), noise(rows * width, !seed, 3.0));
-        let batch = HiddenBatch { student: Values::F32(&student), teacher: Values::F32(&teacher), width, mask: None };
-        for distance in [HiddenDistance::MeanSquaredError, HiddenDistance::Cosine] {
-            let (value, gradient) =
-                hidden_state_loss(&batch, distance, true, Parallelism::Sequential, &Progress::default()).unwrap();
-            let Some(OwnedValues::F32(gradient)) = gradient else { panic!("a gradient of f32") };
-            // Central differences of the definition in f64.
-            let definition = |student: &[f64]| -> f64 {
-                let rows = student.chunks(width).zip(teacher.chunks(width)).map(|(s, t)| {
-                    let t: Vec<f64> = t.iter().map(|&value| f64::from(value)).collect();
-                    let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-                    match distance {
-                        HiddenDistance::MeanSquaredError => {
-                            s.iter().zip(&t).map(|(s, t)| (s - t).powi(2)).sum::<f64>() / width as f64
-                        }
-                        HiddenDistance::Cosine => 1.0 - inner(s, &t) / (inner(s, s) * inner(&t, &t)).sqrt(),
-                    }
-                });
-                rows.sum::<f64>() / (student.len() / width) as f64
-            };
-            let mut point: Vec<f64> = student.iter().map(|&value| f64::from(value)).collect();
-            prop_assert!((value - definition(&point)).abs() < 1e-9 * (1.0 + value));
-            for index in (0..point.len()).step_by(7) {
-                let (at, step) = (point[index], 1e-4);
-                // Where a state is nearly zero its direction, and so the cosine, turns too fast for differences.
-                if at.abs() < 0.1 {
-                    continue;
-                }
-                point[index] = at + step;
-                let above = definition(&point);
-                point[index] = at - step;
-                let difference = (above - definition(&point)) / (2.0 * step);
-                point[index] = at;
-                prop_assert!((f64::from(gradient[index]) - difference).abs() < 1e-4, "{} {}", gradient[index], difference);
-            }
-        }
-    }
-
-    #[test]
     fn a_head_gives_what_its_logits_give(rows in 1_usize..7, vocabulary in 1_usize..50, width in 1_usize..9, seed in any::<u64>()) {
         let (hidden, weight) = (noise(rows * width, seed, 1.0), noise(vocabulary * width, seed ^ 1, 2.0));
         let teacher = noise(rows * 3, seed ^ 2, 1.0);
@@ -216,6 +174,27 @@ fn sure_rows_keep_their_digits() {
             let (_, mut expected) = oracle_row(&student, &teacher, 1500, &objective);
             expected[1500] = 0.0;
             expected[1500] = -expected.iter().sum::<f64>();
+            assert_close(&gradient, &expected, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn rows_whose_largest_logit_comes_last_are_the_oracles() {
+    // Exponentials are relative to the largest logit so far, which here is another one in every tile.
+    let ramp = |seed, slope: f32| -> Vec<f32> {
+        noise(6000, seed, 3.0).iter().zip(0..).map(|(value, index)| value + slope * index as f32).collect()
+    };
+    for (student, teacher) in
+        [(ramp(1, 0.01), ramp(2, -0.01)), (ramp(1, -0.01), ramp(2, 0.01)), (ramp(1, 0.1), ramp(2, 0.1))]
+    {
+        for (temperature, direction) in
+            [(1.0, Direction::Forward), (2.0, Direction::Forward), (0.7, Direction::Reverse)]
+        {
+            let objective = Objective::new(temperature, 1.0, 1.0, direction).unwrap();
+            let (value, gradient) = run(&batch(&student, &teacher, &[5990], 6000), &objective);
+            let (expected_value, expected) = oracle_row(&student, &teacher, 5990, &objective);
+            assert!((value - expected_value).abs() < 1e-6 * expected_value, "{value}, expected {expected_value}");
             assert_close(&gradient, &expected, 1e-4);
         }
     }
@@ -318,6 +297,9 @@ fn bad_input_is_refused() {
             let message = error.to_string();
             assert!(message.contains(name) && message.contains("row 1, column 3"), "{message}");
         }
+        let alone = Batch { teacher: None, ..batch(&student, &[], &[1, 2], 5) };
+        let message = refused(&alone, &Objective::new(1.0, 0.0, 1.0, Direction::Forward).unwrap()).to_string();
+        assert!(message.contains("row 1, column 3"), "{message}");
     }
     for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-9] {
         assert!(Objective::distillation(temperature, 0.5).is_err());

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 pub use decomposition::Decomposition;
 pub use jonker_volgenant::solve_assignment;
 pub use norm_sort::norm_sort;
-pub use search::{Effort, Orders, Parallelism, Side, decompose, find_permutation, work};
+pub use search::{Effort, Orders, Side, decompose, find_permutation, work};
 
 /// A validated permutation, held as gather indices: element `i` of the permuted sequence is element `p[i]` of the original.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -4,11 +4,11 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::search::{Parallelism, Side};
+use super::search::Side;
 use crate::error::Result;
 use crate::kron::MatrixView;
 use crate::memory::zeros;
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::shape::KroneckerShape;
 
 /// Elements (rows or columns) whose products are formed by one matrix multiplication.

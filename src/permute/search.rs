@@ -9,7 +9,7 @@ use super::phase_gram::PhaseGram;
 use super::{Decomposition, Permutation};
 use crate::error::{Error, Result};
 use crate::kron::{MatrixView, lost_energy, nearest_kronecker_sum};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
 
 /// How long to search.
@@ -46,15 +46,6 @@ impl Effort {
     pub fn name(self) -> &'static str {
         Self::NAMES[self as usize].0
     }
-}
-
-/// Whether one matrix's work is spread over rayon's threads. The result is the same either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parallelism {
-    /// On the calling thread: for callers that are parallel over matrices themselves.
-    Sequential,
-    /// On the current rayon thread pool.
-    Rayon,
 }
 
 /// A side of a matrix.

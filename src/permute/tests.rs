@@ -7,10 +7,10 @@ use super::assign::{Projector, alternate_assignment};
 use super::phase_gram::PhaseGram;
 use super::*;
 use crate::error::Error;
-use crate::kron::tests::noise;
 use crate::kron::{MatrixView, block_gram, lost_energy};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
+use crate::testing::noise;
 
 fn shapes() -> impl Strategy<Value = KroneckerShape> {
     (1_usize..6, 1_usize..6, 1_usize..5, 1_usize..5, 0_usize..25).prop_map(|(m1, n1, m2, n2, rank)| {

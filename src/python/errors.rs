@@ -35,7 +35,7 @@ fn class_name(error: &Error) -> &'static str {
     match root(error) {
         Error::Shape { .. } | Error::Permutation { .. } => "ShapeError",
         Error::NonFinite { .. } => "NonFiniteError",
-        Error::Label { .. } => "LabelError",
+        Error::Label { .. } | Error::SoftLabel { .. } => "LabelError",
         Error::Dtype { .. } => "DtypeError",
         Error::Config(_) => "ConfigError",
         Error::Checkpoint { .. } => "CheckpointError",

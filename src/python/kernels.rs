@@ -8,7 +8,8 @@ use super::jobs;
 use crate::compress::{self, Task, Timed};
 use crate::error::{Error, Result};
 use crate::kron::{KroneckerSum, MatrixView};
-use crate::permute::{self, Decomposition, Effort, Parallelism, Permutation};
+use crate::permute::{self, Decomposition, Effort, Permutation};
+use crate::progress::Parallelism;
 use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
 
 type Factors<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>);

@@ -1,4 +1,4 @@
-//! `distillation_loss`, `hidden_state_loss` and `head_loss`.
+//! `distillation_loss`, `topk_distillation_loss`, `hidden_state_loss` and `head_loss`.
 
 use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
@@ -6,8 +6,8 @@ use pyo3::prelude::*;
 use super::arrays::{contiguous, shaped};
 use super::jobs;
 use crate::error::{Error, Result};
-use crate::loss::{self, Direction, Objective, OwnedValues, Parallelism, Values};
-use crate::progress::Progress;
+use crate::loss::{self, Direction, Objective, OwnedValues, Values};
+use crate::progress::{Parallelism, Progress};
 
 /// Up to so many values a call is worked on by the calling thread: it takes less than two milliseconds, and starting
 /// threads would take longer.
@@ -15,6 +15,7 @@ const SMALL: usize = 1 << 20;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(distillation_loss, module)?)?;
+    module.add_function(wrap_pyfunction!(topk_distillation_loss, module)?)?;
     module.add_function(wrap_pyfunction!(hidden_state_loss, module)?)?;
     module.add_function(wrap_pyfunction!(head_loss, module)?)
 }
@@ -105,6 +106,35 @@ fn distillation_loss<'py>(
     let batch = loss::Batch { student, teacher, labels, vocabulary: shape[1], ignore_index };
     let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
         loss::distillation_loss(&batch, &objective, gradient, parallelism, progress)
+    })?;
+    Ok((value, written.map(|values| to_python(py, values, shape))))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn topk_distillation_loss<'py>(
+    py: Python<'py>,
+    student: Matrix<'py>,
+    student_dtype: &str,
+    tokens: PyReadonlyArray2<'py, i64>,
+    probabilities: PyReadonlyArray2<'py, f32>,
+    labels: Option<PyReadonlyArray1<'py, i64>>,
+    temperature: f64,
+    divergence: f64,
+    cross_entropy: f64,
+    ignore_index: i64,
+    gradient: bool,
+    threads: Option<usize>,
+) -> PyResult<(f64, Option<Bound<'py, PyAny>>)> {
+    let (student, shape) = student.values(student_dtype)?;
+    let count = tokens.as_array().ncols();
+    let tokens = contiguous(tokens.as_array().to_slice(), "teacher_tokens")?;
+    let probabilities = contiguous(probabilities.as_array().to_slice(), "teacher_probabilities")?;
+    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
+    let objective = Objective::new(temperature, divergence, cross_entropy, Direction::Forward)?;
+    let batch = loss::TopKBatch { student, tokens, probabilities, count, labels, vocabulary: shape[1], ignore_index };
+    let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
+        loss::topk_distillation_loss(&batch, &objective, gradient, parallelism, progress)
     })?;
     Ok((value, written.map(|values| to_python(py, values, shape))))
 }
