@@ -23,7 +23,7 @@ from .training_config import DistillConfig, TrainingConfig
 if TYPE_CHECKING:
     from .corpus import token_blocks
     from .embeddings import KroneckerEmbedding, KroneckerHead
-    from .in_place import compress
+    from .in_place import compress, compress_again
     from .modules import FusedKroneckerLinear, KroneckerLinear
     from .peft_integration import merge_lora, register_lora
     from .staged_distillation import distill
@@ -48,6 +48,7 @@ __all__ = [
     "TrainingConfig",
     "__version__",
     "compress",
+    "compress_again",
     "compress_checkpoint",
     "decompose",
     "distill",
@@ -67,6 +68,7 @@ _ON_DEMAND = {
     "KroneckerHead": "embeddings",
     "KroneckerLinear": "modules",
     "compress": "in_place",
+    "compress_again": "in_place",
     "distill": "staged_distillation",
     "merge_lora": "peft_integration",
     "register_lora": "peft_integration",

@@ -18,7 +18,8 @@ from transformers.data.data_collator import default_data_collator
 
 from . import gpt2
 from .errors import ConfigError
-from .losses import cross_entropy, distillation_loss, hidden_state_loss
+from .losses import cross_entropy, distillation_loss, hidden_state_loss, topk_distillation_loss
+from .teacher_cache import CachedTeacher
 from .training_config import DistillConfig
 from .transformers_integration import guard_name
 from .whole_file import storage_errors
@@ -26,13 +27,17 @@ from .whole_folder import sync_folder
 
 # Its presence says that all of a checkpoint folder was written.
 COMPLETE = "complete"
+# What a training set of `teacher_cache` has besides the tokens.
+_CACHED = ("teacher_tokens", "teacher_probabilities")
 
 
 class DistillTrainer(Trainer):
     """A `transformers.Trainer` whose loss is that of `DistillConfig`, computed by Rust on the CPU.
 
     The teacher runs in evaluation and inference mode, on the student's device, in its own dtype or in that of the
-    mixed precision. The evaluation loss is the cross-entropy of the labels alone, whose exponential is the perplexity.
+    mixed precision. With a training set of `teacher_cache.TaughtBlocks` it need not be given: what was cached takes
+    the place of its logits. The evaluation loss is the cross-entropy of the labels alone, whose exponential is the
+    perplexity.
 
     Items of the datasets have "input_ids" and may have "attention_mask" and "labels"; without labels every token that
     is attended to is one. Labels are shifted here, as for transformers' own causal models.
@@ -76,10 +81,13 @@ class DistillTrainer(Trainer):
         processing_class = options.get("processing_class")
         if teacher_tokenizer is not None and processing_class is not None:
             require_same_tokenizer(processing_class, teacher_tokenizer)
+        _check_cached(options.get("train_dataset"), model, self.distill)
         options.setdefault("data_collator", collate)
         super().__init__(model, args, **options)
         # The loss is a mean over the tokens of each batch, so that the accumulated batches' must be averaged.
         self.model_accepts_loss_kwargs = False
+        # Cached columns are not arguments of the model's forward pass, and must not be dropped for that.
+        self.args.remove_unused_columns = False
         if teacher is not None:
             teacher.requires_grad_(False)
             teacher.train(False)
@@ -94,22 +102,36 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The loss of one batch: that of the config in training, the cross-entropy in evaluation."""
         inputs = dict(inputs)
+        cached = [inputs.pop(name, None) for name in _CACHED]
         labels = _next_tokens(inputs.pop("labels", None), inputs)
         wants_hidden = model.training and bool(self.hidden_pairs)
         outputs = model(**inputs, use_cache=False, output_hidden_states=wants_hidden)
         if not model.training or not self.distill.needs_teacher:
             loss = cross_entropy(outputs.logits, labels)
         else:
-            loss = self._distillation(outputs, inputs, labels)
+            loss = self._distillation(outputs, inputs, labels, *cached)
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation(self, outputs: Any, inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        if self.teacher is None:
-            raise ConfigError("there is no teacher to learn from")
-        with torch.inference_mode(), self._autocast():
-            taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
+    def _distillation(
+        self,
+        outputs: Any,
+        inputs: Mapping[str, Any],
+        labels: torch.Tensor,
+        tokens: torch.Tensor | None,
+        probabilities: torch.Tensor | None,
+    ) -> torch.Tensor:
         weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
-        loss: torch.Tensor = distillation_loss(outputs.logits, taught.logits, labels, **weights)
+        taught: Any = None
+        if self.teacher is not None and (tokens is None or self.hidden_pairs):
+            with torch.inference_mode(), self._autocast():
+                taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
+        loss: torch.Tensor
+        if tokens is not None and probabilities is not None:
+            loss = topk_distillation_loss(outputs.logits, tokens, probabilities, labels, **weights)
+        elif taught is not None:
+            loss = distillation_loss(outputs.logits, taught.logits, labels, **weights)
+        else:
+            raise ConfigError("there is no teacher, and the training set has no cached teacher probabilities")
         if self.hidden_pairs:
             mask = inputs.get("attention_mask")
             mask = None if mask is None else mask.bool()
@@ -196,6 +218,21 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
                 f"the tokenizers differ: token {token!r} is {ours.get(token)} for the student "
                 f"and {theirs.get(token)} for the teacher"
             )
+
+
+def _check_cached(dataset: Any, student: PreTrainedModel, distill: DistillConfig) -> None:
+    """Raises `ConfigError` if what the training set has cached of a teacher is not what the student is to learn."""
+    cached = getattr(dataset, "teacher", None)
+    if not isinstance(cached, CachedTeacher):
+        return
+    if cached.vocabulary != student.config.vocab_size:
+        raise ConfigError(
+            f"the student's vocabulary has {student.config.vocab_size} tokens, the cached teacher's {cached.vocabulary}"
+        )
+    if cached.temperature != distill.temperature:
+        raise ConfigError(
+            f"temperature: expected {cached.temperature:g}, that of the cached teacher, got {distill.temperature:g}"
+        )
 
 
 def _hidden_pairs(

@@ -8,9 +8,10 @@ import torch
 from helpers.models import VOCABULARY, tiny_model
 from helpers.tokenizer import save_tokenizer
 from torch.nn import functional
-from tqcompressor import KroneckerSpec, TQConfig
+from tqcompressor import KroneckerSpec, TQConfig, token_blocks
 from tqcompressor.errors import ConfigError
 from tqcompressor.in_place import compress
+from tqcompressor.teacher_cache import TaughtBlocks, cache_teacher
 from tqcompressor.trainer import COMPLETE, DistillTrainer, last_complete_checkpoint, require_same_tokenizer
 from tqcompressor.training_config import DistillConfig, TrainingConfig
 from transformers import PrinterCallback, TrainingArguments
@@ -194,6 +195,43 @@ def test_a_checkpoint_is_resumed_where_it_was_and_incomplete_ones_are_not_taken(
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.fixture
+def corpus(tmp_path):
+    """Blocks of text, which the cache of a teacher belongs to."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    return token_blocks(tmp_path / "text.txt", tokenizer, 16, cache=tmp_path / "cache")
+
+
+def test_a_cache_of_the_whole_vocabulary_is_as_good_as_the_teacher(corpus, tmp_path):
+    teacher = tiny_model()
+    cached = cache_teacher(teacher, corpus, tmp_path / "teacher.safetensors", k=VOCABULARY)
+    taught = TaughtBlocks(corpus, cached)
+    curves, students = [], [make_student(), make_student()]
+    for student, blocks, live in zip(students, (corpus, taught), (teacher, None), strict=True):
+        trainer = make_trainer(tmp_path, student, live, blocks=blocks)
+        trainer.train()
+        curves.append(losses(trainer))
+    # Log-probabilities are kept with an error of up to 2.5e-4.
+    assert np.allclose(*curves, rtol=1e-3)
+
+
+def test_a_few_cached_tokens_teach_too(corpus, tmp_path):
+    taught = TaughtBlocks(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
+    trainer = make_trainer(tmp_path, make_student(), None, DistillConfig(alpha=1.0), taught, max_steps=40)
+    trainer.train()
+    found = losses(trainer)
+    assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+
+
+def test_a_cache_of_another_temperature_or_vocabulary_is_refused(corpus, tmp_path):
+    taught = TaughtBlocks(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
+    with pytest.raises(ConfigError, match="temperature: expected 2, that of the cached teacher, got 3"):
+        make_trainer(tmp_path, make_student(), None, DistillConfig(temperature=3.0), taught)
+    with pytest.raises(ConfigError, match="cached teacher's 104"):
+        make_trainer(tmp_path, tiny_model(vocab_size=120), None, blocks=taught)
+
+
 def test_labels_alone_need_no_teacher(tmp_path):
     trainer = make_trainer(tmp_path, make_student(), None, DistillConfig(alpha=0.0))
     trainer.train()
@@ -212,7 +250,7 @@ def test_student_and_teacher_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no pair \(1, 9\)"):
         make_trainer(tmp_path, make_student(), tiny_model(), DistillConfig(hidden_weight=1, hidden_layers=[(1, 9)]))
     trainer = make_trainer(tmp_path, make_student(), None)
-    with pytest.raises(ConfigError, match="no teacher to learn from"):
+    with pytest.raises(ConfigError, match="no cached teacher"):
         trainer.train()
 
 
