@@ -140,6 +140,10 @@ class KroneckerHead(KroneckerFactors):
         self.B = embedding.B
         self._follow(embedding)
 
+    def set_factors(self, *_: object, **__: object) -> None:
+        """Refused, as it would untie the head: set the embedding's factors, then `tie` it again."""
+        raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
+
     def _follow(self, embedding: KroneckerEmbedding, _incompatible_keys: object = None) -> None:
         columns = embedding.output_permutation
         self.input_permutation = None if columns is None else torch.argsort(columns)

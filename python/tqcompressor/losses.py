@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .errors import ConfigError
+from .factored_head import dense_head, dense_head_of_arrays, is_factored
 from .loss_arrays import (
     Objective,
     check_shapes,
@@ -94,10 +95,8 @@ def distillation_loss(
     The gradient has the student's shape and dtype. float32, float16 and bfloat16 are computed in float32 with float64
     sums; numpy float64 is rounded to float32 first (torch float64 is not). In float16 gradients below 6e-8 vanish: give
     float32 logits where the loss is scaled. The result does not depend on `threads` (None: all cores, or as many as
-    torch may use).
-
-    Torch: CPU tensors are computed by Rust, those of other devices (and float64) by the same formula in torch. Works
-    under `torch.compile(fullgraph=True)`; not twice differentiable.
+    torch may use). Torch: CPU tensors are computed by Rust, those of other devices (and float64) by the same formula in
+    torch. Works under `torch.compile(fullgraph=True)`; not twice differentiable.
 
     Raises `ShapeError`, `DtypeError`, `LabelError`, `ConfigError` (temperature not in 1e-4 to 1e4, alpha not in 0 to 1)
     and `NonFiniteError`, naming row and column, for NaN or an infinity in a row that counts; tensors of other devices
@@ -245,7 +244,7 @@ def hidden_state_loss(
 @overload
 def head_distillation_loss(
     student_hidden: Tensor,
-    student_head: Tensor,
+    student_head: Any,
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
     labels: Tensor | None = None,
@@ -258,7 +257,7 @@ def head_distillation_loss(
 @overload
 def head_distillation_loss(
     student_hidden: ArrayLike,
-    student_head: ArrayLike,
+    student_head: Any,
     teacher_hidden: ArrayLike | None = None,
     teacher_head: ArrayLike | None = None,
     labels: ArrayLike | None = None,
@@ -286,6 +285,11 @@ def head_distillation_loss(
     differ. Without a teacher the loss is the cross-entropy alone, whatever `alpha`. numpy arrays give
     `(value, (gradient by the hidden states, gradient by the head))`, float32 both.
 
+    `student_head` may also be a `KroneckerHead` or `KroneckerEmbedding`, whose A and B get the gradients. For numpy it
+    may be a `KroneckerDecomposition` of the (vocabulary, width) matrix or a tuple (A, B, p, q), and the gradients are
+    `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's multiplications; for
+    other blocks the dense head is formed.
+
     Computed in float32 on the CPU, whatever the dtype. Errors as for `distillation_loss`; a `NonFiniteError` names the
     place among the logits. Cost: one matrix product for each of student, teacher and gradient. Memory beyond the
     gradients: 28 MiB of logits at a time.
@@ -309,9 +313,14 @@ def head_distillation_loss(
     if is_tensor(student_hidden):
         from . import torch_losses
 
+        if is_factored(student_head):
+            student_hidden, student_head = dense_head(student_hidden, student_head)
         return torch_losses.head_loss(
             student_hidden, student_head, teacher_hidden, teacher_head, labels, objective, threads
         )
+    by_factors = None
+    if is_factored(student_head):
+        student_hidden, student_head, by_factors = dense_head_of_arrays(student_hidden, student_head)
     shape = np.shape(student_hidden)
     student = (single_matrix(student_hidden, "student_hidden"), single_matrix(student_head, "student_head"))
     teacher = None
@@ -320,7 +329,7 @@ def head_distillation_loss(
     rows = None if labels is None else label_rows(labels, shape[:-1])
     value, gradients = _core.head_loss(student, teacher, rows, *objective, True, threads)
     assert gradients is not None
-    return value, (gradients[0].reshape(shape), gradients[1])
+    return value, (gradients[0].reshape(shape), gradients[1]) if by_factors is None else by_factors(gradients)
 
 
 def _logit_loss(student: Any, teacher: Any, labels: Any, objective: Objective, threads: int | None) -> Any:

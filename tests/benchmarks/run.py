@@ -49,8 +49,8 @@ def main() -> None:
     try:
         for result in BENCHMARKS[options.benchmark].run(options):
             results.append(result)
-            if sys.stderr.isatty():
-                print("  ".join(f"{name}={show(value)}" for name, value in result.items()), file=sys.stderr)
+            # At once, whatever it is read by: a run may take many minutes.
+            print("  ".join(f"{name}={show(value)}" for name, value in result.items()), file=sys.stderr, flush=True)
     finally:
         print_tables(results)
         if options.json:

@@ -43,6 +43,7 @@ PYTHON = [
     "torch_losses",
     "torch_topk_loss",
     "topk_loss",
+    "factored_head",
     "losses",
     "contraction",
     "modules",
