@@ -14,6 +14,7 @@ __all__ = [
     "compress_checkpoint",
     "decompose_many",
     "distillation_loss",
+    "distillation_loss_in_place",
     "find_permutation",
     "head_loss",
     "hidden_state_loss",
@@ -106,6 +107,25 @@ def distillation_loss(
     threads: int | None,
 ) -> tuple[float, _FloatMatrix | None]:
     """`divergence·KL_T + cross_entropy·CE`, the mean over rows of logits, and its gradient by the student's."""
+
+def distillation_loss_in_place(
+    student: _Float32Array,
+    teacher: _Float32Array | None,
+    labels: _Int64Array | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    first: int,
+    scale: float,
+    gradient: bool,
+    threads: int | None,
+) -> float:
+    """`scale` times the sum of some rows' losses, the gradient written over the student's logits.
+
+    `first` is the number of the first row, for errors.
+    """
 
 def topk_distillation_loss(
     student: _FloatMatrix,

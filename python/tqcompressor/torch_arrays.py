@@ -61,11 +61,6 @@ def array(tensor: torch.Tensor) -> tuple[Any, str]:
     return bits.numpy(), _IN_RUST[tensor.dtype]
 
 
-def single(tensor: torch.Tensor) -> Any:
-    """The tensor rounded or widened to float32, as an array."""
-    return tensor.detach().float().contiguous().numpy()
-
-
 def tensor_like(gradient: Any, like: torch.Tensor) -> torch.Tensor:
     """A gradient from Rust in the dtype of `like`; an empty tensor for none."""
     if gradient is None:

@@ -20,7 +20,6 @@ from .torch_arrays import (
     flat,
     flat_labels,
     for_rust,
-    single,
     tensor_like,
     thread_count,
 )
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     Objective: TypeAlias = tuple[float, float, float, bool, int]
     Context: TypeAlias = Any
 
+# Of a chunk of rows, student and teacher together: the larger, the fewer passes over the gradient by the head.
+_LOGITS_BYTES = 40 << 20
 _OBJECTIVE = "float temperature, float divergence, float cross_entropy, bool reverse, int ignore_index"
 
 
@@ -206,17 +207,8 @@ def _head_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
     if for_rust(hidden, head):
-        student = (single(hidden), single(head))
-        teacher = None
-        if teacher_hidden is not None and teacher_head is not None:
-            teacher = (single(teacher_hidden), single(teacher_head))
-        rows = None if labels is None else labels.contiguous().numpy()
-        value, written = _core.head_loss(student, teacher, rows, *objective, gradient, thread_count(threads))
-        loss = hidden.new_tensor(value, dtype=torch.float32)
-        if written is None:
-            return loss, hidden.new_empty(0), head.new_empty(0)
-        by_hidden, by_head = (torch.from_numpy(array) for array in written)
-        return loss, by_hidden.to(hidden.dtype), by_head.to(head.dtype)
+        teacher = (teacher_hidden, teacher_head)
+        return _head_loss_on_cpu(hidden, head, *teacher, labels, objective, gradient, thread_count(threads))
     counted = counted_rows(hidden, labels, ignore_index)
     dtype = computed_dtype(hidden)
     scale = counted.sum().clamp(min=1).to(dtype).reciprocal()
@@ -238,6 +230,45 @@ def _head_loss(
             by_hidden[rows_of_chunk] = (by_logits @ head.to(dtype)).to(hidden.dtype)
             sums += by_logits.T @ states.to(dtype)
     return loss, by_hidden, sums.to(head.dtype)
+
+
+def _head_loss_on_cpu(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    gradient: bool,
+    threads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrix products by torch, whose BLAS is the fastest there is, and the loss by Rust, some rows at a time."""
+    states, weight = hidden.detach().float(), head.detach().float()
+    taught = None
+    if teacher_hidden is not None and teacher_head is not None and objective[1] > 0:
+        taught = teacher_hidden.float(), teacher_head.float()
+    rows, vocabulary = states.shape[0], weight.shape[0]
+    counted = rows if labels is None else int((labels != objective[-1]).sum())
+    models = 1 if taught is None else 2
+    size = max(1, min(rows, _LOGITS_BYTES // (4 * models * vocabulary)))
+    buffers = [states.new_empty(size, vocabulary) for _ in range(models)]
+    by_hidden = states.new_empty(states.shape if gradient else 0)
+    by_head = weight.new_zeros(weight.shape if gradient else 0)
+    total = 0.0
+    for first in range(0, rows, size):
+        chunk = slice(first, min(first + size, rows))
+        logits = torch.mm(states[chunk], weight.T, out=buffers[0][: chunk.stop - first])
+        teacher_logits = None
+        if taught is not None:
+            teacher_logits = torch.mm(taught[0][chunk], taught[1].T, out=buffers[1][: chunk.stop - first]).numpy()
+        targets = None if labels is None else labels[chunk].contiguous().numpy()
+        total += _core.distillation_loss_in_place(
+            logits.numpy(), teacher_logits, targets, *objective, first, 1 / max(counted, 1), gradient, threads
+        )
+        if gradient:
+            torch.mm(logits, weight, out=by_hidden[chunk])
+            by_head.addmm_(logits.T, states[chunk])
+    return hidden.new_tensor(total, dtype=torch.float32), by_hidden.to(hidden.dtype), by_head.to(head.dtype)
 
 
 @torch.library.custom_op(

@@ -125,6 +125,68 @@ pub fn distillation_loss(
     Ok((losses.iter().sum::<f64>() * scale, written))
 }
 
+/// Some rows of a batch whose logits are never held whole, and what they are compared with.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// The teacher's logits, `(rows, vocabulary)`.
+    pub teacher: Option<&'a [f32]>,
+    /// The labels of these rows.
+    pub labels: Option<&'a [i64]>,
+    /// Columns.
+    pub vocabulary: usize,
+    /// The label of rows that do not count.
+    pub ignore_index: i64,
+    /// The number of the first row in the whole batch, which errors name.
+    pub first: usize,
+    /// What each row's loss and gradient is multiplied by: one over the number of rows of the batch that count.
+    pub scale: f64,
+}
+
+/// The part that a chunk's rows have in [`distillation_loss`]; their gradient takes the place of the student's `logits`.
+///
+/// Without `gradient` the logits stay as they are. Errors as [`distillation_loss`]; the logits are then worth nothing.
+/// Memory: a few rows of f32 per thread.
+pub fn distillation_loss_in_place(
+    logits: &mut [f32],
+    chunk: &Chunk<'_>,
+    objective: &Objective,
+    gradient: bool,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<f64> {
+    let Chunk { teacher, vocabulary, first, scale, ignore_index, .. } = *chunk;
+    let teacher = teacher.filter(|_| objective.divergence > 0.0);
+    let batch = Batch {
+        student: Values::F32(logits),
+        teacher: teacher.map(Values::F32),
+        labels: chunk.labels,
+        vocabulary,
+        ignore_index,
+    };
+    let mut losses = vec![0.0; batch.check(objective)?];
+    let labels = Labels { labels: chunk.labels, ignore_index };
+    let items = logits.chunks_mut(vocabulary).zip(&mut losses).enumerate();
+    let scratch = || (vec![0.0; vocabulary], Exponentials::default());
+    for_each(items, parallelism, progress, scratch, |(out, exponentials), (index, (logits, loss))| {
+        let Some(label) = labels.of(index) else {
+            logits.fill(0.0);
+            return Ok(());
+        };
+        let row = Row {
+            student: logits,
+            teacher: teacher.map(|teacher| &teacher[index * vocabulary..][..vocabulary]),
+            label,
+        };
+        *loss = row_loss(&row, objective, gradient.then_some(scale), out, exponentials)
+            .map_err(|which| non_finite(which, first + index, &row))?;
+        if gradient {
+            logits.copy_from_slice(out);
+        }
+        Ok(())
+    })?;
+    Ok(losses.iter().sum::<f64>() * scale)
+}
+
 /// What a thread uses again for each of its rows.
 #[derive(Default)]
 struct Scratch {

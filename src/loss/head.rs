@@ -3,8 +3,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::distillation::{Labels, Objective, non_finite};
-use super::logits::{Exponentials, Row, row_loss};
+use super::distillation::{Chunk, Labels, Objective, distillation_loss_in_place};
 use super::parallel::for_each;
 use crate::error::{Error, Result};
 use crate::memory::zeros;
@@ -80,7 +79,7 @@ pub fn head_loss(
     let mut teacher_logits = zeros(if teacher.is_some() { chunk * vocabulary } else { 0 });
     let mut gradients =
         gradient.then(|| HeadGradients { hidden: zeros(student.hidden.len()), weight: zeros(student.weight.len()) });
-    let mut losses = vec![0.0; rows];
+    let mut total = 0.0;
     progress.expect(rows as u64);
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
@@ -89,27 +88,22 @@ pub fn head_loss(
         if let Some(teacher) = teacher {
             teacher.logits(first, count, &mut teacher_logits[..count * vocabulary], parallelism, progress)?;
         }
-        let items = student_logits.chunks_mut(vocabulary).zip(&mut losses[first..first + count]).enumerate();
-        let scratch = || (vec![0.0; vocabulary], Exponentials::default());
-        for_each(items, parallelism, progress, scratch, |(out, exponentials), (index, (logits, loss))| {
-            let Some(label) = labels.of(first + index) else {
-                logits.fill(0.0);
-                return Ok(());
-            };
-            let teacher = teacher.map(|_| &teacher_logits[index * vocabulary..][..vocabulary]);
-            let row = Row { student: logits, teacher, label };
-            *loss = row_loss(&row, objective, gradient.then_some(scale), out, exponentials)
-                .map_err(|which| non_finite(which, first + index, &row))?;
-            // From here on the logits are their gradient.
-            logits.copy_from_slice(out);
-            Ok(())
-        })?;
+        let loss = Chunk {
+            teacher: teacher.map(|_| &teacher_logits[..count * vocabulary]),
+            labels: batch.labels.map(|labels| &labels[first..first + count]),
+            vocabulary,
+            ignore_index: batch.ignore_index,
+            first,
+            scale,
+        };
+        total += distillation_loss_in_place(student_logits, &loss, objective, gradient, parallelism, progress)?;
+        // From here on the logits are their gradient.
         if let Some(gradients) = &mut gradients {
             student.add_gradients(first, count, student_logits, gradients, parallelism, progress)?;
         }
         progress.advance(count as u64);
     }
-    Ok((losses.iter().sum::<f64>() * scale, gradients))
+    Ok((total, gradients))
 }
 
 impl<'a> Head<'a> {

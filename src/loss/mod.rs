@@ -18,7 +18,7 @@ mod tiles;
 mod topk;
 mod values;
 
-pub use distillation::{Batch, Direction, Objective, distillation_loss};
+pub use distillation::{Batch, Chunk, Direction, Objective, distillation_loss, distillation_loss_in_place};
 pub use head::{Head, HeadBatch, HeadGradients, head_loss};
 pub use hidden::{HiddenBatch, HiddenDistance, hidden_state_loss};
 pub use topk::{TopKBatch, topk_distillation_loss};

@@ -1,6 +1,7 @@
-//! `distillation_loss`, `topk_distillation_loss`, `hidden_state_loss` and `head_loss`.
+//! `distillation_loss`, `distillation_loss_in_place`, `topk_distillation_loss`, `hidden_state_loss` and `head_loss`.
 
-use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use super::arrays::{contiguous, shaped};
@@ -15,6 +16,7 @@ const SMALL: usize = 1 << 20;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(distillation_loss, module)?)?;
+    module.add_function(wrap_pyfunction!(distillation_loss_in_place, module)?)?;
     module.add_function(wrap_pyfunction!(topk_distillation_loss, module)?)?;
     module.add_function(wrap_pyfunction!(hidden_state_loss, module)?)?;
     module.add_function(wrap_pyfunction!(head_loss, module)?)
@@ -108,6 +110,39 @@ fn distillation_loss<'py>(
         loss::distillation_loss(&batch, &objective, gradient, parallelism, progress)
     })?;
     Ok((value, written.map(|values| to_python(py, values, shape))))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn distillation_loss_in_place<'py>(
+    py: Python<'py>,
+    mut student: PyReadwriteArray2<'py, f32>,
+    teacher: Option<PyReadonlyArray2<'py, f32>>,
+    labels: Option<PyReadonlyArray1<'py, i64>>,
+    temperature: f64,
+    divergence: f64,
+    cross_entropy: f64,
+    reverse: bool,
+    ignore_index: i64,
+    first: usize,
+    scale: f64,
+    gradient: bool,
+    threads: Option<usize>,
+) -> PyResult<f64> {
+    let shape: [usize; 2] = student.as_array().dim().into();
+    let teacher_shape = teacher.as_ref().map(|teacher| teacher.as_array().dim().into());
+    same_shape("teacher_logits", shape, teacher_shape.unwrap_or(shape))?;
+    let teacher =
+        teacher.as_ref().map(|teacher| contiguous(teacher.as_array().to_slice(), "teacher_logits")).transpose()?;
+    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
+    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+    let objective = Objective::new(temperature, divergence, cross_entropy, direction)?;
+    let chunk = loss::Chunk { teacher, labels, vocabulary: shape[1], ignore_index, first, scale };
+    contiguous(student.as_slice().ok(), "student_logits")?;
+    let student = student.as_slice_mut().map_err(|_| PyRuntimeError::new_err("student_logits: not writable"))?;
+    run(py, student.len(), threads, |parallelism, progress| {
+        loss::distillation_loss_in_place(student, &chunk, &objective, gradient, parallelism, progress)
+    })
 }
 
 #[pyfunction]

@@ -11,7 +11,7 @@ import pytest
 from helpers.processes import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tqcompressor import losses
+from tqcompressor import losses, torch_losses
 from tqcompressor.errors import ConfigError, DtypeError, LabelError, NonFiniteError, ShapeError, TQError
 
 torch = pytest.importorskip("torch")
@@ -289,7 +289,29 @@ def test_a_head_gives_what_its_logits_give(with_teacher, dtype):
         value, gradients = losses.head_distillation_loss(*arrays, temperature=2.5, alpha=0.3)
         assert value == pytest.approx(loss.item(), rel=1e-6)
         for one, other in zip(gradients, found, strict=True):
-            np.testing.assert_array_equal(one, other.numpy())
+            np.testing.assert_allclose(one, other.numpy(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_head_worked_on_in_several_chunks_gives_the_same(with_teacher, monkeypatch):
+    hidden, head = torch.from_numpy(noise((12, 16), 1)), torch.from_numpy(noise((301, 16), 2))
+    teacher = (torch.from_numpy(noise((12, 9), 3)), torch.from_numpy(noise((301, 9), 4))) if with_teacher else ()
+    labels = torch.arange(12) * 20
+    labels[7] = -100
+
+    def run():
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = losses.head_distillation_loss(*leaves, *teacher, labels=labels)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    whole = run()
+    # Five rows at a time, or two of student and teacher: the last chunk is smaller.
+    monkeypatch.setattr(torch_losses, "_LOGITS_BYTES", 5 * 301 * 4)
+    for one, other in zip(run(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    hidden[10] = float("nan")
+    with pytest.raises(NonFiniteError, match="row 10"):
+        run()
 
 
 # The torch functions.
