@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from measuring import ROOT, fresh_process
-from tqcompressor import KroneckerSpec, TQConfig, token_blocks
+from tqcompressor import KroneckerSpec, TQConfig, compress, token_blocks
 from tqcompressor.evaluate import perplexity, read_text
 from tqcompressor.staged_distillation import distill
 from tqcompressor.stages import STAGED_RECIPES, Stage, StagedRecipe
@@ -73,33 +73,38 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
     if options.text is None:
         raise SystemExit("--text FILES: the books that the teacher was trained on are not here")
     common = {name: value for name, value in vars(options).items() if name in TRAINING}
-    tasks = [
-        common | {"student": student, "tokens": tokens, "seed": seed}
-        for tokens in options.budgets
-        for seed in options.seeds
-        for student in options.students
-    ]
-    results = []
     # One thread each: two that wait for one another are slower than two students at a time.
     with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(in_fresh_process, [common | {"student": "teacher"}, *tasks]):
-            print("  ".join(f"{name}={value}" for name, value in result.items()), flush=True)
-            results.append(result)
-            yield result
-    for tokens in options.budgets:
-        for student in options.students:
-            of_seeds = [one for one in results if (one["student"], one.get("tokens")) == (student, tokens)]
-            found = [result["perplexity"] for result in of_seeds]
-            yield {
-                "mean of seeds": student,
-                "tokens": tokens,
-                "share of the teacher's": f"{tokens / TEACHER_TOKENS:.1%}",
-                "parameters": of_seeds[0]["parameters"],
-                "perplexity": statistics.mean(found),
-                "smallest": min(found),
-                "largest": max(found),
-                "seconds": statistics.mean(result["seconds"] for result in of_seeds),
-            }
+        for student in ("teacher", "one-shot, untrained"):
+            yield in_fresh_process(common | {"student": student, "tokens": 0, "seed": 0})
+        for tokens in options.budgets:
+            tasks = [
+                common | {"student": student, "tokens": tokens, "seed": seed}
+                for seed in options.seeds
+                for student in options.students
+            ]
+            results = []
+            for result in pool.map(in_fresh_process, tasks):
+                results.append(result)
+                yield result
+            yield from means(results)
+
+
+def means(results: list[dict]) -> Iterator[dict]:
+    """Of one budget, over the seeds."""
+    for student in dict.fromkeys(result["student"] for result in results):
+        of_seeds = [result for result in results if result["student"] == student]
+        found = [result["perplexity"] for result in of_seeds]
+        yield {
+            "mean of seeds": student,
+            "tokens": of_seeds[0]["tokens"],
+            "share of the teacher's": f"{of_seeds[0]['tokens'] / TEACHER_TOKENS:.1%}",
+            "parameters": of_seeds[0]["parameters"],
+            "perplexity": statistics.mean(found),
+            "smallest": min(found),
+            "largest": max(found),
+            "seconds": statistics.mean(result["seconds"] for result in of_seeds),
+        }
 
 
 def in_fresh_process(task: dict) -> dict:
@@ -110,14 +115,15 @@ def in_fresh_process(task: dict) -> dict:
 def one_student(task: argparse.Namespace) -> dict:
     """Trains the student that `task` names, or takes the teacher, and scores it."""
     start = time.perf_counter()
-    if task.student == "teacher":
-        model, training_of = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32), {}
-    else:
+    if task.tokens:
         model = STUDENTS[task.student](task)
-        training_of = {"tokens": task.tokens, "seed": task.seed}
+    else:
+        model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+        if task.student != "teacher":
+            compress(model, ONE_SHOT, effort=task.effort, seed=task.seed)
     seconds = time.perf_counter() - start
     score = perplexity(model, AutoTokenizer.from_pretrained(TEACHER), read_text(task.heldout))
-    result = {"student": task.student, **training_of, "parameters": model.num_parameters()}
+    result = {"student": task.student, "tokens": task.tokens, "seed": task.seed, "parameters": model.num_parameters()}
     return {**result, "perplexity": score.perplexity, "seconds": seconds}
 
 
