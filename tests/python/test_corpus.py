@@ -242,7 +242,7 @@ def test_no_threads_are_left_behind(tmp_path):
     (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
     run_script(
         """
-        import os, sys
+        import os, sys, time
         import transformers
         from tqcompressor import token_blocks
 
@@ -250,8 +250,11 @@ def test_no_threads_are_left_behind(tmp_path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
         before = len(os.listdir("/proc/self/task"))
         token_blocks(sys.argv[2], tokenizer, 64, workers=2)
-        after = len(os.listdir("/proc/self/task"))
-        assert before == after
+        # The system forgets a thread a moment after it was joined.
+        deadline = time.monotonic() + 30
+        while len(os.listdir("/proc/self/task")) > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/task")) <= before
         assert "TOKENIZERS_PARALLELISM" not in os.environ
         """,
         TINY,
