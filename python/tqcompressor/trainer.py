@@ -6,18 +6,21 @@ mixed precision, several processes and hosts by `torchrun` or `accelerate launch
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.data.data_collator import default_data_collator
 
 from . import gpt2
-from .errors import ConfigError
+from .errors import ConfigError, StorageError
 from .losses import cross_entropy, distillation_loss, hidden_state_loss, topk_distillation_loss
 from .teacher_cache import CachedTeacher
 from .training_config import DistillConfig
@@ -160,12 +163,16 @@ class DistillTrainer(Trainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # The libraries that write have an error each, and not all say which the system's was.
+            code = getattr(error, "errno", None) or (errno.EIO if _has_space(folder) else errno.ENOSPC)
+            raise StorageError(code, f"the checkpoint is not written: {error}", str(folder)) from error
         # A process that is killed while it writes leaves a folder that looks like a checkpoint.
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            if folder.is_dir():
-                mark_complete(folder)
+        if self.args.should_save and folder.is_dir():
+            mark_complete(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A compressed checkpoint has the guard tensor, and its tied head is not stored.
@@ -257,6 +264,12 @@ def _hidden_pairs(
                 f"the teacher 0 to {theirs}"
             )
     return distill.hidden_layers
+
+
+def _has_space(folder: Path) -> bool:
+    """Whether the disk of a folder, or of what is to hold it, has a megabyte left."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free > 1 << 20
 
 
 def mark_complete(folder: Path) -> None:

@@ -207,7 +207,7 @@ def test_the_command(teacher, tmp_path, monkeypatch, capsys):
         ([], "is not empty"),
         (["--resume", "--alpha", "0.7", "--tokens", "512"], "other settings (losses)"),
         (["--temperature", "0"], "temperature"),
-        (["--text", "/nothing/there.txt"], "no file matches"),
+        (["--text", "/nothing/*.txt", "--out", str(tmp_path / "other")], "no file matches"),
     ):
         assert cli.main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -1,6 +1,9 @@
 """The distillation trainer: its loss against a formula in plain torch, and what it inherits from transformers."""
 
 import copy
+import errno
+import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from helpers.models import VOCABULARY, tiny_model
 from helpers.tokenizer import save_tokenizer
 from torch.nn import functional
 from tqcompressor import KroneckerSpec, TQConfig, token_blocks
-from tqcompressor.errors import ConfigError
+from tqcompressor.errors import ConfigError, StorageError
 from tqcompressor.in_place import compress
 from tqcompressor.teacher_cache import TaughtBlocks, cache_teacher
 from tqcompressor.trainer import COMPLETE, DistillTrainer, last_complete_checkpoint, require_same_tokenizer
@@ -230,6 +233,23 @@ def test_a_cache_of_another_temperature_or_vocabulary_is_refused(corpus, tmp_pat
         make_trainer(tmp_path, make_student(), None, DistillConfig(temperature=3.0), taught)
     with pytest.raises(ConfigError, match="cached teacher's 104"):
         make_trainer(tmp_path, tiny_model(vocab_size=120), None, blocks=taught)
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
+    place = tmp_path / "mount"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a tmpfs")
+    try:
+        arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+        with pytest.raises(StorageError) as caught:
+            make_trainer(place, make_student(), tiny_model(), **arguments).train()
+        assert caught.value.errno == errno.ENOSPC and str(place) in str(caught.value.filename)
+        assert last_complete_checkpoint(place).name == "checkpoint-1"
+    finally:
+        # Lazily: the exception's frames still hold the file that could not be written.
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_labels_alone_need_no_teacher(tmp_path):
