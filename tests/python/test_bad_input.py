@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import resource
-import subprocess
 
 import numpy as np
 import pytest
@@ -227,25 +226,6 @@ def test_destination_that_is_or_holds_the_source(refused, tmp_path, destination)
     (tmp_path / "link").symlink_to("in")
     (tmp_path / "config.json").write_text("{}")
     refused(Checkpoint(), errors.DestinationError, "source", destination=destination, overwrite=True)
-
-
-@pytest.fixture
-def tmpfs(tmp_path):
-    """Mounts a small file system of its own, where that is allowed."""
-    mounted = []
-
-    def mount(options):
-        place = tmp_path / f"mount{len(mounted)}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-            pytest.skip("only root may mount a tmpfs")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_full_disk(tmpfs, tmp_path):
