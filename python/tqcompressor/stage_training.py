@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +16,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from .corpus import TokenBlocks
 from .progress import ProgressOption, Report, reporter
@@ -125,3 +128,18 @@ class _Follower(TrainerCallback):
             speed = self.tokens / (time.perf_counter() - self.started)
             done, total = state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step
             self.report(done, total, f"{self.loss}{speed:,.0f} tokens/s")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and notes of transformers among ours."""
+    hub: Any = logging
+    verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
+    hub.set_verbosity_error()
+    hub.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub.set_verbosity(verbosity)
+        if bars:
+            hub.enable_progress_bar()

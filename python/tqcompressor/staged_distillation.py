@@ -13,8 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ._core import __version__
 from .config import TQConfig
@@ -34,7 +32,7 @@ from .model_files import load_model, read_json, save_model, weights_digest, writ
 from .progress import ProgressOption, reporter
 from .results import exponential
 from .scoring import begin_tokens, negative_log_likelihood, token_sequence
-from .stage_training import Trained, train_stage, training_arguments
+from .stage_training import Trained, quiet_transformers, train_stage, training_arguments
 from .stages import Stage, StagedRecipe, resolve_staged_recipe
 from .texts import read_text
 from .trainer import move
@@ -121,11 +119,11 @@ def distill(
         raise ConfigError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {dtype!r}")
     run.recipe = resolve_staged_recipe(recipe, effort=effort, seed=seed)
     run.check_destination(resume)
-    run.load_teacher(teacher, tokenizer)
-    one_shot = run.one_shot_config()
-    run.load_texts(texts, tokens, heldout, cache)
-    run.check_space()
-    with _quiet_transformers():
+    with quiet_transformers():
+        run.load_teacher(teacher, tokenizer)
+        one_shot = run.one_shot_config()
+        run.load_texts(texts, tokens, heldout, cache)
+        run.check_space()
         run.begin(one_shot, dtype)
         stages = tuple(run.stage(number) for number in range(1, len(run.recipe.stages) + 1))
         return run.finish(stages, getattr(torch, dtype))
@@ -168,7 +166,7 @@ class _Run:
         if isinstance(teacher, PreTrainedModel):
             if tokenizer is None:
                 raise ConfigError("tokenizer: expected one along with a teacher that is a live model")
-            # A copy, since it is trained no further and put into evaluation mode.
+            # A copy, because it is moved about.
             self.teacher = copy.deepcopy(teacher)
             move(self.teacher, "cpu")
             self.teacher.to(torch.float32)  # type: ignore[arg-type]
@@ -191,8 +189,7 @@ class _Run:
         specs: dict[str, Any] = {}
         for stage in self.recipe.stages:
             for entry in plan_model(self.teacher, stage.config)["matrices"]:
-                spec = {name: entry[name] for name in ("block", "rank", "permute")}
-                specs[entry["name"]] = spec
+                specs[entry["name"]] = {name: entry[name] for name in ("block", "rank", "permute")}
         return self.recipe.stages[-1].config.replace(specs=specs)
 
     def load_texts(self, texts: Any, tokens: int | None, heldout: StrPath | None, cache: StrPath | None) -> None:
@@ -358,18 +355,3 @@ class _Run:
 
     def _folder(self, number: int) -> Path:
         return self.out / "stages" / f"{number}-{self.recipe.stages[number - 1].name}"
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars and notes of transformers among ours."""
-    hub: Any = logging
-    verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
-    hub.set_verbosity_error()
-    hub.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.set_verbosity(verbosity)
-        if bars:
-            hub.enable_progress_bar()
