@@ -36,21 +36,25 @@ def check_on_cpu(
     labels: torch.Tensor | None,
     counted: torch.Tensor,
     names: tuple[str, str] = ("student_logits", "teacher_logits"),
+    first: int = 0,
 ) -> None:
-    """Refuses what Rust refuses; elsewhere than on the CPU, looking would mean waiting for the device."""
+    """Refuses what Rust refuses; elsewhere than on the CPU, looking would mean waiting for the device.
+
+    `first` is the number of the first of these rows in the whole batch, which errors name.
+    """
     if student.device.type != "cpu":
         return
     width = student.shape[-1]
     if labels is not None and (wrong := counted & ((labels < 0) | (labels >= width))).any():
         row = int(wrong.nonzero()[0])
         raise LabelError(
-            f"labels: expected 0 to {width - 1}, or the ignored index, got {int(labels[row])} at row {row}"
+            f"labels: expected 0 to {width - 1}, or the ignored index, got {int(labels[row])} at row {first + row}"
         )
     for name, values in zip(names, (student, teacher), strict=True):
         if values is not None and (bad := counted[:, None] & ~values.isfinite()).any():
             row, column = bad.nonzero()[0].tolist()
             value = values[row, column].item()
-            raise NonFiniteError(f"{name}: expected finite values, got {value} at row {row}, column {column}")
+            raise NonFiniteError(f"{name}: expected finite values, got {value} at row {first + row}, column {column}")
 
 
 def rows_in_torch(

@@ -220,7 +220,7 @@ def _head_loss(
         logits, teacher_logits = (states @ head.to(hidden.dtype).T).to(dtype), None
         if teacher_hidden is not None and teacher_head is not None:
             teacher_logits = teacher_hidden[rows_of_chunk] @ teacher_head.to(teacher_hidden.dtype).T
-        check_on_cpu(logits, teacher_logits, targets, counted[rows_of_chunk])
+        check_on_cpu(logits, teacher_logits, targets, counted[rows_of_chunk], first=rows_of_chunk.start)
         value_of_chunk, by_logits = rows_in_torch(
             logits, teacher_logits, targets, counted[rows_of_chunk], objective, gradient
         )

@@ -163,7 +163,11 @@ pub fn distillation_loss_in_place(
         vocabulary,
         ignore_index,
     };
-    let mut losses = vec![0.0; batch.check(objective)?];
+    let rows = batch.check(objective).map_err(|error| match error {
+        Error::Label { label, row, vocabulary } => Error::Label { label, row: first + row, vocabulary },
+        other => other,
+    })?;
+    let mut losses = vec![0.0; rows];
     let labels = Labels { labels: chunk.labels, ignore_index };
     let items = logits.chunks_mut(vocabulary).zip(&mut losses).enumerate();
     let scratch = || (vec![0.0; vocabulary], Exponentials::default());

@@ -11,7 +11,7 @@ import pytest
 from helpers.processes import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tqcompressor import losses, torch_losses
+from tqcompressor import losses, torch_formulas, torch_losses
 from tqcompressor.errors import ConfigError, DtypeError, LabelError, NonFiniteError, ShapeError, TQError
 
 torch = pytest.importorskip("torch")
@@ -312,6 +312,22 @@ def test_a_head_worked_on_in_several_chunks_gives_the_same(with_teacher, monkeyp
     hidden[10] = float("nan")
     with pytest.raises(NonFiniteError, match="row 10"):
         run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_of_a_chunked_head_name_the_row_of_the_batch(dtype, monkeypatch):
+    # Rust on float32 and torch on float64, both five rows at a time.
+    monkeypatch.setattr(torch_losses, "_LOGITS_BYTES", 5 * 301 * 4)
+    monkeypatch.setattr(torch_formulas, "_CHUNK", 5 * 301)
+    hidden, head = (torch.from_numpy(noise(shape, 1)).to(dtype) for shape in ((12, 16), (301, 16)))
+    labels = torch.arange(12) * 20
+    labels[8] = 301
+    with pytest.raises(LabelError, match="got 301 at row 8$"):
+        losses.head_distillation_loss(hidden, head, labels=labels)
+    labels[8] = 300
+    hidden[11] = float("nan")
+    with pytest.raises(NonFiniteError, match="row 11,"):
+        losses.head_distillation_loss(hidden, head, labels=labels)
 
 
 # The torch functions.
