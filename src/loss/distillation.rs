@@ -1,7 +1,7 @@
 //! Cross-entropy and Kullback–Leibler divergence over rows of logits.
 
 use super::logits::{Exponentials, NotFinite, Row, row_loss};
-use super::parallel::for_each;
+use super::parallel::{for_each, mean_over_rows};
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
 use crate::progress::{Parallelism, Progress};
@@ -94,35 +94,18 @@ pub fn distillation_loss(
 ) -> Result<(f64, Option<OwnedValues>)> {
     let rows = batch.check(objective)?;
     let labels = Labels { labels: batch.labels, ignore_index: batch.ignore_index };
-    let scale = 1.0 / labels.counted(rows).max(1) as f64;
-    let mut written = gradient.then(|| batch.student.zeros());
-    let mut losses = vec![0.0; rows];
-    let outputs: Vec<Option<RowMut<'_>>> = match &mut written {
-        Some(written) => written.rows_mut(batch.vocabulary).into_iter().map(Some).collect(),
-        None => losses.iter().map(|_| None).collect(),
-    };
-    progress.expect(rows as u64);
-    let items = losses.iter_mut().zip(outputs).enumerate();
-    for_each(items, parallelism, progress, Scratch::default, |scratch, (row, (loss, out))| {
-        progress.advance(1);
-        let Some(label) = labels.of(row) else { return Ok(()) };
+    let work = |scratch: &mut Scratch, row: usize, scale, out: RowMut<'_>| {
+        let Some(label) = labels.of(row) else { return Ok(0.0) };
         let Scratch { student, teacher, out: narrow, exponentials } = scratch;
         let logits = Row {
             student: batch.student.row(row, batch.vocabulary, student),
             teacher: batch.teacher.map(|values| values.row(row, batch.vocabulary, teacher)),
             label,
         };
-        let found = match out {
-            Some(out) => out.fill(narrow, |out| row_loss(&logits, objective, Some(scale), out, exponentials)),
-            None => {
-                narrow.resize(batch.vocabulary, 0.0);
-                row_loss(&logits, objective, None, narrow, exponentials)
-            }
-        };
-        *loss = found.map_err(|which| non_finite(which, row, &logits))?;
-        Ok(())
-    })?;
-    Ok((losses.iter().sum::<f64>() * scale, written))
+        out.fill(narrow, |out| row_loss(&logits, objective, scale, out, exponentials))
+            .map_err(|which| non_finite(which, row, &logits))
+    };
+    mean_over_rows(batch.student, batch.vocabulary, labels.counted(rows), gradient, parallelism, progress, work)
 }
 
 /// Some rows of a batch whose logits are never held whole, and what they are compared with.
@@ -191,6 +174,19 @@ pub fn distillation_loss_in_place(
     Ok(losses.iter().sum::<f64>() * scale)
 }
 
+/// How many rows of a vocabulary the student's logits are.
+pub(super) fn rows_of_logits(student: Values<'_>, vocabulary: usize) -> Result<usize> {
+    let values = student.len();
+    if vocabulary == 0 || !values.is_multiple_of(vocabulary) {
+        return Err(Error::Shape {
+            operation: "student_logits",
+            expected: format!("rows of a vocabulary of at least one token, here {vocabulary}"),
+            got: format!("{values} values"),
+        });
+    }
+    Ok(values / vocabulary)
+}
+
 /// What a thread uses again for each of its rows.
 #[derive(Default)]
 struct Scratch {
@@ -257,22 +253,21 @@ impl Labels<'_> {
 impl Batch<'_> {
     /// Checks everything but the values, and returns the number of rows.
     fn check(&self, objective: &Objective) -> Result<usize> {
-        let shape = |operation, expected, got: String| Err(Error::Shape { operation, expected, got });
+        let rows = rows_of_logits(self.student, self.vocabulary)?;
         let values = self.student.len();
-        if self.vocabulary == 0 || !values.is_multiple_of(self.vocabulary) {
-            let expected = format!("rows of a vocabulary of at least one token, here {}", self.vocabulary);
-            return shape("student_logits", expected, format!("{values} values"));
-        }
         match self.teacher {
             Some(teacher) if teacher.len() != values => {
-                return shape("teacher_logits", format!("the student's {values} values"), teacher.len().to_string());
+                return Err(Error::Shape {
+                    operation: "teacher_logits",
+                    expected: format!("the student's {values} values"),
+                    got: teacher.len().to_string(),
+                });
             }
             None if objective.divergence > 0.0 => {
                 return Err(Error::Config("teacher_logits: a divergence needs them".into()));
             }
             _ => {}
         }
-        let rows = values / self.vocabulary;
         Labels { labels: self.labels, ignore_index: self.ignore_index }.check(rows, self.vocabulary, objective)?;
         Ok(rows)
     }

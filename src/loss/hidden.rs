@@ -1,6 +1,6 @@
 //! Distances between hidden states of student and teacher.
 
-use super::parallel::for_each;
+use super::parallel::mean_over_rows;
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
 use crate::progress::{Parallelism, Progress};
@@ -60,20 +60,9 @@ pub fn hidden_state_loss(
 ) -> Result<(f64, Option<OwnedValues>)> {
     let rows = batch.check()?;
     let counted = batch.mask.map_or(rows, |mask| mask.iter().filter(|&&counts| counts).count());
-    let scale = 1.0 / counted.max(1) as f64;
-    let mut written = gradient.then(|| batch.student.zeros());
-    let mut losses = vec![0.0; rows];
-    let outputs: Vec<Option<RowMut<'_>>> = match &mut written {
-        Some(written) => written.rows_mut(batch.width).into_iter().map(Some).collect(),
-        None => losses.iter().map(|_| None).collect(),
-    };
-    progress.expect(rows as u64);
-    let items = losses.iter_mut().zip(outputs).enumerate();
-    let scratch = || (Vec::new(), Vec::new(), Vec::new());
-    for_each(items, parallelism, progress, scratch, |(student, teacher, narrow), (row, (loss, out))| {
-        progress.advance(1);
+    let work = |[student, teacher, narrow]: &mut [Vec<f32>; 3], row: usize, scale: Option<f64>, out: RowMut<'_>| {
         if batch.mask.is_some_and(|mask| !mask[row]) {
-            return Ok(());
+            return Ok(0.0);
         }
         let student = batch.student.row(row, batch.width, student);
         let teacher = batch.teacher.row(row, batch.width, teacher);
@@ -103,13 +92,12 @@ pub fn hidden_state_loss(
                 }
             }
         };
-        *loss = value;
-        if let Some(out) = out {
+        if let Some(scale) = scale {
             out.fill(narrow, |out| combine(student, teacher, own * scale, other * scale, out));
         }
-        Ok(())
-    })?;
-    Ok((losses.iter().sum::<f64>() * scale, written))
+        Ok(value)
+    };
+    mean_over_rows(batch.student, batch.width, counted, gradient, parallelism, progress, work)
 }
 
 impl HiddenBatch<'_> {

@@ -2,8 +2,39 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
 use crate::progress::{Parallelism, Progress};
+
+/// The mean of a loss over the `counted` ones of the student's rows, and its gradient in the student's dtype if wanted.
+///
+/// `work` gets a scratch, a row's number, what its gradient is to be multiplied by (none if it is not wanted) and where it
+/// is to be written; it returns the row's loss, 0 for a row that does not count.
+pub(super) fn mean_over_rows<S: Default>(
+    student: Values<'_>,
+    width: usize,
+    counted: usize,
+    gradient: bool,
+    parallelism: Parallelism,
+    progress: &Progress,
+    work: impl Fn(&mut S, usize, Option<f64>, RowMut<'_>) -> Result<f64> + Sync,
+) -> Result<(f64, Option<OwnedValues>)> {
+    let scale = 1.0 / counted.max(1) as f64;
+    let mut losses = vec![0.0; student.len() / width];
+    let mut written = gradient.then(|| student.zeros());
+    let outputs = match &mut written {
+        Some(written) => written.rows_mut(width),
+        None => losses.iter().map(|_| RowMut::Unwanted(width)).collect(),
+    };
+    progress.expect(losses.len() as u64);
+    let items = losses.iter_mut().zip(outputs).enumerate();
+    for_each(items, parallelism, progress, S::default, |scratch, (row, (loss, out))| {
+        progress.advance(1);
+        *loss = work(scratch, row, gradient.then_some(scale), out)?;
+        Ok(())
+    })?;
+    Ok((losses.iter().sum::<f64>() * scale, written))
+}
 
 /// Calls `work` on every item, each thread with a scratch of its own that it uses again for its next item.
 ///

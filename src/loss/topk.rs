@@ -2,10 +2,10 @@
 
 use std::f64::consts::{LN_2, LOG2_E};
 
-use super::distillation::{Direction, Labels, Objective, non_finite};
+use super::distillation::{Direction, Labels, Objective, non_finite, rows_of_logits};
 use super::kernels::{Coefficients, Inputs, Outputs, Plain, measure, write_gradient};
 use super::logits::{NotFinite, Row};
-use super::parallel::for_each;
+use super::parallel::mean_over_rows;
 use super::tiles::TILE;
 use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
@@ -58,46 +58,24 @@ pub fn topk_distillation_loss(
 ) -> Result<(f64, Option<OwnedValues>)> {
     let rows = batch.check(objective)?;
     let labels = Labels { labels: batch.labels, ignore_index: batch.ignore_index };
-    let scale = 1.0 / labels.counted(rows).max(1) as f64;
-    let mut written = gradient.then(|| batch.student.zeros());
-    let mut losses = vec![0.0; rows];
-    let outputs: Vec<Option<RowMut<'_>>> = match &mut written {
-        Some(written) => written.rows_mut(batch.vocabulary).into_iter().map(Some).collect(),
-        None => losses.iter().map(|_| None).collect(),
-    };
-    progress.expect(rows as u64);
-    let items = losses.iter_mut().zip(outputs).enumerate();
-    for_each(items, parallelism, progress, Scratch::default, |scratch, (row, (loss, out))| {
-        progress.advance(1);
-        let Some(label) = labels.of(row) else { return Ok(()) };
+    let work = |scratch: &mut Scratch, row: usize, scale, out: RowMut<'_>| {
+        let Some(label) = labels.of(row) else { return Ok(0.0) };
         let range = row * batch.count..(row + 1) * batch.count;
         let (tokens, probabilities) = (&batch.tokens[range.clone()], &batch.probabilities[range]);
         let Scratch { student, narrow, named } = scratch;
         let student = batch.student.row(row, batch.vocabulary, student);
         named.gather(student, tokens, probabilities, label, objective, row)?;
-        let found = match out {
-            Some(out) => out.fill(narrow, |out| named.row_loss(objective, Some(scale), out)),
-            None => {
-                narrow.resize(batch.vocabulary, 0.0);
-                named.row_loss(objective, None, narrow)
-            }
-        };
-        *loss = found.map_err(|which| non_finite(which, row, &Row { student, teacher: None, label: None }))?;
-        Ok(())
-    })?;
-    Ok((losses.iter().sum::<f64>() * scale, written))
+        out.fill(narrow, |out| named.row_loss(objective, scale, out))
+            .map_err(|which| non_finite(which, row, &Row { student, teacher: None, label: None }))
+    };
+    mean_over_rows(batch.student, batch.vocabulary, labels.counted(rows), gradient, parallelism, progress, work)
 }
 
 impl TopKBatch<'_> {
     /// Checks everything but the values, and returns the number of rows.
     fn check(&self, objective: &Objective) -> Result<usize> {
         let shape = |operation, expected, got: String| Err(Error::Shape { operation, expected, got });
-        let values = self.student.len();
-        if self.vocabulary == 0 || !values.is_multiple_of(self.vocabulary) {
-            let expected = format!("rows of a vocabulary of at least one token, here {}", self.vocabulary);
-            return shape("student_logits", expected, format!("{values} values"));
-        }
-        let rows = values / self.vocabulary;
+        let rows = rows_of_logits(self.student, self.vocabulary)?;
         if !(1..=self.vocabulary).contains(&self.count) {
             return shape("teacher_tokens", format!("1 to {} per row", self.vocabulary), self.count.to_string());
         }

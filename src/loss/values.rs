@@ -32,6 +32,8 @@ pub(super) enum RowMut<'a> {
     F32(&'a mut [f32]),
     F16(&'a mut [u16]),
     Bf16(&'a mut [u16]),
+    /// Of so many values, which nobody wants.
+    Unwanted(usize),
 }
 
 impl<'a> Values<'a> {
@@ -96,7 +98,8 @@ impl OwnedValues {
 }
 
 impl RowMut<'_> {
-    /// Lets `write` write the row in f32, in place or in `scratch`, then rounds it to nearest, ties to even.
+    /// Lets `write` write the row in f32, in place or in `scratch`, then rounds it to nearest, ties to even. A row that is
+    /// not wanted stays in `scratch`.
     pub(super) fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
         match self {
             Self::F32(row) => write(row),
@@ -111,6 +114,10 @@ impl RowMut<'_> {
                 let result = write(scratch);
                 bits.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(scratch);
                 result
+            }
+            Self::Unwanted(width) => {
+                scratch.resize(width, 0.0);
+                write(scratch)
             }
         }
     }

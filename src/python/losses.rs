@@ -1,6 +1,7 @@
 //! `distillation_loss`, `distillation_loss_in_place`, `topk_distillation_loss`, `hidden_state_loss` and `head_loss`.
 
-use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
+use numpy::ndarray::Dimension;
+use numpy::{Element, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
@@ -57,6 +58,19 @@ fn same_shape(operation: &'static str, student: [usize; 2], teacher: [usize; 2])
     Err(Error::Shape { operation, expected: format!("the student's {student:?}"), got: format!("{teacher:?}") })
 }
 
+/// The values of an array that may be missing.
+fn optional<'a, T: Element, D: Dimension>(
+    array: &'a Option<PyReadonlyArray<'_, T, D>>,
+    name: &'static str,
+) -> Result<Option<&'a [T]>> {
+    array.as_ref().map(|array| contiguous(array.as_array().to_slice(), name)).transpose()
+}
+
+fn objective(temperature: f64, divergence: f64, cross_entropy: f64, reverse: bool) -> Result<Objective> {
+    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
+    Objective::new(temperature, divergence, cross_entropy, direction)
+}
+
 /// Runs a loss on the calling thread if it is small, else on `threads` threads of its own. It borrows the arrays, whose
 /// copies would take more memory than everything else.
 fn run<T: Send>(
@@ -101,9 +115,8 @@ fn distillation_loss<'py>(
     if let Some((_, teacher_shape)) = teacher {
         same_shape("teacher_logits", shape, teacher_shape)?;
     }
-    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
-    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
-    let objective = Objective::new(temperature, divergence, cross_entropy, direction)?;
+    let labels = optional(&labels, "labels")?;
+    let objective = objective(temperature, divergence, cross_entropy, reverse)?;
     let teacher = teacher.map(|(values, _)| values);
     let batch = loss::Batch { student, teacher, labels, vocabulary: shape[1], ignore_index };
     let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
@@ -132,11 +145,9 @@ fn distillation_loss_in_place<'py>(
     let shape: [usize; 2] = student.as_array().dim().into();
     let teacher_shape = teacher.as_ref().map(|teacher| teacher.as_array().dim().into());
     same_shape("teacher_logits", shape, teacher_shape.unwrap_or(shape))?;
-    let teacher =
-        teacher.as_ref().map(|teacher| contiguous(teacher.as_array().to_slice(), "teacher_logits")).transpose()?;
-    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
-    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
-    let objective = Objective::new(temperature, divergence, cross_entropy, direction)?;
+    let teacher = optional(&teacher, "teacher_logits")?;
+    let labels = optional(&labels, "labels")?;
+    let objective = objective(temperature, divergence, cross_entropy, reverse)?;
     let chunk = loss::Chunk { teacher, labels, vocabulary: shape[1], ignore_index, first, scale };
     contiguous(student.as_slice().ok(), "student_logits")?;
     let student = student.as_slice_mut().map_err(|_| PyRuntimeError::new_err("student_logits: not writable"))?;
@@ -165,8 +176,8 @@ fn topk_distillation_loss<'py>(
     let count = tokens.as_array().ncols();
     let tokens = contiguous(tokens.as_array().to_slice(), "teacher_tokens")?;
     let probabilities = contiguous(probabilities.as_array().to_slice(), "teacher_probabilities")?;
-    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
-    let objective = Objective::new(temperature, divergence, cross_entropy, Direction::Forward)?;
+    let labels = optional(&labels, "labels")?;
+    let objective = objective(temperature, divergence, cross_entropy, false)?;
     let batch = loss::TopKBatch { student, tokens, probabilities, count, labels, vocabulary: shape[1], ignore_index };
     let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
         loss::topk_distillation_loss(&batch, &objective, gradient, parallelism, progress)
@@ -190,7 +201,7 @@ fn hidden_state_loss<'py>(
     let (student, shape) = student.values(student_dtype)?;
     let (teacher, teacher_shape) = teacher.values(teacher_dtype)?;
     same_shape("teacher_hidden", shape, teacher_shape)?;
-    let mask = mask.as_ref().map(|mask| contiguous(mask.as_array().to_slice(), "mask")).transpose()?;
+    let mask = optional(&mask, "mask")?;
     let distance = loss::HiddenDistance::from_name(kind)?;
     let batch = loss::HiddenBatch { student, teacher, width: shape[1], mask };
     let (value, written) = run(py, student.len(), threads, |parallelism, progress| {
@@ -238,9 +249,8 @@ fn head_loss<'py>(
     if let Some((_, teacher_shape)) = teacher {
         same_shape("rows and vocabulary of the teacher", shape, teacher_shape)?;
     }
-    let labels = labels.as_ref().map(|labels| contiguous(labels.as_array().to_slice(), "labels")).transpose()?;
-    let direction = if reverse { Direction::Reverse } else { Direction::Forward };
-    let objective = Objective::new(temperature, divergence, cross_entropy, direction)?;
+    let labels = optional(&labels, "labels")?;
+    let objective = objective(temperature, divergence, cross_entropy, reverse)?;
     let [rows, vocabulary] = shape;
     let teacher = teacher.map(|(head, _)| head);
     let batch = loss::HeadBatch { student, teacher, labels, rows, vocabulary, ignore_index };
