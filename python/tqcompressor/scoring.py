@@ -123,9 +123,9 @@ def negative_log_likelihood(
     context, stride = _window(model, context, stride)
     sequence = torch.tensor(tokens, device=model.device)
     windows = list(_windows(len(sequence) - 1, context, stride))
-    batch_size = _batch_size(model, batch_size, stride)
+    batch_size = checked_batch_size(model, batch_size, stride)
     total, done = 0.0, 0
-    with _evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as callback:
+    with evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as callback:
         report = callback or _silent
         report(done, len(sequence) - 1)
         # The first window scores more tokens than the others: by itself, it does not widen their logits.
@@ -180,9 +180,9 @@ def last_word_accuracy(
     items = [_last_word_item(tokenizer, passage, number, context) for number, passage in enumerate(passages, 1)]
     # Passages of one length side by side: little padding, and last words at few different positions.
     items.sort(key=lambda item: -len(item[0]))
-    batch_size = _batch_size(model, batch_size, len(items[0][0]))
+    batch_size = checked_batch_size(model, batch_size, len(items[0][0]))
     right, total, done = 0, 0.0, 0
-    with _evaluating(model), torch.inference_mode(), reporter(progress, "last words") as callback:
+    with evaluating(model), torch.inference_mode(), reporter(progress, "last words") as callback:
         report = callback or _silent
         report(done, len(items))
         for batch in _chunks(items, batch_size):
@@ -264,7 +264,8 @@ def _window(model: PreTrainedModel, context: int | None, stride: int | None) -> 
     return context, stride
 
 
-def _batch_size(model: PreTrainedModel, batch_size: int | None, positions: int) -> int:
+def checked_batch_size(model: PreTrainedModel, batch_size: int | None, positions: int) -> int:
+    """The batch size, by default one that keeps the logits of so many positions a row under 256 MB, at most 32."""
     if batch_size is None:
         return max(1, min(32, _LOGITS_PER_BATCH // (positions * int(model.config.vocab_size))))
     if batch_size < 1:
@@ -278,14 +279,15 @@ def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a while."""
-    training = model.training
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while, then the mode of every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.train(False)
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _silent(done: int, total: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from .errors import CheckpointError, ConfigError, DestinationError, NonFiniteErr
 from .loss_arrays import TEMPERATURES
 from .model_files import weights_digest
 from .progress import ProgressOption, reporter
+from .scoring import checked_batch_size, evaluating
 from .teacher_file import TeacherFile, largest, probabilities_of
 from .whole_file import WholeFile, storage_errors
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["CachedTeacher", "TaughtBlocks", "cache_teacher"]
-
-# Logits of one batch, in elements: 256 MB in float32.
-_LOGITS_PER_BATCH = 1 << 26
 
 
 class CachedTeacher:
@@ -237,10 +233,7 @@ def cache_teacher(
         raise ConfigError(f"k: expected 1 to {vocabulary} (the teacher's vocabulary), got {k}")
     if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
         raise ConfigError(f"temperature: expected {TEMPERATURES[0]} to {TEMPERATURES[1]}, got {temperature}")
-    if batch_size is None:
-        batch_size = max(1, min(32, _LOGITS_PER_BATCH // (blocks.block_size * vocabulary)))
-    elif batch_size < 1:
-        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
+    batch_size = checked_batch_size(teacher, batch_size, blocks.block_size)
     if blocks.vocabulary > vocabulary:
         raise ConfigError(f"the teacher knows {vocabulary:,} tokens, the blocks' tokenizer has {blocks.vocabulary:,}")
     if positions is not None and blocks.block_size > positions:
@@ -288,7 +281,7 @@ def _write(
     parts = contents.parts()
     file.reserve(parts[-1].end)
     file.write_at(0, contents.header())
-    with _evaluating(teacher), torch.inference_mode(), reporter(progress, "cache the teacher") as report:
+    with evaluating(teacher), torch.inference_mode(), reporter(progress, "cache the teacher") as report:
         for first in range(0, len(blocks), batch_size):
             end = min(first + batch_size, len(blocks))
             inputs = torch.stack([blocks[index]["input_ids"] for index in range(first, end)]).to(teacher.device)
@@ -305,15 +298,3 @@ def _write(
 def _description(teacher: PreTrainedModel) -> str:
     name = f" {teacher.name_or_path}" if teacher.name_or_path else ""
     return f"{type(teacher).__name__}{name} ({sum(part.numel() for part in teacher.parameters()):,} parameters)"
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a while, then the mode of every module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -322,7 +322,7 @@ def test_errors_of_a_chunked_head_name_the_row_of_the_batch(dtype, monkeypatch):
     hidden, head = (torch.from_numpy(noise(shape, 1)).to(dtype) for shape in ((12, 16), (301, 16)))
     labels = torch.arange(12) * 20
     labels[8] = 301
-    with pytest.raises(LabelError, match="got 301 at row 8$"):
+    with pytest.raises(LabelError, match=r"got 301 at row 8$"):
         losses.head_distillation_loss(hidden, head, labels=labels)
     labels[8] = 300
     hidden[11] = float("nan")
