@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import ConfigError, DtypeError, ShapeError
 
 # Beyond these, nothing is left of the logits, or nothing but their largest. As in src/loss/distillation.rs.
-TEMPERATURES = (1e-4, 1e4)
+_TEMPERATURES = (1e-4, 1e4)
 
 
 class Objective(NamedTuple):
@@ -28,10 +27,15 @@ def checked_objective(
     temperature: float, divergence: float, cross_entropy: float, reverse: bool, ignore_index: int
 ) -> Objective:
     """The objective; raises `ConfigError` for a temperature out of range."""
-    low, high = TEMPERATURES
-    if not (math.isfinite(temperature) and low <= temperature <= high):
-        raise ConfigError(f"temperature: expected a number from {low:g} to {high:g}, got {temperature}")
+    check_temperature(temperature)
     return Objective(float(temperature), float(divergence), float(cross_entropy), reverse, ignore_index)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises `ConfigError` for a temperature out of range."""
+    low, high = _TEMPERATURES
+    if not low <= temperature <= high:
+        raise ConfigError(f"temperature: expected a number from {low:g} to {high:g}, got {temperature}")
 
 
 def is_tensor(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from .corpus import StrPath, TokenBlocks
 from .errors import CheckpointError, ConfigError, DestinationError, NonFiniteError
-from .loss_arrays import TEMPERATURES
+from .loss_arrays import check_temperature
 from .model_files import weights_digest
 from .progress import ProgressOption, reporter
 from .scoring import checked_batch_size, evaluating
@@ -231,8 +231,7 @@ def cache_teacher(
     positions = getattr(teacher.config, "max_position_embeddings", None)
     if not 1 <= k <= vocabulary:
         raise ConfigError(f"k: expected 1 to {vocabulary} (the teacher's vocabulary), got {k}")
-    if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
-        raise ConfigError(f"temperature: expected {TEMPERATURES[0]} to {TEMPERATURES[1]}, got {temperature}")
+    check_temperature(temperature)
     batch_size = checked_batch_size(teacher, batch_size, blocks.block_size)
     if blocks.vocabulary > vocabulary:
         raise ConfigError(f"the teacher knows {vocabulary:,} tokens, the blocks' tokenizer has {blocks.vocabulary:,}")

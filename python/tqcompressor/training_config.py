@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .loss_arrays import TEMPERATURES
+from .loss_arrays import check_temperature
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -31,9 +31,7 @@ class DistillConfig:
     hidden_layers: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        low, high = TEMPERATURES
-        if not low <= self.temperature <= high:
-            raise ConfigError(f"temperature: expected a number from {low:g} to {high:g}, got {self.temperature}")
+        check_temperature(self.temperature)
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
         if not 0 <= self.hidden_weight < math.inf:
