@@ -7,7 +7,6 @@ mixed precision, several processes and hosts by `torchrun` or `accelerate launch
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,8 +24,8 @@ from .losses import cross_entropy, distillation_loss, hidden_state_loss, topk_di
 from .teacher_cache import CachedTeacher
 from .training_config import DistillConfig
 from .transformers_integration import guard_name
-from .whole_file import storage_errors
-from .whole_folder import sync_folder
+from .whole_file import storage_errors, sync
+from .whole_folder import free_space, sync_folder
 
 # Its presence says that all of a checkpoint folder was written.
 COMPLETE = "complete"
@@ -168,7 +167,7 @@ class DistillTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             # The libraries that write have an error each, and not all say which the system's was.
-            code = getattr(error, "errno", None) or (errno.EIO if _has_space(folder) else errno.ENOSPC)
+            code = getattr(error, "errno", None) or (errno.EIO if free_space(folder) > 1 << 20 else errno.ENOSPC)
             raise StorageError(code, f"the checkpoint is not written: {error}", str(folder)) from error
         # A process that is killed while it writes leaves a folder that looks like a checkpoint.
         if self.args.should_save and folder.is_dir():
@@ -266,18 +265,13 @@ def _hidden_pairs(
     return distill.hidden_layers
 
 
-def _has_space(folder: Path) -> bool:
-    """Whether the disk of a folder, or of what is to hold it, has a megabyte left."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free > 1 << 20
-
-
 def mark_complete(folder: Path) -> None:
     """Says, durably, that everything in the folder is written."""
     with storage_errors(folder):
         sync_folder(folder)
         (folder / COMPLETE).touch()
-        sync_folder(folder)
+        sync(folder / COMPLETE)
+        sync(folder)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

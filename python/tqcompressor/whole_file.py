@@ -79,7 +79,7 @@ class WholeFile:
                 with storage_errors(self.path):
                     os.fsync(self._file.fileno())
                     self._partial.replace(self.path)
-                    _sync_directory(self.path.parent)
+                    sync(self.path.parent)
         finally:
             # Before the lock goes: behind it, the name may be another process's.
             if _is_at(self._file.fileno(), self._partial):
@@ -96,16 +96,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

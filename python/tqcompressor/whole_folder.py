@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import StorageError
-from .whole_file import storage_errors
+from .whole_file import storage_errors, sync
 
 
 @contextmanager
@@ -42,20 +41,16 @@ def sync_folder(folder: Path) -> None:
     sync(folder)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def free_space(folder: Path) -> int:
+    """Bytes left on the disk of a folder, or of what is to hold it; raises `StorageError` where there is no saying."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with storage_errors(folder):
+        return shutil.disk_usage(existing).free
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raises `StorageError` unless the disk that `folder` is on has `needed` bytes left."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with storage_errors(folder):
-        free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         message = f"{what} may need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
         raise StorageError(errno.ENOSPC, message, str(folder))
