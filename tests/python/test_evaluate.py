@@ -128,10 +128,12 @@ def test_the_trained_checkpoint_predicts_held_out_text(trained, tokenizer):
 
 def test_the_model_is_left_in_the_mode_it_was_in(model, tokenizer):
     model.train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
     try:
         noisy = [evaluate.perplexity(model, tokenizer, TEXT).negative_log_likelihood for _ in range(2)]
         assert noisy[0] == noisy[1], "dropout was not switched off"
-        assert model.training
+        assert [module.training for module in model.modules()] == before
     finally:
         model.eval()
 
