@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,8 @@ class DistillTrainer(Trainer):
         if teacher_tokenizer is not None and processing_class is not None:
             require_same_tokenizer(processing_class, teacher_tokenizer)
         _check_cached(options.get("train_dataset"), model, self.distill)
-        options.setdefault("data_collator", collate)
+        # With a tokenizer at hand, transformers would choose one that pads.
+        options.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, **options)
         # The loss is a mean over the tokens of each batch, so that the accumulated batches' must be averaged.
         self.model_accepts_loss_kwargs = False
@@ -125,7 +125,8 @@ class DistillTrainer(Trainer):
         weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
         taught: Any = None
         if self.teacher is not None and (tokens is None or self.hidden_pairs):
-            with torch.inference_mode(), self._autocast():
+            # Accelerate puts only the model that it prepares, the student, under the mixed precision.
+            with torch.inference_mode(), self.accelerator.autocast():
                 taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
         loss: torch.Tensor
         if tokens is not None and probabilities is not None:
@@ -148,10 +149,6 @@ class DistillTrainer(Trainer):
             ]
             loss = loss + self.distill.hidden_weight * torch.stack(distances).mean()
         return loss
-
-    def _autocast(self) -> Any:
-        """The student's mixed precision; accelerate wraps only the model that it prepares."""
-        return self.accelerator.autocast() if self.accelerator.native_amp else nullcontext()
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -187,13 +184,6 @@ class DistillTrainer(Trainer):
 def move(model: Any, device: Any) -> None:
     """`model.to(device)`, in place; the stubs of transformers do not know that a model has it."""
     model.to(device)
-
-
-def collate(items: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items of equal length as a batch, with the input as its labels where there are none."""
-    batch: dict[str, torch.Tensor] = default_data_collator(items)
-    batch.setdefault("labels", _own_labels(batch))
-    return batch
 
 
 def _own_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
