@@ -26,18 +26,12 @@ import torch
 from measuring import ROOT, fresh_process
 from tqcompressor import KroneckerSpec, TQConfig, compress, token_blocks
 from tqcompressor.evaluate import perplexity, read_text
+from tqcompressor.stage_training import training_arguments
 from tqcompressor.staged_distillation import distill
 from tqcompressor.stages import STAGED_RECIPES, Stage, StagedRecipe
 from tqcompressor.trainer import DistillTrainer
 from tqcompressor.training_config import DistillConfig, TrainingConfig
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, PrinterCallback
 
 TEACHER = ROOT / "tests" / "data" / "tiny-gpt2"
 BOOKS = ROOT.parent / "shared" / "data" / "books" / "train.txt"
@@ -163,26 +157,10 @@ def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(task.seed)
     student = GPT2LMHeadModel(config)
     blocks = token_blocks(task.text, tokenizer, config.n_positions).take(task.tokens)
-    steps = len(blocks) // settings.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            warmup_steps=round(settings.warmup * steps),
-            lr_scheduler_type="cosine",
-            weight_decay=settings.weight_decay,
-            bf16=settings.precision == "bfloat16",
-            seed=task.seed,
-            data_seed=task.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            use_cpu=True,
-        )
+        arguments = training_arguments(settings, Path(folder), len(blocks) // settings.batch_size, "cpu")
+        # It is not resumed.
+        arguments.set_save("no")
         trainer = DistillTrainer(student, arguments, distill=DistillConfig(alpha=0.0), train_dataset=blocks)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
