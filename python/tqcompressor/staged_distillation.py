@@ -244,14 +244,12 @@ class _Run:
         with self.arguments.main_process_first(local=False):
             if not path.exists():
                 teacher = self._score(self.teacher, "score teacher")
-                student = copy.deepcopy(self.teacher)
-                compress(student, one_shot, threads=self.threads, progress=self.progress)
-                state = {
-                    "settings": settings,
-                    "heldout_tokens": len(self.heldout) - 1,
-                    "teacher": asdict(teacher),
-                    "one_shot": asdict(self._score(student, "score one-shot")),
-                }
+                state = {"settings": settings, "heldout_tokens": len(self.heldout) - 1, "teacher": asdict(teacher)}
+                # The compression of a single stage is the one-shot one, and the stage scores it.
+                if len(self.recipe.stages) > 1:
+                    student = copy.deepcopy(self.teacher)
+                    compress(student, one_shot, threads=self.threads, progress=self.progress)
+                    state["one_shot"] = asdict(self._score(student, "score one-shot"))
                 write_json(path, state)
             self.state = read_json(path)
         before = self.state["settings"]
@@ -304,6 +302,7 @@ class _Run:
 
     def finish(self, stages: tuple[StageResult, ...], dtype: torch.dtype) -> TrainingReport:
         """Puts the last stage's student into `out`; the report, which is written last, says that it is all there."""
+        one_shot = self.state.get("one_shot")
         report = TrainingReport(
             version=__version__,
             settings=self.state["settings"],
@@ -314,7 +313,7 @@ class _Run:
             },
             heldout_tokens=self.state["heldout_tokens"],
             teacher=ModelResult(**self.state["teacher"]),
-            one_shot=ModelResult(**self.state["one_shot"]),
+            one_shot=ModelResult(**one_shot) if one_shot else stages[0].compressed,
             stages=stages,
         )
         with self.arguments.main_process_first(local=False):

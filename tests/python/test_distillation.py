@@ -16,9 +16,12 @@ from helpers.processes import environment, run_script
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import KroneckerSpec, TQConfig, cli, distill
 from tqcompressor.errors import ConfigError, DestinationError, StorageError, TextError
+from tqcompressor.in_place import compress
+from tqcompressor.results import exponential
+from tqcompressor.scoring import negative_log_likelihood, token_sequence
 from tqcompressor.stages import Stage, StagedRecipe
 from tqcompressor.training_config import DistillConfig, TrainingConfig
-from tqcompressor.training_report import TrainingReport
+from tqcompressor.training_report import ModelResult, TrainingReport
 from transformers import GPT2LMHeadModel
 
 RECIPE = StagedRecipe(
@@ -138,21 +141,26 @@ def test_a_live_teacher_a_single_stage_and_a_narrow_dtype(teacher, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(teacher.path)
     with pytest.raises(ConfigError, match="tokenizer"):
         run(teacher, tmp_path / "out", teacher=model)
+    tokenizer = AutoTokenizer.from_pretrained(teacher.path)
     report = run(
         teacher,
         tmp_path / "out",
         teacher=model,
-        tokenizer=AutoTokenizer.from_pretrained(teacher.path),
+        tokenizer=tokenizer,
         recipe=RECIPE.stages[2].config,
         heldout=teacher.text,
         tokens=512,
         dtype="bfloat16",
     )
     assert [stage.name for stage in report.stages] == ["one-shot"]
-    assert report.stages[0].compressed == report.one_shot
     assert report.tokens == 512
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert all(parameter.requires_grad for parameter in model.parameters())
+    # The one-shot student and the single stage's are one, and are scored once.
+    compress(model, RECIPE.stages[2].config)
+    total, tokens = negative_log_likelihood(model, token_sequence(tokenizer, teacher.text.read_text(encoding="utf-8")))
+    expected = ModelResult(model.num_parameters(), exponential(total / tokens))
+    assert report.one_shot == report.stages[0].compressed == expected
 
 
 def test_what_is_wrong_is_said_before_anything_is_done(teacher, tmp_path, monkeypatch):
