@@ -4,12 +4,13 @@
 //! column permutations `p` and `q` searched so that little energy is lost.
 //!
 //! Modules, from the bottom up (each imports only from those before it):
-//! [`error`], [`shape`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`checkpoint`], [`plan`], [`compress`].
+//! [`error`], [`shape`], [`spec`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`fit`], [`checkpoint`], [`plan`], [`compress`].
 //! `python` is the only module that knows Python.
 
 pub mod checkpoint;
 pub mod compress;
 pub mod error;
+pub mod fit;
 pub mod kron;
 pub mod loss;
 pub mod memory;
@@ -18,6 +19,7 @@ pub mod plan;
 pub mod progress;
 pub mod shape;
 pub mod simd;
+pub mod spec;
 
 #[cfg(feature = "python")]
 mod python;
