@@ -1,8 +1,10 @@
 //! Approximating a matrix in a norm of its own: low rank, Kronecker sums, and sums of both.
 
+mod choose;
 mod low_rank;
 mod moment;
 
+pub use choose::{fit, fit_within};
 pub use low_rank::{LowRank, low_rank, spectrum};
 pub use moment::{Moment, Moments, Norm, Weight};
 
