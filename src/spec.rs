@@ -1,5 +1,7 @@
 //! What is asked of one matrix: a Kronecker sum, a low-rank product, or a sum of several of these.
 
+use std::fmt;
+
 use crate::error::{Error, Result};
 use crate::shape::KroneckerSpec;
 
@@ -190,6 +192,27 @@ impl MatrixSpec {
     /// [`Error::Shape`] if a term does not fit the matrix.
     pub fn multiplies(&self, m: usize, n: usize) -> Result<usize> {
         self.terms.iter().map(|term| term.multiplies(m, n)).sum()
+    }
+}
+
+impl fmt::Display for TermSpec {
+    /// As in "block 2 × 4, rank 4, permuted both" and "low rank 224".
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kronecker(KroneckerSpec { block: (m2, n2), rank, permute }) => {
+                write!(formatter, "block {m2} × {n2}, rank {rank}, permuted {}", permute.name())
+            }
+            Self::LowRank { rank } => write!(formatter, "low rank {rank}"),
+        }
+    }
+}
+
+impl fmt::Display for MatrixSpec {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (t, term) in self.terms.iter().enumerate() {
+            write!(formatter, "{}{term}", if t == 0 { "" } else { " + " })?;
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ The public functions in `tqcompressor` wrap these and document them; nothing els
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 __all__ = [
     "__version__",
     "apply",
+    "choose_specs",
+    "choose_specs_of_checkpoint",
     "compress_checkpoint",
-    "decompose_many",
     "distillation_loss",
     "distillation_loss_in_place",
     "find_permutation",
+    "fit_many",
     "head_loss",
     "hidden_state_loss",
     "nearest_kronecker_sum",
@@ -31,6 +34,9 @@ _Float32Array = NDArray[np.float32]
 _Int64Array = NDArray[np.int64]
 # Called with (done, total) from the calling thread, about every 50 ms and once at the end.
 _ProgressCallback = Callable[[int, int], object]
+# The second moments of a matrix's inputs and of the gradients at its outputs: `(d, d)`, or `(d,)` for a diagonal.
+_Moments = tuple[_Float32Array | None, _Float32Array | None]
+_Chosen = tuple[str | None, int, float, NDArray[np.float64]]
 
 def nearest_kronecker_sum(
     w: _Float32Array, block: tuple[int, int], rank: int
@@ -49,18 +55,45 @@ def find_permutation(
 ) -> tuple[_Int64Array, _Int64Array, float]:
     """`(p, q, lost_energy)`: gather indices such that `w[p][:, q]` is near a Kronecker sum."""
 
-def decompose_many(
+def fit_many(
     matrices: Sequence[_Float32Array],
     names: Sequence[str],
-    blocks: Sequence[tuple[int, int]],
-    ranks: Sequence[int],
-    permutes: Sequence[str],
+    specs: Sequence[str],
+    moment_arrays: Sequence[_Moments],
     effort: str,
     seed: int,
     threads: int | None,
     progress: _ProgressCallback | None,
-) -> list[tuple[_Float32Array, _Float32Array, _Int64Array, _Int64Array, float, float]]:
-    """`(A, B, p, q, lost_energy, seconds)` of each matrix, in parallel; `names` are for error messages."""
+) -> list[tuple[list[tuple[Any, ...]], float, float]]:
+    """`(terms, lost_energy, seconds)` of each matrix, in parallel; `names` are for error messages, `specs` are JSON.
+
+    A term is `("kronecker", A, B, p, q)` or `("low_rank", left, right, order)`.
+    """
+
+def choose_specs(
+    matrices: Sequence[_Float32Array],
+    names: Sequence[str],
+    moment_arrays: Sequence[_Moments],
+    target_value: tuple[str, float],
+    effort: str,
+    seed: int,
+    threads: int | None,
+    progress: _ProgressCallback | None,
+) -> list[_Chosen]:
+    """`(spec or None, parameters, lost_energy, energies)` of each matrix, under one budget for all of them.
+
+    The target is `("parameters", count)` or `("lost_energy", share)`; a spec is JSON, None where a matrix stays dense.
+    """
+
+def choose_specs_of_checkpoint(
+    source: str,
+    config: str,
+    moment_arrays: Sequence[tuple[str, _Moments]],
+    target_value: tuple[str, float],
+    threads: int | None,
+    progress: _ProgressCallback | None,
+) -> list[tuple[str, _Chosen]]:
+    """`choose_specs` for the matrices of a checkpoint that `config` (JSON) names, each with its name."""
 
 def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """The dense `(m, n)` matrix that the factors stand for, permutations undone."""
@@ -81,6 +114,7 @@ def compress_checkpoint(
     source: str,
     destination: str,
     config: str,
+    moment_arrays: Sequence[tuple[str, _Moments]],
     dtype: str | None,
     overwrite: bool,
     max_shard_bytes: int,

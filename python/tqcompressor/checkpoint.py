@@ -88,6 +88,7 @@ def compress_checkpoint(
             directory,
             os.fspath(destination),
             resolved.to_json(),
+            [],
             # torch's dtypes are welcome, too: "torch.float16".
             None if dtype is None else str(dtype).removeprefix("torch."),
             overwrite,

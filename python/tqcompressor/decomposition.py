@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,10 +103,10 @@ def decompose(
     """
     matrix = _as_matrix(w)
     with reporter(progress, "decompose") as callback:
-        ((a, b, p, q, lost_energy, _),) = _core.decompose_many(
-            [matrix], ["w"], [spec.block], [spec.rank], [spec.permute], effort, seed, threads, callback
+        (((term,), lost_energy, _),) = _core.fit_many(
+            [matrix], ["w"], [json.dumps(spec.to_dict())], [(None, None)], effort, seed, threads, callback
         )
-    return KroneckerDecomposition(spec, a, b, p, q, lost_energy)
+    return KroneckerDecomposition(spec, *term[1:], lost_energy)
 
 
 def nearest_kronecker_sum(w: ArrayLike, spec: KroneckerSpec) -> KroneckerDecomposition:

@@ -122,18 +122,17 @@ def _compress_planned(
     specs = {entry["name"]: KroneckerSpec(entry["block"], entry["rank"], entry["permute"]) for entry in planned}
     modules = gpt2.empty_modules(model, specs)
     with reporter(progress, "compress") as report_progress:
-        results = _core.decompose_many(
+        results = _core.fit_many(
             [_matrix(model, entry) for entry in planned],
             list(specs),
-            [spec.block for spec in specs.values()],
-            [spec.rank for spec in specs.values()],
-            [spec.permute for spec in specs.values()],
+            [json.dumps(spec.to_dict()) for spec in specs.values()],
+            [(None, None)] * len(specs),
             config.effort,
             config.seed,
             threads,
             report_progress,
         )
-    factors = {name: result[:4] for name, result in zip(specs, results, strict=True)}
+    factors = {name: term[1:] for name, ((term,), _, _) in zip(specs, results, strict=True)}
     for name, module in modules.items():
         _fill(module, model.get_submodule(name), factors, name.removeprefix(gpt2.base_prefix(model)))
     head = gpt2.tied_head(model)
@@ -205,7 +204,7 @@ def _report(
 ) -> CompressionReport:
     matrices = [
         {**entry, "lost_energy": lost_energy, "seconds": elapsed}
-        for entry, (*_, lost_energy, elapsed) in zip(plan["matrices"], results, strict=True)
+        for entry, (_, lost_energy, elapsed) in zip(plan["matrices"], results, strict=True)
     ]
     factors = {id(factor) for _, module in gpt2.compressed_modules(model) for factor in gpt2.factors(module)}
     untouched = [

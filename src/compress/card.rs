@@ -28,7 +28,7 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
         "---\nlibrary_name: transformers\n{license}{base}{pipeline}tags:\n- gpt2\n- tqcompressor\n- kronecker\n---\n\n\
          # {name}, compressed\n\n\
          A GPT-2 checkpoint of which {count} matrices were replaced by sums of Kronecker products, with permuted rows and \
-         columns where that loses less: {before} parameters became {after} ({share:.1} %). Made from `{name}` by \
+         columns where that loses less, or by low-rank ones: {before} parameters became {after} ({share:.1} %). Made from `{name}` by \
          tqcompressor {version}, effort `{effort}`, seed {seed}{dtype}.\n\n\
          ## Loading\n\n\
          ```sh\npip install \"tqcompressor[hf]\"\n```\n\n\
@@ -37,25 +37,22 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
          model = {class}.from_pretrained(\"path/to/this/directory\")\n```\n\n\
          Without `import tqcompressor`, transformers refuses to load it.\n\n\
          ## What was done\n\n\
-         A matrix `W` (in × out) became `W[p][:, q] ≈ Σ A_k ⊗ B_k`, every `B_k` of the shape *block*. Lost energy is \
-         `‖W − Ŵ‖² / ‖W‖²`. Everything else is unchanged.\n\n\
-         | matrix | shape | block | rank | permuted | parameters | lost energy |\n\
-         |---|---|---|---|---|---|---|\n",
+         A matrix `W` (in × out) with a *block* became `W[p][:, q] ≈ Σ A_k ⊗ B_k`, every `B_k` of the block's shape. Lost \
+         energy is `‖W − Ŵ‖² / ‖W‖²`{norm}. Everything else is unchanged.\n\n\
+         | matrix | shape | became | parameters | lost energy |\n\
+         |---|---|---|---|---|\n",
         count = report.matrices.len(),
+        norm = if report.calibrated { ", in the norm of the calibration" } else { "" },
         before = grouped(*before),
         after = grouped(*after),
         share = 100.0 * *after as f64 / (*before).max(1) as f64,
     );
     for matrix in &report.matrices {
-        let ((m, n), (m2, n2)) = (matrix.shape, matrix.block);
+        let (m, n) = matrix.shape;
         let lost = matrix.lost_energy.map_or(String::new(), |lost| format!("{lost:.4}"));
         let (before, after) = (grouped(matrix.parameters_before), grouped(matrix.parameters_after));
         // Writing to a string cannot fail.
-        let _ = writeln!(
-            card,
-            "| `{}` | {m} × {n} | {m2} × {n2} | {} | {} | {before} → {after} | {lost} |",
-            matrix.name, matrix.rank, matrix.permute
-        );
+        let _ = writeln!(card, "| `{}` | {m} × {n} | {} | {before} → {after} | {lost} |", matrix.name, matrix.spec);
     }
     card
 }

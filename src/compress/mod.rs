@@ -1,10 +1,13 @@
 //! The job: plan, read, decompose, write. Everything is validated before anything is written, matrices are decomposed
 //! in parallel, and the destination appears whole or not at all.
 
+mod budget;
 mod card;
 mod parallel;
+mod queue;
 mod report;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Instant;
@@ -13,6 +16,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+pub use budget::{Place, Planned, choose_specs, choose_specs_of_checkpoint};
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use report::{MatrixPlace, MatrixReport, Report};
 
@@ -22,12 +26,18 @@ use crate::checkpoint::read::{Checkpoint, Tensor, is_weight_file};
 use crate::checkpoint::stage::{Destination, Stage};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};
+use crate::fit::{Fit, LowRank, Moments, Term};
 use crate::permute::{Decomposition, Permutation};
 use crate::plan::{Job, Plan, TQConfig};
 use crate::progress::Progress;
+use crate::shape::KroneckerShape;
+use crate::spec::{LowRankShape, TermSpec};
 
 /// Bytes copied between two looks at whether to stop.
 const COPIED: usize = 4 << 20;
+
+/// The moments of matrices, by their names; those that have none are approximated in the Frobenius norm.
+pub type Calibration<'a> = HashMap<String, Moments<'a>>;
 
 /// How a checkpoint is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +74,8 @@ pub fn plan_checkpoint(source: &Path, config: &TQConfig) -> Result<Report> {
 /// tokenizer and every other file of `source` that holds no weights is copied. For each module `M` with
 /// `W[p][:, q] ≈ Σ A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the gather indices of
 /// the forward pass that its spec allows: `M.input_permutation` (`p`; its inverse in an embedding) and
-/// `M.output_permutation` (the inverse of `q`).
+/// `M.output_permutation` (the inverse of `q`). A low-rank matrix has `M.left` and `M.right` and one permutation instead;
+/// the tensors of a sum of several terms are those of `M.terms.0`, `M.terms.1` and so on.
 ///
 /// # Errors
 /// Any of [`Error`], naming the tensor or the path. Then, and when cancelled, nothing is left behind.
@@ -75,6 +86,7 @@ pub fn compress_checkpoint(
     source: &Path,
     destination: &Path,
     config: &TQConfig,
+    calibration: &Calibration<'_>,
     options: &Options,
     progress: &Progress,
 ) -> Result<Report> {
@@ -97,8 +109,8 @@ pub fn compress_checkpoint(
         }
     }
 
-    let tasks: Vec<_> = plan.jobs.iter().map(task).collect();
-    let mut report = Report::planned(&plan);
+    let tasks: Vec<_> = plan.jobs.iter().map(|job| task(job, calibration)).collect();
+    let mut report = Report { calibrated: !calibration.is_empty(), ..Report::planned(&plan) };
     let matrices = Mutex::new(&mut report.matrices);
     decompose_each(
         &tasks,
@@ -106,12 +118,12 @@ pub fn compress_checkpoint(
         plan.config.seed,
         progress,
         |i| checkpoint.matrix(&plan.jobs[i].matrix),
-        |i, Timed { decomposition, seconds }| {
+        |i, Timed { fit, seconds }| {
             let matrix = &plan.jobs[i].matrix;
             checkpoint.release(&checkpoint.tensors()[&matrix.tensor]);
-            write_factors(&writer, matrix, &decomposition)?;
+            write_factors(&writer, matrix, &fit)?;
             let mut matrices = matrices.lock().expect("no thread panicked");
-            matrices[i].lost_energy = Some(decomposition.sum.lost_energy);
+            matrices[i].lost_energy = Some(fit.lost_energy);
             matrices[i].seconds = Some(seconds);
             Ok(())
         },
@@ -210,7 +222,7 @@ fn outputs<'a>(
         }
         while let Some(job) = jobs.next_if(|job| job.matrix.tensor == *name) {
             let (_, own) = checkpoint.stored(&job.matrix)?;
-            let factors = factor_slots(job, dtype.unwrap_or(own).dtype());
+            let factors = factor_slots(job, dtype.unwrap_or(own).dtype())?;
             outputs.extend(factors.into_iter().map(|slot| Output { slot, content: Content::Factor }));
         }
     }
@@ -218,44 +230,75 @@ fn outputs<'a>(
     Ok(outputs)
 }
 
-/// The stored name of a tensor of a compressed matrix.
-fn factor_name(matrix: &Matrix, which: &str) -> String {
-    format!("{}{}.{which}", matrix.stored_module(), matrix.part())
+/// The stored name of a tensor of term `t` of a compressed matrix; the only term's have no number.
+fn factor_name(matrix: &Matrix, terms: usize, t: usize, which: &str) -> String {
+    let number = if terms == 1 { String::new() } else { format!(".terms.{t}") };
+    format!("{}{}{number}.{which}", matrix.stored_module(), matrix.part())
 }
 
-fn factor_slots(job: &Job, dtype: Dtype) -> Vec<Slot> {
-    let Job { matrix, spec, shape } = job;
-    let slot = |which: &str, dtype, shape| Slot { name: factor_name(matrix, which), dtype, shape };
-    let mut slots = vec![
-        slot("A", dtype, vec![shape.rank, shape.m1, shape.n1]),
-        slot("B", dtype, vec![shape.rank, shape.m2, shape.n2]),
-    ];
-    if spec.permute.rows() {
-        slots.push(slot("input_permutation", Dtype::I64, vec![matrix.rows]));
+fn factor_slots(job: &Job, dtype: Dtype) -> Result<Vec<Slot>> {
+    let Job { matrix, spec, .. } = job;
+    let terms = spec.terms();
+    let mut slots = Vec::new();
+    for (t, term) in terms.iter().enumerate() {
+        let mut slot = |which: &str, dtype, shape| {
+            slots.push(Slot { name: factor_name(matrix, terms.len(), t, which), dtype, shape })
+        };
+        let (rows, columns) = match term {
+            TermSpec::Kronecker(spec) => {
+                let KroneckerShape { m1, n1, m2, n2, rank } = spec.shape(matrix.rows, matrix.columns)?;
+                slot("A", dtype, vec![rank, m1, n1]);
+                slot("B", dtype, vec![rank, m2, n2]);
+                (spec.permute.rows(), spec.permute.columns())
+            }
+            TermSpec::LowRank { rank } => {
+                let shape = LowRankShape::new(matrix.rows, matrix.columns, *rank)?;
+                slot("left", dtype, vec![shape.left().0, shape.left().1]);
+                slot("right", dtype, vec![shape.right().0, shape.right().1]);
+                (shape.pivots_on_rows(), !shape.pivots_on_rows())
+            }
+        };
+        if rows {
+            slot("input_permutation", Dtype::I64, vec![matrix.rows]);
+        }
+        if columns {
+            slot("output_permutation", Dtype::I64, vec![matrix.columns]);
+        }
     }
-    if spec.permute.columns() {
-        slots.push(slot("output_permutation", Dtype::I64, vec![matrix.columns]));
-    }
-    slots
+    Ok(slots)
 }
 
-fn write_factors(writer: &Writer, matrix: &Matrix, decomposition: &Decomposition) -> Result<()> {
-    writer.write_floats(&factor_name(matrix, "A"), 0, &decomposition.sum.a)?;
-    writer.write_floats(&factor_name(matrix, "B"), 0, &decomposition.sum.b)?;
-    if let Some(rows) = &decomposition.rows {
-        // A linear map gathers its input by `p`; an embedding looks up where row `id` went, which is the inverse.
-        let inverse = (matrix.kind == Kind::Embedding).then(|| rows.inverse());
-        writer.write_indices(&factor_name(matrix, "input_permutation"), inverse.as_ref().unwrap_or(rows).as_slice())?;
-    }
-    if let Some(inverse) = decomposition.columns.as_ref().map(Permutation::inverse) {
-        writer.write_indices(&factor_name(matrix, "output_permutation"), inverse.as_slice())?;
+fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
+    for (t, term) in fit.terms.iter().enumerate() {
+        let name = |which| factor_name(matrix, fit.terms.len(), t, which);
+        let (rows, columns) = match term {
+            Term::Kronecker(Decomposition { sum, rows, columns }) => {
+                writer.write_floats(&name("A"), 0, &sum.a)?;
+                writer.write_floats(&name("B"), 0, &sum.b)?;
+                (rows.as_ref(), columns.as_ref())
+            }
+            Term::LowRank(LowRank { shape, left, right, order, .. }) => {
+                writer.write_floats(&name("left"), 0, left)?;
+                writer.write_floats(&name("right"), 0, right)?;
+                if shape.pivots_on_rows() { (Some(order), None) } else { (None, Some(order)) }
+            }
+        };
+        if let Some(rows) = rows {
+            // A linear map gathers its input by `p`; an embedding looks up where row `id` went, which is the inverse.
+            let inverse = (matrix.kind == Kind::Embedding).then(|| rows.inverse());
+            writer.write_indices(&name("input_permutation"), inverse.as_ref().unwrap_or(rows).as_slice())?;
+        }
+        if let Some(inverse) = columns.map(Permutation::inverse) {
+            writer.write_indices(&name("output_permutation"), inverse.as_slice())?;
+        }
     }
     Ok(())
 }
 
-fn task(job: &Job) -> Task {
+fn task<'a>(job: &Job, calibration: &Calibration<'a>) -> Task<'a> {
     let Job { matrix, spec, .. } = job;
-    Task { name: matrix.name.clone(), rows: matrix.rows, columns: matrix.columns, spec: *spec }
+    let moments = calibration.get(&matrix.name).copied().unwrap_or_default();
+    Task { name: matrix.name.clone(), rows: matrix.rows, columns: matrix.columns, spec: spec.clone(), moments }
 }
 
 /// Looks at every weight to be compressed, so that a bad one is found now and not after minutes of work.

@@ -2,17 +2,19 @@
 
 use std::borrow::Cow;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
-use crate::error::{Error, Result};
-use crate::permute::{Decomposition, Effort, decompose, work};
-use crate::progress::{Parallelism, Progress};
-use crate::shape::KroneckerSpec;
+use super::queue::largest_first;
+use crate::error::Result;
+use crate::fit::{Fit, Moments, Norm, fit};
+use crate::kron::MatrixView;
+use crate::permute::{Effort, work};
+use crate::progress::Progress;
+use crate::spec::{MatrixSpec, TermSpec};
 
 /// One matrix to decompose.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Task {
+#[derive(Clone, Debug, PartialEq)]
+pub struct Task<'a> {
     /// Its name, for error messages.
     pub name: String,
     /// Its rows (in features).
@@ -20,14 +22,16 @@ pub struct Task {
     /// Its columns (out features).
     pub columns: usize,
     /// What is asked of it.
-    pub spec: KroneckerSpec,
+    pub spec: MatrixSpec,
+    /// The norm in which it is approximated.
+    pub moments: Moments<'a>,
 }
 
 /// A decomposition and the time that it took.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timed {
     /// The decomposition.
-    pub decomposition: Decomposition,
+    pub fit: Fit,
     /// Wall-clock seconds.
     pub seconds: f64,
 }
@@ -39,12 +43,12 @@ pub struct Timed {
 /// on the other matrices.
 ///
 /// # Errors
-/// Those of [`decompose`], in the matrix; of several, that of the first matrix.
+/// Those of [`fit`], in the matrix; of several, that of the first matrix.
 ///
 /// # Panics
 /// If there are not as many matrices as tasks.
 pub fn decompose_many(
-    tasks: &[Task],
+    tasks: &[Task<'_>],
     matrices: &[&[f32]],
     effort: Effort,
     seed: u64,
@@ -66,68 +70,63 @@ pub fn decompose_many(
 /// `finish` at once, both on the thread that did the work. A matrix is dropped as soon as it is factored.
 ///
 /// # Errors
-/// Those of [`decompose`] and `load`, in the matrix, and those of `finish`. After the first, `progress` is cancelled, so
+/// Those of [`fit`] and `load`, in the matrix, and those of `finish`. After the first, `progress` is cancelled, so
 /// that the other threads stop soon.
 pub fn decompose_each<'a>(
-    tasks: &[Task],
+    tasks: &[Task<'_>],
     effort: Effort,
     seed: u64,
     progress: &Progress,
     load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
     finish: impl Fn(usize, Timed) -> Result<()> + Sync,
 ) -> Result<()> {
-    // The largest first: a large one that begins last would leave the other threads idle.
-    let mut order: Vec<_> = (0..tasks.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(tasks[i].rows.saturating_mul(tasks[i].columns)));
-    // With fewer matrices than threads, the threads work together on each. With more, each works on its own: a thread
-    // that waits for a part of one matrix would otherwise begin another, and hold both.
-    let threads = rayon::current_num_threads();
-    let parallelism = if threads > tasks.len() { Parallelism::Rayon } else { Parallelism::Sequential };
-    let one = |i: usize| -> Result<()> {
-        progress.check()?;
-        let Task { name, rows, columns, spec } = &tasks[i];
+    progress.expect(tasks.iter().map(|task| units(task, effort)).sum());
+    let sizes: Vec<_> = tasks.iter().map(|task| task.rows.saturating_mul(task.columns)).collect();
+    largest_first(&sizes, progress, |i, parallelism| {
+        let Task { name, rows, columns, spec, moments } = &tasks[i];
         let start = Instant::now();
         let matrix = load(i)?;
-        let decomposition = decompose(&matrix, (*rows, *columns), spec, effort, seed, parallelism, progress)
+        let fit = Norm::prepare(*moments, *rows, *columns)
+            .and_then(|norm| {
+                let view = MatrixView::new(&matrix, *rows, *columns)?;
+                fit(view, spec, &norm, effort, seed, parallelism, progress)
+            })
             .map_err(|error| error.in_tensor(name))?;
         drop(matrix);
-        finish(i, Timed { decomposition, seconds: start.elapsed().as_secs_f64() })
-    };
-    // What does not fit is no work: `decompose` refuses it.
-    let units = |Task { rows, columns, spec, .. }: &Task| {
-        spec.shape(*rows, *columns).map_or(0, |shape| work(shape, spec.permute, effort))
-    };
-    progress.expect(tasks.iter().map(units).sum());
-    let next = AtomicUsize::new(0);
-    let errors = Mutex::new(Vec::new());
-    rayon::broadcast(|_| {
-        while let Some(&i) = order.get(next.fetch_add(1, Relaxed)) {
-            if let Err(error) = one(i) {
-                errors.lock().expect("no thread panicked").push((i, error));
-                progress.cancel();
-                break;
-            }
-        }
-    });
-    let mut errors = errors.into_inner().expect("no thread panicked");
-    // What came of cancelling the others is not the cause.
-    errors.sort_by_key(|(i, error)| (matches!(error, Error::Cancelled), *i));
-    if let Some((_, error)) = errors.into_iter().next() {
-        return Err(error);
-    }
+        progress.advance(low_rank_units(&tasks[i]));
+        finish(i, Timed { fit, seconds: start.elapsed().as_secs_f64() })
+    })?;
     progress.finish();
     Ok(())
+}
+
+/// Roughly what the eigendecompositions of a low-rank term cost, in the units of the permutation search.
+fn low_rank_units(Task { rows, columns, spec, .. }: &Task<'_>) -> u64 {
+    let terms = spec.terms().iter().filter(|term| matches!(term, TermSpec::LowRank { .. })).count();
+    (terms * rows.saturating_mul(*columns)) as u64
+}
+
+/// The work of a task; the permutation searches advance theirs themselves.
+fn units(task: &Task<'_>, effort: Effort) -> u64 {
+    let Task { rows, columns, spec, .. } = task;
+    let term = |term: &TermSpec| match term {
+        // What does not fit is no work: `fit` refuses it.
+        TermSpec::Kronecker(spec) => spec.shape(*rows, *columns).map_or(0, |shape| work(shape, spec.permute, effort)),
+        TermSpec::LowRank { .. } => 0,
+    };
+    low_rank_units(task) + spec.terms().iter().map(term).sum::<u64>()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shape::Permute;
+    use crate::error::Error;
+    use crate::shape::{KroneckerSpec, Permute};
     use crate::testing::noise;
 
-    fn task(name: &str, rows: usize, columns: usize) -> Task {
-        let spec = KroneckerSpec { block: (2, 2), rank: 1, permute: Permute::Both };
-        Task { name: name.into(), rows, columns, spec }
+    fn task(name: &str, rows: usize, columns: usize) -> Task<'static> {
+        let spec = KroneckerSpec { block: (2, 2), rank: 1, permute: Permute::Both }.into();
+        Task { name: name.into(), rows, columns, spec, moments: Moments::default() }
     }
 
     #[test]
@@ -135,10 +134,10 @@ mod tests {
         let tasks = [task("a", 8, 12), task("b", 24, 16), task("c", 4, 4)];
         let matrices: Vec<_> = tasks.iter().zip(1..).map(|(task, i)| noise(task.rows * task.columns, i)).collect();
         let slices: Vec<_> = matrices.iter().map(Vec::as_slice).collect();
-        let run = |tasks: &[Task], slices: &[&[f32]], threads| {
+        let run = |tasks: &[Task<'_>], slices: &[&[f32]], threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let timed = pool.install(|| decompose_many(tasks, slices, Effort::Balanced, 3, &Progress::default()));
-            timed.unwrap().into_iter().map(|timed| timed.decomposition).collect::<Vec<_>>()
+            timed.unwrap().into_iter().map(|timed| timed.fit).collect::<Vec<_>>()
         };
         let expected = run(&tasks, &slices, 1);
         for threads in [2, 5] {
@@ -152,7 +151,7 @@ mod tests {
     #[test]
     fn the_cause_is_reported_not_the_cancelling_that_it_brought() {
         let mut tasks: Vec<_> = (0..20).map(|i| task(&format!("t{i}"), 16, 16)).collect();
-        tasks[13].spec.block = (3, 2);
+        tasks[13].spec = KroneckerSpec { block: (3, 2), rank: 1, permute: Permute::Both }.into();
         let matrix = noise(256, 1);
         let matrices = vec![matrix.as_slice(); 20];
         let error = decompose_many(&tasks, &matrices, Effort::Fast, 0, &Progress::default()).unwrap_err();

@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use crate::plan::{FORMAT_VERSION, Job, Plan, Untouched};
+use crate::plan::{Job, Plan, Untouched};
+use crate::spec::MatrixSpec;
 
 /// One matrix of a [`Report`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -13,12 +14,9 @@ pub struct MatrixReport {
     pub tensor: String,
     /// Its shape, in × out.
     pub shape: (usize, usize),
-    /// The block `(m2, n2)`.
-    pub block: (usize, usize),
-    /// Number of Kronecker terms.
-    pub rank: usize,
-    /// Which sides may be permuted.
-    pub permute: &'static str,
+    /// What it becomes, with the keys that configurations use: "block", "rank" and "permute"; "rank"; or "terms".
+    #[serde(flatten)]
+    pub spec: MatrixSpec,
     /// Its parameters before.
     pub parameters_before: usize,
     /// Its parameters after.
@@ -60,6 +58,9 @@ pub struct Report {
     pub seed: u64,
     /// The dtype asked for; `None` keeps each tensor's own.
     pub dtype: Option<&'static str>,
+    /// Whether lost energies are in the norm of a calibration, and not in the Frobenius norm.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub calibrated: bool,
     /// The compressed matrices, in model order.
     pub matrices: Vec<MatrixReport>,
     /// The tensors that stay as they are, in model order.
@@ -85,11 +86,12 @@ impl Report {
     pub fn planned(plan: &Plan) -> Self {
         Self {
             tqcompressor: env!("CARGO_PKG_VERSION"),
-            format_version: FORMAT_VERSION,
+            format_version: plan.config.format_version(),
             source: None,
             effort: plan.config.effort.name(),
             seed: plan.config.seed,
             dtype: None,
+            calibrated: false,
             matrices: plan.jobs.iter().map(MatrixReport::planned).collect(),
             untouched: plan.untouched.clone(),
             parameters_before: plan.parameters_before,
@@ -113,16 +115,14 @@ impl Report {
 
 impl MatrixReport {
     fn planned(job: &Job) -> Self {
-        let Job { matrix, spec, shape } = job;
+        let Job { matrix, spec, parameters } = job;
         Self {
             name: matrix.name.clone(),
             tensor: matrix.tensor.clone(),
             shape: (matrix.rows, matrix.columns),
-            block: spec.block,
-            rank: spec.rank,
-            permute: spec.permute.name(),
+            spec: spec.clone(),
             parameters_before: matrix.parameters(),
-            parameters_after: shape.parameters(),
+            parameters_after: *parameters,
             lost_energy: None,
             seconds: None,
             place: Some(MatrixPlace {

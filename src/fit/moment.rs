@@ -21,9 +21,9 @@ const SHRINKAGE: f64 = 0.01;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Moment<'a> {
     /// Only its diagonal is known, or it has no other entries.
-    Diagonal(&'a [f64]),
+    Diagonal(&'a [f32]),
     /// All of it, row-major `(d, d)`; the mean of it and its transpose is what counts.
-    Full(&'a [f64]),
+    Full(&'a [f32]),
 }
 
 impl Moment<'_> {
@@ -156,8 +156,8 @@ impl Weight {
         let Some(moment) = moment else { return Ok((Self::Identity, 1.0)) };
         moment.check(which, length)?;
         let diagonal = |i: usize| match moment {
-            Moment::Diagonal(values) => values[i],
-            Moment::Full(values) => values[i * (length + 1)],
+            Moment::Diagonal(values) => f64::from(values[i]),
+            Moment::Full(values) => f64::from(values[i * (length + 1)]),
         };
         let mean = (0..length).map(diagonal).sum::<f64>() / length as f64;
         if mean <= 0.0 {
@@ -165,9 +165,11 @@ impl Weight {
         }
         let keep = (1.0 - SHRINKAGE) / mean;
         let weight = match moment {
-            Moment::Diagonal(values) => Self::Diagonal(values.iter().map(|value| value * keep + SHRINKAGE).collect()),
+            Moment::Diagonal(values) => {
+                Self::Diagonal(values.iter().map(|&value| f64::from(value) * keep + SHRINKAGE).collect())
+            }
             Moment::Full(values) => Self::Full(Mat::from_fn(length, length, |i, j| {
-                let both = 0.5 * (values[i * length + j] + values[j * length + i]);
+                let both = 0.5 * (f64::from(values[i * length + j]) + f64::from(values[j * length + i]));
                 both * keep + if i == j { SHRINKAGE } else { 0.0 }
             })),
         };

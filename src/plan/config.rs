@@ -1,21 +1,23 @@
 //! `TQConfig` in JSON: which matrices get which Kronecker spec, how long to search, and the seed.
 
 use indexmap::IndexMap;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::permute::Effort;
 use crate::shape::{KroneckerSpec, Permute};
+use crate::spec::{MatrixSpec, TermSpec};
 
-/// The format that this version reads and writes.
-pub const FORMAT_VERSION: u64 = 1;
+/// The newest format that this version reads: 1 has Kronecker sums only, 2 has low rank and sums of several terms too. The
+/// oldest that can say it is written.
+pub const FORMAT_VERSION: u64 = 2;
 
 /// A configuration: patterns and what each asks of the matrices it matches, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TQConfig {
     /// Pattern → spec. The first pattern that matches a matrix decides.
-    pub specs: IndexMap<String, KroneckerSpec>,
+    pub specs: IndexMap<String, MatrixSpec>,
     /// How long to search permutations.
     pub effort: Effort,
     /// The seed of the search, used as it is for every matrix.
@@ -39,11 +41,23 @@ struct Fields {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct SpecFields {
+struct KroneckerFields {
     block: (usize, usize),
     rank: usize,
     #[serde(default)]
     permute: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LowRankFields {
+    rank: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MixedFields {
+    terms: Vec<Value>,
 }
 
 impl TQConfig {
@@ -55,7 +69,7 @@ impl TQConfig {
     ///     r#"{"quant_method": "tqcompressor", "format_version": 1,
     ///         "specs": {"h.*.mlp.c_fc": {"block": [2, 4], "rank": 4, "permute": "both"}}}"#,
     /// )?;
-    /// assert_eq!(config.specs["h.*.mlp.c_fc"].block, (2, 4));
+    /// assert_eq!(config.specs["h.*.mlp.c_fc"].as_kronecker().unwrap().block, (2, 4));
     /// # Ok::<(), tqcompressor::Error>(())
     /// ```
     ///
@@ -68,13 +82,17 @@ impl TQConfig {
         match value.get("format_version") {
             None | Some(Value::Null) => {}
             Some(version) => match version.as_u64() {
-                Some(FORMAT_VERSION) => {}
+                Some(1..=FORMAT_VERSION) => {}
                 Some(newer) if newer > FORMAT_VERSION => {
                     return Err(Error::Config(format!(
-                        "written by a newer tqcompressor (format {newer}), this one reads {FORMAT_VERSION}: upgrade"
+                        "written by a newer tqcompressor (format {newer}), this one reads up to {FORMAT_VERSION}: upgrade"
                     )));
                 }
-                _ => return Err(Error::Config(format!("format_version: expected {FORMAT_VERSION}, got {version}"))),
+                _ => {
+                    return Err(Error::Config(format!(
+                        "format_version: expected 1 to {FORMAT_VERSION}, got {version}"
+                    )));
+                }
             },
         }
         let fields: Fields =
@@ -86,7 +104,8 @@ impl TQConfig {
             return Err(Error::Config("specs: expected at least one pattern, got none".into()));
         }
         let specs = fields.specs.into_iter().map(|(pattern, value)| {
-            let spec = spec(value).map_err(|words| Error::Config(format!("specs: pattern {pattern:?}: {words}")))?;
+            let spec =
+                matrix_spec(value).map_err(|words| Error::Config(format!("specs: pattern {pattern:?}: {words}")))?;
             Ok((pattern, spec))
         });
         Ok(Self {
@@ -96,20 +115,20 @@ impl TQConfig {
         })
     }
 
+    /// The oldest format that can say it: 1 for Kronecker sums, 2 for anything else.
+    #[must_use]
+    pub fn format_version(&self) -> u64 {
+        if self.specs.values().all(|spec| spec.as_kronecker().is_some()) { 1 } else { FORMAT_VERSION }
+    }
+
     /// The JSON form, with every key.
     #[must_use]
     pub fn to_value(&self) -> Value {
-        let specs: Map<String, Value> = self
-            .specs
-            .iter()
-            .map(|(pattern, spec)| {
-                let (m2, n2) = spec.block;
-                (pattern.clone(), json!({"block": [m2, n2], "rank": spec.rank, "permute": spec.permute.name()}))
-            })
-            .collect();
+        let specs: Map<String, Value> =
+            self.specs.iter().map(|(pattern, spec)| (pattern.clone(), Value::Object(matrix_spec_json(spec)))).collect();
         json!({
             "quant_method": "tqcompressor",
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version(),
             "specs": specs,
             "effort": self.effort.name(),
             "seed": self.seed,
@@ -117,10 +136,56 @@ impl TQConfig {
     }
 }
 
-fn spec(value: Value) -> Result<KroneckerSpec, String> {
-    let fields: SpecFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+/// Reads the JSON of what one matrix becomes: `{"block", "rank", "permute"}`, `{"rank"}` for low rank, or `{"terms"}`.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn matrix_spec(value: Value) -> Result<MatrixSpec, String> {
+    if value.get("terms").is_none() {
+        return Ok(term_spec(value)?.into());
+    }
+    let fields: MixedFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    if fields.terms.len() < 2 {
+        return Err(format!("terms: expected at least two, got {}", fields.terms.len()));
+    }
+    let terms = fields.terms.into_iter().map(term_spec).collect::<Result<_, _>>()?;
+    MatrixSpec::new(terms).map_err(|error| error.to_string())
+}
+
+fn term_spec(value: Value) -> Result<TermSpec, String> {
+    if value.is_object() && value.get("block").is_none() {
+        let fields: LowRankFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        return Ok(TermSpec::LowRank { rank: fields.rank });
+    }
+    let fields: KroneckerFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
     let permute = fields.permute.as_deref().map_or(Ok(Permute::default()), Permute::from_name);
-    Ok(KroneckerSpec { block: fields.block, rank: fields.rank, permute: permute.map_err(|error| error.to_string())? })
+    let permute = permute.map_err(|error| error.to_string())?;
+    Ok(TermSpec::Kronecker(KroneckerSpec { block: fields.block, rank: fields.rank, permute }))
+}
+
+/// The inverse of [`matrix_spec`].
+#[must_use]
+pub fn matrix_spec_json(spec: &MatrixSpec) -> Map<String, Value> {
+    let term = |term: &TermSpec| match term {
+        TermSpec::Kronecker(KroneckerSpec { block: (m2, n2), rank, permute }) => {
+            json!({"block": [m2, n2], "rank": rank, "permute": permute.name()})
+        }
+        TermSpec::LowRank { rank } => json!({"rank": rank}),
+    };
+    let value = match spec.terms() {
+        [one] => term(one),
+        many => json!({"terms": many.iter().map(term).collect::<Vec<_>>()}),
+    };
+    match value {
+        Value::Object(object) => object,
+        _ => unreachable!("both are objects"),
+    }
+}
+
+impl Serialize for MatrixSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        matrix_spec_json(self).serialize(serializer)
+    }
 }
 
 #[cfg(test)]
@@ -136,15 +201,26 @@ mod tests {
         let config = TQConfig::from_json(WHOLE).unwrap();
         assert_eq!(config.specs.keys().collect::<Vec<_>>(), ["wte", "a*"]);
         assert_eq!((config.effort, config.seed), (Effort::Fast, 7));
-        assert_eq!(config.specs["wte"].permute, Permute::Columns);
+        assert_eq!(config.specs["wte"].as_kronecker().unwrap().permute, Permute::Columns);
         assert_eq!(config.to_value(), serde_json::from_str::<Value>(WHOLE).unwrap());
+        assert_eq!(TQConfig::from_json(&config.to_value().to_string()).unwrap(), config);
+    }
+
+    #[test]
+    fn low_rank_and_mixed_sums_round_trip_in_format_2() {
+        let json = r#"{"specs":{"a":{"rank":3},"b":{"terms":[{"rank":2},{"block":[2,4],"rank":4,"permute":"rows"}]}}}"#;
+        let config = TQConfig::from_json(json).unwrap();
+        assert_eq!(config.specs["a"], MatrixSpec::low_rank(3));
+        assert_eq!(config.specs["b"].terms().len(), 2);
+        assert_eq!((config.format_version(), TQConfig::from_json(WHOLE).unwrap().format_version()), (2, 1));
         assert_eq!(TQConfig::from_json(&config.to_value().to_string()).unwrap(), config);
     }
 
     #[test]
     fn effort_seed_and_permute_have_defaults() {
         let config = TQConfig::from_json(r#"{"specs":{"wte":{"block":[1,4],"rank":1}}}"#).unwrap();
-        assert_eq!((config.effort, config.seed, config.specs["wte"].permute), (Effort::Balanced, 0, Permute::Both));
+        let permute = config.specs["wte"].as_kronecker().unwrap().permute;
+        assert_eq!((config.effort, config.seed, permute), (Effort::Balanced, 0, Permute::Both));
     }
 
     #[test]
@@ -157,8 +233,8 @@ mod tests {
             (r#"{"specs":{}}"#, "at least one pattern"),
             (&format!("{{{spec},\"bits\":4}}"), "bits"),
             (
-                &format!("{{{spec},\"format_version\":2,\"new\":1}}"),
-                "newer tqcompressor (format 2), this one reads 1: upgrade",
+                &format!("{{{spec},\"format_version\":3,\"new\":1}}"),
+                "newer tqcompressor (format 3), this one reads up to 2: upgrade",
             ),
             (&format!("{{{spec},\"format_version\":0}}"), "format_version: expected 1"),
             (&format!("{{{spec},\"format_version\":\"1\"}}"), "format_version: expected 1"),
@@ -169,6 +245,10 @@ mod tests {
             (r#"{"specs":{"h.*":{"block":[1,4,2],"rank":1}}}"#, r#"pattern "h.*""#),
             (r#"{"specs":{"h.*":{"block":[1,4],"rank":-1}}}"#, r#"pattern "h.*""#),
             (r#"{"specs":{"h.*":{"block":[1,4],"rank":1,"shape":2}}}"#, "shape"),
+            (r#"{"specs":{"h.*":{"rank":1,"permute":"rows"}}}"#, "permute"),
+            (r#"{"specs":{"h.*":{"terms":[{"rank":1}]}}}"#, "at least two"),
+            (r#"{"specs":{"h.*":{"terms":[{"rank":1},{"terms":[]}]}}}"#, "terms"),
+            (r#"{"specs":{"h.*":{"terms":[{"rank":1},2]}}}"#, "expected struct"),
             (r#"{"specs":{"h.*":{"block":[1,4],"rank":1,"permute":"all"}}}"#, r#"pattern "h.*": permute"#),
         ] {
             let error = TQConfig::from_json(json).unwrap_err();

@@ -1,16 +1,18 @@
 //! Which matrix gets which Kronecker shape: a configuration resolved against the tensors of a model.
 
+mod budget;
 mod config;
 
 use glob::{MatchOptions, Pattern};
 use serde::Serialize;
 
-pub use config::{FORMAT_VERSION, TQConfig};
+pub use budget::{Candidate, Choice, Target, Weighting, allocate};
+pub use config::{FORMAT_VERSION, TQConfig, matrix_spec, matrix_spec_json};
 
 use crate::checkpoint::names::{self, BASE_PREFIX, Kind, Matrix, TIED_HEAD};
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};
-use crate::shape::{KroneckerShape, KroneckerSpec};
+use crate::spec::MatrixSpec;
 
 /// A tensor that a plan is made over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +33,9 @@ pub struct Job {
     /// The matrix.
     pub matrix: Matrix,
     /// What the configuration asks of it.
-    pub spec: KroneckerSpec,
-    /// Its factor shapes.
-    pub shape: KroneckerShape,
+    pub spec: MatrixSpec,
+    /// Its parameters when done.
+    pub parameters: usize,
 }
 
 /// A tensor that stays as it is.
@@ -108,10 +110,11 @@ impl Plan {
                 )));
             }
             for (matrix, spec) in asked {
-                let shape = spec.shape(matrix.rows, matrix.columns).map_err(|error| error.in_tensor(&matrix.name))?;
-                plan.parameters_after += shape.parameters();
-                plan.config.specs.insert(matrix.name.clone(), spec);
-                plan.jobs.push(Job { matrix, spec, shape });
+                let parameters = spec.parameters(matrix.rows, matrix.columns);
+                let parameters = parameters.map_err(|error| error.in_tensor(&matrix.name))?;
+                plan.parameters_after += parameters;
+                plan.config.specs.insert(matrix.name.clone(), spec.clone());
+                plan.jobs.push(Job { matrix, spec, parameters });
             }
         }
         if let Some(rule) = rules.iter().find(|rule| !rule.matched) {
@@ -153,12 +156,12 @@ const OPTIONS: MatchOptions =
 struct Rule<'a> {
     pattern: &'a str,
     glob: Pattern,
-    spec: &'a KroneckerSpec,
+    spec: &'a MatrixSpec,
     matched: bool,
 }
 
 /// The spec of the first rule that matches the matrix; every rule that does is marked.
-fn first_match(rules: &mut [Rule<'_>], matrix: &Matrix) -> Option<KroneckerSpec> {
+fn first_match(rules: &mut [Rule<'_>], matrix: &Matrix) -> Option<MatrixSpec> {
     let mut names = Vec::with_capacity(8);
     for name in [&matrix.name, &matrix.module] {
         for prefix in ["", BASE_PREFIX] {
@@ -170,7 +173,7 @@ fn first_match(rules: &mut [Rule<'_>], matrix: &Matrix) -> Option<KroneckerSpec>
     for rule in rules {
         if names.iter().any(|name| rule.glob.matches_with(name, OPTIONS)) {
             rule.matched = true;
-            first.get_or_insert(*rule.spec);
+            first.get_or_insert_with(|| rule.spec.clone());
         }
     }
     first
@@ -233,8 +236,8 @@ mod tests {
         let other = r#"{"block":[4,2],"rank":1}"#;
         let plan = resolve(&format!(r#"{{"h.2.mlp.c_proj":{other},"*mlp*":{SPEC}}}"#), true).unwrap();
         assert_eq!(plan.jobs.len(), 8);
-        assert_eq!(plan.config.specs["h.2.mlp.c_proj"].block, (4, 2));
-        assert_eq!(plan.config.specs["h.1.mlp.c_proj"].block, (2, 4));
+        assert_eq!(plan.config.specs["h.2.mlp.c_proj"].as_kronecker().unwrap().block, (4, 2));
+        assert_eq!(plan.config.specs["h.1.mlp.c_proj"].as_kronecker().unwrap().block, (2, 4));
         assert_eq!(Plan::resolve(&model(), true, &plan.config).unwrap(), plan);
     }
 
@@ -270,6 +273,6 @@ mod tests {
         }
         // Untied, the head is a matrix like any other, in × out.
         let untied = resolve(r#"{"lm_head":{"block":[2,4],"rank":2}}"#, false).unwrap();
-        assert_eq!((untied.jobs[0].shape.rows(), untied.jobs[0].shape.columns()), (8, 40));
+        assert_eq!((untied.jobs[0].matrix.rows, untied.jobs[0].matrix.columns), (8, 40));
     }
 }

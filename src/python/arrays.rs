@@ -1,10 +1,11 @@
 //! numpy arrays to plain slices and back, with every check before a kernel sees them.
 
 use numpy::ndarray::{Array, Dimension, IntoDimension};
-use numpy::{Element, PyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
+use numpy::{Element, PyArray, PyArray1, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::kron::KroneckerSum;
 use crate::permute::Permutation;
 use crate::shape::KroneckerShape;
 
@@ -34,6 +35,15 @@ pub(super) fn factor_shape(a: &PyReadonlyArray3<'_, f32>, b: &PyReadonlyArray3<'
         });
     }
     KroneckerShape::new(m1 * m2, n1 * n2, (m2, n2), rank)
+}
+
+/// `A` and `B`.
+type Factors<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>);
+
+/// The factors of a sum, without a copy.
+pub(super) fn factor_arrays(py: Python<'_>, sum: KroneckerSum) -> Factors<'_> {
+    let KroneckerShape { m1, n1, m2, n2, rank } = sum.shape;
+    (shaped(py, (rank, m1, n1), sum.a), shaped(py, (rank, m2, n2), sum.b))
 }
 
 /// A permutation of `length` elements from gather indices.

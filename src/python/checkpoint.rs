@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
+use super::fitting::{MomentArrays, calibration};
 use super::jobs;
 use crate::checkpoint::float::Float;
 use crate::checkpoint::names::Kind;
@@ -43,6 +44,7 @@ fn compress_checkpoint(
     source: PathBuf,
     destination: PathBuf,
     config: &str,
+    moment_arrays: Vec<(String, MomentArrays<'_>)>,
     dtype: Option<&str>,
     overwrite: bool,
     max_shard_bytes: u64,
@@ -51,9 +53,10 @@ fn compress_checkpoint(
 ) -> PyResult<String> {
     let config = TQConfig::from_json(config)?;
     let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+    let calibration = calibration(&moment_arrays)?;
     let pool = jobs::pool(threads)?;
-    let report = jobs::run(py, progress, move |progress| {
-        pool.install(|| compress::compress_checkpoint(&source, &destination, &config, &options, progress))
+    let report = jobs::run(py, progress, |progress| {
+        pool.install(|| compress::compress_checkpoint(&source, &destination, &config, &calibration, &options, progress))
     })?;
     Ok(report.to_json(false))
 }

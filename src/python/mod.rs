@@ -3,6 +3,7 @@
 mod arrays;
 mod checkpoint;
 mod errors;
+mod fitting;
 mod jobs;
 mod kernels;
 mod losses;
@@ -14,6 +15,7 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     kernels::register(module)?;
+    fitting::register(module)?;
     checkpoint::register(module)?;
     losses::register(module)
 }

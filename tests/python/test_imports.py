@@ -15,6 +15,7 @@ TINY = ROOT / "tests" / "data" / "tiny-gpt2"
 RUST = [
     "error",
     "shape",
+    "spec",
     "progress",
     "memory",
     "simd",
@@ -22,6 +23,7 @@ RUST = [
     "loss",
     "kron",
     "permute",
+    "fit",
     "checkpoint",
     "plan",
     "compress",

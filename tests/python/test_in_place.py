@@ -68,8 +68,8 @@ def test_the_factors_are_those_of_the_standalone_decomposition_whatever_the_thre
         compressed = copy.deepcopy(model)
         compress(compressed, CONFIG, threads=threads)
         for name, (matrix, spec) in matrices.items():
-            arguments = [[matrix], [name], [spec.block], [spec.rank], [spec.permute], "fast", 3, threads, None]
-            a, b, p, q, *_ = _core.decompose_many(*arguments)[0]
+            arguments = [[matrix], [name], [json.dumps(spec.to_dict())], [(None, None)], "fast", 3, threads, None]
+            (((_, a, b, p, q),), _, _) = _core.fit_many(*arguments)[0]
             module = compressed.transformer.get_submodule(name)
             assert torch.equal(module.A, torch.from_numpy(a)) and torch.equal(module.B, torch.from_numpy(b))
             # Gather indices of the forward pass: an embedding looks its rows up, so they are inverted too.

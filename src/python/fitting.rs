@@ -1,0 +1,204 @@
+//! `fit_many`, `choose_specs` and `choose_specs_of_checkpoint`: matrices approximated in the norms of their moments.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+
+use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
+use pyo3::prelude::*;
+
+use super::arrays::{contiguous, factor_arrays, indices, matrix, shaped};
+use super::jobs;
+use crate::compress::{self, Calibration, Place, Planned, Task, Timed};
+use crate::error::{Error, Result};
+use crate::fit::{LowRank, Moment, Moments, Term};
+use crate::kron::MatrixView;
+use crate::permute::{Decomposition, Effort, Permutation};
+use crate::plan::{TQConfig, Target, matrix_spec, matrix_spec_json};
+use crate::spec::MatrixSpec;
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(fit_many, module)?)?;
+    module.add_function(wrap_pyfunction!(choose_specs, module)?)?;
+    module.add_function(wrap_pyfunction!(choose_specs_of_checkpoint, module)?)
+}
+
+/// A second moment: `(d,)`, its diagonal, or `(d, d)`.
+#[derive(FromPyObject)]
+pub(super) enum MomentArray<'py> {
+    Diagonal(PyReadonlyArray1<'py, f32>),
+    Full(PyReadonlyArray2<'py, f32>),
+}
+
+impl MomentArray<'_> {
+    fn moment(&self) -> Result<Moment<'_>> {
+        match self {
+            Self::Diagonal(values) => Ok(Moment::Diagonal(contiguous(values.as_slice().ok(), "moment")?)),
+            Self::Full(values) => {
+                let (values, (rows, columns)) = matrix(values)?;
+                if rows != columns {
+                    let (expected, got) = ("a square matrix".into(), format!("({rows}, {columns})"));
+                    return Err(Error::Shape { operation: "moment", expected, got });
+                }
+                Ok(Moment::Full(values))
+            }
+        }
+    }
+}
+
+/// The input and output moment of one matrix.
+pub(super) type MomentArrays<'py> = (Option<MomentArray<'py>>, Option<MomentArray<'py>>);
+
+fn moments<'a>((input, output): &'a MomentArrays<'_>) -> Result<Moments<'a>> {
+    let moment = |array: &'a Option<MomentArray<'_>>| array.as_ref().map(MomentArray::moment).transpose();
+    Ok(Moments { input: moment(input)?, output: moment(output)? })
+}
+
+/// Moments by the names of their matrices.
+pub(super) fn calibration<'a>(arrays: &'a [(String, MomentArrays<'_>)]) -> Result<Calibration<'a>> {
+    arrays
+        .iter()
+        .map(|(name, arrays)| Ok((name.clone(), moments(arrays).map_err(|error| error.in_tensor(name))?)))
+        .collect()
+}
+
+/// One array for every name, or an error that says which are missing.
+fn same_length(count: usize, others: &[usize]) -> Result<()> {
+    if others.iter().all(|&length| length == count) {
+        return Ok(());
+    }
+    let (expected, got) = (format!("{count} of everything"), format!("{others:?}"));
+    Err(Error::Shape { operation: "lists of matrices", expected, got })
+}
+
+fn spec(json: &str) -> Result<MatrixSpec> {
+    let value = serde_json::from_str(json).map_err(|error| error.to_string());
+    value.and_then(matrix_spec).map_err(|words| Error::Config(format!("spec: {words}")))
+}
+
+/// `(terms, lost_energy, seconds)`.
+type Fitted<'py> = (Vec<Bound<'py, PyAny>>, f64, f64);
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn fit_many<'py>(
+    py: Python<'py>,
+    matrices: Vec<PyReadonlyArray2<'py, f32>>,
+    names: Vec<String>,
+    specs: Vec<String>,
+    moment_arrays: Vec<MomentArrays<'py>>,
+    effort: &str,
+    seed: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<Fitted<'py>>> {
+    let effort = Effort::from_name(effort)?;
+    same_length(matrices.len(), &[names.len(), specs.len(), moment_arrays.len()])?;
+    let (mut tasks, mut data) = (Vec::with_capacity(names.len()), Vec::with_capacity(names.len()));
+    for (((array, name), json), arrays) in matrices.iter().zip(names).zip(specs).zip(&moment_arrays) {
+        let (values, (rows, columns)) = matrix(array)?;
+        let spec = spec(&json)?;
+        // All of them, before the first is worked on.
+        let check = || {
+            spec.parameters(rows, columns)?;
+            MatrixView::new(values, rows, columns)?.check_finite()?;
+            moments(arrays)
+        };
+        let moments = check().map_err(|error| error.in_tensor(&name))?;
+        tasks.push(Task { name, rows, columns, spec, moments });
+        data.push(values);
+    }
+    let pool = jobs::pool(threads)?;
+    let fits = jobs::run(py, progress, |progress| {
+        pool.install(|| compress::decompose_many(&tasks, &data, effort, seed, progress))
+    })?;
+    fits.into_iter().map(|timed| to_python(py, timed)).collect()
+}
+
+fn to_python(py: Python<'_>, Timed { fit, seconds }: Timed) -> PyResult<Fitted<'_>> {
+    let terms = fit.terms.into_iter().map(|term| match term {
+        Term::Kronecker(Decomposition { sum, rows, columns }) => {
+            let (p, q) = (order(py, rows, sum.shape.rows()), order(py, columns, sum.shape.columns()));
+            let (a, b) = factor_arrays(py, sum);
+            Ok(("kronecker", a, b, p, q).into_pyobject(py)?.into_any())
+        }
+        Term::LowRank(LowRank { shape, left, right, order: pivots, .. }) => {
+            let (left, right) = (shaped(py, shape.left(), left), shaped(py, shape.right(), right));
+            Ok(("low_rank", left, right, indices(py, pivots.as_slice().iter().copied())).into_pyobject(py)?.into_any())
+        }
+    });
+    Ok((terms.collect::<PyResult<_>>()?, fit.lost_energy, seconds))
+}
+
+fn order(py: Python<'_>, side: Option<Permutation>, length: usize) -> Bound<'_, PyArray1<i64>> {
+    match side {
+        Some(permutation) => indices(py, permutation.as_slice().iter().copied()),
+        None => indices(py, 0..length),
+    }
+}
+
+/// `("parameters", count)` or `("lost_energy", share)`.
+fn target((kind, value): (String, f64)) -> Result<Target> {
+    match kind.as_str() {
+        "parameters" if value >= 0.0 => Ok(Target::Parameters(value as usize)),
+        "lost_energy" => Ok(Target::LostEnergy(value)),
+        _ => Err(Error::Config(format!("target: expected parameters or lost_energy, got {kind:?} {value}"))),
+    }
+}
+
+/// `(spec, parameters, lost_energy, energies)`.
+type Chosen<'py> = (Option<String>, usize, f64, Bound<'py, PyArray1<f64>>);
+
+fn chosen(py: Python<'_>, planned: Planned) -> Chosen<'_> {
+    let Planned { spec, parameters, lost_energy, energies } = planned;
+    let json = spec.map(|spec| serde_json::Value::Object(matrix_spec_json(&spec)).to_string());
+    (json, parameters, lost_energy, PyArray1::from_vec(py, energies))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn choose_specs<'py>(
+    py: Python<'py>,
+    matrices: Vec<PyReadonlyArray2<'py, f32>>,
+    names: Vec<String>,
+    moment_arrays: Vec<MomentArrays<'py>>,
+    target_value: (String, f64),
+    effort: &str,
+    seed: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<Chosen<'py>>> {
+    let (effort, target) = (Effort::from_name(effort)?, target(target_value)?);
+    same_length(matrices.len(), &[names.len(), moment_arrays.len()])?;
+    let (mut places, mut data) = (Vec::with_capacity(names.len()), Vec::with_capacity(names.len()));
+    for ((array, name), arrays) in matrices.iter().zip(names).zip(&moment_arrays) {
+        let (values, (rows, columns)) = matrix(array)?;
+        let moments = moments(arrays).map_err(|error| error.in_tensor(&name))?;
+        places.push(Place { name, rows, columns, moments });
+        data.push(values);
+    }
+    let pool = jobs::pool(threads)?;
+    let planned = jobs::run(py, progress, |progress| {
+        let load = |i: usize| Ok(Cow::Borrowed(data[i]));
+        pool.install(|| compress::choose_specs(&places, target, effort, seed, progress, load))
+    })?;
+    Ok(planned.into_iter().map(|planned| chosen(py, planned)).collect())
+}
+
+#[pyfunction]
+fn choose_specs_of_checkpoint<'py>(
+    py: Python<'py>,
+    source: PathBuf,
+    config: &str,
+    moment_arrays: Vec<(String, MomentArrays<'py>)>,
+    target_value: (String, f64),
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<(String, Chosen<'py>)>> {
+    let (config, target) = (TQConfig::from_json(config)?, target(target_value)?);
+    let calibration = calibration(&moment_arrays)?;
+    let pool = jobs::pool(threads)?;
+    let planned = jobs::run(py, progress, |progress| {
+        pool.install(|| compress::choose_specs_of_checkpoint(&source, &config, &calibration, target, progress))
+    })?;
+    Ok(planned.into_iter().map(|(name, planned)| (name, chosen(py, planned))).collect())
+}
