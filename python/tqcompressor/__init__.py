@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from . import _import_hook
 from ._core import __version__
 from .checkpoint import compress_checkpoint, inspect
-from .config import RECIPES, KroneckerSpec, TQConfig
+from .config import RECIPES, TQConfig
 from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
 from .errors import TQError
 from .report import CompressionReport
+from .specs import KroneckerSpec, LowRankSpec, MixedSpec
 from .stages import STAGED_RECIPES, Stage, StagedRecipe
 from .training_config import DistillConfig, TrainingConfig
 
@@ -41,6 +42,8 @@ __all__ = [
     "KroneckerHead",
     "KroneckerLinear",
     "KroneckerSpec",
+    "LowRankSpec",
+    "MixedSpec",
     "Stage",
     "StagedRecipe",
     "TQConfig",

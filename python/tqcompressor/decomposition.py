@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .config import KroneckerSpec
 from .errors import DtypeError, ShapeError
 from .progress import ProgressOption, reporter
+from .specs import KroneckerSpec
 
 
 @dataclass(frozen=True, eq=False, repr=False)

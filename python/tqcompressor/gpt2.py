@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import KroneckerSpec
 from .embeddings import KroneckerEmbedding, KroneckerHead
 from .errors import ConfigError, ShapeError
 from .modules import FusedKroneckerLinear, KroneckerLinear
+from .specs import KroneckerSpec
 
 CompressedModule = KroneckerLinear | FusedKroneckerLinear | KroneckerEmbedding | KroneckerHead
 

@@ -15,12 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, gpt2
-from .config import FORMAT_VERSION, KroneckerSpec, TQConfig, resolve_config
+from .config import TQConfig, resolve_config
 from .embeddings import KroneckerEmbedding, KroneckerHead
 from .errors import ConfigError, DtypeError
 from .modules import FusedKroneckerLinear, KroneckerLinear
 from .progress import ProgressOption, reporter
 from .report import CompressionReport
+from .specs import KroneckerSpec, MatrixSpec
 from .transformers_integration import attach, detach
 
 
@@ -108,7 +109,7 @@ def _compress_planned(
     model: PreTrainedModel,
     config: TQConfig,
     plan: Mapping[str, Any],
-    kept: Mapping[str, KroneckerSpec],
+    kept: Mapping[str, MatrixSpec],
     parameters: int,
     threads: int | None,
     progress: ProgressOption,
@@ -217,7 +218,7 @@ def _report(
         {
             **plan,
             "tqcompressor": _core.__version__,
-            "format_version": FORMAT_VERSION,
+            "format_version": model.config.quantization_config.format_version,
             "source": None,
             "effort": model.config.quantization_config.effort,
             "seed": model.config.quantization_config.seed,

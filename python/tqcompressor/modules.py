@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .config import KroneckerSpec
 from .contraction import kronecker_matmul, prefers_dense
 from .errors import ShapeError
+from .specs import KroneckerSpec
 
 
 class KroneckerFactors(nn.Module):

@@ -23,8 +23,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import QUANT_METHOD, KroneckerSpec, TQConfig, resolve_config
+from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
+from .specs import MatrixSpec
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +179,7 @@ def guard_name(model: PreTrainedModel) -> str:
     return f"{next(iter(compressed_modules(model)))[0]}.weight"
 
 
-def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, KroneckerSpec]:
+def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, MatrixSpec]:
     """The specs of those matrices that this class of model has: a checkpoint's head may be another's.
 
     Raises `ConfigError` for a name that holds a wildcard, since a checkpoint's config names matrices one by one.

@@ -33,6 +33,7 @@ PYTHON = [
     "progress",
     "tables",
     "report",
+    "specs",
     "config",
     "stages",
     "decomposition",
