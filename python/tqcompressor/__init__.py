@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .corpus import token_blocks
     from .embeddings import KroneckerEmbedding, KroneckerHead
     from .in_place import compress, compress_again
+    from .low_rank import LowRankLinear
+    from .low_rank_embedding import LowRankEmbedding, LowRankHead
+    from .mixed import MixedEmbedding, MixedHead, MixedLinear
     from .modules import FusedKroneckerLinear, KroneckerLinear
     from .peft_integration import merge_lora, register_lora
     from .staged_distillation import distill
@@ -42,7 +45,13 @@ __all__ = [
     "KroneckerHead",
     "KroneckerLinear",
     "KroneckerSpec",
+    "LowRankEmbedding",
+    "LowRankHead",
+    "LowRankLinear",
     "LowRankSpec",
+    "MixedEmbedding",
+    "MixedHead",
+    "MixedLinear",
     "MixedSpec",
     "Stage",
     "StagedRecipe",
@@ -70,6 +79,12 @@ _ON_DEMAND = {
     "KroneckerEmbedding": "embeddings",
     "KroneckerHead": "embeddings",
     "KroneckerLinear": "modules",
+    "LowRankEmbedding": "low_rank_embedding",
+    "LowRankHead": "low_rank_embedding",
+    "LowRankLinear": "low_rank",
+    "MixedEmbedding": "mixed",
+    "MixedHead": "mixed",
+    "MixedLinear": "mixed",
     "compress": "in_place",
     "compress_again": "in_place",
     "distill": "staged_distillation",
