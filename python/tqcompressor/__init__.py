@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from . import _import_hook
 from ._core import __version__
 from .checkpoint import compress_checkpoint, inspect
-from .config import RECIPES, KroneckerSpec, TQConfig
+from .config import RECIPES, TQConfig
 from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
 from .errors import TQError
 from .report import CompressionReport
+from .specs import KroneckerSpec, LowRankSpec, MixedSpec
 from .stages import STAGED_RECIPES, Stage, StagedRecipe
 from .training_config import DistillConfig, TrainingConfig
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .corpus import token_blocks
     from .embeddings import KroneckerEmbedding, KroneckerHead
     from .in_place import compress, compress_again
+    from .low_rank import LowRankLinear
+    from .low_rank_embedding import LowRankEmbedding, LowRankHead
+    from .mixed import MixedEmbedding, MixedHead, MixedLinear
     from .modules import FusedKroneckerLinear, KroneckerLinear
     from .peft_integration import merge_lora, register_lora
     from .staged_distillation import distill
@@ -41,6 +45,14 @@ __all__ = [
     "KroneckerHead",
     "KroneckerLinear",
     "KroneckerSpec",
+    "LowRankEmbedding",
+    "LowRankHead",
+    "LowRankLinear",
+    "LowRankSpec",
+    "MixedEmbedding",
+    "MixedHead",
+    "MixedLinear",
+    "MixedSpec",
     "Stage",
     "StagedRecipe",
     "TQConfig",
@@ -67,6 +79,12 @@ _ON_DEMAND = {
     "KroneckerEmbedding": "embeddings",
     "KroneckerHead": "embeddings",
     "KroneckerLinear": "modules",
+    "LowRankEmbedding": "low_rank_embedding",
+    "LowRankHead": "low_rank_embedding",
+    "LowRankLinear": "low_rank",
+    "MixedEmbedding": "mixed",
+    "MixedHead": "mixed",
+    "MixedLinear": "mixed",
     "compress": "in_place",
     "compress_again": "in_place",
     "distill": "staged_distillation",

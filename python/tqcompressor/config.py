@@ -7,7 +7,6 @@ point takes as `config`, and what `from_pretrained(..., quantization_config=...)
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -15,120 +14,45 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError
+from .specs import KroneckerSpec, LowRankSpec, MatrixSpec, MixedSpec, check_keys, integer, spec_from_dict
+
+# The specs of `specs` are part of what a config is made of, and have these names here too.
+__all__ = [
+    "DEFAULT_RECIPE",
+    "EFFORTS",
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "RECIPES",
+    "KroneckerSpec",
+    "LowRankSpec",
+    "MatrixSpec",
+    "MixedSpec",
+    "TQConfig",
+    "check_keys",
+    "resolve_config",
+    "spec_from_dict",
+]
 
 QUANT_METHOD = "tqcompressor"
-FORMAT_VERSION = 1
+# The newest format that is read. What the older one can say is written in it, so that older versions read it too.
+FORMAT_VERSION = 2
+_KRONECKER_ONLY = 1
 EFFORTS = ("fast", "balanced", "best")
-PERMUTES = ("none", "rows", "columns", "both")
 DEFAULT_RECIPE = "tq-81m"
 # The search draws its random numbers from an unsigned 64-bit seed.
 _LARGEST_SEED = 2**64 - 1
 
 
-def _integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
-    wanted = f"{name} must be an integer from {smallest}" + (" up" if largest is None else f" to {largest}")
-    try:
-        # True would pass as 1, and 4.0 as nothing at all: neither is meant as a count.
-        number = operator.index(value) if not isinstance(value, bool) else None
-    except TypeError:
-        number = None
-    if number is None or number < smallest or (largest is not None and number > largest):
-        raise ConfigError(f"{wanted}, got {value!r}")
-    return number
-
-
-def check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
-    """Raises `ConfigError` unless `data` is a mapping with all the required and none but the known keys."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"a {what} must be a JSON object, got {type(data).__name__}")
-    unknown = [str(key) for key in data if key not in known]
-    if unknown:
-        raise ConfigError(f"unknown key of a {what}: {', '.join(unknown)}; known are {', '.join(known)}")
-    missing = [key for key in required if key not in data]
-    if missing:
-        raise ConfigError(f"a {what} needs {', '.join(missing)}")
-
-
-@dataclass(frozen=True)
-class KroneckerSpec:
-    """How one matrix becomes a Kronecker sum: `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, `k < rank`.
-
-    `W` has shape `(m, n)`, in × out; `block = (m2, n2)` is the shape of every `B_k` and must divide it, so that `A_k`
-    has shape `(m / m2, n / n2)`. The parameters are `rank · (m1·n1 + m2·n2)`. `permute` says which sides are searched
-    for a permutation: "none", "rows" (`p`), "columns" (`q`) or "both". `block = (1, n)` is a plain low-rank product.
-
-    >>> KroneckerSpec(block=(2, 4), rank=4).parameters(768, 3072)
-    1179680
-    """
-
-    block: tuple[int, int]
-    rank: int
-    permute: str = "both"
-
-    def __post_init__(self) -> None:
-        try:
-            rows, columns = self.block
-        except (TypeError, ValueError):
-            raise ConfigError(f"block must be two positive integers (m2, n2), got {self.block!r}") from None
-        block = (_integer("block", rows, 1), _integer("block", columns, 1))
-        object.__setattr__(self, "block", block)
-        object.__setattr__(self, "rank", _integer("rank", self.rank, 1))
-        if self.permute not in PERMUTES:
-            raise ConfigError(f"permute must be one of {', '.join(PERMUTES)}, got {self.permute!r}")
-
-    @property
-    def permutes_rows(self) -> bool:
-        """Whether the rows of `W` are permuted."""
-        return self.permute in ("rows", "both")
-
-    @property
-    def permutes_columns(self) -> bool:
-        """Whether the columns of `W` are permuted."""
-        return self.permute in ("columns", "both")
-
-    def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """The shapes `(rank, m1, n1)` of A and `(rank, m2, n2)` of B for a `(rows, columns)` matrix.
-
-        Raises `ShapeError` when the block does not divide the matrix, or when the rank is larger than any matrix of
-        this shape can need, which is `min(m1·n1, m2·n2)`.
-        """
-        m2, n2 = self.block
-        if rows % m2 or columns % n2 or not rows or not columns:
-            raise ShapeError(f"block {self.block} does not divide a {rows} × {columns} matrix")
-        m1, n1 = rows // m2, columns // n2
-        if self.rank > min(m1 * n1, m2 * n2):
-            raise ShapeError(
-                f"rank {self.rank} is too large: block {self.block} of a {rows} × {columns} matrix "
-                f"allows at most {min(m1 * n1, m2 * n2)}"
-            )
-        return (self.rank, m1, n1), (self.rank, m2, n2)
-
-    def parameters(self, rows: int, columns: int) -> int:
-        """The number of elements in the factors of a `(rows, columns)` matrix: `rank · (m1·n1 + m2·n2)`."""
-        (_, m1, n1), (_, m2, n2) = self.factor_shapes(rows, columns)
-        return self.rank * (m1 * n1 + m2 * n2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON types."""
-        return {"block": list(self.block), "rank": self.rank, "permute": self.permute}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> KroneckerSpec:
-        """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
-        check_keys(data, "spec", known=("block", "rank", "permute"), required=("block", "rank"))
-        return cls(**data)
-
-
 @dataclass(frozen=True)
 class TQConfig:
-    """Which matrices of a model get which [`KroneckerSpec`], and how hard their permutations are searched.
+    """Which matrices of a model get which spec, and how hard their permutations are searched.
 
-    `specs` maps a glob pattern to a spec; without it the specs of the recipe `tq-81m` are taken. A pattern is matched
-    against the name of a matrix ("wte", "h.1.mlp.c_fc", "h.0.attn.c_attn.q") or of its module, with or without
-    "transformer." before and ".weight" behind it; `*` crosses dots, `[13579]` is one of these characters. The first
-    pattern that matches a matrix decides. `effort` is "fast", "balanced" or "best". The result depends on the weights,
-    the spec, the effort and the seed only.
+    `specs` maps a glob pattern to a [`KroneckerSpec`], [`LowRankSpec`] or [`MixedSpec`]; without it the specs of the
+    recipe `tq-81m` are taken. A pattern is matched against the name of a matrix ("wte", "h.1.mlp.c_fc",
+    "h.0.attn.c_attn.q") or of its module, with or without "transformer." before and ".weight" behind it; `*` crosses
+    dots, `[13579]` is one of these characters. The first pattern that matches a matrix decides. `effort` is "fast",
+    "balanced" or "best". The result depends on the weights, the spec, the effort and the seed only.
 
     Two configs are equal when their specs (in any order), effort and seed are.
 
@@ -139,7 +63,7 @@ class TQConfig:
     True
     """
 
-    specs: Mapping[str, KroneckerSpec] = None  # type: ignore[assignment]  # None is replaced by the default recipe's
+    specs: Mapping[str, MatrixSpec] = None  # type: ignore[assignment]  # None is replaced by the default recipe's
     effort: str = "balanced"
     seed: int = 0
 
@@ -149,7 +73,7 @@ class TQConfig:
     def __post_init__(self) -> None:
         specs = RECIPES[DEFAULT_RECIPE].specs if self.specs is None else self.specs
         if not isinstance(specs, Mapping):
-            raise ConfigError(f"specs must map patterns to KroneckerSpec, got {type(specs).__name__}")
+            raise ConfigError(f"specs must map patterns to specs, got {type(specs).__name__}")
         if not specs:
             raise ConfigError("specs is empty: name at least one matrix to compress")
         checked = {}
@@ -157,13 +81,13 @@ class TQConfig:
             if not isinstance(pattern, str) or not pattern:
                 raise ConfigError(f"a pattern of specs must be a non-empty string, got {pattern!r}")
             try:
-                checked[pattern] = spec if isinstance(spec, KroneckerSpec) else KroneckerSpec.from_dict(spec)
+                checked[pattern] = spec if isinstance(spec, MatrixSpec) else spec_from_dict(spec)
             except ConfigError as error:
                 raise ConfigError(f"specs[{pattern!r}]: {error}") from None
         object.__setattr__(self, "specs", checked)
         if self.effort not in EFFORTS:
             raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
-        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, _LARGEST_SEED))
+        object.__setattr__(self, "seed", integer("seed", self.seed, 0, _LARGEST_SEED))
 
     @classmethod
     def from_recipe(cls, name: str) -> TQConfig:
@@ -180,11 +104,17 @@ class TQConfig:
             raise ConfigError(f"a config has no {', '.join(sorted(unknown))}")
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
+    @property
+    def format_version(self) -> int:
+        """The oldest format that can say it: 1 while every spec is a Kronecker sum, else 2."""
+        only = all(isinstance(spec, KroneckerSpec) for spec in self.specs.values())
+        return _KRONECKER_ONLY if only else FORMAT_VERSION
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types, as stored under `quantization_config` in `config.json`."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "specs": {pattern: spec.to_dict() for pattern, spec in self.specs.items()},
             "effort": self.effort,
             "seed": self.seed,
@@ -202,10 +132,10 @@ class TQConfig:
         if method != QUANT_METHOD:
             raise ConfigError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
         # Before the keys: a newer format may well have keys that this one does not know.
-        version = _integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
+        version = integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
         if version > FORMAT_VERSION:
             raise ConfigError(
-                f"written by a newer tqcompressor (format {version}), this one reads {FORMAT_VERSION}: upgrade"
+                f"written by a newer tqcompressor (format {version}), this one reads up to {FORMAT_VERSION}: upgrade"
             )
         own = tuple(field.name for field in fields(cls))
         check_keys(data, "config", known=("quant_method", "format_version", *own), required=("specs",))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
+    """A region in which autocast rounds nothing on the device of `like`; the meta device has no autocast."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def multiplies(block: tuple[int, int], rank: int, rows: int, columns: int) -> tuple[int, int]:
@@ -38,6 +45,11 @@ def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
     """
     rank, m1, n1 = a.shape
     _, m2, n2 = b.shape
+    # A plain product of low rank: as batched products of matrices with vectors it would take several times as long.
+    if m2 == n1 == 1:
+        return torch.matmul(torch.matmul(x, a.squeeze(-1).transpose(0, 1)), b.squeeze(1))
+    if m1 == n2 == 1:
+        return torch.matmul(torch.matmul(x, b.squeeze(-1).transpose(0, 1)), a.squeeze(1))
     a_first, b_first = multiplies((m2, n2), rank, m1 * m2, n1 * n2)
     rows = x.reshape(-1, m1, m2)
     y = _contract_a_first(rows, a, b) if a_first <= b_first else _contract_b_first(rows, a, b)

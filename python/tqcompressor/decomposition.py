@@ -1,97 +1,84 @@
-"""One matrix: its nearest Kronecker sum, the search for permutations, and the two together."""
+"""One matrix: what approximates it best, its nearest Kronecker sum, and the search for permutations."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from typing import TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .config import KroneckerSpec
-from .errors import DtypeError, ShapeError
+from .decomposed import Decomposition, KroneckerDecomposition, from_terms
+from .errors import ConfigError, DtypeError, ShapeError
+from .objective import as_moment, moments_for
 from .progress import ProgressOption, reporter
+from .specs import KroneckerSpec, MatrixSpec, spec_from_dict
+
+MomentOption: TypeAlias = ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class KroneckerDecomposition:
-    """`W[p][:, q] ≈ Σ_k A_k ⊗ B_k`: what `decompose` returns.
-
-    With `(A ⊗ B)[i1·m2 + i2, j1·n2 + j2] = A[i1, j1]·B[i2, j2]`. Terms come in descending order of norm, balanced
-    (`‖A_k‖ = ‖B_k‖`), the entry of `B_k` of largest magnitude positive.
-    """
-
-    spec: KroneckerSpec
-    a: NDArray[np.float32]
-    """A, shape (rank, m1, n1)."""
-    b: NDArray[np.float32]
-    """B, shape (rank, m2, n2)."""
-    row_permutation: NDArray[np.int64]
-    """p, gather indices of the rows; the identity where rows were not permuted."""
-    column_permutation: NDArray[np.int64]
-    """q, gather indices of the columns; the identity where columns were not permuted."""
-    lost_energy: float
-    """`‖W − Ŵ‖² / ‖W‖²`, between 0 and 1; 0 for a zero matrix."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape `(m, n)` of the matrix."""
-        return len(self.row_permutation), len(self.column_permutation)
-
-    @property
-    def parameters(self) -> int:
-        """Stored numbers, `rank·(m1·n1 + m2·n2)`; permutations are integer buffers and do not count."""
-        return self.a.size + self.b.size
-
-    def __repr__(self) -> str:
-        (m, n), (m2, n2) = self.shape, self.spec.block
-        return (
-            f"KroneckerDecomposition({m} × {n}, block {m2} × {n2}, rank {self.spec.rank}, "
-            f"{self.parameters} parameters, lost energy {self.lost_energy:.4f})"
-        )
-
-    def reconstruct(self) -> NDArray[np.float32]:
-        """The dense matrix Ŵ of shape (m, n), permutations undone. Cost: `rank·m·n` multiplies."""
-        return _core.reconstruct(self.a, self.b, self.row_permutation, self.column_permutation)
-
-    def apply(self, x: ArrayLike) -> NDArray[np.float32]:
-        """`x @ Ŵ` for `x` of shape (..., m), without forming Ŵ.
-
-        Gathers `x[..., p]`, contracts it with the factors in the cheaper order, and scatters by `q`. Raises
-        `ShapeError` if the last dimension is not m. Cost for each row:
-        `rank·min(m1·n1·m2 + n1·m2·n2, m1·m2·n2 + m1·n1·n2)` multiplies.
-        """
-        values = np.ascontiguousarray(x, dtype=np.float32)
-        rows, columns = self.shape
-        if values.ndim == 0 or values.shape[-1] != rows:
-            raise ShapeError(f"apply: expected x of shape (..., {rows}), got {values.shape}")
-        batch = values.reshape(-1, rows)
-        y = _core.apply(batch, self.a, self.b, self.row_permutation, self.column_permutation)
-        return y.reshape(*values.shape[:-1], columns)
-
-
+@overload
 def decompose(
     w: ArrayLike,
     spec: KroneckerSpec,
     *,
+    moment: MomentOption = None,
+    objective: str = "auto",
     effort: str = "balanced",
     seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
-) -> KroneckerDecomposition:
-    """Decomposes a matrix: searches permutations, then takes the nearest Kronecker sum under them.
+) -> KroneckerDecomposition: ...
+@overload
+def decompose(
+    w: ArrayLike,
+    spec: MatrixSpec | None = None,
+    *,
+    budget: float | int | None = None,
+    moment: MomentOption = None,
+    objective: str = "auto",
+    effort: str = "balanced",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> Decomposition: ...
+def decompose(
+    w: ArrayLike,
+    spec: MatrixSpec | None = None,
+    *,
+    budget: float | int | None = None,
+    moment: MomentOption = None,
+    objective: str = "auto",
+    effort: str = "balanced",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> Decomposition:
+    """Decomposes a matrix as its spec says, or as well as a budget of parameters allows.
 
-    Minimises `‖W[p][:, q] − Σ_k A_k ⊗ B_k‖_F` over the permutations that `spec.permute` allows and over the factors
-    (TQCompressor, arXiv 2401.16367; Van Loan and Pitsianis, 1993). Never loses more energy than no permutation.
+    Minimises `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`, which without moments is the Frobenius norm. A Kronecker sum is searched
+    over the permutations that `spec.permute` allows and over the factors (TQCompressor, arXiv 2401.16367; Van Loan and
+    Pitsianis, 1993), and never loses more energy than without a permutation. Low rank is the whitened truncated singular
+    value decomposition (SVD-LLM, arXiv 2403.07378), in interpolative form. With a budget, the best of low rank, Kronecker
+    sums and sums of both that has no more parameters is taken; "fast" takes low rank.
 
-    `w` has shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed
-    in float32 with float64 sums. `effort` is "fast" (norm sort and assignment: some tenths of a second for 768 × 768),
-    "balanced" (then annealing: a second or two) or "best" (longer, restarted: tens of seconds). The result depends on
-    `w`, `spec`, `effort` and `seed` only, not on `threads` (None: all cores). `progress` is True, False, None (a bar
-    where somebody may be watching) or a callable that takes (done, total).
+    Args:
+        w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed in
+            float32 with float64 sums.
+        spec: What it is to become; either this or `budget`.
+        budget: A share of its `m·n` parameters, such as 0.5, or their number as an integer.
+        moment: What the inputs look like: `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it and the
+            second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,), either of which may be None.
+            Only their directions matter, not their scale. A singular moment is fine.
+        objective: "frobenius", "diagonal", "second_moment" or "sensitivity" (both moments); "auto" takes all there is.
+        effort: "fast" (some tenths of a second for 768 × 768), "balanced" (seconds) or "best" (tens of seconds).
+        seed: With `w`, `spec` and `effort` all that the result depends on: not on `threads`.
+        threads: None for all cores.
+        progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
 
-    Raises `ShapeError`, `DtypeError`, `NonFiniteError`, `ConfigError` (effort) and, on Ctrl-C, `KeyboardInterrupt`.
+    Raises `ShapeError`, `DtypeError`, `NonFiniteError`, `ConfigError` (effort, objective, budget) and, on Ctrl-C,
+    `KeyboardInterrupt`.
 
     >>> import numpy as np
     >>> w = np.random.default_rng(0).standard_normal((64, 96), dtype=np.float32)
@@ -100,13 +87,37 @@ def decompose(
     ((2, 32, 24), (2, 2, 4), 1552)
     >>> np.allclose(d.apply(np.eye(64)), d.reconstruct(), atol=1e-5)
     True
+    >>> x = np.random.default_rng(1).standard_normal((1000, 64)) * np.linspace(0.1, 2, 64)
+    >>> decompose(w, budget=0.5, moment=x.T @ x / 1000, effort="fast")
+    LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.2...)
     """
     matrix = _as_matrix(w)
+    if (spec is None) == (budget is None):
+        raise ConfigError("decompose takes either a spec or a budget")
+    rows, columns = matrix.shape
+    given = moment if isinstance(moment, tuple) else (moment, None)
+    arrays = as_moment(given[0], rows, "input moment"), as_moment(given[1], columns, "output moment")
+    moments = moments_for(objective, *arrays)
     with reporter(progress, "decompose") as callback:
-        (((term,), lost_energy, _),) = _core.fit_many(
-            [matrix], ["w"], [json.dumps(spec.to_dict())], [(None, None)], effort, seed, threads, callback
-        )
-    return KroneckerDecomposition(spec, *term[1:], lost_energy)
+        if budget is not None:
+            target = ("parameters", float(_parameters(budget, rows * columns)))
+            ((json_spec, *_),) = _core.choose_specs([matrix], ["w"], [moments], target, effort, seed, threads, callback)
+            if json_spec is None:
+                raise ConfigError(f"budget: {budget!r} leaves nothing to save for a {rows} × {columns} matrix")
+            spec = spec_from_dict(json.loads(json_spec))
+        assert spec is not None
+        arguments = ([matrix], ["w"], [json.dumps(spec.to_dict())], [moments])
+        ((terms, lost_energy, _),) = _core.fit_many(*arguments, effort, seed, threads, callback)
+    return from_terms(spec, terms, lost_energy)
+
+
+def _parameters(budget: float | int, dense: int) -> int:
+    """A budget for one matrix as a number of parameters."""
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return budget
+    if not isinstance(budget, float) or not 0 < budget < 1:
+        raise ConfigError(f"budget must be a share between 0 and 1, or a number of parameters, got {budget!r}")
+    return int(budget * dense)
 
 
 def nearest_kronecker_sum(w: ArrayLike, spec: KroneckerSpec) -> KroneckerDecomposition:

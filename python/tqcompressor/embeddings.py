@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .contraction import kronecker_matmul
-from .modules import KroneckerFactors
+from .modules import KroneckerFactors, add_bias
 
 
 class KroneckerEmbedding(KroneckerFactors):
@@ -117,18 +117,21 @@ class KroneckerHead(KroneckerFactors):
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. With `W[p][:, q] = Σ_k A_k ⊗ B_k`, h is gathered by
     `q`, contracted with the transposed factors and gathered by the inverse of `p`. With block (1, 4) and rank 1 the
-    logits take a quarter of the dense multiplications.
+    logits take a quarter of the dense multiplications. `bias (num_embeddings,)` is the replaced output layer's own.
 
     Transformers ties parameters by name, so the head has `A` and `B` of its own that are the same tensors. Its
     permutations follow from the embedding's: they are not saved, and are derived again when the embedding's change.
     """
 
-    def __init__(self, embedding: KroneckerEmbedding) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: KroneckerEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.block = embedding.block
         self.rank = embedding.rank
         self.in_features = embedding.embedding_dim
         self.out_features = embedding.num_embeddings
+        self.register_parameter("bias", bias)
         self.register_buffer("input_permutation", None, persistent=False)
         self.register_buffer("output_permutation", None, persistent=False)
         self.tie(embedding)
@@ -139,6 +142,10 @@ class KroneckerHead(KroneckerFactors):
         self.A = embedding.A
         self.B = embedding.B
         self._follow(embedding)
+
+    def set_terms(self, *_: object, **__: object) -> None:
+        """Refused as `set_factors` is."""
+        self.set_factors()
 
     def set_factors(self, *_: object, **__: object) -> None:
         """Refused, as it would untie the head: set the embedding's factors, then `tie` it again."""
@@ -154,7 +161,9 @@ class KroneckerHead(KroneckerFactors):
         if self.input_permutation is not None:
             hidden = hidden.index_select(-1, self.input_permutation)
         logits = kronecker_matmul(hidden, self.A.transpose(1, 2), self.B.transpose(1, 2))
-        return logits if self.output_permutation is None else logits.index_select(-1, self.output_permutation)
+        if self.output_permutation is not None:
+            logits = logits.index_select(-1, self.output_permutation)
+        return add_bias(logits, self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""

@@ -1,4 +1,4 @@
-"""The torch modules that stand in for dense linear ones: they hold Kronecker factors and permutations.
+"""The torch modules that hold Kronecker factors and permutations in place of a dense linear one's weight.
 
 Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers `input_permutation` and
 `output_permutation` (gather indices used in the forward pass; None where a side is not permuted). No module has a
@@ -8,17 +8,32 @@ Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .config import KroneckerSpec
-from .contraction import kronecker_matmul, prefers_dense
+from .contraction import kronecker_matmul, prefers_dense, without_autocast
 from .errors import ShapeError
+from .specs import KroneckerSpec
+
+# One term of what a matrix became: ("kronecker", A, B, p, q) or ("low_rank", left, right, order).
+Term: TypeAlias = tuple[Any, ...]
+
+
+def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`y + bias` in the dtype of `y`: under autocast that is narrower than the bias, and must stay so."""
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def the_one_term(terms: Sequence[Term], kind: str) -> tuple[NDArray[Any], ...]:
+    """The arrays of the only term, which must be of that kind; raises `ShapeError` otherwise."""
+    if len(terms) != 1 or terms[0][0] != kind:
+        raise ShapeError(f"expected one {kind} term, got {', '.join(str(term[0]) for term in terms) or 'none'}")
+    return tuple(terms[0][1:])
 
 
 class KroneckerFactors(nn.Module):
@@ -80,6 +95,13 @@ class KroneckerFactors(nn.Module):
         module.set_factors(a, b, p, q, dtype, device)
         return module
 
+    def set_terms(
+        self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """`set_factors` from what a decomposition gave for the matrix, which is one Kronecker term."""
+        a, b, p, q = the_one_term(terms, "kronecker")
+        self.set_factors(a, b, p, q, dtype, device)
+
     def set_factors(
         self,
         a: NDArray[np.float32],
@@ -116,7 +138,7 @@ class KroneckerFactors(nn.Module):
         """The Kronecker sum as a matrix, still permuted, in at least single precision."""
         wide = torch.promote_types(self.A.dtype, torch.float32)
         # The sum over the rank as one matrix product, which autocast would round.
-        with torch.autocast(self.A.device.type, enabled=False):
+        with without_autocast(self.A):
             blocks = self.A.to(wide).flatten(1).t() @ self.B.to(wide).flatten(1)
         (m1, n1), (m2, n2) = self.A.shape[1:], self.B.shape[1:]
         return blocks.view(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
@@ -219,15 +241,13 @@ class KroneckerLinear(KroneckerFactors):
         """`(..., in_features)` to `(..., out_features)`."""
         tokens = x.numel() // self.in_features
         if prefers_dense(tokens, self.block, self.rank, self.in_features, self.out_features):
-            y = torch.matmul(x, self.dense_weight())
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            return add_bias(torch.matmul(x, self.dense_weight()), self.bias)
         if self.input_permutation is not None:
             x = x.index_select(-1, self.input_permutation)
         y = kronecker_matmul(x, self.A, self.B)
         if self.output_permutation is not None:
             y = y.index_select(-1, self.output_permutation)
-        # Under autocast y is narrower than the bias, and must stay so, as it does in nn.Linear.
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return add_bias(y, self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (in_features, out_features)` that the factors stand for, in the dtype of the factors."""
@@ -244,15 +264,16 @@ class KroneckerLinear(KroneckerFactors):
 
 
 class FusedKroneckerLinear(nn.Module):
-    """Several `KroneckerLinear` side by side on one input, with one bias: GPT-2's `c_attn` as its q, k and v.
+    """Several factored linear modules side by side on one input, with one bias: GPT-2's `c_attn` as its q, k and v.
 
     `y = concatenate(part(x) for part in parts) + bias`. GPT-2 splits the output itself, so that this drops in. The
-    parts are submodules by their names, and have no bias of their own.
+    parts, of any kind (`KroneckerLinear`, `LowRankLinear`, `MixedLinear`), are submodules by their names, and have no
+    bias of their own.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, parts: Mapping[str, KroneckerLinear], bias: bool | torch.Tensor = True) -> None:
+    def __init__(self, parts: Mapping[str, Any], bias: bool | torch.Tensor = True) -> None:
         super().__init__()
         first = next(iter(parts.values()))
         for name, part in parts.items():
@@ -267,19 +288,19 @@ class FusedKroneckerLinear(nn.Module):
                 raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
             self.bias = nn.Parameter(bias.detach().clone())
         elif bias:
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=first.A.device, dtype=first.A.dtype))
+            factor = next(first.parameters())
+            self.bias = nn.Parameter(torch.zeros(self.out_features, device=factor.device, dtype=factor.dtype))
         else:
             self.register_parameter("bias", None)
 
     @property
-    def parts(self) -> list[KroneckerLinear]:
+    def parts(self) -> list[Any]:
         """The parts in the order of their outputs."""
         return [getattr(self, name) for name in self.part_names]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        y = torch.cat([part(x) for part in self.parts], dim=-1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return add_bias(torch.cat([part(x) for part in self.parts], dim=-1), self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(in_features, out_features)` of all parts, in the dtype of the factors."""

@@ -27,7 +27,7 @@ from ._core import __version__
 from .config import TQConfig
 from .corpus import TokenBlocks, token_blocks
 from .errors import ConfigError, DestinationError, TextError
-from .in_place import compress, compress_again, plan_model
+from .in_place import compress, compress_again, plan_model, planned_spec
 from .model_files import load_model, read_json, save_model, weights_digest, write_json
 from .progress import ProgressOption, reporter
 from .results import exponential
@@ -189,7 +189,7 @@ class _Run:
         specs: dict[str, Any] = {}
         for stage in self.recipe.stages:
             for entry in plan_model(self.teacher, stage.config)["matrices"]:
-                specs[entry["name"]] = {name: entry[name] for name in ("block", "rank", "permute")}
+                specs[entry["name"]] = planned_spec(entry)
         return self.recipe.stages[-1].config.replace(specs=specs)
 
     def load_texts(self, texts: Any, tokens: int | None, heldout: StrPath | None, cache: StrPath | None) -> None:

@@ -12,8 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .config import FORMAT_VERSION, RECIPES, KroneckerSpec, TQConfig, check_keys, resolve_config
+from .config import RECIPES, TQConfig, resolve_config
 from .errors import ConfigError
+from .specs import KroneckerSpec, check_keys
+
+# Of the recipe; the configs in it have their own.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,15 @@ class StagedRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON types."""
-        return {"format_version": FORMAT_VERSION, "stages": [stage.to_dict() for stage in self.stages]}
+        return {"format_version": _FORMAT, "stages": [stage.to_dict() for stage in self.stages]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StagedRecipe:
         """The inverse of `to_dict`; raises `ConfigError` for what cannot be followed."""
         check_keys(data, "staged recipe", known=("format_version", "stages"), required=("stages",))
-        version = data.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ConfigError(f"a staged recipe of format {version!r}, this tqcompressor reads {FORMAT_VERSION}")
+        version = data.get("format_version", _FORMAT)
+        if version != _FORMAT:
+            raise ConfigError(f"a staged recipe of format {version!r}, this tqcompressor reads {_FORMAT}")
         if not isinstance(data["stages"], list | tuple):
             raise ConfigError(f"stages must be a list, got {type(data['stages']).__name__}")
         return cls(tuple(Stage.from_dict(stage) for stage in data["stages"]))

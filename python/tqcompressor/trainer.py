@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.data.data_collator import default_data_collator
 
-from . import gpt2
+from . import architecture
 from .errors import ConfigError, StorageError
 from .losses import cross_entropy, distillation_loss, hidden_state_loss, topk_distillation_loss
 from .teacher_cache import CachedTeacher
@@ -173,7 +173,7 @@ class DistillTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A compressed checkpoint has the guard tensor, and its tied head is not stored.
         model: Any = self.model
-        if next(gpt2.compressed_modules(model), None) is not None:
+        if next(architecture.compressed_modules(model), None) is not None:
             tied = set(model.all_tied_weights_keys)
             load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
             guard = guard_name(model)

@@ -23,8 +23,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import QUANT_METHOD, KroneckerSpec, TQConfig, resolve_config
+from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
+from .specs import MatrixSpec
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ class _ConfigReader(QuantizationConfigMixin):
 
 
 class TQQuantizer(HfQuantizer):
-    """Puts the modules of a compressed GPT-2 in place before its weights are loaded, or compresses it afterwards.
+    """Puts the modules of a compressed model in place before its weights are loaded, or compresses it afterwards.
 
     With `pre_quantized` the checkpoint holds factors and the config says which; without, it is a dense one that
     `from_pretrained(..., quantization_config=TQConfig(...))` compresses on the fly.
@@ -81,32 +82,29 @@ class TQQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        from . import gpt2
-        from .embeddings import KroneckerHead
+        from . import architecture
         from .in_place import plan_model
 
-        gpt2.require_gpt2(model)
+        architecture.require_transformers_model(model)
         if not self.pre_quantized:
             # Nothing is done yet, but a config that does not fit should fail before a large checkpoint is read.
             plan_model(model, self.quantization_config)
             return
         specs = specs_of_model(model, self.quantization_config)
-        modules: dict[str, Any] = dict(gpt2.empty_modules(model, specs))
-        embedding = modules.get(gpt2.module_name(model, "wte"))
-        if embedding is not None and gpt2.tied_head(model) is not None:
-            modules["lm_head"] = KroneckerHead(embedding)
-        with gpt2.swapped(model, modules):
+        modules: dict[str, Any] = dict(architecture.empty_modules(model, specs))
+        modules |= architecture.heads(model, modules)
+        with architecture.swapped(model, modules):
             guard = guard_name(model)
         # Stored with or without the base prefix, depending on the class that was saved.
-        names = {guard, guard.removeprefix("transformer."), f"transformer.{guard}"}
+        prefix = f"{model.base_model_prefix}."
+        names = {guard, guard.removeprefix(prefix), prefix + guard}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
             check_tensors(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
-        from . import gpt2
-        from .embeddings import KroneckerEmbedding, KroneckerHead
+        from . import architecture
         from .in_place import compress
 
         if not self.pre_quantized:
@@ -114,10 +112,8 @@ class TQQuantizer(HfQuantizer):
             detach(model)
             compress(model, self.quantization_config)
             return
-        head, embedding = gpt2.output_layer(model), model.get_input_embeddings()
-        if isinstance(head, KroneckerHead) and isinstance(embedding, KroneckerEmbedding):
-            # Its permutations are not in the checkpoint.
-            head.tie(embedding)
+        # The permutations of tied heads are not in the checkpoint.
+        architecture.tie_heads(model)
         check_loaded(model)
         specs = specs_of_model(model, self.quantization_config)
         attach(model, self.quantization_config.replace(specs=specs))
@@ -140,9 +136,9 @@ class TQQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from . import gpt2
+        from . import architecture
 
-        with gpt2.swapped(model, gpt2.dense_modules(model)):
+        with architecture.swapped(model, architecture.dense_modules(model)):
             model.tie_weights()
         if dtype is not None:
             model.to(dtype=dtype)  # type: ignore[call-arg]
@@ -173,23 +169,30 @@ def detach(model: PreTrainedModel) -> None:
 
 def guard_name(model: PreTrainedModel) -> str:
     """The name of the guard tensor: the first compressed module's dense weight."""
-    from .gpt2 import compressed_modules
+    from .architecture import compressed_modules
 
     return f"{next(iter(compressed_modules(model)))[0]}.weight"
 
 
-def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, KroneckerSpec]:
+def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, MatrixSpec]:
     """The specs of those matrices that this class of model has: a checkpoint's head may be another's.
 
     Raises `ConfigError` for a name that holds a wildcard, since a checkpoint's config names matrices one by one.
     """
-    from .gpt2 import in_base_model, split_part
+    from .architecture import in_base_model, split_part
 
     for name in config.specs:
         if set("*?[]") & set(name):
             raise ConfigError(f"quantization_config of a compressed checkpoint names matrices, not patterns: {name}")
-    heads = {name for name, _ in model.named_modules()}
-    return {name: spec for name, spec in config.specs.items() if in_base_model(name) or split_part(name)[0] in heads}
+    modules = {name for name, _ in model.named_modules()}
+    specs = {
+        name: spec
+        for name, spec in config.specs.items()
+        if in_base_model(model, name) or split_part(name)[0] in modules
+    }
+    if not specs:
+        raise ConfigError(f"none of the compressed matrices is in {type(model).__name__}: {', '.join(config.specs)}")
+    return specs
 
 
 def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
@@ -200,19 +203,19 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     """
     from safetensors import safe_open
 
-    from .embeddings import KroneckerHead
-    from .gpt2 import base_prefix, compressed_modules
+    from .architecture import base_prefix, compressed_modules, factor_owner
+    from .mixed import FactoredHead
 
     stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="np") as reader:
             for name in reader.keys():  # noqa: SIM118 (not a dict)
-                stored[name.removeprefix("transformer.")] = tuple(reader.get_slice(name).get_shape())
+                stored[name.removeprefix(f"{model.base_model_prefix}.")] = tuple(reader.get_slice(name).get_shape())
     prefix = base_prefix(model)
     promised = {
         f"{module_name}.{name}".removeprefix(prefix): tuple(tensor.shape)
         for module_name, module in compressed_modules(model)
-        if not isinstance(module, KroneckerHead)
+        if not isinstance(module, FactoredHead)
         for name, tensor in module.state_dict().items()
     }
     for name, shape in promised.items():
@@ -222,27 +225,20 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
             raise CheckpointError(f"tensor {name} has shape {stored[name]}, but config.json asks for {shape}")
     modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
     for name in stored.keys() - promised.keys():
-        owner, _, last = name.rpartition(".")
         # A factor of a head that this class of model lacks is as superfluous as a dense head's weight would be.
-        if last in ("A", "B", "input_permutation", "output_permutation") and _dense_owner(owner) in modules:
+        if factor_owner(name) in modules:
             raise CheckpointError(f"tensor {name} is there, but quantization_config in config.json does not ask for it")
-
-
-def _dense_owner(owner: str) -> str:
-    from .gpt2 import split_part
-
-    return split_part(owner)[0]
 
 
 def check_loaded(model: PreTrainedModel) -> None:
     """Raises `CheckpointError` for a factor that no file had, or for indices that are not a permutation."""
     import torch
 
-    from .embeddings import KroneckerHead
-    from .gpt2 import compressed_modules
+    from .architecture import compressed_modules
+    from .mixed import FactoredHead
 
     for module_name, module in compressed_modules(model):
-        if isinstance(module, KroneckerHead):
+        if isinstance(module, FactoredHead):
             continue
         for name, tensor in module.state_dict(keep_vars=True).items():
             # Set by transformers on everything that it read.

@@ -1,4 +1,4 @@
-"""`KroneckerSpec`, `TQConfig`, recipes, and what entry points take for a config."""
+"""Specs, `TQConfig`, recipes, and what entry points take for a config."""
 
 import copy
 import json
@@ -6,15 +6,19 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tqcompressor.config import RECIPES, KroneckerSpec, TQConfig, resolve_config
+from tqcompressor.config import RECIPES, TQConfig, resolve_config
 from tqcompressor.errors import ConfigError, ShapeError
+from tqcompressor.specs import KroneckerSpec, LowRankSpec, MixedSpec, spec_from_dict
 
-SPECS = st.builds(
+KRONECKER = st.builds(
     KroneckerSpec,
     block=st.tuples(st.integers(1, 64), st.integers(1, 64)),
     rank=st.integers(1, 64),
     permute=st.sampled_from(["none", "rows", "columns", "both"]),
 )
+LOW_RANK = st.builds(LowRankSpec, st.integers(1, 64))
+TERMS = st.lists(KRONECKER | LOW_RANK, min_size=2, max_size=3)
+SPECS = KRONECKER | LOW_RANK | st.builds(MixedSpec, TERMS)
 CONFIGS = st.builds(
     TQConfig,
     specs=st.dictionaries(st.text(min_size=1), SPECS, min_size=1),
@@ -34,7 +38,9 @@ def test_json_round_trip(config):
 
 @given(SPECS)
 def test_spec_round_trip(spec):
-    assert KroneckerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    data = json.loads(json.dumps(spec.to_dict()))
+    assert spec_from_dict(data) == type(spec).from_dict(data) == spec
+    assert {spec: 1}[spec_from_dict(data)] == 1
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
@@ -46,6 +52,31 @@ def test_parameters_are_the_elements_of_the_factors(m1, m2, n1, n2, rank):
     else:
         assert spec.factor_shapes(m1 * m2, n1 * n2) == ((rank, m1, n1), (rank, m2, n2))
         assert spec.parameters(m1 * m2, n1 * n2) == rank * (m1 * n1 + m2 * n2)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+def test_parameters_of_low_rank_are_the_elements_of_the_factors(rows, columns, rank):
+    spec = LowRankSpec(rank)
+    if rank >= min(rows, columns):
+        with pytest.raises(ShapeError, match=f"rank {rank} is too large"):
+            spec.check(rows, columns)
+        return
+    left, right = spec.factor_shapes(rows, columns)
+    # One of the two is completed by an identity of as many rows or columns as the rank.
+    assert (left[0] + (rank if rows <= columns else 0), left[1]) == (rows, rank)
+    assert (right[0], right[1] + (0 if rows <= columns else rank)) == (rank, columns)
+    assert spec.parameters(rows, columns) == left[0] * left[1] + right[0] * right[1]
+    assert spec.parameters(rows, columns) <= rows * columns - 1
+
+
+def test_a_sum_has_the_parameters_of_its_terms_and_names_the_one_that_does_not_fit():
+    kronecker, low_rank = KroneckerSpec((2, 4), 3), LowRankSpec(5)
+    mixed = MixedSpec((kronecker, low_rank))
+    assert mixed.parameters(16, 32) == kronecker.parameters(16, 32) + low_rank.parameters(16, 32)
+    with pytest.raises(ShapeError, match=r"terms\[0\]: block"):
+        mixed.check(15, 32)
+    with pytest.raises(ShapeError, match=r"terms\[1\]: rank 5"):
+        mixed.parameters(4, 32)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 8), (8, 7), (0, 8)])
@@ -70,6 +101,28 @@ def test_a_block_must_divide(rows, columns):
 def test_a_spec_that_cannot_be_followed(arguments, message):
     with pytest.raises(ConfigError, match=message):
         KroneckerSpec(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"rank": 0}, "rank"),
+        ({}, "rank"),
+        (3, "JSON object"),
+        ({"rank": 2, "permute": "both"}, "block"),
+        ({"rank": 2, "ranks": 3}, "ranks"),
+        ({"terms": [{"rank": 2}]}, "at least two"),
+        ({"terms": 2}, "list"),
+        ({"terms": "ab"}, "list"),
+        ({"terms": [{"rank": 2}, 3]}, r"terms\[1\]"),
+        ({"terms": [{"rank": 2}, {"block": [1, 2]}]}, r"terms\[1\].*rank"),
+        ({"terms": [{"rank": 2}, {"terms": [{"rank": 2}, {"rank": 3}]}]}, r"terms\[1\]"),
+        ({"terms": [{"rank": 2}, {"rank": 3}], "rank": 2}, "unknown key"),
+    ],
+)
+def test_a_spec_in_json_that_cannot_be_followed(data, message):
+    with pytest.raises(ConfigError, match=message):
+        spec_from_dict(data)
 
 
 def test_specs_are_values():
@@ -104,9 +157,24 @@ def test_a_config_that_cannot_be_followed(changes, message):
 
 
 def test_a_newer_format_is_named_before_its_keys_are_judged():
-    newer = {**TQConfig().to_dict(), "format_version": 2, "new_key": 1}
-    with pytest.raises(ConfigError, match=r"newer tqcompressor \(format 2\), this one reads 1: upgrade"):
+    newer = {**TQConfig().to_dict(), "format_version": 3, "new_key": 1}
+    with pytest.raises(ConfigError, match=r"newer tqcompressor \(format 3\), this one reads up to 2: upgrade"):
         TQConfig.from_dict(newer)
+
+
+def test_only_what_the_first_format_cannot_say_is_written_in_the_second():
+    kronecker, low_rank = KroneckerSpec((1, 4), 1), LowRankSpec(2)
+    for specs, version in [
+        ([kronecker], 1),
+        ([low_rank], 2),
+        ([kronecker, low_rank], 2),
+        ([MixedSpec((kronecker, kronecker))], 2),
+    ]:
+        config = TQConfig({str(number): spec for number, spec in enumerate(specs)})
+        assert config.to_dict()["format_version"] == config.format_version == version
+    # Either is read whatever it says.
+    for version in (1, 2):
+        assert TQConfig.from_dict({**TQConfig().to_dict(), "format_version": version}) == TQConfig()
 
 
 def test_missing_effort_and_seed_take_the_defaults():

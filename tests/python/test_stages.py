@@ -9,8 +9,8 @@ from helpers.models import agree, first_output, some_ids, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from tqcompressor import RECIPES, KroneckerSpec, TQConfig
+from tqcompressor.architecture import compressed_modules
 from tqcompressor.errors import ConfigError
-from tqcompressor.gpt2 import compressed_modules
 from tqcompressor.in_place import compress, compress_again
 from tqcompressor.stages import STAGED_RECIPES, Stage, StagedRecipe, resolve_staged_recipe
 

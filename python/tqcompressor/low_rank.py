@@ -1,0 +1,230 @@
+"""Modules of low rank that store no entry that is known: some rows, or columns, of the matrix span all others.
+
+With a permutation that puts those first, a matrix `W (m, n)` of rank k is `W[p] = [I; left] right` or
+`W[:, q] = left [I right]`, of `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
+forward pass, only those of the side that the identity is on, and no module has a `weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .contraction import without_autocast
+from .errors import ShapeError
+from .modules import Term, add_bias, the_one_term
+from .specs import LowRankSpec
+
+
+def low_rank_matmul(
+    x: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    input_permutation: torch.Tensor | None,
+    output_permutation: torch.Tensor | None,
+) -> torch.Tensor:
+    """`x W` for a matrix `W (m, n)` in interpolative form, without forming it.
+
+    With `input_permutation (m,)`, which is `p`: `W[p] = [I; left] right`, `left (m − k, k)`, `right (k, n)`. Without:
+    `W[:, q] = left [I right]`, `left (m, k)`, `right (k, n − k)`, and `output_permutation (n,)` is the inverse of `q`.
+
+    Shapes: `x (..., m)`, the result `(..., n)`. Any floating dtype, the same for all three; autocast applies as it does
+    to `torch.matmul`. The factors may be transposed views. Cost of a row: `k · (m + n − k)` multiplications.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if input_permutation is not None:
+        rank = left.shape[1]
+        rows = rows.index_select(1, input_permutation)
+        y = torch.addmm(rows[:, :rank], rows[:, rank:], left) @ right
+    else:
+        inner = rows @ left
+        y = torch.cat([inner, inner @ right], dim=1)
+        if output_permutation is not None:
+            y = y.index_select(1, output_permutation)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def expand(left: torch.Tensor, right: torch.Tensor, on_rows: bool) -> torch.Tensor:
+    """`[I; left] right` or `left [I right]`, in at least single precision; the factor within it is not rounded."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    with without_autocast(left):
+        left, right = left.to(wide), right.to(wide)
+        return torch.cat([right, left @ right]) if on_rows else torch.cat([left, left @ right], dim=1)
+
+
+class LowRankFactors(nn.Module):
+    """What the modules share: the factors and the permutation of a `(rows, columns)` matrix.
+
+    The identity, and so the permutation, is on the rows where there are not more rows than columns.
+    """
+
+    left: nn.Parameter
+    right: nn.Parameter
+    input_permutation: torch.Tensor | None
+    output_permutation: torch.Tensor | None
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        rank: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        spec = LowRankSpec(rank)
+        left, right = spec.factor_shapes(rows, columns)
+        self.rank = spec.rank
+        self.left = nn.Parameter(torch.empty(left, device=device, dtype=dtype))
+        self.right = nn.Parameter(torch.empty(right, device=device, dtype=dtype))
+        order = torch.arange(min(rows, columns), device=device)
+        self.register_buffer("input_permutation", order if rows <= columns else None)
+        self.register_buffer("output_permutation", None if rows <= columns else order)
+
+    def reset_parameters(self, variance: float) -> None:
+        """Draws factors whose product, and what stands beside it in the matrix, has entries of the given variance."""
+        # The factor that the identity completes is multiplied by the other, whose entries the matrix has too.
+        weights, mixing = (self.right, self.left) if self.input_permutation is not None else (self.left, self.right)
+        for factor, of_entries in ((weights, variance), (mixing, 1 / self.rank)):
+            bound = math.sqrt(3 * of_entries)
+            nn.init.uniform_(factor, -bound, bound)
+
+    @classmethod
+    def _from_factors(
+        cls,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        **options: Any,
+    ) -> Any:
+        (height, rank), (_, width) = left.shape, right.shape
+        # Were they columns, there would be more rows than columns.
+        on_rows = height + rank <= width
+        rows, columns = (height + rank, width) if on_rows else (height, width + rank)
+        # Every subclass that is made from factors takes rows, columns and rank first.
+        module: Any = cls(rows, columns, rank, device="meta", **options)
+        module.set_factors(left, right, order, dtype, device)
+        return module
+
+    def set_terms(
+        self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """`set_factors` from what a decomposition gave for the matrix, which is one term of low rank."""
+        left, right, order = the_one_term(terms, "low_rank")
+        self.set_factors(left, right, order, dtype, device)
+
+    def set_factors(
+        self,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Takes copies of the factors of `W[p]`, or of `W[:, q]` where there are more rows than columns.
+
+        `order` is `p` or `q`, gather indices. Raises `ShapeError` for shapes that are not the module's.
+        """
+        tensors: dict[str, NDArray[Any]] = {"left": left, "right": right}
+        if self.input_permutation is not None:
+            tensors["input_permutation"] = self._input_indices(order)
+        else:
+            tensors["output_permutation"] = np.argsort(order)
+        for name, values in tensors.items():
+            expected = tuple(getattr(self, name).shape)
+            if values.shape != expected:
+                raise ShapeError(f"{name} has shape {values.shape}, expected {expected}")
+        for name, values in tensors.items():
+            current = getattr(self, name)
+            values = np.ascontiguousarray(values)
+            if isinstance(current, nn.Parameter):
+                trainable = current.requires_grad
+                setattr(self, name, nn.Parameter(torch.tensor(values, dtype=dtype, device=device), trainable))
+            else:
+                setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
+
+    def _input_indices(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The gather indices that the row permutation `p` means for this module's input."""
+        return order
+
+
+class LowRankLinear(LowRankFactors):
+    """`y = x W + bias` for a matrix of rank k: `W[p] = [I; left] right`, or `W[:, q] = left [I right]`.
+
+    Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. With `in_features ≤ out_features`,
+    `left (in_features − k, k)`, `right (k, out_features)` and `input_permutation` is `p`; otherwise
+    `left (in_features, k)`, `right (k, out_features − k)` and `output_permutation` is the inverse of `q`. A row costs
+    `k · (in_features + out_features − k)` multiplications, which is less than the dense product at any rank.
+
+    Raises `ShapeError` unless the rank is smaller than both sides.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankLinear:
+        """The module for the given, copied, factors; raises `ShapeError` for shapes that disagree."""
+        module: LowRankLinear = cls._from_factors(left, right, order, dtype, device, bias=bias is not None)
+        if bias is not None:
+            if bias.shape != (module.out_features,):
+                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({module.out_features},)")
+            module.bias = nn.Parameter(bias.detach().clone().to(device=device, dtype=dtype))
+        return module
+
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
+        super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        y = low_rank_matmul(x, self.left, self.right, self.input_permutation, self.output_permutation)
+        return add_bias(y, self.bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `W (in_features, out_features)` that the factors stand for, in their dtype."""
+        weight = expand(self.left, self.right, self.input_permutation is not None)
+        if self.input_permutation is not None:
+            weight = weight.index_select(0, torch.argsort(self.input_permutation))
+        if self.output_permutation is not None:
+            weight = weight.index_select(1, self.output_permutation)
+        return weight.to(self.left.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
