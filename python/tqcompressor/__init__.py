@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _import_hook
 from ._core import __version__
+from .calibration import Calibration
 from .checkpoint import compress_checkpoint, inspect
 from .config import RECIPES, KroneckerSpec, TQConfig
 from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "STAGED_RECIPES",
+    "Calibration",
     "CompressionReport",
     "DistillConfig",
     "DistillTrainer",
