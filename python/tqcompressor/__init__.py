@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .embeddings import KroneckerEmbedding, KroneckerHead
     from .in_place import compress, compress_again
     from .modules import FusedKroneckerLinear, KroneckerLinear
+    from .moment_hooks import calibrate
     from .peft_integration import merge_lora, register_lora
     from .staged_distillation import distill
     from .trainer import DistillTrainer
@@ -49,6 +50,7 @@ __all__ = [
     "TQError",
     "TrainingConfig",
     "__version__",
+    "calibrate",
     "compress",
     "compress_again",
     "compress_checkpoint",
@@ -69,6 +71,7 @@ _ON_DEMAND = {
     "KroneckerEmbedding": "embeddings",
     "KroneckerHead": "embeddings",
     "KroneckerLinear": "modules",
+    "calibrate": "moment_hooks",
     "compress": "in_place",
     "compress_again": "in_place",
     "distill": "staged_distillation",
