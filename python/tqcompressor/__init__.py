@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _import_hook
 from ._core import __version__
+from .calibration import Calibration
 from .checkpoint import compress_checkpoint, inspect
 from .config import RECIPES, TQConfig
 from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .low_rank_embedding import LowRankEmbedding, LowRankHead
     from .mixed import MixedEmbedding, MixedHead, MixedLinear
     from .modules import FusedKroneckerLinear, KroneckerLinear
+    from .moment_hooks import calibrate
     from .peft_integration import merge_lora, register_lora
     from .staged_distillation import distill
     from .trainer import DistillTrainer
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "STAGED_RECIPES",
+    "Calibration",
     "CompressionReport",
     "DistillConfig",
     "DistillTrainer",
@@ -59,6 +62,7 @@ __all__ = [
     "TQError",
     "TrainingConfig",
     "__version__",
+    "calibrate",
     "compress",
     "compress_again",
     "compress_checkpoint",
@@ -85,6 +89,7 @@ _ON_DEMAND = {
     "MixedEmbedding": "mixed",
     "MixedHead": "mixed",
     "MixedLinear": "mixed",
+    "calibrate": "moment_hooks",
     "compress": "in_place",
     "compress_again": "in_place",
     "distill": "staged_distillation",

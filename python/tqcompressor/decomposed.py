@@ -173,7 +173,9 @@ class MixedDecomposition:
             f"rank {term.spec.rank}" + (f" of block {term.spec.block}" if isinstance(term.spec, KroneckerSpec) else "")
             for term in self.terms
         )
-        return f"MixedDecomposition({m} × {n}, {kinds}, {self.parameters} parameters, lost energy {self.lost_energy:.4f})"
+        return (
+            f"MixedDecomposition({m} × {n}, {kinds}, {self.parameters} parameters, lost energy {self.lost_energy:.4f})"
+        )
 
     def reconstruct(self) -> NDArray[np.float32]:
         """The dense matrix, the sum of the terms'."""

@@ -13,6 +13,10 @@ class NonFiniteError(TQError, ValueError):
     """A weight that holds NaN or an infinity."""
 
 
+class MomentError(TQError, ValueError):
+    """A second moment that is none: not symmetric, with a negative diagonal, of no tokens."""
+
+
 class LabelError(TQError, ValueError):
     """A label that is neither in the vocabulary nor the ignored index."""
 

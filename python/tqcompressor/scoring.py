@@ -14,6 +14,7 @@ from .results import LastWordResult, PerplexityResult, exponential
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _Item = TypeVar("_Item")
@@ -279,7 +280,7 @@ def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: Module) -> Iterator[None]:
     """Evaluation mode (no dropout) for a while, then the mode of every module as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(False)
