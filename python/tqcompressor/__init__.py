@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import _import_hook
 from ._core import __version__
+from .budget import BudgetPlan
 from .calibration import Calibration
 from .checkpoint import compress_checkpoint, inspect
 from .config import RECIPES, TQConfig
-from .decomposition import KroneckerDecomposition, decompose, find_permutation, nearest_kronecker_sum
+from .decomposed import KroneckerDecomposition, LowRankDecomposition, MixedDecomposition
+from .decomposition import decompose, find_permutation, nearest_kronecker_sum
 from .errors import TQError
+from .plans import plan
 from .report import CompressionReport
 from .specs import KroneckerSpec, LowRankSpec, MixedSpec
 from .stages import STAGED_RECIPES, Stage, StagedRecipe
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "STAGED_RECIPES",
+    "BudgetPlan",
     "Calibration",
     "CompressionReport",
     "DistillConfig",
@@ -48,10 +52,12 @@ __all__ = [
     "KroneckerHead",
     "KroneckerLinear",
     "KroneckerSpec",
+    "LowRankDecomposition",
     "LowRankEmbedding",
     "LowRankHead",
     "LowRankLinear",
     "LowRankSpec",
+    "MixedDecomposition",
     "MixedEmbedding",
     "MixedHead",
     "MixedLinear",
@@ -72,6 +78,7 @@ __all__ = [
     "inspect",
     "merge_lora",
     "nearest_kronecker_sum",
+    "plan",
     "register_lora",
     "token_blocks",
 ]

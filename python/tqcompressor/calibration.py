@@ -256,3 +256,8 @@ def _mapped(path: Path, name: str, shape: tuple[int, ...], from_end: int) -> NDA
         return np.empty(shape, "<f4")
     with storage_errors(path):
         return np.memmap(path, "<f4", "r", os.stat(path).st_size - from_end, shape)
+
+
+def load_calibration(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
+    """The calibration that any entry point was given: itself, or the path of its file."""
+    return Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration

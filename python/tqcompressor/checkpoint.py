@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import _core
+from .budget import Budget, BudgetPlan, eligible, every_matrix, moments_of, plan_from, target_of
+from .calibration import Calibration, load_calibration
 from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
 from .progress import ProgressOption, reporter
 from .report import CompressionReport
+from .specs import KroneckerSpec
 
 StrPath: TypeAlias = str | os.PathLike[str]
 ConfigOption: TypeAlias = StrPath | Mapping[str, Any] | TQConfig | None
@@ -29,6 +32,10 @@ def compress_checkpoint(
     destination: StrPath,
     config: ConfigOption = None,
     *,
+    budget: Budget | None = None,
+    calibration: Calibration | StrPath | None = None,
+    objective: str = "auto",
+    matrices: Sequence[str] | None = None,
     effort: str | None = None,
     seed: int | None = None,
     dtype: str | None = None,
@@ -49,6 +56,13 @@ def compress_checkpoint(
             shards), or the id of a model on the hub, fetched by huggingface_hub if that is installed.
         destination: The directory to be made. It may exist if it is empty.
         config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
+            counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
+        calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
+            how much the model minds them.
+        objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
+            allows.
+        matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
         effort: "fast", "balanced" or "best", in place of the config's.
         seed: In place of the config's.
         dtype: "float32", "float16" or "bfloat16" for every floating tensor; by default each keeps its own.
@@ -78,17 +92,38 @@ def compress_checkpoint(
         >>> report = compress_checkpoint("gpt2", "gpt2-tq", "tq-81m", effort="fast")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    resolved = resolve_config(config, effort=effort, seed=seed)
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
     most = _bytes(max_shard_size)
     directory = _directory(source)
+    known = load_calibration(calibration)
+    if budget is None:
+        resolved = resolve_config(config, effort=effort, seed=seed)
+    elif config is not None:
+        raise ConfigError("compress_checkpoint takes either a config or a budget")
+    else:
+        resolved = plan_checkpoint(
+            directory,
+            budget,
+            calibration=known,
+            objective=objective,
+            matrices=matrices,
+            effort=effort or "balanced",
+            seed=seed or 0,
+            threads=threads,
+            progress=progress,
+        ).config
+    moments = []
+    if known is not None or objective not in ("auto", "frobenius"):
+        planned = json.loads(_core.plan_checkpoint(directory, resolved.to_json()))["matrices"]
+        names = [(entry["name"], entry["shape"]) for entry in planned]
+        moments = [(name, moments_of(known, objective, name, shape)) for name, shape in names]
     with reporter(progress, "compress") as report_progress:
         text = _core.compress_checkpoint(
             directory,
             os.fspath(destination),
             resolved.to_json(),
-            [],
+            moments,
             # torch's dtypes are welcome, too: "torch.float16".
             None if dtype is None else str(dtype).removeprefix("torch."),
             overwrite,
@@ -97,6 +132,40 @@ def compress_checkpoint(
             report_progress,
         )
     return CompressionReport.from_dict(json.loads(text))
+
+
+def plan_checkpoint(
+    source: StrPath,
+    budget: Budget,
+    *,
+    calibration: Calibration | None = None,
+    objective: str = "auto",
+    matrices: Sequence[str] | None = None,
+    effort: str = "balanced",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> BudgetPlan:
+    """How a budget is best spent on the checkpoint in `source`, without torch: `plan` for checkpoints."""
+    directory = _directory(source)
+    listed = json.loads(_core.plan_checkpoint(directory, every_matrix(matrices)))
+    chosen = eligible(listed["matrices"], matrices, calibration, objective)
+    entries = [entry for entry in listed["matrices"] if entry["name"] in chosen]
+    before = listed["parameters_before"]
+    spendable = sum(entry["parameters_before"] for entry in entries)
+    target = target_of(budget, before, spendable, listed["bytes_before"] / max(before, 1))
+    specs = {name: KroneckerSpec((1, 1), 1, "none") for name in chosen}
+    with reporter(progress, "plan") as report_progress:
+        choices = _core.choose_specs_of_checkpoint(
+            directory,
+            TQConfig(specs, effort=effort, seed=seed).to_json(),
+            list(chosen.items()),
+            target,
+            threads,
+            report_progress,
+        )
+    shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
+    return plan_from(choices, shapes, before, budget, objective, calibration is not None, effort, seed)
 
 
 def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:

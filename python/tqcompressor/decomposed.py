@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -78,9 +78,9 @@ class KroneckerDecomposition:
 class LowRankDecomposition:
     """`Ŵ` of rank `k` in interpolative form: `k` of its own rows, and the coefficients that make the others of them.
 
-    `Ŵ[order] = [I; left] right` where W (m, n) has m ≤ n; otherwise columns are picked, `Ŵ[:, order] = left [I right]`. The
-    identity is not stored, which leaves `k·(m + n − k)` numbers where two plain factors have `k·(m + n)` (Cheng, Gimbutas,
-    Martinsson and Rokhlin, "On the compression of low rank matrices", 2005).
+    `Ŵ[order] = [I; left] right` where W (m, n) has m ≤ n; otherwise columns are picked, `Ŵ[:, order] = left [I right]`.
+    The identity is not stored, which leaves `k·(m + n − k)` numbers where two plain factors have `k·(m + n)` (Cheng,
+    Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005).
     """
 
     spec: LowRankSpec
@@ -203,9 +203,12 @@ def from_terms(
 
 
 def _term(spec: KroneckerSpec | LowRankSpec, term: tuple[object, ...], lost_energy: float) -> Term:
-    kind, *arrays = term
-    cls = KroneckerDecomposition if kind == "kronecker" else LowRankDecomposition
-    return cls(spec, *arrays, lost_energy)  # type: ignore[arg-type]
+    arrays: Any = term[1:]
+    if isinstance(spec, KroneckerSpec):
+        a, b, p, q = arrays
+        return KroneckerDecomposition(spec, a, b, p, q, lost_energy)
+    left, right, order = arrays
+    return LowRankDecomposition(spec, left, right, order, lost_energy)
 
 
 def _inputs(x: ArrayLike, rows: int) -> NDArray[np.float32]:

@@ -57,20 +57,20 @@ def decompose(
 ) -> Decomposition:
     """Decomposes a matrix as its spec says, or as well as a budget of parameters allows.
 
-    Minimises `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`, which without moments is the Frobenius norm. A Kronecker sum is searched
-    over the permutations that `spec.permute` allows and over the factors (TQCompressor, arXiv 2401.16367; Van Loan and
-    Pitsianis, 1993), and never loses more energy than without a permutation. Low rank is the whitened truncated singular
-    value decomposition (SVD-LLM, arXiv 2403.07378), in interpolative form. With a budget, the best of low rank, Kronecker
-    sums and sums of both that has no more parameters is taken; "fast" takes low rank.
+    Minimises `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`, which without moments is the Frobenius norm. A Kronecker sum is
+    searched over the permutations that `spec.permute` allows and over the factors (TQCompressor, arXiv 2401.16367;
+    Van Loan and Pitsianis, 1993), and never loses more energy than without a permutation. Low rank is the whitened
+    truncated singular value decomposition (SVD-LLM, arXiv 2403.07378), in interpolative form. With a budget, the best
+    of low rank, Kronecker sums and sums of both that has no more parameters is taken; "fast" takes low rank.
 
     Args:
-        w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed in
-            float32 with float64 sums.
+        w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed
+            in float32 with float64 sums.
         spec: What it is to become; either this or `budget`.
         budget: A share of its `m·n` parameters, such as 0.5, or their number as an integer.
-        moment: What the inputs look like: `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it and the
-            second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,), either of which may be None.
-            Only their directions matter, not their scale. A singular moment is fine.
+        moment: What the inputs look like: `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it and
+            the second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,), either of which may be
+            None. Only their directions matter, not their scale. A singular moment is fine.
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity" (both moments); "auto" takes all there is.
         effort: "fast" (some tenths of a second for 768 × 768), "balanced" (seconds) or "best" (tens of seconds).
         seed: With `w`, `spec` and `effort` all that the result depends on: not on `threads`.

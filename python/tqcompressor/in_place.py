@@ -8,20 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, architecture
+from .budget import Budget, moments_of
+from .calibration import Calibration, load_calibration
 from .config import TQConfig, resolve_config
-from .errors import ConfigError, DtypeError
+from .errors import ConfigError
 from .mixed import CompressedModule, FactoredEmbedding
 from .modules import FusedKroneckerLinear, Term
+from .planning import matrix_of, plan_budget, plan_model, planned_spec, resolved_plan
 from .progress import ProgressOption, reporter
 from .report import CompressionReport
-from .specs import MatrixSpec, spec_from_dict
+from .specs import MatrixSpec
 from .transformers_integration import attach, detach
 
 
@@ -29,12 +28,16 @@ def compress(
     model: PreTrainedModel,
     config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
     *,
+    budget: Budget | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    objective: str = "auto",
+    matrices: Sequence[str] | None = None,
     effort: str | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> CompressionReport:
-    """Replaces the matrices of a model that `config` names by what their specs say, in place, and reports the cost.
+    """Replaces matrices of a model, as `config` says or a budget allows, in place, and reports the cost.
 
     Every `W` in × out becomes a Kronecker sum `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a product of low rank, or a sum of such.
     The model keeps its device, dtype, training mode and `requires_grad`; biases stay the very same parameters. A head
@@ -46,6 +49,13 @@ def compress(
             `Conv1D` and `nn.Embedding` modules can be named, by what `named_modules` of the base model calls them:
             "h.0.mlp.c_fc", "encoder.layer.0.attention.self.query", "layers.0.mlp.up_proj", "lm_head".
         config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
+            counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
+        calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
+            how much the model minds them, which is the largest lever on quality there is.
+        objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
+            allows.
+        matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
         effort: "fast", "balanced" or "best", in place of the config's.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
         threads: How many threads search; by default one per core.
@@ -69,9 +79,24 @@ def compress(
         >>> report = tqcompressor.compress(model, "tq-81m", effort="fast")  # doctest: +SKIP
     """
     architecture.require_transformers_model(model)
+    known = load_calibration(calibration)
+    if budget is not None:
+        if config is not None:
+            raise ConfigError("compress takes either a config or a budget")
+        options = {"effort": effort or "balanced", "seed": seed or 0, "threads": threads, "progress": progress}
+        found = plan_budget(
+            model,
+            budget,
+            calibration=known,
+            objective=objective,
+            matrices=matrices,
+            **options,  # type: ignore[arg-type]
+        )
+        config = found.config
     config = resolve_config(config, effort=effort, seed=seed)
     parameters = model.num_parameters()
-    return _compress_planned(model, config, plan_model(model, config), {}, parameters, threads, progress)
+    plan = plan_model(model, config)
+    return _compress_planned(model, config, plan, {}, parameters, threads, progress, known, objective)
 
 
 def compress_again(
@@ -93,7 +118,7 @@ def compress_again(
     config = resolve_config(config, effort=effort, seed=seed)
     if next(architecture.compressed_modules(model), None) is None:
         return compress(model, config, threads=threads, progress=progress)
-    plan = _resolved(model, config)
+    plan = resolved_plan(model, config)
     parameters = model.num_parameters()
     named = {entry["name"] for entry in plan["matrices"]}
     before: TQConfig = model.config.quantization_config
@@ -117,6 +142,8 @@ def _compress_planned(
     parameters: int,
     threads: int | None,
     progress: ProgressOption,
+    calibration: Calibration | None = None,
+    objective: str = "auto",
 ) -> CompressionReport:
     """Decomposes the matrices of `plan`, all of them dense; `kept` are those that are compressed and stay so.
 
@@ -128,10 +155,10 @@ def _compress_planned(
     modules = architecture.empty_modules(model, specs)
     with reporter(progress, "compress") as report_progress:
         results = _core.fit_many(
-            [_matrix(model, entry) for entry in planned],
+            [matrix_of(model, entry) for entry in planned],
             list(specs),
             [json.dumps(spec.to_dict()) for spec in specs.values()],
-            [(None, None)] * len(specs),
+            [moments_of(calibration, objective, entry["name"], entry["shape"]) for entry in planned],
             config.effort,
             config.seed,
             threads,
@@ -147,64 +174,8 @@ def _compress_planned(
     except BaseException:
         detach(model)
         raise
-    return _report(model, plan, results, (parameters, model.num_parameters()), time.perf_counter() - started)
-
-
-def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
-    """What `config` would do to a live model, without touching it; raises as `compress` does."""
-    architecture.require_transformers_model(model)
-    if next(architecture.compressed_modules(model), None) is not None:
-        raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError("the model is quantized already: start from a dense one")
-    return _resolved(model, config)
-
-
-def _resolved(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
-    """`config` resolved against the matrices of a model, compressed or not: the entries are in the model's order."""
-    prefix = architecture.base_prefix(model)
-    tensors = architecture.weight_tensors(model)
-    # Patterns may have the base model's prefix, which names of matrices have not; the first of two equal ones decides.
-    specs: dict[str, MatrixSpec] = {}
-    for pattern, spec in config.specs.items():
-        specs.setdefault(pattern.removeprefix(prefix), spec)
-    tied = architecture.ties(model)
-    for head, source in tied.items():
-        if head in specs:
-            source = architecture.bare_name(model, source)
-            raise ConfigError(f"{head} is tied to {source}: compressing {source} compresses both")
-    plan: dict[str, Any] = json.loads(_core.plan(tensors, "lm_head" in tied, config.replace(specs=specs).to_json()))
-    order = {name: number for number, (name, _, _) in enumerate(tensors)}
-    for entry in plan["matrices"]:
-        part = entry["name"][len(entry["module"]) :]
-        # A name that begins like GPT-2's base model keeps its beginning.
-        entry["module"] = entry["tensor"].removesuffix(".weight")
-        entry["name"] = entry["module"] + part
-    plan["matrices"].sort(key=lambda entry: order[entry["tensor"]])
-    for entry in (*plan["matrices"], *plan["untouched"]):
-        entry["tensor"] = architecture.module_name(model, entry["tensor"])
-    return plan
-
-
-def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
-    """The spec of a plan's or a report's entry for one matrix."""
-    return spec_from_dict({name: entry[name] for name in ("block", "rank", "permute", "terms") if name in entry})
-
-
-def _matrix(model: PreTrainedModel, entry: Mapping[str, Any]) -> NDArray[np.float32]:
-    """The planned matrix, in × out, as contiguous float32 on the CPU; a view of the weight where that is possible."""
-    module: Any = model.get_submodule(architecture.module_name(model, entry["module"]))
-    weight: torch.Tensor = module.weight.detach()
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise DtypeError(f"{entry['tensor']} is {weight.dtype}, expected a floating dtype")
-    if weight.device.type == "meta":
-        raise ConfigError(f"{entry['tensor']} has no values: it is on the meta device, or offloaded to disk")
-    if isinstance(module, nn.Linear):
-        weight = weight.t()
-    rows, columns = entry["shape"]
-    first = entry["first_column"]
-    weight = weight[:rows, first : first + columns]
-    return np.ascontiguousarray(weight.to("cpu", torch.float32).numpy())
+    counts = parameters, model.num_parameters()
+    return _report(model, plan, results, counts, time.perf_counter() - started, calibration is not None)
 
 
 def _fill(module: CompressedModule, dense: Any, terms: Mapping[str, Sequence[Term]], name: str) -> None:
@@ -230,6 +201,7 @@ def _report(
     results: Sequence[tuple[Any, ...]],
     parameters: tuple[int, int],
     seconds: float,
+    calibrated: bool,
 ) -> CompressionReport:
     matrices = [
         {**entry, "lost_energy": lost_energy, "seconds": elapsed}
@@ -252,6 +224,7 @@ def _report(
             "effort": model.config.quantization_config.effort,
             "seed": model.config.quantization_config.seed,
             "dtype": None,
+            "calibrated": calibrated,
             "matrices": matrices,
             "untouched": untouched,
             "parameters_before": parameters[0],

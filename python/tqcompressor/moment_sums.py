@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import gpt2
+from .architecture import base_prefix
 from .errors import NonFiniteError
 
 # A layer with more outputs, such as a head, keeps the diagonal of their moment: the whole would be 512 MB and more.
@@ -58,7 +58,7 @@ def units(model: nn.Module) -> list[Unit]:
 
     Of modules within one another the outermost counts: a fused one stands for its parts.
     """
-    prefix = gpt2.base_prefix(model) if isinstance(model, PreTrainedModel) else ""
+    prefix = base_prefix(model) if isinstance(model, PreTrainedModel) else ""
     head, embedding = _tied(model)
     names = {module: name.removeprefix(prefix) for name, module in model.named_modules()}
     found: list[Unit] = []
@@ -95,7 +95,7 @@ def _tied(model: nn.Module) -> tuple[Any, Any]:
     """The head and the embedding that share a parameter, dense or factored, or None twice."""
     if not isinstance(model, PreTrainedModel):
         return None, None
-    head: Any = gpt2.output_layer(model)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     try:
         embedding: Any = model.get_input_embeddings()
     except NotImplementedError:

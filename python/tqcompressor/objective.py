@@ -17,10 +17,10 @@ Moments: TypeAlias = tuple[NDArray[np.float32] | None, NDArray[np.float32] | Non
 def moments_for(objective: str, input_moment: Any, output_moment: Any) -> Moments:
     """The moments `(C_in, C_out)` that an objective takes into account.
 
-    The error of an approximation is `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`. "frobenius" takes neither, "diagonal" the diagonal
-    of the inputs' second moment, "second_moment" all of it, "sensitivity" that and the second moment of the gradients at
-    the outputs; "auto" takes all that there is. Raises `ConfigError` for another name, or where what an objective needs is
-    not there.
+    The error of an approximation is `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`. "frobenius" takes neither, "diagonal" the
+    diagonal of the inputs' second moment, "second_moment" all of it, "sensitivity" that and the second moment of the
+    gradients at the outputs; "auto" takes all that there is. Raises `ConfigError` for another name, or where what an
+    objective needs is not there.
     """
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -29,10 +29,8 @@ def moments_for(objective: str, input_moment: Any, output_moment: Any) -> Moment
     missing = {"diagonal": input_moment is None, "second_moment": input_moment is None}
     missing["sensitivity"] = input_moment is None or output_moment is None
     if missing.get(objective, False):
-        raise ConfigError(
-            f"objective {objective!r} needs the {'input and output moments' if objective == 'sensitivity' else 'input moment'}"
-            ": give a calibration that has them"
-        )
+        needed = "input and output moments" if objective == "sensitivity" else "input moment"
+        raise ConfigError(f"objective {objective!r} needs the {needed}: give a calibration that has them")
     if objective == "diagonal":
         return (input_moment if input_moment.ndim == 1 else np.ascontiguousarray(np.diagonal(input_moment))), None
     return input_moment, None if objective == "second_moment" else output_moment

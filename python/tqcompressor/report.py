@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .specs import MatrixSpec, describe, spec_from_dict
 from .tables import format_table
 
 
@@ -20,18 +21,26 @@ class MatrixReport:
     """The name of the tensor that it was stored in."""
     shape: tuple[int, int]
     """In features (or the vocabulary) and out features (or the dimension)."""
-    block: tuple[int, int]
-    """The block `(m2, n2)`."""
-    rank: int
-    """Number of Kronecker terms."""
-    permute: str
-    """Which sides may be permuted."""
     parameters_before: int
     parameters_after: int
     lost_energy: float | None = None
     """`‖W − Ŵ‖² / ‖W‖²` of the float32 factors; None in a plan."""
     seconds: float | None = None
     """Wall-clock time; None in a plan."""
+    block: tuple[int, int] | None = None
+    """The block `(m2, n2)` of a Kronecker sum."""
+    rank: int | None = None
+    """The rank of a Kronecker sum, or of a low-rank matrix."""
+    permute: str | None = None
+    """Which sides of a Kronecker sum may be permuted."""
+    terms: tuple[Mapping[str, Any], ...] | None = None
+    """The specs of the terms, as in a config, where there are several."""
+
+    @property
+    def spec(self) -> MatrixSpec:
+        """What it became, as in a config."""
+        known = {name: getattr(self, name) for name in ("block", "rank", "permute", "terms")}
+        return spec_from_dict({name: value for name, value in known.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class CompressionReport:
     bytes_after: int | None = None
     seconds: float | None = None
     """Wall-clock time of the whole job; None in a plan."""
+    calibrated: bool | None = None
+    """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionReport:
@@ -97,15 +108,15 @@ class CompressionReport:
     def __str__(self) -> str:
         """A table: one line per matrix, one for all other tensors, the total."""
         done = self.seconds is not None
-        header = ["matrix", "shape", "block", "rank", "permute", "parameters", "after"]
+        header = ["matrix", "shape", "becomes", "parameters", "after"]
         rows = [header + ["lost energy", "seconds"] * done]
         for matrix in self.matrices:
-            row = [matrix.name, _times(matrix.shape), _times(matrix.block), str(matrix.rank), matrix.permute]
+            row = [matrix.name, _times(matrix.shape), describe(matrix.spec)]
             row += [f"{matrix.parameters_before:,}", f"{matrix.parameters_after:,}"]
             rows.append(row + [f"{matrix.lost_energy or 0:.4f}", f"{matrix.seconds or 0:.2f}"] * done)
         kept = f"{sum(tensor.parameters for tensor in self.untouched):,}"
-        rows.append([f"{len(self.untouched)} other tensors", *[""] * 4, kept, kept, *[""] * (2 * done)])
-        total = ["total", *[""] * 4, f"{self.parameters_before:,}", f"{self.parameters_after:,}"]
+        rows.append([f"{len(self.untouched)} other tensors", "", "", kept, kept, *[""] * (2 * done)])
+        total = ["total", "", "", f"{self.parameters_before:,}", f"{self.parameters_after:,}"]
         rows.append(total + ["", f"{self.seconds or 0:.2f}"] * done)
         share = 100 * self.parameters_after / max(self.parameters_before, 1)
         summary = f"{share:.1f}% of the parameters {'are left' if done else 'would be left'}"

@@ -241,3 +241,12 @@ def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
     if isinstance(data, Mapping) and {"block", "permute"} & data.keys():
         return KroneckerSpec.from_dict(data)
     return LowRankSpec.from_dict(data)
+
+
+def describe(spec: MatrixSpec) -> str:
+    """A spec in words: "block 2×4, rank 4", "low rank 224"."""
+    if isinstance(spec, MixedSpec):
+        return " + ".join(describe(term) for term in spec.terms)
+    if isinstance(spec, LowRankSpec):
+        return f"low rank {spec.rank}"
+    return f"block {spec.block[0]}×{spec.block[1]}, rank {spec.rank}, permute {spec.permute}"

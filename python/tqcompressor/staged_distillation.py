@@ -27,8 +27,9 @@ from ._core import __version__
 from .config import TQConfig
 from .corpus import TokenBlocks, token_blocks
 from .errors import ConfigError, DestinationError, TextError
-from .in_place import compress, compress_again, plan_model, planned_spec
+from .in_place import compress, compress_again
 from .model_files import load_model, read_json, save_model, weights_digest, write_json
+from .planning import plan_model, planned_spec
 from .progress import ProgressOption, reporter
 from .results import exponential
 from .scoring import begin_tokens, negative_log_likelihood, token_sequence

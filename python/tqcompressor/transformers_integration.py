@@ -83,7 +83,7 @@ class TQQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         from . import architecture
-        from .in_place import plan_model
+        from .planning import plan_model
 
         architecture.require_transformers_model(model)
         if not self.pre_quantized:

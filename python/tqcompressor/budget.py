@@ -1,0 +1,262 @@
+"""One budget for a whole model: what it means, which matrices it is spent on, and the plan that comes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Calibration
+from .config import TQConfig
+from .errors import ConfigError
+from .objective import Moments, moments_for
+from .specs import KroneckerSpec, LowRankSpec, MatrixSpec, describe, spec_from_dict
+from .tables import format_table
+
+Budget: TypeAlias = float | int | str
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b|b)?", re.IGNORECASE)
+_QUALITY = re.compile(r"lost[_ ]energy\s*=\s*(\d*\.?\d+(?:e-?\d+)?)\s*", re.IGNORECASE)
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+# Narrower matrices (a classifier's, say) have nothing to save.
+_NARROWEST = 16
+# Embeddings whose rows are positions or kinds of tokens: small, and every row is used all the time.
+_NOT_TOKENS = re.compile(r"wpe|position|token_type")
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedMatrix:
+    """What one matrix is to become."""
+
+    name: str
+    shape: tuple[int, int]
+    spec: MatrixSpec | None
+    """None where it stays dense."""
+    parameters_before: int
+    parameters: int
+    lost_energy: float
+    """The share of its energy that it then loses, in the norm of the objective."""
+    energies: NDArray[np.float64]
+    """Its energies in descending order: rank `k` loses all but the first `k`, as a share of their sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetPlan:
+    """How a budget is spent: what `plan` returns, and `compress` follows.
+
+    `str()` is a table that says what the budget means and where it went.
+    """
+
+    budget: Budget
+    config: TQConfig
+    """The config that does it: `compress(model, plan.config)`."""
+    matrices: tuple[PlannedMatrix, ...]
+    parameters_before: int
+    """Of the whole model; a tied head does not count again."""
+    parameters: int
+    """Of the whole model when done."""
+    objective: str
+    calibrated: bool
+    """Whether the norm is that of a calibration."""
+
+    def __str__(self) -> str:
+        rows = [["matrix", "shape", "becomes", "parameters", "after", "kept", "lost energy"]]
+        for matrix in self.matrices:
+            kept = f"{matrix.parameters / matrix.parameters_before:.0%}"
+            row = [
+                matrix.name,
+                "×".join(map(str, matrix.shape)),
+                "stays dense" if matrix.spec is None else describe(matrix.spec),
+            ]
+            row += [f"{matrix.parameters_before:,}", f"{matrix.parameters:,}", kept, f"{matrix.lost_energy:.4f}"]
+            rows.append(row)
+        before, after = self.parameters_before, self.parameters
+        rest = before - sum(matrix.parameters_before for matrix in self.matrices)
+        rows.append(["everything else", "", "", f"{rest:,}", f"{rest:,}", "100%", ""])
+        rows.append(["total", "", "", f"{before:,}", f"{after:,}", f"{after / before:.1%}", ""])
+        norm = "in the norm of the calibration" if self.calibrated else "in the Frobenius norm"
+        return f"{format_table(rows)}\nbudget {self.budget}: {meaning(self.budget)}; lost energy {norm}"
+
+
+def meaning(budget: Budget) -> str:
+    """What a budget means, in words. Raises `ConfigError` for one that cannot be understood."""
+    kind, value = _parsed(budget)
+    if kind == "share":
+        return f"at most {value:.4g} of the model's parameters, all saved tensors counted"
+    if kind == "parameters":
+        return f"at most {value:,.0f} parameters, all saved tensors counted"
+    if kind == "bytes":
+        return f"at most {value:,.0f} bytes of weights"
+    return f"as few parameters as lose {value:.4g} of the energy of the matrices"
+
+
+def target_of(budget: Budget, before: int, matrices: int, bytes_each: float) -> tuple[str, float]:
+    """What the matrices may take, for the boundary, of a model of `before` parameters of `bytes_each` bytes.
+
+    `matrices` are the parameters of those that the budget may be spent on. Raises `ConfigError` for a budget that the
+    others exceed already, or that needs no compression.
+    """
+    kind, value = _parsed(budget)
+    if kind == "lost_energy":
+        return kind, value
+    allowed = {"share": value * before, "parameters": value, "bytes": value / bytes_each}[kind]
+    left = math.floor(allowed) - (before - matrices)
+    if left <= 0:
+        raise ConfigError(
+            f"budget {budget}: {meaning(budget)}, but what is not compressed has {before - matrices:,} of the model's "
+            f"{before:,} parameters already"
+        )
+    return "parameters", float(left)
+
+
+def _parsed(budget: Budget) -> tuple[str, float]:
+    wrong = ConfigError(
+        f'budget must be a share of the parameters such as 0.65 or "65%", their number, a size such as "300MB", or '
+        f'"lost_energy=0.1", got {budget!r}'
+    )
+    if isinstance(budget, bool):
+        raise wrong
+    if isinstance(budget, int):
+        kind, value = "parameters", float(budget)
+    elif isinstance(budget, float):
+        kind, value = "share", budget
+    elif isinstance(budget, str) and (quality := _QUALITY.fullmatch(budget.strip())):
+        kind, value = "lost_energy", float(quality[1])
+    elif isinstance(budget, str) and (size := _SIZE.fullmatch(budget.strip())):
+        number, unit = float(size[1]), (size[2] or "").lower()
+        if unit == "%":
+            kind, value = "share", number / 100
+        elif unit:
+            kind, value = "bytes", number * _UNITS[unit]
+        else:
+            # "0.65" as from a command line; "81336388" is a number of parameters.
+            kind, value = ("parameters", number) if number > 1 else ("share", number)
+    else:
+        raise wrong
+    if not 0 < value < math.inf or (kind in ("share", "lost_energy") and value >= 1):
+        raise wrong
+    return kind, value
+
+
+def every_matrix(patterns: Sequence[str] | None) -> str:
+    """The config, in JSON, that lists the matrices of a model that match `patterns`: all of them for None."""
+    # Blocks of one entry fit every matrix.
+    specs: dict[str, MatrixSpec] = {pattern: KroneckerSpec((1, 1), 1, "none") for pattern in patterns or ("*",)}
+    return TQConfig(specs).to_json()
+
+
+def eligible(
+    listed: Sequence[Mapping[str, Any]],
+    patterns: Sequence[str] | None,
+    calibration: Calibration | None,
+    objective: str,
+) -> dict[str, Moments]:
+    """The matrices of a listing that a budget is spent on, by name, with their moments.
+
+    What the user did not name must be worth it: no positions, nothing narrow, and with a calibration nothing that it
+    never saw in use.
+    """
+    chosen: dict[str, Moments] = {}
+    for entry in listed:
+        name, shape = entry["name"], entry["shape"]
+        if min(shape) < 2 or (patterns is None and _left_out(entry)):
+            continue
+        # A model may have more than the text went through: a pooler, a head.
+        unused = calibration is not None and (calibration.input(name) is None or _silent(calibration.output(name)))
+        if unused and patterns is None:
+            continue
+        chosen[name] = moments_of(calibration, objective, name, shape)
+    if not chosen:
+        raise ConfigError("budget: no matrix to spend it on")
+    return chosen
+
+
+def moments_of(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
+    """The moments of one matrix for an objective; none where there is no calibration.
+
+    Raises `ConfigError` where a calibration lacks what the objective needs, `ShapeError` where it is another model's.
+    """
+    if calibration is None:
+        if objective not in ("auto", "frobenius"):
+            raise ConfigError(f"objective {objective!r} needs a calibration")
+        return None, None
+    calibration.check(matrix, *shape)
+    try:
+        return moments_for(objective, calibration.input(matrix), calibration.output(matrix))
+    except ConfigError as error:
+        raise ConfigError(f"{matrix}: {error}") from None
+
+
+def _left_out(entry: Mapping[str, Any]) -> bool:
+    positions = entry["kind"] == "embedding" and _NOT_TOKENS.search(entry["name"]) is not None
+    return positions or min(entry["shape"]) < _NARROWEST
+
+
+def _silent(moment: NDArray[np.float32] | None) -> bool:
+    """Whether the gradients at a layer's outputs are known, and all zero."""
+    return moment is not None and not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
+
+
+def plan_from(
+    chosen: Sequence[tuple[str, tuple[str | None, int, float, NDArray[np.float64]]]],
+    shapes: Mapping[str, tuple[int, int]],
+    before: int,
+    budget: Budget,
+    objective: str,
+    calibrated: bool,
+    effort: str,
+    seed: int,
+) -> BudgetPlan:
+    """The plan that the boundary's choices, `(name, (spec, parameters, lost energy, energies))`, make."""
+    matrices = []
+    for name, (spec, parameters, lost_energy, energies) in chosen:
+        rows, columns = shapes[name]
+        read = None if spec is None else spec_from_dict(json.loads(spec))
+        shares = energies / max(float(energies.sum()), np.finfo(np.float64).tiny)
+        matrices.append(PlannedMatrix(name, (rows, columns), read, rows * columns, parameters, lost_energy, shares))
+    matrices = _fused_together(matrices)
+    specs = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
+    if not specs:
+        raise ConfigError(f"budget {budget}: {meaning(budget)}, which the model has as it is: nothing to compress")
+    after = before - sum(matrix.parameters_before - matrix.parameters for matrix in matrices)
+    config = TQConfig(specs, effort=effort, seed=seed)
+    return BudgetPlan(budget, config, tuple(matrices), before, after, objective, calibrated)
+
+
+def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
+    """Parts of a fused weight are compressed all or none: a dense part beside others gets all but one of its ranks.
+
+    That has one parameter less or so, and loses next to nothing.
+    """
+    compressed = {_fused(matrix.name) for matrix in matrices if matrix.spec is not None}
+    together = []
+    for matrix in matrices:
+        fused = _fused(matrix.name)
+        if matrix.spec is None and fused is not None and fused in compressed:
+            spec = LowRankSpec(min(matrix.shape) - 1)
+            lost = float(matrix.energies[-1])
+            matrix = replace(matrix, spec=spec, parameters=spec.parameters(*matrix.shape), lost_energy=lost)
+        together.append(matrix)
+    return together
+
+
+def _fused(name: str) -> str | None:
+    """The fused weight that a matrix is part of, or None."""
+    module, _, part = name.rpartition(".")
+    return module if part in ("q", "k", "v") and module.endswith("c_attn") else None

@@ -1,0 +1,114 @@
+"""What a config, or a budget, comes to on a live model, before anything is done to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import _core, architecture
+from .budget import Budget, BudgetPlan, eligible, every_matrix, plan_from, target_of
+from .calibration import Calibration
+from .config import TQConfig
+from .errors import ConfigError, DtypeError
+from .progress import ProgressOption, reporter
+from .specs import MatrixSpec, spec_from_dict
+
+
+def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
+    """What `config` would do to a live model, without touching it; raises as `compress` does."""
+    architecture.require_transformers_model(model)
+    if next(architecture.compressed_modules(model), None) is not None:
+        raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError("the model is quantized already: start from a dense one")
+    return resolved_plan(model, config)
+
+
+def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
+    """`config` resolved against the matrices of a model, compressed or not: the entries are in the model's order."""
+    prefix = architecture.base_prefix(model)
+    tensors = architecture.weight_tensors(model)
+    # Patterns may have the base model's prefix, which names of matrices have not; the first of two equal ones decides.
+    specs: dict[str, MatrixSpec] = {}
+    for pattern, spec in config.specs.items():
+        specs.setdefault(pattern.removeprefix(prefix), spec)
+    tied = architecture.ties(model)
+    for head, source in tied.items():
+        if head in specs:
+            source = architecture.bare_name(model, source)
+            raise ConfigError(f"{head} is tied to {source}: compressing {source} compresses both")
+    plan: dict[str, Any] = json.loads(_core.plan(tensors, "lm_head" in tied, config.replace(specs=specs).to_json()))
+    order = {name: number for number, (name, _, _) in enumerate(tensors)}
+    for entry in plan["matrices"]:
+        part = entry["name"][len(entry["module"]) :]
+        # A name that begins like GPT-2's base model keeps its beginning.
+        entry["module"] = entry["tensor"].removesuffix(".weight")
+        entry["name"] = entry["module"] + part
+    plan["matrices"].sort(key=lambda entry: order[entry["tensor"]])
+    for entry in (*plan["matrices"], *plan["untouched"]):
+        entry["tensor"] = architecture.module_name(model, entry["tensor"])
+    return plan
+
+
+def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
+    """The spec of a plan's or a report's entry for one matrix."""
+    return spec_from_dict({name: entry[name] for name in ("block", "rank", "permute", "terms") if name in entry})
+
+
+def matrix_of(model: PreTrainedModel, entry: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The planned matrix, in × out, as contiguous float32 on the CPU; a view of the weight where that is possible."""
+    module: Any = model.get_submodule(architecture.module_name(model, entry["module"]))
+    weight: torch.Tensor = module.weight.detach()
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise DtypeError(f"{entry['tensor']} is {weight.dtype}, expected a floating dtype")
+    if weight.device.type == "meta":
+        raise ConfigError(f"{entry['tensor']} has no values: it is on the meta device, or offloaded to disk")
+    if isinstance(module, nn.Linear):
+        weight = weight.t()
+    rows, columns = entry["shape"]
+    first = entry["first_column"]
+    weight = weight[:rows, first : first + columns]
+    return np.ascontiguousarray(weight.to("cpu", torch.float32).numpy())
+
+
+def plan_budget(
+    model: PreTrainedModel,
+    budget: Budget,
+    *,
+    calibration: Calibration | None = None,
+    objective: str = "auto",
+    matrices: Sequence[str] | None = None,
+    effort: str = "balanced",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> BudgetPlan:
+    """How a budget is best spent on a live model, without touching it: `plan` for models."""
+    listed = plan_model(model, TQConfig.from_json(every_matrix(matrices)))["matrices"]
+    chosen = eligible(listed, matrices, calibration, objective)
+    entries = [entry for entry in listed if entry["name"] in chosen]
+    before = model.num_parameters()
+    spendable = sum(entry["parameters_before"] for entry in entries)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    target = target_of(budget, before, spendable, size / max(before, 1))
+    with reporter(progress, "plan") as report_progress:
+        choices = _core.choose_specs(
+            [matrix_of(model, entry) for entry in entries],
+            list(chosen),
+            list(chosen.values()),
+            target,
+            effort,
+            seed,
+            threads,
+            report_progress,
+        )
+    shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
+    named = list(zip(chosen, choices, strict=True))
+    return plan_from(named, shapes, before, budget, objective, calibration is not None, effort, seed)
