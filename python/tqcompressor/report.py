@@ -20,14 +20,16 @@ class MatrixReport:
     """The name of the tensor that it was stored in."""
     shape: tuple[int, int]
     """In features (or the vocabulary) and out features (or the dimension)."""
-    block: tuple[int, int]
-    """The block `(m2, n2)`."""
-    rank: int
-    """Number of Kronecker terms."""
-    permute: str
-    """Which sides may be permuted."""
     parameters_before: int
     parameters_after: int
+    block: tuple[int, int] | None = None
+    """The block `(m2, n2)` of a Kronecker sum; None for another kind."""
+    rank: int | None = None
+    """Number of Kronecker terms, or the rank of a product of low rank; None for a sum of several kinds."""
+    permute: str | None = None
+    """Which sides of a Kronecker sum may be permuted; None for another kind."""
+    terms: tuple[Mapping[str, Any], ...] | None = None
+    """The specs of a sum of several kinds, as JSON objects; None for one kind."""
     lost_energy: float | None = None
     """`‖W − Ŵ‖² / ‖W‖²` of the float32 factors; None in a plan."""
     seconds: float | None = None
@@ -100,7 +102,7 @@ class CompressionReport:
         header = ["matrix", "shape", "block", "rank", "permute", "parameters", "after"]
         rows = [header + ["lost energy", "seconds"] * done]
         for matrix in self.matrices:
-            row = [matrix.name, _times(matrix.shape), _times(matrix.block), str(matrix.rank), matrix.permute]
+            row = [matrix.name, _times(matrix.shape), *_spec_columns(matrix)]
             row += [f"{matrix.parameters_before:,}", f"{matrix.parameters_after:,}"]
             rows.append(row + [f"{matrix.lost_energy or 0:.4f}", f"{matrix.seconds or 0:.2f}"] * done)
         kept = f"{sum(tensor.parameters for tensor in self.untouched):,}"
@@ -124,6 +126,15 @@ def _known(data: dict[str, Any], keep: tuple[str, ...] = ()) -> dict[str, Any]:
     """The entries that are known, tuples as the lists that JSON has."""
     known = {name: value for name, value in data.items() if value is not None or name in keep}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+
+
+def _spec_columns(matrix: MatrixReport) -> list[str]:
+    """Block, rank and permute, of all terms side by side."""
+    own = {"block": matrix.block, "rank": matrix.rank, "permute": matrix.permute}
+    terms = [own] if matrix.terms is None else matrix.terms
+    blocks = [_times(tuple(block)) if (block := term.get("block")) else "low rank" for term in terms]
+    permutes = [term.get("permute") or "–" for term in terms]
+    return [" + ".join(column) for column in (blocks, [str(term["rank"]) for term in terms], permutes)]
 
 
 def _times(shape: tuple[int, ...]) -> str:
