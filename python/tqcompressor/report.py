@@ -130,11 +130,12 @@ def _known(data: dict[str, Any], keep: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _spec_columns(matrix: MatrixReport) -> list[str]:
     """Block, rank and permute, of all terms side by side."""
-    own = {"block": matrix.block, "rank": matrix.rank, "permute": matrix.permute}
+    own: Mapping[str, Any] = {"block": matrix.block, "rank": matrix.rank, "permute": matrix.permute}
     terms = [own] if matrix.terms is None else matrix.terms
-    blocks = [_times(tuple(block)) if (block := term.get("block")) else "low rank" for term in terms]
-    permutes = [term.get("permute") or "–" for term in terms]
-    return [" + ".join(column) for column in (blocks, [str(term["rank"]) for term in terms], permutes)]
+    blocks = [_times(block) if (block := term.get("block")) else "low rank" for term in terms]
+    ranks = [str(term["rank"]) for term in terms]
+    permutes = [term.get("permute") or "none" for term in terms]
+    return [" + ".join(column) for column in (blocks, ranks, permutes)]
 
 
 def _times(shape: tuple[int, ...]) -> str:
