@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -48,6 +49,7 @@ def test_a_compressed_model_computes_what_its_dense_weights_would(name):
     assert [matrix.name for matrix in report.matrices] == list(specs)
     assert set(specs.values()) == set(FAMILIES[name][3].values()) and len(specs) > 5
     assert (report.parameters_before, report.parameters_after) == (dense.num_parameters(), model.num_parameters())
+    assert "low rank + 2×4 + 4×2" in str(report) and "3 + 1 + 1" in str(report)
     assert {tensor.tensor for tensor in report.untouched} <= dense.state_dict().keys()
     assert {matrix.tensor for matrix in report.matrices} <= dense.state_dict().keys()
 
@@ -155,6 +157,22 @@ def test_compressing_while_loading(tmp_path):
     loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, quantization_config=config)
     assert agree(first_output(loaded, some_ids()), first_output(model, some_ids()))
     assert loaded.config.quantization_config == model.config.quantization_config
+
+
+def test_a_compressed_encoder_works_inside_sentence_transformers(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from helpers.tokenizer import save_tokenizer
+
+    model, _ = compressed_model("bert")
+    model.save_pretrained(tmp_path / "encoder")
+    save_tokenizer(tmp_path / "encoder")
+    encoder = sentence_transformers.SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    assert dict(compressed_modules(encoder)).keys() == {f"0.model.{name}" for name, _ in compressed_modules(model)}
+    sentences = ["a b c", "c b"]
+    expected = encoder.encode(sentences)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert np.allclose(again.encode(sentences), expected, atol=1e-5)
 
 
 def test_matrices_come_in_the_models_order_and_layers_as_numbers():
