@@ -50,9 +50,10 @@ class TQConfig:
 
     `specs` maps a glob pattern to a [`KroneckerSpec`], [`LowRankSpec`] or [`MixedSpec`]; without it the specs of the
     recipe `tq-81m` are taken. A pattern is matched against the name of a matrix ("wte", "h.1.mlp.c_fc",
-    "h.0.attn.c_attn.q") or of its module, with or without "transformer." before and ".weight" behind it; `*` crosses
-    dots, `[13579]` is one of these characters. The first pattern that matches a matrix decides. `effort` is "fast",
-    "balanced" or "best". The result depends on the weights, the spec, the effort and the seed only.
+    "h.0.attn.c_attn.q", "encoder.layer.0.output.dense") or of its module, with or without the base model's prefix
+    ("transformer.", "bert.") before and ".weight" behind it; `*` crosses dots, `[13579]` is one of these characters.
+    The first pattern that matches a matrix decides. `effort` is "fast", "balanced" or "best". The result depends on the
+    weights, the spec, the effort and the seed only.
 
     Two configs are equal when their specs (in any order), effort and seed are.
 

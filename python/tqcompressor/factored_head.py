@@ -1,8 +1,9 @@
-"""Heads held as Kronecker factors, made dense ones of hidden states that are contracted first.
+"""Heads held as factors, made dense ones of hidden states that are contracted first.
 
 With `W[p][:, q] = Σ_k A_k ⊗ B_k` for a head `W (vocabulary, width)` and blocks of one row, `h Wᵀ` is the hidden states
 gathered by `q`, contracted with every `B_k`, times the `A_k` side by side: a dense head of width `rank · width / n2`.
-Blocks of several rows have no such form: there `W` is formed.
+Blocks of several rows have no such form: there `W` is formed. A head of rank k is a dense one of width k, and a sum is
+one of the widths of its terms together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import ShapeError
+from .errors import ConfigError, ShapeError
 from .loss_arrays import single_matrix
 
 if TYPE_CHECKING:
@@ -24,21 +25,33 @@ FactorGradients: TypeAlias = tuple[NDArray[np.float32], tuple[NDArray[np.float32
 
 
 def is_factored(head: Any) -> bool:
-    """Whether this is a `KroneckerHead` or `KroneckerEmbedding`, a decomposition, or a tuple (A, B, p, q)."""
+    """Whether this is a factored head or embedding of any kind, a Kronecker decomposition, or a tuple (A, B, p, q)."""
     if isinstance(head, tuple):
         # Four rows of a dense head would be no arrays of three dimensions.
         return len(head) == 4 and np.ndim(head[0]) == 3
-    return hasattr(head, "row_permutation") or (hasattr(head, "A") and hasattr(head, "B"))
+    return any(hasattr(head, name) for name in ("row_permutation", "A", "left", "terms"))
 
 
 def dense_head(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and a dense head with the same logits, differentiable by the hidden states, `A` and `B`."""
-    a, b = head.A, head.B
+    """Hidden states and a dense head with the same logits, differentiable by the hidden states and the factors.
+
+    Raises `ConfigError` for a head with a bias, which hidden states and a matrix have no place for.
+    """
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError("student_head: a head with a bias is not handled")
+    if hasattr(head, "terms"):
+        import torch
+
+        pairs = [dense_head(hidden, term) for term in head.terms]
+        return torch.cat([states for states, _ in pairs], dim=-1), torch.cat([weight for _, weight in pairs], dim=1)
     if hasattr(head, "num_embeddings"):
         columns, rows = head.output_permutation, head.input_permutation
         columns = None if columns is None else columns.argsort()
     else:
         columns, rows = head.input_permutation, head.output_permutation
+    if hasattr(head, "left"):
+        return _dense_low_rank_head(hidden, head.left, head.right, columns, rows)
+    a, b = head.A, head.B
     (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
     _check_width(hidden.shape, n1 * n2)
     if columns is not None:
@@ -52,6 +65,22 @@ def dense_head(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Ten
         products = a.reshape(rank, -1).T @ b.reshape(rank, -1)
         weight = products.reshape(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
     return hidden, weight if rows is None else weight.index_select(0, rows)
+
+
+def _dense_low_rank_head(
+    hidden: torch.Tensor, left: torch.Tensor, right: torch.Tensor, columns: Any, rows: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dense_head` of `W[:, columns] = left [I right]`, or where `rows` are given of `W = ([I; left] right)[rows]`."""
+    import torch
+
+    rank = left.shape[1]
+    if columns is None:
+        _check_width(hidden.shape, right.shape[1])
+        identity = torch.eye(rank, dtype=left.dtype, device=left.device)
+        return hidden @ right.T, torch.cat([identity, left]).index_select(0, rows)
+    _check_width(hidden.shape, rank + right.shape[1])
+    hidden = hidden.index_select(-1, columns)
+    return hidden[..., :rank] + hidden[..., rank:] @ right.T, left
 
 
 def dense_head_of_arrays(

@@ -285,7 +285,7 @@ def head_distillation_loss(
     differ. Without a teacher the loss is the cross-entropy alone, whatever `alpha`. numpy arrays give
     `(value, (gradient by the hidden states, gradient by the head))`, float32 both.
 
-    `student_head` may also be a `KroneckerHead` or `KroneckerEmbedding`, whose A and B get the gradients. For numpy it
+    `student_head` may also be a factored head or embedding of any kind, whose factors get the gradients. For numpy it
     may be a `KroneckerDecomposition` of the (vocabulary, width) matrix or a tuple (A, B, p, q), and the gradients are
     `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's multiplications; for
     other blocks the dense head is formed.

@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 
+from .low_rank import LowRankLinear
+from .mixed import MixedLinear
 from .modules import FusedKroneckerLinear, KroneckerLinear
 
 if TYPE_CHECKING:
@@ -19,9 +21,9 @@ _NEED_NO_WEIGHT = (True, False, "gaussian")
 
 
 class LoraKroneckerLinear(LoraLinear):
-    """LoRA beside a Kronecker sum: `y = base(x) + scaling · x Aᵀ Bᵀ`, with peft's `lora_A` and `lora_B`.
+    """LoRA beside a factored matrix: `y = base(x) + scaling · x Aᵀ Bᵀ`, with peft's `lora_A` and `lora_B`.
 
-    The sum of the two is no Kronecker sum of the same shape, so merging is refused: see `merge_lora`.
+    The sum of the two has no factors of the same shapes, so merging is refused: see `merge_lora`.
     """
 
     @property
@@ -33,7 +35,7 @@ class LoraKroneckerLinear(LoraLinear):
         """As peft's, for those initialisations that leave the base weight alone."""
         if config.init_lora_weights not in _NEED_NO_WEIGHT:
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} needs the dense weight, which a Kronecker module does "
+                f"init_lora_weights={config.init_lora_weights!r} needs the dense weight, which a factored module does "
                 'not have: use True, False or "gaussian"'
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -52,8 +54,8 @@ class LoraKroneckerLinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refused with `NotImplementedError`. Dense layers that peft merged before leave the outputs as they were."""
         raise NotImplementedError(
-            "a LoRA adapter cannot be merged into Kronecker factors without making the matrix dense: keep the adapter, "
-            "or call tqcompressor.peft_integration.merge_lora(model), which returns a stock GPT-2 with both in it"
+            "a LoRA adapter cannot be merged into factors without making the matrix dense: keep the adapter, "
+            "or call tqcompressor.peft_integration.merge_lora(model), which returns a stock model with both in it"
         )
 
 
@@ -68,14 +70,15 @@ def register_lora(config: LoraConfig) -> LoraConfig:
     >>> config = register_lora(LoraConfig.from_pretrained("adapter"))  # doctest: +SKIP
     >>> model = PeftModel.from_pretrained(compressed, "adapter", config=config)  # doctest: +SKIP
     """
-    config._register_custom_module({KroneckerLinear: LoraKroneckerLinear, FusedKroneckerLinear: LoraKroneckerLinear})
+    factored = (KroneckerLinear, LowRankLinear, MixedLinear, FusedKroneckerLinear)
+    config._register_custom_module(dict.fromkeys(factored, LoraKroneckerLinear))
     return config
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
     """Merges the active LoRA adapter into the dense equivalent of its compressed base model.
 
-    Returns a stock GPT-2, as large as the uncompressed one, whose outputs are those of `model`. The base model inside
+    Returns a stock model, as large as the uncompressed one, whose outputs are those of `model`. The base model inside
     `model` becomes it: `model` is not to be used afterwards.
     """
     name = model.active_adapter

@@ -33,7 +33,7 @@ def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
 
 def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
     """`config` resolved against the matrices of a model, compressed or not: the entries are in the model's order."""
-    prefix = architecture.base_prefix(model)
+    prefix = f"{model.base_model_prefix}."
     tensors = architecture.weight_tensors(model)
     # Patterns may have the base model's prefix, which names of matrices have not; the first of two equal ones decides.
     specs: dict[str, MatrixSpec] = {}

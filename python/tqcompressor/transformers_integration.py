@@ -1,7 +1,7 @@
 """What makes transformers load, save and undo compressed checkpoints: a quantizer registered under "tqcompressor".
 
 transformers' quantizer API is how a checkpoint of a stock architecture gets other modules: `config.json` keeps
-`model_type: gpt2`, and its `quantization_config.quant_method` picks the class below, whose hooks run within
+its `model_type`, and its `quantization_config.quant_method` picks the class below, whose hooks run within
 `from_pretrained` and `save_pretrained`. torch is imported inside the hooks: registering must not need it.
 
 A compressed checkpoint has one tensor more than the model, the *guard*: one byte under the name of the first compressed

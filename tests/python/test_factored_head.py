@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from tqcompressor import losses
-from tqcompressor.errors import ShapeError
+from tqcompressor.errors import ConfigError, ShapeError
 
 torch = pytest.importorskip("torch")
 
@@ -42,6 +42,33 @@ def test_a_factored_head_gives_what_its_dense_one_gives(block, rank, with_teache
     assert value == pytest.approx(expected.item(), rel=1e-5) and not by_hidden[1, 2].any()
     for one, other in zip((by_hidden, *by_factors), expected_gradients, strict=True):
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [60, 20])
+@pytest.mark.parametrize("kind", ["low rank", "mixed"])
+def test_heads_of_the_other_kinds_give_what_their_dense_ones_give(kind, vocabulary):
+    from helpers.terms import random_terms
+    from tqcompressor.mixed import empty_embedding, tied_head
+    from tqcompressor.specs import KroneckerSpec, LowRankSpec, MixedSpec
+
+    mixed = MixedSpec((LowRankSpec(3), KroneckerSpec((1, 4), 1), KroneckerSpec((2, 2), 1, "rows")))
+    spec = LowRankSpec(5) if kind == "low rank" else mixed
+    embedding = empty_embedding(vocabulary, 24, spec)
+    embedding.set_terms(random_terms(spec, vocabulary, 24, np.random.default_rng(0)))
+    states = torch.from_numpy(noise((2, 7, 24), 3)).requires_grad_()
+    leaves, labels = (states, *embedding.parameters()), torch.arange(14).reshape(2, 7)
+    expected = losses.head_distillation_loss(states, embedding.dense_weight(), labels=labels)
+    expected_gradients = torch.autograd.grad(expected, leaves)
+    for head in (embedding, tied_head(embedding)):
+        found = losses.head_distillation_loss(states, head, labels=labels)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        for one, other in zip(torch.autograd.grad(found, leaves), expected_gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        with pytest.raises(ShapeError, match="24"):
+            losses.head_distillation_loss(states[..., :20], head, labels=labels)
+    with pytest.raises(ConfigError, match="bias"):
+        biased = tied_head(embedding, torch.nn.Parameter(torch.zeros(vocabulary)))
+        losses.head_distillation_loss(states, biased, labels=labels)
 
 
 def test_a_head_of_another_width_is_refused():

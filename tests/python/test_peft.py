@@ -96,6 +96,25 @@ def test_what_needs_the_dense_weight_is_refused(changes):
         get_peft_model(compressed_model(), register_lora(lora_config(**changes)))
 
 
+def test_lora_on_every_kind_of_factored_module(monkeypatch):
+    from helpers.any_spec import allow_every_spec
+    from helpers.families import family_config, family_model
+    from tqcompressor.low_rank import LowRankLinear
+    from tqcompressor.mixed import MixedLinear
+
+    allow_every_spec(monkeypatch)
+    model = family_model("llama-tied")
+    compress(model, family_config("llama-tied"))
+    expected = first_output(model, some_ids())
+    targets = ["q_proj", "up_proj"]
+    adapted = get_peft_model(model, register_lora(lora_config(target_modules=targets, fan_in_fan_out=False))).eval()
+    layers = [module for module in adapted.modules() if isinstance(module, LoraKroneckerLinear)]
+    assert {type(layer.base_layer) for layer in layers} == {LowRankLinear, MixedLinear}
+    assert agree(first_output(adapted, some_ids()), expected)
+    trained(adapted)
+    assert not agree(first_output(adapted, some_ids()), expected)
+
+
 def test_without_the_helper_peft_refuses():
     with pytest.raises(ValueError, match="KroneckerLinear"):
         get_peft_model(compressed_model(), lora_config())
