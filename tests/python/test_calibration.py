@@ -11,6 +11,7 @@ import transformers
 from helpers.checkpoints import encode, read_safetensors, write_safetensors
 from helpers.models import CONFIG, tiny_model
 from helpers.tokenizer import save_tokenizer
+from tokenizers import processors
 from tqcompressor import Calibration, compress, token_blocks
 from tqcompressor.errors import (
     CheckpointError,
@@ -383,6 +384,20 @@ def test_blocks_of_a_text_are_drawn_by_the_seed(tmp_path):
     assert len(set(drawn(whole, blocks=len(whole)))) == len(rows)
     (longest,) = {len(row) for row in drawn(tokenizer, text, blocks=2, block_length=None)}
     assert longest == 128
+
+
+def test_blocks_have_the_special_tokens_of_an_input(tmp_path):
+    tokenizer = save_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A <|endoftext|>", special_tokens=[("<unk>", 1), ("<|endoftext|>", 0)]
+    )
+    model = tiny_model()
+    (batch,) = batches_of(model, tokenizer, "letters " * 40, blocks=3, block_length=7, seed=0)
+    ids = batch["input_ids"]
+    assert ids.shape == (3, 7) and ids[:, 0].tolist() == [1] * 3 and ids[:, -1].tolist() == [0] * 3
+    assert ids[:, 1:-1].min() > 1
+    with pytest.raises(ConfigError, match="block_length: expected 4 to 32"):
+        calibrate(model, tokenizer, "letters " * 40, block_length=3)
 
 
 def test_errors_of_the_text(tmp_path):
