@@ -51,7 +51,7 @@ def svd(w: Matrix) -> Spectrum:
 
 
 def asvd(w: Matrix, mean_absolute_input: NDArray[np.float64], alpha: float = 0.5) -> Spectrum:
-    """The SVD of `S W` with `S = diag(mean |x|^α)`. An input that is always 0 is scaled like the smallest that is not."""
+    """The SVD of `S W` with `S = diag((mean |x|)^α)`; an input that is always 0 is scaled as the smallest other."""
     scale = mean_absolute_input**alpha
     scale = np.maximum(scale, scale[scale > 0].min(initial=1.0))
     return _scaled_svd(w, scale[:, None], 1 / scale[:, None])
@@ -196,8 +196,7 @@ def dealt_ranks(
     """
     ranks = dict.fromkeys(shapes, base)
     left = parameters - sum(kronecker_parameters(shape, base) for shape in shapes.values())
-    price = {name: kronecker_parameters(shape, base + 1) for name, shape in shapes.items()}
-    price = {name: price[name] - kronecker_parameters(shape, base) for name, shape in shapes.items()}
+    price = {name: kronecker_parameters(shape, 1) for name, shape in shapes.items()}
     for name in sorted(shapes, key=lambda name: (errors[name][1] - errors[name][0]) / price[name]):
         if price[name] <= left:
             ranks[name] += 1

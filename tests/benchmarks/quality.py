@@ -16,15 +16,19 @@ moment, against SVD-LLM's closed form; and the real GPT-2 matrices, in the Frobe
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import quality_layers
+from measuring import fresh_process
 from quality_data import DATA, Subject, minilm, tiny_gpt2
 from quality_methods import METHODS, OURS, WHOLE_METHODS, Method, Study, matrices_parameters
+from transformers.utils.logging import disable_progress_bar
 
 SCOPES = {"blocks": "the blocks' linear layers", "whole": "the whole model"}
 
@@ -42,76 +46,87 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *WHOLE_METHODS], help="by default all")
     parser.add_argument("--no-peers", action="store_true", help="ours only")
     parser.add_argument("--no-ours", action="store_true", help="peers only")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
     parser.add_argument("--layers", action="store_true", help="layer by layer instead of end to end")
     quality_layers.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
+    disable_progress_bar()
     if options.layers:
         yield from quality_layers.run(options)
         return
-    found = False
+    models = []
     for name in options.models:
         try:
             subject = SUBJECTS[name](options)
         except FileNotFoundError as missing:
             print(f"left out: {missing}", file=sys.stderr)
             continue
-        found = True
-        yield from of_subject(subject, options)
-    if not found:
+        models.append(name)
+        counts = {SCOPES[scope]: size for scope, size in sizes(subject).items()}
+        yield {f"{subject.name}, original; parameters": "", **counts, **subject.score(subject.model)}
+    if not models:
         raise SystemExit("nothing to measure: see above what is missing")
-
-
-def of_subject(subject: Subject, options: argparse.Namespace) -> Iterator[dict]:
-    total = sum(parameter.numel() for parameter in subject.model.parameters())
-    sizes = {"blocks": matrices_parameters(subject.model, subject.layers), "whole": total}
-    yield {f"{subject.name}, original": "", **{SCOPES[scope]: sizes[scope] for scope in SCOPES}} | subject.score(
-        subject.model
-    )
-    results: dict[str, list[dict]] = {scope: [] for scope in options.scopes}
-    for seed in options.seeds:
-        study = Study(subject, seed)
-        for scope in options.scopes:
-            for name, method in chosen(scope, options).items():
-                if seed != options.seeds[0] and not method.seeded:
-                    continue
-                for budget in options.budgets:
-                    start = time.perf_counter()
-                    model, parameters = method.compress(study, budget)
-                    seconds = time.perf_counter() - start
-                    if parameters > budget * sizes[scope]:
-                        raise AssertionError(
-                            f"{name} keeps {parameters:,} parameters, over {budget} of {sizes[scope]:,}"
-                        )
-                    result = {
-                        f"{subject.name}, {SCOPES[scope]}": name,
-                        "budget": budget,
-                        "seed": seed,
-                        "kept": parameters / sizes[scope],
-                        **subject.score(model),
-                        "seconds": seconds,
-                    }
-                    results[scope].append(result)
-                    yield result
-    for found in results.values():
+    common = {name: value for name, value in vars(options).items() if name in PASSED_ON}
+    common |= {name: str(common[name]) for name in ("wikitext", "books")}
+    tasks = [
+        common | {"scope": scope, "seed": seed, "first": seed == options.seeds[0], "model": name}
+        for scope in options.scopes
+        for seed in options.seeds
+        for name in models
+    ]
+    # One thread each: two that wait for one another are slower than two models at a time.
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = []
+        for found in pool.map(in_fresh_process, tasks):
+            results += found
+            yield from found
+    for table in dict.fromkeys(next(iter(result)) for result in results):
         for budget in options.budgets:
-            yield from means([result for result in found if result["budget"] == budget])
+            yield from means([result for result in results if table in result and result["budget"] == budget])
 
 
-def chosen(scope: str, options: argparse.Namespace) -> dict[str, Method]:
-    methods = METHODS if scope == "blocks" else WHOLE_METHODS
-    wanted = {name: method for name, method in methods.items() if not options.methods or name in options.methods}
-    left_out = options.no_ours if OURS in wanted else False
-    if left_out:
-        wanted.pop(OURS)
-    return {name: method for name, method in wanted.items() if name == OURS or not options.no_peers}
+def in_fresh_process(task: dict) -> list[dict]:
+    _, _, output = fresh_process([__file__, json.dumps(task)], threads=1)
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def sizes(subject: Subject) -> dict[str, int]:
+    """What a budget of each scope is a share of."""
+    total = sum(parameter.numel() for parameter in subject.model.parameters())
+    return {"blocks": matrices_parameters(subject.model, subject.layers), "whole": total}
+
+
+def of_one_seed(task: argparse.Namespace) -> Iterator[dict]:
+    """All methods and budgets of one model, scope and seed."""
+    subject = SUBJECTS[task.model](task)
+    study = Study(subject, task.seed)
+    size = sizes(subject)[task.scope]
+    for name, method in chosen(task).items():
+        for budget in task.budgets:
+            start = time.perf_counter()
+            model, parameters = method.compress(study, budget)
+            seconds = time.perf_counter() - start
+            if parameters > budget * size:
+                raise AssertionError(f"{name} keeps {parameters:,} parameters, over {budget} of {size:,}")
+            result = {f"{subject.name}, {SCOPES[task.scope]}": name, "budget": budget, "seed": task.seed}
+            yield result | {"kept": parameters / size, **subject.score(model), "seconds": seconds}
+
+
+def chosen(task: argparse.Namespace) -> dict[str, Method]:
+    methods = METHODS if task.scope == "blocks" else WHOLE_METHODS
+    return {
+        name: method
+        for name, method in methods.items()
+        if (not task.methods or name in task.methods)
+        and not (task.no_ours if name == OURS else task.no_peers)
+        and (task.first or method.seeded)
+    }
 
 
 def means(results: list[dict]) -> Iterator[dict]:
-    """Of one budget and scope, over the seeds, with the ratio to the best peer."""
-    if not results:
-        return
+    """Of one model, scope and budget, over the seeds, with the ratio to the best peer."""
     column = next(iter(results[0]))
     measures = [name for name in results[0] if name in LARGER_IS_BETTER]
     by_method: dict[str, list[dict]] = {}
@@ -137,6 +152,15 @@ def means(results: list[dict]) -> Iterator[dict]:
 
 LARGER_IS_BETTER = {"cosine": True, "Spearman": True, "perplexity": False}
 SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {
-    "minilm": lambda options: minilm(options.wikitext, options.blocks),
-    "tiny-gpt2": lambda options: tiny_gpt2(options.books, options.blocks),
+    "minilm": lambda options: minilm(Path(options.wikitext), options.blocks),
+    "tiny-gpt2": lambda options: tiny_gpt2(Path(options.books), options.blocks),
 }
+# What a seed's own process is told.
+PASSED_ON = ("budgets", "blocks", "wikitext", "books", "methods", "no_peers", "no_ours")
+
+if __name__ == "__main__":
+    disable_progress_bar()
+    for line in of_one_seed(argparse.Namespace(**json.loads(sys.argv[1]))):
+        print(json.dumps(line))
+        # Shown at once, because the table waits for the whole process.
+        print(json.dumps(line), file=sys.stderr, flush=True)
