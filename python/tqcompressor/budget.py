@@ -177,9 +177,7 @@ def eligible(
         name, shape = entry["name"], entry["shape"]
         if min(shape) < 2 or (patterns is None and _left_out(entry)):
             continue
-        # A model may have more than the text went through: a pooler, a head.
-        unused = calibration is not None and (calibration.input(name) is None or _silent(calibration.output(name)))
-        if unused and patterns is None:
+        if patterns is None and calibration is not None and not _used(calibration, name):
             continue
         chosen[name] = moments_of(calibration, objective, name, shape)
     if not chosen:
@@ -208,9 +206,14 @@ def _left_out(entry: Mapping[str, Any]) -> bool:
     return positions or min(entry["shape"]) < _NARROWEST
 
 
-def _silent(moment: NDArray[np.float32] | None) -> bool:
-    """Whether the gradients at a layer's outputs are known, and all zero."""
-    return moment is not None and not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
+def _used(calibration: Calibration, matrix: str) -> bool:
+    """Whether the text went through a matrix, and what the model says depends on it: not so for a pooler, say."""
+    if calibration.input(matrix) is None:
+        return False
+    gradients = calibration.output(matrix)
+    if gradients is None:
+        return not calibration.sensitivity
+    return bool(np.any(np.diagonal(gradients) if gradients.ndim == 2 else gradients))
 
 
 def plan_from(

@@ -1,10 +1,10 @@
 """Lost energy of single layers at half the parameters: `run.py quality --layers`."""
 
 import argparse
-import inspect
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import peers
 from numpy.typing import NDArray
 from quality_data import collect_inputs, matrix, minilm
 from search import GPT2_ATTENTION, lost_energy, matrices
-from tqcompressor import decompose
+from tqcompressor import KroneckerSpec, MixedSpec, decompose
+from tqcompressor.specs import MatrixSpec
 
 SHARE = 0.5
 
@@ -24,8 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
-    if not options.no_ours and "budget" not in inspect.signature(decompose).parameters:
-        raise SystemExit("this tqcompressor has no decompose(w, budget=…): --no-ours measures the peers alone")
     found = False
     if options.attention.exists():
         found = True
@@ -45,16 +44,25 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
 def ours(
     w: NDArray[np.float64], moment: NDArray[np.float64] | None, permuted: bool, options: argparse.Namespace
 ) -> tuple[NDArray[np.float64], int, float]:
-    """The approximation, its parameters and the seconds it took; `permuted` is about Kronecker terms."""
-    unpermuted = {} if permuted else {"permute": "none"}
+    """The approximation, its parameters and the seconds it took.
+
+    Not `permuted`: of the same spec, without permutations of its Kronecker terms.
+    """
+    arguments = {"moment": moment, "effort": options.effort, "seed": options.seeds[0]}
     start = time.perf_counter()
-    result = decompose(
-        w.astype(np.float32), budget=SHARE, moment=moment, effort=options.effort, seed=options.seeds[0], **unpermuted
-    )
+    result = decompose(w.astype(np.float32), budget=SHARE, **arguments)
     seconds = time.perf_counter() - start
+    if not permuted:
+        result = decompose(w.astype(np.float32), unpermuted(result.spec), **arguments)
     if result.parameters > SHARE * w.size:
         raise AssertionError(f"{result.parameters:,} parameters, over {SHARE} of {w.size:,}")
     return result.reconstruct().astype(np.float64), result.parameters, seconds
+
+
+def unpermuted(spec: MatrixSpec) -> MatrixSpec:
+    if isinstance(spec, MixedSpec):
+        return MixedSpec(tuple(unpermuted(term) for term in spec.terms))
+    return replace(spec, permute="none") if isinstance(spec, KroneckerSpec) else spec
 
 
 def in_the_frobenius_norm(options: argparse.Namespace) -> Iterator[dict]:

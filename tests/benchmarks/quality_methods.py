@@ -36,8 +36,6 @@ class Study:
 
     @cached_property
     def our_calibration(self):
-        if not hasattr(tqcompressor, "calibrate"):
-            raise SystemExit("this tqcompressor has no calibrate(model, batches): --no-ours measures the peers alone")
         return tqcompressor.calibrate(self.subject.model, self.batches, seed=self.seed)
 
     def spectrum(self, kind: str, name: str) -> Spectrum:
@@ -83,10 +81,12 @@ def ours(study: Study, share: float, whole: bool) -> Compressed:
     calibration = study.our_calibration
     model = study.subject.copy()
     before = sum(parameter.numel() for parameter in model.parameters())
-    modules = {} if whole else {"modules": study.subject.layers}
-    tqcompressor.compress(model, budget=share, calibration=calibration, seed=study.seed, **modules)
-    after = sum(parameter.numel() for parameter in model.parameters())
     counted = before if whole else matrices_parameters(study.subject.model, study.subject.layers)
+    # The package counts a budget over the whole model.
+    allowed = before - counted + int(share * counted)
+    chosen = None if whole else study.subject.layers
+    tqcompressor.compress(model, budget=allowed, calibration=calibration, matrices=chosen, seed=study.seed)
+    after = sum(parameter.numel() for parameter in model.parameters())
     return model, counted - (before - after)
 
 

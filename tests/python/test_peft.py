@@ -97,12 +97,12 @@ def test_what_needs_the_dense_weight_is_refused(changes):
 
 
 def test_lora_on_every_kind_of_factored_module(monkeypatch):
-    from helpers.any_spec import allow_every_spec
     from helpers.families import family_config, family_model
+    from helpers.mixed_fits import allow_mixed_sums
     from tqcompressor.low_rank import LowRankLinear
     from tqcompressor.mixed import MixedLinear
 
-    allow_every_spec(monkeypatch)
+    allow_mixed_sums(monkeypatch)
     model = family_model("llama-tied")
     compress(model, family_config("llama-tied"))
     expected = first_output(model, some_ids())
