@@ -1,7 +1,9 @@
 //! Approximating one matrix as its spec says, or as well as a number of parameters allows.
 
 use super::low_rank::low_rank;
+use super::mixed::mixed;
 use super::moment::Norm;
+use super::weighted::weighted_kronecker;
 use super::{Fit, Term};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
@@ -38,9 +40,14 @@ pub fn fit(
             })?;
             Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
         }
-        _ => Err(Error::Config(
-            "a Kronecker sum in a weighted norm, and a sum of several terms, cannot be fitted".into(),
-        )),
+        [TermSpec::Kronecker(kronecker)] => {
+            let term = weighted_kronecker(view, *kronecker, norm, effort, progress)?;
+            Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
+        }
+        terms => {
+            let (terms, lost_energy) = mixed(view, terms, norm, effort, progress)?;
+            Ok(Fit { spec: spec.clone(), terms, lost_energy })
+        }
     }
 }
 
