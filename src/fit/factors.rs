@@ -93,6 +93,12 @@ impl Factors {
         Ok(())
     }
 
+    /// Whether nothing has been fitted yet.
+    pub fn is_zero(&self) -> bool {
+        let zero = |factor: &Mat<f64>| factor.col_iter().all(|column| column.iter().all(|&value| value == 0.0));
+        zero(&self.a) || zero(&self.b)
+    }
+
     /// Gives the two factors of each term the same norm.
     pub fn balance(&mut self) {
         for k in 0..self.shape.rank {

@@ -47,18 +47,25 @@ pub struct LowRank {
 pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progress) -> Result<LowRank> {
     view.check_finite()?;
     let sides = Sides::new(Source::View(view), norm);
-    low_rank_in(&sides, rank, &sides.roots()?, progress)
+    let roots = sides.roots()?;
+    low_rank_in(&sides, rank, &roots, &sides.whiten(&roots, progress)?, progress)
 }
 
-/// The same for a matrix in f64, finite, with [`Roots`] that may serve several.
+/// The spectrum of a finite matrix in f64, from which its nearest matrices of every rank follow.
+pub(super) fn whiten(target: MatRef<'_, f64>, norm: &Norm, roots: &Roots, progress: &Progress) -> Result<Whitened> {
+    Sides::new(Source::Dense(target), norm).whiten(roots, progress)
+}
+
+/// [`low_rank`] for a matrix in f64 that was whitened.
 pub(super) fn low_rank_of(
     target: MatRef<'_, f64>,
     rank: usize,
     norm: &Norm,
     roots: &Roots,
+    whitened: &Whitened,
     progress: &Progress,
 ) -> Result<LowRank> {
-    low_rank_in(&Sides::new(Source::Dense(target), norm), rank, roots, progress)
+    low_rank_in(&Sides::new(Source::Dense(target), norm), rank, roots, whitened, progress)
 }
 
 /// The two factors of the same matrix before it is brought into interpolative form: `a : (m, rank)` and `b : (n, rank)`
@@ -66,23 +73,27 @@ pub(super) fn low_rank_of(
 pub(super) fn plain_factors(
     target: MatRef<'_, f64>,
     rank: usize,
-    norm: &Norm,
     roots: &Roots,
-    progress: &Progress,
-) -> Result<(Mat<f64>, Mat<f64>)> {
-    let sides = Sides::new(Source::Dense(target), norm);
-    let directions = sides.directions(rank, roots, progress)?;
-    let short = if sides.transposed { target.transpose() } else { target };
+    whitened: &Whitened,
+) -> (Mat<f64>, Mat<f64>) {
+    let Directions { basis, coordinates, .. } = whitened.directions(rank, roots);
+    let transposed = target.nrows() > target.ncols();
+    let short = if transposed { target.transpose() } else { target };
     let mut other = Mat::zeros(short.ncols(), rank);
-    let coordinates = directions.coordinates.as_ref();
-    matmul(other.as_mut(), Accum::Replace, short.transpose(), coordinates, 1.0, Par::Seq);
-    Ok(if sides.transposed { (other, directions.basis) } else { (directions.basis, other) })
+    matmul(other.as_mut(), Accum::Replace, short.transpose(), coordinates.as_ref(), 1.0, Par::Seq);
+    if transposed { (other, basis) } else { (basis, other) }
 }
 
-fn low_rank_in(sides: &Sides<'_>, rank: usize, roots: &Roots, progress: &Progress) -> Result<LowRank> {
+fn low_rank_in(
+    sides: &Sides<'_>,
+    rank: usize,
+    roots: &Roots,
+    whitened: &Whitened,
+    progress: &Progress,
+) -> Result<LowRank> {
     let shape = LowRankShape::new(sides.shape.0, sides.shape.1, rank)?;
     let short = sides.short();
-    let Directions { basis, coordinates, lost_energy } = sides.directions(rank, roots, progress)?;
+    let Directions { basis, coordinates, lost_energy } = whitened.directions(rank, roots);
     progress.check()?;
     let (order, coefficients) = interpolate(basis.as_ref());
 
@@ -125,7 +136,7 @@ fn low_rank_in(sides: &Sides<'_>, rank: usize, roots: &Roots, progress: &Progres
 pub fn spectrum(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Vec<f64>> {
     view.check_finite()?;
     let sides = Sides::new(Source::View(view), norm);
-    let (energies, _) = sides.whiten(&sides.roots()?, progress)?;
+    let energies = sides.whiten(&sides.roots()?, progress)?.energies;
     Ok(energies.iter().rev().map(|energy| energy * norm.scale).collect())
 }
 
@@ -168,6 +179,25 @@ struct Directions {
     lost_energy: f64,
 }
 
+/// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, ascending, none negative; its eigenvectors.
+pub(super) struct Whitened {
+    energies: Vec<f64>,
+    vectors: Mat<f64>,
+}
+
+impl Whitened {
+    fn directions(&self, rank: usize, roots: &Roots) -> Directions {
+        // Eigenvalues ascend: the leading vectors are the last ones.
+        let first = self.energies.len() - rank;
+        let leading = self.vectors.subcols(first, rank);
+        Directions {
+            basis: roots.1.times(leading, Par::Seq),
+            coordinates: roots.0.times(leading, Par::Seq),
+            lost_energy: lost_share(&self.energies[..first], &self.energies),
+        }
+    }
+}
+
 impl<'a> Sides<'a> {
     fn new(source: Source<'a>, norm: &'a Norm) -> Self {
         let shape = match source {
@@ -191,18 +221,6 @@ impl<'a> Sides<'a> {
     fn roots(&self) -> Result<Roots> {
         let (root, inverse) = self.short_weight.roots()?;
         Ok(Roots(root, inverse))
-    }
-
-    fn directions(&self, rank: usize, roots: &Roots, progress: &Progress) -> Result<Directions> {
-        let (energies, vectors) = self.whiten(roots, progress)?;
-        // Eigenvalues ascend: the leading vectors are the last ones.
-        let first = self.short() - rank;
-        let leading = vectors.subcols(first, rank);
-        Ok(Directions {
-            basis: roots.1.times(leading, Par::Seq),
-            coordinates: roots.0.times(leading, Par::Seq),
-            lost_energy: lost_share(&energies[..first], &energies),
-        })
     }
 
     /// Calls `visit` with the place on the long side and the values, short × some of the long side.
@@ -270,8 +288,7 @@ impl<'a> Sides<'a> {
         Ok(gram)
     }
 
-    /// Eigenvalues of `S X C Xᵀ S` in ascending order, none negative, and its eigenvectors.
-    fn whiten(&self, roots: &Roots, progress: &Progress) -> Result<(Vec<f64>, Mat<f64>)> {
+    fn whiten(&self, roots: &Roots, progress: &Progress) -> Result<Whitened> {
         progress.check()?;
         let half = roots.0.times(self.gram(progress)?.as_ref(), Par::Seq);
         let gram = roots.0.times(half.transpose(), Par::Seq);
@@ -280,7 +297,7 @@ impl<'a> Sides<'a> {
         // Rounding leaves zeros on either side of zero.
         energies.iter_mut().for_each(|energy| *energy = energy.max(0.0));
         progress.check()?;
-        Ok((energies, vectors))
+        Ok(Whitened { energies, vectors })
     }
 }
 

@@ -9,11 +9,11 @@ use faer::{Mat, MatRef, Par};
 use super::Term;
 use super::descent::{descend, residual};
 use super::factors::Factors;
-use super::low_rank::{Roots, low_rank_of, plain_factors};
+use super::low_rank::{LowRank, Roots, Whitened, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
-use super::weighted::{Turns, improve, start, widened};
+use super::weighted::{ASSIGNMENTS, Turns, improve, lost_energy, start, widened};
 use super::weighted_permutation::improve_orders;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
 use crate::progress::Progress;
@@ -38,48 +38,67 @@ pub fn mixed(
 ) -> Result<(Vec<Term>, f64)> {
     view.check_finite()?;
     let target = widened(view);
-    let problem = Problem::new(target.as_ref(), terms, norm, progress)?;
+    let shared = Shared::new(target.as_ref(), norm, progress)?;
+    let problem = Problem::new(&shared, terms)?;
     let turns = Turns::new(effort);
     let mut best: Option<(f64, Vec<Factors>)> = None;
-    for first in 0..terms.len() {
-        let alone = problem.alone(first, target.as_ref(), turns)?;
+    for which in 0..terms.len() {
+        let alone = problem.alone(which, turns)?;
         let energy = norm.energy(residual(std::slice::from_ref(&alone), target.as_ref()).as_ref(), Par::Seq);
         if best.as_ref().is_none_or(|(least, _)| energy < *least) {
             let mut factors = problem.zeros();
-            factors[first] = alone;
+            factors[which] = alone;
             best = Some((energy, factors));
         }
     }
-    let (_, mut factors) = best.expect("a sum has at least one term");
+    let Some((_, mut factors)) = best else {
+        return Err(Error::Config("terms: expected at least one, got none".into()));
+    };
+    problem.fill(&mut factors, ASSIGNMENTS)?;
     problem.improve(&mut factors, turns)?;
-    problem.finish(&factors)
+    problem.finish(factors)
 }
 
-/// What all steps of a fit share.
-pub(super) struct Problem<'a> {
+/// What all fits of one matrix share.
+pub(super) struct Shared<'a> {
     pub target: MatRef<'a, f64>,
-    pub terms: &'a [TermSpec],
     pub norm: &'a Norm,
     roots: Roots,
-    progress: &'a Progress,
+    whitened: Whitened,
+    pub progress: &'a Progress,
+}
+
+impl<'a> Shared<'a> {
+    pub fn new(target: MatRef<'a, f64>, norm: &'a Norm, progress: &'a Progress) -> Result<Self> {
+        let roots = Roots::new((target.nrows(), target.ncols()), norm)?;
+        let whitened = whiten(target, norm, &roots, progress)?;
+        Ok(Self { target, norm, roots, whitened, progress })
+    }
+
+    /// The nearest matrix of some rank to the target itself.
+    pub fn low_rank(&self, rank: usize) -> Result<LowRank> {
+        low_rank_of(self.target, rank, self.norm, &self.roots, &self.whitened, self.progress)
+    }
+}
+
+/// A sum of terms for a matrix.
+pub(super) struct Problem<'a> {
+    shared: &'a Shared<'a>,
+    terms: &'a [TermSpec],
 }
 
 impl<'a> Problem<'a> {
     /// Checks the terms.
-    pub fn new(target: MatRef<'a, f64>, terms: &'a [TermSpec], norm: &'a Norm, progress: &'a Progress) -> Result<Self> {
-        let shape = (target.nrows(), target.ncols());
+    pub fn new(shared: &'a Shared<'a>, terms: &'a [TermSpec]) -> Result<Self> {
         for term in terms {
-            term.parameters(shape.0, shape.1)?;
+            term.parameters(shared.target.nrows(), shared.target.ncols())?;
         }
-        let has_low_rank = terms.iter().any(|term| matches!(term, TermSpec::LowRank { .. }));
-        let frobenius = Norm::frobenius();
-        let roots = Roots::new(shape, if has_low_rank { norm } else { &frobenius })?;
-        Ok(Self { target, terms, norm, roots, progress })
+        Ok(Self { shared, terms })
     }
 
     /// Every term zero.
     pub fn zeros(&self) -> Vec<Factors> {
-        let (m, n) = (self.target.nrows(), self.target.ncols());
+        let (m, n) = (self.shared.target.nrows(), self.shared.target.ncols());
         let zeros = |term: &TermSpec| match term {
             TermSpec::LowRank { rank } => Factors::low_rank(Mat::zeros(m, *rank), Mat::zeros(n, *rank)),
             TermSpec::Kronecker(spec) => Factors::zeros(spec.shape(m, n).expect("a term that was checked")),
@@ -87,57 +106,65 @@ impl<'a> Problem<'a> {
         self.terms.iter().map(zeros).collect()
     }
 
-    /// One term fitted to `target` by itself.
-    pub fn alone(&self, which: usize, target: MatRef<'_, f64>, turns: Turns) -> Result<Factors> {
+    /// One term fitted to the target by itself.
+    pub fn alone(&self, which: usize, turns: Turns) -> Result<Factors> {
+        let Shared { target, norm, roots, whitened, progress } = self.shared;
         match &self.terms[which] {
-            TermSpec::LowRank { rank } => {
-                let (a, b) = plain_factors(target, *rank, self.norm, &self.roots, self.progress)?;
-                let mut factors = Factors::low_rank(a, b);
-                factors.balance();
-                Ok(factors)
-            }
+            TermSpec::LowRank { rank } => Ok(balanced_low_rank(plain_factors(*target, *rank, roots, whitened))),
             TermSpec::Kronecker(spec) => {
-                let shape = spec.shape(target.nrows(), target.ncols())?;
-                let mut factors = start(target, shape, spec.permute, self.norm, self.progress)?;
-                improve(&mut factors, target, spec.permute, self.norm, turns, self.progress)?;
+                let mut factors = start(*target, spec, norm, ASSIGNMENTS, progress)?;
+                improve(&mut factors, *target, spec.permute, norm, turns, progress)?;
                 Ok(factors)
             }
         }
     }
 
-    /// Fits the terms that are still zero to what the others leave, then takes turns; returns the energy that is left.
-    pub fn improve(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
-        for which in 0..factors.len() {
-            if is_zero(&factors[which]) {
-                let left = residual(factors, self.target);
-                let fitted = self.alone(which, left.as_ref(), Turns { turns: 1, steps: 5, last_steps: 0 })?;
-                // A closed form in another norm may start above nothing at all.
-                let energy = |error: &Mat<f64>| self.norm.energy(error.as_ref(), Par::Seq);
-                if energy(&residual(std::slice::from_ref(&fitted), left.as_ref())) < energy(&left) {
-                    factors[which] = fitted;
+    /// Fits the terms that are still zero to what the others leave; `assignments` as in [`start`].
+    pub fn fill(&self, factors: &mut [Factors], assignments: usize) -> Result<()> {
+        let Shared { target, norm, roots, progress, .. } = self.shared;
+        for (which, term) in self.terms.iter().enumerate() {
+            if !factors[which].is_zero() {
+                continue;
+            }
+            let left = residual(factors, *target);
+            let fitted = match term {
+                TermSpec::LowRank { rank } => {
+                    let whitened = whiten(left.as_ref(), norm, roots, progress)?;
+                    balanced_low_rank(plain_factors(left.as_ref(), *rank, roots, &whitened))
                 }
+                TermSpec::Kronecker(spec) => start(left.as_ref(), spec, norm, assignments, progress)?,
+            };
+            // A closed form in another norm may be above nothing at all.
+            let energy = |error: &Mat<f64>| norm.energy(error.as_ref(), Par::Seq);
+            if energy(&residual(std::slice::from_ref(&fitted), left.as_ref())) < energy(&left) {
+                factors[which] = fitted;
             }
         }
+        Ok(())
+    }
+
+    /// Takes turns; returns the energy that is left. Never raises it.
+    pub fn improve(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
+        let Shared { target, norm, progress, .. } = self.shared;
         for _ in 0..turns.turns {
-            descend(factors, self.target, self.norm, turns.steps, self.progress)?;
+            descend(factors, *target, norm, turns.steps, progress)?;
             let mut changed = false;
             for (which, term) in self.terms.iter().enumerate() {
                 if let TermSpec::Kronecker(spec) = term {
                     let left = self.left_to(which, factors);
-                    changed |=
-                        improve_orders(&mut factors[which], left.as_ref(), self.norm, spec.permute, self.progress)?;
+                    changed |= improve_orders(&mut factors[which], left.as_ref(), norm, spec.permute, progress)?;
                 }
             }
             if !changed {
                 break;
             }
         }
-        descend(factors, self.target, self.norm, turns.last_steps, self.progress)
+        descend(factors, *target, norm, turns.last_steps, progress)
     }
 
     /// `W` without all terms but one.
     fn left_to(&self, which: usize, factors: &[Factors]) -> Mat<f64> {
-        let mut left = self.target.to_owned();
+        let mut left = self.shared.target.to_owned();
         for (other, factors) in factors.iter().enumerate() {
             if other != which {
                 factors.subtract_from(&mut left);
@@ -147,31 +174,31 @@ impl<'a> Problem<'a> {
     }
 
     /// The terms in f32, each low-rank one nearest to what the others leave, and the lost energy.
-    pub fn finish(&self, factors: &[Factors]) -> Result<(Vec<Term>, f64)> {
-        let mut factors = factors.to_vec();
+    pub fn finish(&self, mut factors: Vec<Factors>) -> Result<(Vec<Term>, f64)> {
+        let Shared { target, norm, roots, progress, .. } = self.shared;
         let mut terms = Vec::with_capacity(factors.len());
         for (which, term) in self.terms.iter().enumerate() {
             terms.push(match term {
                 TermSpec::Kronecker(spec) => Term::Kronecker(factors[which].decomposition(spec.permute, 0.0)?),
                 TermSpec::LowRank { rank } => {
                     let left = self.left_to(which, &factors);
-                    let fitted = low_rank_of(left.as_ref(), *rank, self.norm, &self.roots, self.progress)?;
+                    let whitened = whiten(left.as_ref(), norm, roots, progress)?;
+                    let fitted = low_rank_of(left.as_ref(), *rank, norm, roots, &whitened, progress)?;
                     // A later low-rank term is fitted to what this one really leaves.
-                    if self.terms[which + 1..].iter().any(|term| matches!(term, TermSpec::LowRank { .. })) {
-                        let (a, b) = plain_factors(left.as_ref(), *rank, self.norm, &self.roots, self.progress)?;
-                        factors[which] = Factors::low_rank(a, b);
-                    }
+                    let (a, b) = plain_factors(left.as_ref(), *rank, roots, &whitened);
+                    factors[which] = Factors::low_rank(a, b);
                     Term::LowRank(fitted)
                 }
             });
         }
         let dense: Vec<Vec<f32>> = terms.iter().map(Term::to_dense).collect();
-        let lost_energy = super::weighted::lost_energy(self.target, &dense, self.norm);
+        let lost_energy = lost_energy(*target, &dense, norm);
         Ok((terms, lost_energy))
     }
 }
 
-fn is_zero(factors: &Factors) -> bool {
-    let zero = |factor: &Mat<f64>| factor.col_iter().all(|column| column.iter().all(|&value| value == 0.0));
-    zero(&factors.a) || zero(&factors.b)
+fn balanced_low_rank((a, b): (Mat<f64>, Mat<f64>)) -> Factors {
+    let mut factors = Factors::low_rank(a, b);
+    factors.balance();
+    factors
 }

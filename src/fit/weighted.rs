@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::kron::MatrixView;
 use crate::permute::{Decomposition, Effort, Orders, norm_sort};
 use crate::progress::Progress;
-use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
+use crate::shape::{KroneckerSpec, Permute};
 
 /// How long a fit goes on.
 #[derive(Clone, Copy, Debug)]
@@ -29,7 +29,7 @@ pub(super) struct Turns {
 
 impl Turns {
     /// To tell a good spec from a bad one.
-    pub const SCREENING: Self = Self { turns: 1, steps: 6, last_steps: 8 };
+    pub const SCREENING: Self = Self { turns: 1, steps: 4, last_steps: 4 };
 
     pub fn new(effort: Effort) -> Self {
         match effort {
@@ -40,8 +40,8 @@ impl Turns {
     }
 }
 
-/// Alternating assignments that the orders start from.
-const ASSIGNMENTS: usize = 6;
+/// Alternating assignments that the orders start from, at most.
+pub(super) const ASSIGNMENTS: usize = 6;
 
 /// The Kronecker sum of the given spec that is near to `view` in `norm`; its lost energy is that of `norm`.
 ///
@@ -61,10 +61,10 @@ pub fn weighted_kronecker(
     effort: Effort,
     progress: &Progress,
 ) -> Result<Decomposition> {
-    let shape = spec.shape(view.rows(), view.columns())?;
+    spec.shape(view.rows(), view.columns())?;
     view.check_finite()?;
     let target = widened(view);
-    let mut factors = start(target.as_ref(), shape, spec.permute, norm, progress)?;
+    let mut factors = start(target.as_ref(), &spec, norm, ASSIGNMENTS, progress)?;
     improve(&mut factors, target.as_ref(), spec.permute, norm, Turns::new(effort), progress)?;
     let mut decomposition = factors.decomposition(spec.permute, 0.0)?;
     let dense = decomposition.to_dense();
@@ -76,11 +76,12 @@ pub fn weighted_kronecker(
 /// from the weights' nearest Kronecker products, or from the Frobenius norm if these are better.
 pub(super) fn start(
     target: MatRef<'_, f64>,
-    shape: KroneckerShape,
-    permute: Permute,
+    spec: &KroneckerSpec,
     norm: &Norm,
+    assignments: usize,
     progress: &Progress,
 ) -> Result<Factors> {
+    let (shape, permute) = (spec.shape(target.nrows(), target.ncols())?, spec.permute);
     let mut factors = Factors::zeros(shape);
     let scaled = scaled_by_diagonals(target, norm);
     let frobenius = Norm::frobenius();
@@ -91,7 +92,7 @@ pub(super) fn start(
         let view = MatrixView::new(&values, target.nrows(), target.ncols())?;
         let orders = norm_sort(view, &shape, permute, Orders { rows: factors.rows, columns: factors.columns });
         (factors.rows, factors.columns) = (orders.rows, orders.columns);
-        for _ in 0..ASSIGNMENTS {
+        for _ in 0..assignments {
             progress.check()?;
             factors.set_nearest(factors.gather(scaled.as_ref()).as_ref())?;
             if !improve_orders(&mut factors, scaled.as_ref(), &frobenius, permute, progress)? {
