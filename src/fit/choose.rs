@@ -93,22 +93,26 @@ pub fn fit_within(
     let shared = Shared::new(target.as_ref(), norm, progress)?;
     let term = shared.low_rank(rank)?;
     let mut best = Fit { spec: low_rank, lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] };
-    let mut screened = None;
-    for candidate in &candidates {
-        let problem = Problem::new(&shared, candidate.terms())?;
+    let problems = candidates.iter().map(|spec| Problem::new(&shared, spec.terms())).collect::<Result<Vec<_>>>()?;
+    let mut screened = Vec::with_capacity(problems.len());
+    for (which, problem) in problems.iter().enumerate() {
         let mut factors = problem.zeros();
         problem.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
-        let energy = problem.improve(&mut factors, Turns::SCREENING)?;
-        if screened.as_ref().is_none_or(|(least, _, _)| energy < *least) {
-            screened = Some((energy, candidate, factors));
+        screened.push((problem.improve(&mut factors, Turns::SCREENING)?, which, factors));
+    }
+    // Low rank is exact from the start and Kronecker sums are not, so a first look favours the former.
+    for kept in [FINALISTS, 1] {
+        screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
+        screened.truncate(kept);
+        let turns = if kept > 1 { Turns::SECOND_SCREENING } else { Turns::new(effort) };
+        for (energy, which, factors) in &mut screened {
+            *energy = problems[*which].improve(factors, turns)?;
         }
     }
-    if let Some((_, candidate, mut factors)) = screened {
-        let problem = Problem::new(&shared, candidate.terms())?;
-        problem.improve(&mut factors, Turns::new(effort))?;
-        let (terms, lost_energy) = problem.finish(factors)?;
+    if let Some((_, which, factors)) = screened.pop() {
+        let (terms, lost_energy) = problems[which].finish(factors)?;
         if lost_energy < best.lost_energy {
-            best = Fit { spec: candidate.clone(), terms, lost_energy };
+            best = Fit { spec: candidates[which].clone(), terms, lost_energy };
         }
     }
     Ok(best)
@@ -116,6 +120,9 @@ pub fn fit_within(
 
 /// Alternating assignments before a candidate is judged.
 const SCREENING_ASSIGNMENTS: usize = 2;
+
+/// Candidates that get a second look.
+const FINALISTS: usize = 3;
 
 /// Sums with at most `parameters` parameters that may beat low rank.
 fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<MatrixSpec> {

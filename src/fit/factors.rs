@@ -99,6 +99,12 @@ impl Factors {
         zero(&self.a) || zero(&self.b)
     }
 
+    /// Multiplies the sum by `scale`.
+    pub fn scale(&mut self, scale: f64) {
+        self.b.col_iter_mut().for_each(|column| column.iter_mut().for_each(|value| *value *= scale));
+        self.balance();
+    }
+
     /// Gives the two factors of each term the same norm.
     pub fn balance(&mut self) {
         for k in 0..self.shape.rank {

@@ -127,18 +127,13 @@ impl<'a> Problem<'a> {
                 continue;
             }
             let left = residual(factors, *target);
-            let fitted = match term {
+            factors[which] = match term {
                 TermSpec::LowRank { rank } => {
                     let whitened = whiten(left.as_ref(), norm, roots, progress)?;
                     balanced_low_rank(plain_factors(left.as_ref(), *rank, roots, &whitened))
                 }
                 TermSpec::Kronecker(spec) => start(left.as_ref(), spec, norm, assignments, progress)?,
             };
-            // A closed form in another norm may be above nothing at all.
-            let energy = |error: &Mat<f64>| norm.energy(error.as_ref(), Par::Seq);
-            if energy(&residual(std::slice::from_ref(&fitted), left.as_ref())) < energy(&left) {
-                factors[which] = fitted;
-            }
         }
         Ok(())
     }

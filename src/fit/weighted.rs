@@ -5,7 +5,7 @@
 
 use faer::{Mat, MatRef, Par};
 
-use super::descent::{descend, residual};
+use super::descent::descend;
 use super::factors::Factors;
 use super::moment::{Norm, Weight, inner};
 use super::preconditioner::BlockWeights;
@@ -30,6 +30,8 @@ pub(super) struct Turns {
 impl Turns {
     /// To tell a good spec from a bad one.
     pub const SCREENING: Self = Self { turns: 1, steps: 4, last_steps: 4 };
+    /// To tell the best of the good ones.
+    pub const SECOND_SCREENING: Self = Self { turns: 1, steps: 7, last_steps: 7 };
 
     pub fn new(effort: Effort) -> Self {
         match effort {
@@ -73,7 +75,9 @@ pub fn weighted_kronecker(
 }
 
 /// Orders from the norm of the moments' diagonals, by norm sort and alternating assignment, and factors in closed form
-/// from the weights' nearest Kronecker products, or from the Frobenius norm if these are better.
+/// from the weights' nearest Kronecker products, or from the Frobenius norm if these are better; never worse than zero.
+///
+/// `assignments` is how many there may be on each side.
 pub(super) fn start(
     target: MatRef<'_, f64>,
     spec: &KroneckerSpec,
@@ -105,8 +109,18 @@ pub(super) fn start(
     let mut other = factors.clone();
     other.set_nearest(gathered.as_ref())?;
     BlockWeights::new(&factors, norm).set_nearest(&mut factors, gathered.as_ref())?;
-    let energy = |factors: &Factors| norm.energy(residual(std::slice::from_ref(factors), target).as_ref(), Par::Seq);
-    Ok(if energy(&other) < energy(&factors) { other } else { factors })
+    let (energy, other_energy) = (shrink(&mut factors, target, norm), shrink(&mut other, target, norm));
+    Ok(if other_energy < energy { other } else { factors })
+}
+
+/// Scales a sum so that `‖W − K‖²`, which is returned, is least: what is near in one norm may be far off in another.
+fn shrink(factors: &mut Factors, target: MatRef<'_, f64>, norm: &Norm) -> f64 {
+    let dense = factors.dense();
+    let weighted = norm.apply(dense.as_ref(), Par::Seq);
+    let (along, square) = (inner(weighted.as_ref(), target), inner(weighted.as_ref(), dense.as_ref()));
+    let scale = if square > 0.0 { along / square } else { 0.0 };
+    factors.scale(scale);
+    norm.energy(target, Par::Seq) - scale * along
 }
 
 /// Takes turns; returns the energy that is left. Never raises it.
