@@ -3,7 +3,7 @@
 use super::low_rank::low_rank;
 use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
-use super::weighted::{Turns, weighted_kronecker, widened};
+use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
 use super::{Fit, Term};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
@@ -46,7 +46,7 @@ pub fn fit(
             Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
         }
         terms => {
-            let (terms, lost_energy) = mixed(view, terms, norm, effort, progress)?;
+            let (terms, lost_energy) = mixed(view, terms, norm, effort, seed, parallelism, progress)?;
             Ok(Fit { spec: spec.clone(), terms, lost_energy })
         }
     }
@@ -170,11 +170,4 @@ fn block_near(m: usize, n: usize, entries: f64) -> Option<(usize, usize)> {
     };
     let blocks = divisors(m).flat_map(|m2| divisors(n).map(move |n2| (m2, n2)));
     blocks.min_by(|x, y| distance(x).total_cmp(&distance(y)))
-}
-
-/// Calls `work` with the view's values in the view's order, row-major.
-fn in_own_order<T>(view: MatrixView<'_>, work: impl FnOnce(&[f32]) -> T) -> T {
-    let plain =
-        (0..view.rows()).all(|i| view.source_row(i) == i) && (0..view.columns()).all(|j| view.source_column(j) == j);
-    if plain { work(view.data()) } else { work(&view.to_vec()) }
 }

@@ -43,6 +43,27 @@ impl Factors {
         Self { shape, rows: (0..shape.rows()).collect(), columns: (0..shape.columns()).collect(), a, b }
     }
 
+    /// The factors of a finished decomposition.
+    pub fn from_decomposition(decomposition: &Decomposition) -> Self {
+        let sum = &decomposition.sum;
+        let KroneckerShape { m1, n1, m2, n2, rank } = sum.shape;
+        let mut factors = Self::zeros(sum.shape);
+        for (order, found) in [(&mut factors.rows, &decomposition.rows), (&mut factors.columns, &decomposition.columns)]
+        {
+            if let Some(found) = found {
+                order.copy_from_slice(found.as_slice());
+            }
+        }
+        let column_major = |values: &[f32], (height, width): (usize, usize)| {
+            Mat::from_fn(height * width, rank, |at, k| {
+                f64::from(values[k * height * width + at % height * width + at / height])
+            })
+        };
+        factors.a = column_major(&sum.a, (m1, n1));
+        factors.b = column_major(&sum.b, (m2, n2));
+        factors
+    }
+
     /// Calls `visit` with every entry of the rearranged matrix and its place in the matrix itself, column by column.
     fn for_each_place(&self, mut visit: impl FnMut(usize, usize, usize, usize)) {
         let KroneckerShape { m1, n1, m2, n2, .. } = self.shape;

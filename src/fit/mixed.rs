@@ -11,12 +11,12 @@ use super::descent::{descend, residual};
 use super::factors::Factors;
 use super::low_rank::{LowRank, Roots, Whitened, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
-use super::weighted::{ASSIGNMENTS, Turns, improve, lost_energy, start, widened};
+use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, widened};
 use super::weighted_permutation::improve_orders;
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
-use crate::permute::Effort;
-use crate::progress::Progress;
+use crate::permute::{Effort, decompose};
+use crate::progress::{Parallelism, Progress};
 use crate::spec::TermSpec;
 
 /// `W ≈ Σ_t Ŵ_t` for terms of the given specs, near in `norm`, and the lost energy.
@@ -34,6 +34,8 @@ pub fn mixed(
     terms: &[TermSpec],
     norm: &Norm,
     effort: Effort,
+    seed: u64,
+    parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<(Vec<Term>, f64)> {
     view.check_finite()?;
@@ -43,7 +45,15 @@ pub fn mixed(
     let turns = Turns::new(effort);
     let mut best: Option<(f64, Vec<Factors>)> = None;
     for which in 0..terms.len() {
-        let alone = problem.alone(which, turns)?;
+        let alone = match &terms[which] {
+            // The search of permutations in this norm goes further than turns can.
+            TermSpec::Kronecker(spec) if norm.is_frobenius() => {
+                let shape = (view.rows(), view.columns());
+                let search = |w: &[f32]| decompose(w, shape, spec, effort, seed, parallelism, progress);
+                Factors::from_decomposition(&in_own_order(view, search)?)
+            }
+            _ => problem.alone(which, turns)?,
+        };
         let energy = norm.energy(residual(std::slice::from_ref(&alone), target.as_ref()).as_ref(), Par::Seq);
         if best.as_ref().is_none_or(|(least, _)| energy < *least) {
             let mut factors = problem.zeros();

@@ -7,6 +7,8 @@ mod low_rank;
 mod mixed;
 mod moment;
 mod preconditioner;
+#[cfg(test)]
+mod tests;
 mod weighted;
 mod weighted_permutation;
 

@@ -6,7 +6,6 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::{factor, solve};
-use faer::prelude::Reborrow;
 use faer::{Auto, Mat, MatRef, Par, Spec};
 
 use super::factors::{Factors, product};
@@ -92,20 +91,24 @@ fn partial_traces(weight: &Weight, order: &[usize], d1: usize, d2: usize) -> (We
 
 /// `left X_k right` for the matrix `X_k` of the given shape in each column of `columns`.
 fn both_sides(columns: MatRef<'_, f64>, shape: (usize, usize), left: &Weight, right: &Weight) -> Mat<f64> {
-    let (height, width) = shape;
-    let mut weighted = columns.to_owned();
+    let ((height, width), count) = (shape, columns.ncols());
     if let (Weight::Identity, Weight::Identity) = (left, right) {
-        return weighted;
+        return columns.to_owned();
     }
-    for column in weighted.col_iter_mut() {
-        let values: Vec<f64> = column.rb().iter().copied().collect();
-        let matrix = left.times(MatRef::from_column_major_slice(&values, height, width), Par::Seq);
-        let matrix = right.times(matrix.transpose(), Par::Seq);
-        for (at, value) in column.iter_mut().enumerate() {
-            *value = matrix[(at / height, at % height)];
+    // All of them side by side are one product.
+    let values: Vec<f64> = columns.col_iter().flat_map(|column| column.iter().copied()).collect();
+    let mut weighted = left.times(MatRef::from_column_major_slice(&values, height, width * count), Par::Seq);
+    if height == 1 {
+        let rows = Mat::from_fn(width, count, |j, k| weighted[(0, k * width + j)]);
+        return right.times(rows.as_ref(), Par::Seq);
+    }
+    if !matches!(right, Weight::Identity) {
+        for k in 0..count {
+            let product = right.times(weighted.as_ref().subcols(k * width, width).transpose(), Par::Seq);
+            weighted.as_mut().subcols_mut(k * width, width).copy_from(product.transpose());
         }
     }
-    weighted
+    Mat::from_fn(height * width, count, |at, k| weighted[(at % height, k * width + at / height)])
 }
 
 /// See the module.

@@ -36,7 +36,7 @@ impl Turns {
     pub fn new(effort: Effort) -> Self {
         match effort {
             Effort::Fast => Self { turns: 1, steps: 10, last_steps: 20 },
-            Effort::Balanced => Self { turns: 4, steps: 8, last_steps: 40 },
+            Effort::Balanced => Self { turns: 3, steps: 8, last_steps: 36 },
             Effort::Best => Self { turns: 16, steps: 10, last_steps: 200 },
         }
     }
@@ -173,4 +173,11 @@ fn scaled_by_diagonals(target: MatRef<'_, f64>, norm: &Norm) -> Mat<f64> {
     };
     let (rows, columns) = (root(&norm.input, target.nrows()), root(&norm.output, target.ncols()));
     Mat::from_fn(target.nrows(), target.ncols(), |i, j| rows[i] * target[(i, j)] * columns[j])
+}
+
+/// Calls `work` with the view's values in the view's order, row-major.
+pub(super) fn in_own_order<T>(view: MatrixView<'_>, work: impl FnOnce(&[f32]) -> T) -> T {
+    let plain =
+        (0..view.rows()).all(|i| view.source_row(i) == i) && (0..view.columns()).all(|j| view.source_column(j) == j);
+    if plain { work(view.data()) } else { work(&view.to_vec()) }
 }
