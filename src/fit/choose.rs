@@ -1,12 +1,15 @@
 //! Approximating one matrix as its spec says, or as well as a number of parameters allows.
 
 use super::low_rank::low_rank;
+use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
+use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
 use super::{Fit, Term};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
+use crate::shape::{KroneckerSpec, Permute};
 use crate::spec::{LowRankShape, MatrixSpec, TermSpec};
 
 /// Approximates `view` as `spec` says, in `norm`.
@@ -38,19 +41,30 @@ pub fn fit(
             })?;
             Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
         }
-        _ => Err(Error::Config(
-            "a Kronecker sum in a weighted norm, and a sum of several terms, cannot be fitted".into(),
-        )),
+        [TermSpec::Kronecker(kronecker)] => {
+            let term = weighted_kronecker(view, *kronecker, norm, effort, progress)?;
+            Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
+        }
+        terms => {
+            let (terms, lost_energy) = mixed(view, terms, norm, effort, seed, parallelism, progress)?;
+            Ok(Fit { spec: spec.clone(), terms, lost_energy })
+        }
     }
 }
 
-/// The best approximation of `view` with at most `parameters` parameters, in `norm`.
+/// Longest side for which more than low rank is tried: a vocabulary would take gigabytes and minutes.
+const LONGEST: usize = 4096;
+
+/// The best approximation of `view` with at most `parameters` parameters that is found in `norm`.
+///
+/// It is the low rank of the largest rank at effort [`Effort::Fast`]. Above, sums of low rank and a permuted Kronecker sum,
+/// and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
 ///
 /// # Errors
 /// [`Error::Shape`] if not even rank 1 fits; otherwise as [`fit`].
 ///
 /// # Cost
-/// That of [`low_rank`].
+/// At balanced effort some 100 evaluations of the norm beyond [`low_rank`]; ten times that at [`Effort::Best`].
 pub fn fit_within(
     view: MatrixView<'_>,
     parameters: usize,
@@ -69,12 +83,91 @@ pub fn fit_within(
             got: parameters.to_string(),
         });
     }
-    fit(view, &MatrixSpec::low_rank(rank), norm, effort, seed, parallelism, progress)
+    let low_rank = MatrixSpec::low_rank(rank);
+    let candidates = candidates(m, n, parameters, effort);
+    if candidates.is_empty() {
+        return fit(view, &low_rank, norm, effort, seed, parallelism, progress);
+    }
+    view.check_finite()?;
+    let target = widened(view);
+    let shared = Shared::new(target.as_ref(), norm, progress)?;
+    let term = shared.low_rank(rank)?;
+    let mut best = Fit { spec: low_rank, lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] };
+    let problems = candidates.iter().map(|spec| Problem::new(&shared, spec.terms())).collect::<Result<Vec<_>>>()?;
+    let mut screened = Vec::with_capacity(problems.len());
+    for (which, problem) in problems.iter().enumerate() {
+        let mut factors = problem.zeros();
+        problem.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
+        screened.push((problem.improve(&mut factors, Turns::SCREENING)?, which, factors));
+    }
+    // Low rank is exact from the start and Kronecker sums are not, so a first look favours the former.
+    for kept in [FINALISTS, 1] {
+        screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
+        screened.truncate(kept);
+        let turns = if kept > 1 { Turns::SECOND_SCREENING } else { Turns::new(effort) };
+        for (energy, which, factors) in &mut screened {
+            *energy = problems[*which].improve(factors, turns)?;
+        }
+    }
+    if let Some((_, which, factors)) = screened.pop() {
+        let (terms, lost_energy) = problems[which].finish(factors)?;
+        if lost_energy < best.lost_energy {
+            best = Fit { spec: candidates[which].clone(), terms, lost_energy };
+        }
+    }
+    Ok(best)
 }
 
-/// Calls `work` with the view's values in the view's order, row-major.
-fn in_own_order<T>(view: MatrixView<'_>, work: impl FnOnce(&[f32]) -> T) -> T {
-    let plain =
-        (0..view.rows()).all(|i| view.source_row(i) == i) && (0..view.columns()).all(|j| view.source_column(j) == j);
-    if plain { work(view.data()) } else { work(&view.to_vec()) }
+/// Alternating assignments before a candidate is judged.
+const SCREENING_ASSIGNMENTS: usize = 2;
+
+/// Candidates that get a second look.
+const FINALISTS: usize = 3;
+
+/// Sums with at most `parameters` parameters that may beat low rank.
+fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<MatrixSpec> {
+    // Shares of the parameters that go to low rank, and sizes of the block as shares of √(m·n), where a Kronecker sum
+    // has the most terms for its parameters. Measured on attention and feed-forward matrices of GPT-2 and MiniLM.
+    let (shares, sizes): (&[f64], &[f64]) = match effort {
+        Effort::Fast => (&[], &[]),
+        Effort::Balanced => (&[0.65, 0.85], &[0.7]),
+        Effort::Best => (&[0.0, 0.4, 0.6, 0.75, 0.85, 0.93], &[0.35, 0.7, 1.0]),
+    };
+    let mut candidates = Vec::new();
+    if m.max(n) > LONGEST {
+        return candidates;
+    }
+    for size in sizes {
+        let Some(block) = block_near(m, n, size * ((m * n) as f64).sqrt()) else { continue };
+        for share in shares {
+            let rank = LowRankShape::largest_rank(m, n, (share * parameters as f64) as usize);
+            let left = parameters - rank * (m + n - rank);
+            let (blocks, entries) = (m * n / (block.0 * block.1), block.0 * block.1);
+            let kronecker_rank = (left / (blocks + entries)).min(blocks).min(entries);
+            if kronecker_rank == 0 {
+                continue;
+            }
+            let kronecker = KroneckerSpec { block, rank: kronecker_rank, permute: Permute::Both };
+            let mut terms = vec![TermSpec::Kronecker(kronecker)];
+            if rank > 0 {
+                terms.insert(0, TermSpec::LowRank { rank });
+            }
+            let spec = MatrixSpec::new(terms).expect("a Kronecker term at least");
+            if !candidates.contains(&spec) {
+                candidates.push(spec);
+            }
+        }
+    }
+    candidates
+}
+
+/// The block of about so many entries, as square as its sides' divisors allow; `None` if a side has no proper divisor.
+fn block_near(m: usize, n: usize, entries: f64) -> Option<(usize, usize)> {
+    let divisors = |side: usize| (2..side).filter(move |divisor| side.is_multiple_of(*divisor));
+    let distance = |&(m2, n2): &(usize, usize)| {
+        let (height, width) = (m2 as f64, n2 as f64);
+        (height * width / entries).ln().abs() + 0.2 * (height / width).ln().abs()
+    };
+    let blocks = divisors(m).flat_map(|m2| divisors(n).map(move |n2| (m2, n2)));
+    blocks.min_by(|x, y| distance(x).total_cmp(&distance(y)))
 }

@@ -45,15 +45,55 @@ pub struct LowRank {
 /// With the shorter side `s` and the longer `l`: an eigendecomposition of size `s` (two with a full weight on the shorter
 /// side) and `2·s²·l` multiplies, `s·l²` more with a full weight on the longer side.
 pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progress) -> Result<LowRank> {
-    let shape = LowRankShape::new(view.rows(), view.columns(), rank)?;
     view.check_finite()?;
-    let sides = Sides::new(view, norm);
-    let whitened = sides.whiten(progress)?;
-    let (short, first) = (sides.short(), sides.short() - rank);
-    // Eigenvalues ascend: the leading vectors are the last ones.
-    let leading = whitened.vectors.subcols(first, rank);
-    let basis = whitened.inverse_root.times(leading, Par::Seq);
-    let coordinates = whitened.root.times(leading, Par::Seq);
+    let sides = Sides::new(Source::View(view), norm);
+    let roots = sides.roots()?;
+    low_rank_in(&sides, rank, &roots, &sides.whiten(&roots, progress)?, progress)
+}
+
+/// The spectrum of a finite matrix in f64, from which its nearest matrices of every rank follow.
+pub(super) fn whiten(target: MatRef<'_, f64>, norm: &Norm, roots: &Roots, progress: &Progress) -> Result<Whitened> {
+    Sides::new(Source::Dense(target), norm).whiten(roots, progress)
+}
+
+/// [`low_rank`] for a matrix in f64 that was whitened.
+pub(super) fn low_rank_of(
+    target: MatRef<'_, f64>,
+    rank: usize,
+    norm: &Norm,
+    roots: &Roots,
+    whitened: &Whitened,
+    progress: &Progress,
+) -> Result<LowRank> {
+    low_rank_in(&Sides::new(Source::Dense(target), norm), rank, roots, whitened, progress)
+}
+
+/// The two factors of the same matrix before it is brought into interpolative form: `a : (m, rank)` and `b : (n, rank)`
+/// with `Ŵ = a bᵀ`.
+pub(super) fn plain_factors(
+    target: MatRef<'_, f64>,
+    rank: usize,
+    roots: &Roots,
+    whitened: &Whitened,
+) -> (Mat<f64>, Mat<f64>) {
+    let Directions { basis, coordinates, .. } = whitened.directions(rank, roots);
+    let transposed = target.nrows() > target.ncols();
+    let short = if transposed { target.transpose() } else { target };
+    let mut other = Mat::zeros(short.ncols(), rank);
+    matmul(other.as_mut(), Accum::Replace, short.transpose(), coordinates.as_ref(), 1.0, Par::Seq);
+    if transposed { (other, basis) } else { (basis, other) }
+}
+
+fn low_rank_in(
+    sides: &Sides<'_>,
+    rank: usize,
+    roots: &Roots,
+    whitened: &Whitened,
+    progress: &Progress,
+) -> Result<LowRank> {
+    let shape = LowRankShape::new(sides.shape.0, sides.shape.1, rank)?;
+    let short = sides.short();
+    let Directions { basis, coordinates, lost_energy } = whitened.directions(rank, roots);
     progress.check()?;
     let (order, coefficients) = interpolate(basis.as_ref());
 
@@ -82,7 +122,6 @@ pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progr
         let left = (0..rest * rank).map(|at| coefficients[(at % rank, at / rank)] as f32).collect();
         (left, skeleton)
     };
-    let lost_energy = lost_share(&whitened.energies[..first], &whitened.energies);
     Ok(LowRank { shape, left, right, order, lost_energy })
 }
 
@@ -96,7 +135,8 @@ pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progr
 /// As [`low_rank`], half of the products.
 pub fn spectrum(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Vec<f64>> {
     view.check_finite()?;
-    let energies = Sides::new(view, norm).whiten(progress)?.energies;
+    let sides = Sides::new(Source::View(view), norm);
+    let energies = sides.whiten(&sides.roots()?, progress)?.energies;
     Ok(energies.iter().rev().map(|energy| energy * norm.scale).collect())
 }
 
@@ -105,37 +145,82 @@ fn lost_share(lost: &[f64], all: &[f64]) -> f64 {
     if total > 0.0 { (lost.iter().sum::<f64>() / total).clamp(0.0, 1.0) } else { 0.0 }
 }
 
+/// Where the values of a matrix come from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    View(MatrixView<'a>),
+    Dense(MatRef<'a, f64>),
+}
+
 /// A matrix seen as short × long, transposed if it has more rows than columns.
 struct Sides<'a> {
-    view: MatrixView<'a>,
+    source: Source<'a>,
+    shape: (usize, usize),
     transposed: bool,
     short_weight: &'a Weight,
     long_weight: &'a Weight,
 }
 
-/// What the leading directions are found from.
-struct Whitened {
-    root: Weight,
-    inverse_root: Weight,
-    /// Eigenvalues of `G` in ascending order, none negative.
+/// `(C^½, C^−½)` of the weight of the shorter side.
+pub(super) struct Roots(Weight, Weight);
+
+impl Roots {
+    /// The roots for matrices of shape `(m, n)`.
+    pub fn new((m, n): (usize, usize), norm: &Norm) -> Result<Self> {
+        let (root, inverse) = if m > n { norm.output.roots()? } else { norm.input.roots()? };
+        Ok(Self(root, inverse))
+    }
+}
+
+/// The nearest matrix of some rank: `basis coordinatesᵀ X` for the short × long matrix `X`.
+struct Directions {
+    basis: Mat<f64>,
+    coordinates: Mat<f64>,
+    lost_energy: f64,
+}
+
+/// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, ascending, none negative; its eigenvectors.
+pub(super) struct Whitened {
     energies: Vec<f64>,
     vectors: Mat<f64>,
 }
 
+impl Whitened {
+    fn directions(&self, rank: usize, roots: &Roots) -> Directions {
+        // Eigenvalues ascend: the leading vectors are the last ones.
+        let first = self.energies.len() - rank;
+        let leading = self.vectors.subcols(first, rank);
+        Directions {
+            basis: roots.1.times(leading, Par::Seq),
+            coordinates: roots.0.times(leading, Par::Seq),
+            lost_energy: lost_share(&self.energies[..first], &self.energies),
+        }
+    }
+}
+
 impl<'a> Sides<'a> {
-    fn new(view: MatrixView<'a>, norm: &'a Norm) -> Self {
-        let transposed = view.rows() > view.columns();
+    fn new(source: Source<'a>, norm: &'a Norm) -> Self {
+        let shape = match source {
+            Source::View(view) => (view.rows(), view.columns()),
+            Source::Dense(matrix) => (matrix.nrows(), matrix.ncols()),
+        };
+        let transposed = shape.0 > shape.1;
         let (short_weight, long_weight) =
             if transposed { (&norm.output, &norm.input) } else { (&norm.input, &norm.output) };
-        Self { view, transposed, short_weight, long_weight }
+        Self { source, shape, transposed, short_weight, long_weight }
     }
 
     fn short(&self) -> usize {
-        self.view.rows().min(self.view.columns())
+        self.shape.0.min(self.shape.1)
     }
 
     fn long(&self) -> usize {
-        self.view.rows().max(self.view.columns())
+        self.shape.0.max(self.shape.1)
+    }
+
+    fn roots(&self) -> Result<Roots> {
+        let (root, inverse) = self.short_weight.roots()?;
+        Ok(Roots(root, inverse))
     }
 
     /// Calls `visit` with the place on the long side and the values, short × some of the long side.
@@ -145,22 +230,26 @@ impl<'a> Sides<'a> {
         mut visit: impl FnMut(usize, MatRef<'_, f64>) -> Result<()>,
     ) -> Result<()> {
         let (short, long) = (self.short(), self.long());
+        let view = match self.source {
+            Source::View(view) => view,
+            Source::Dense(matrix) => return visit(0, if self.transposed { matrix.transpose() } else { matrix }),
+        };
         let step = (CHUNK_VALUES / short).clamp(1, long);
-        let mut row = vec![0.0_f32; self.view.columns()];
+        let mut row = vec![0.0_f32; view.columns()];
         let mut chunk = Mat::<f64>::zeros(short, step);
         for first in (0..long).step_by(step) {
             progress.check()?;
             let count = step.min(long - first);
             if self.transposed {
                 for j in 0..count {
-                    self.view.copy_row(first + j, &mut row);
+                    view.copy_row(first + j, &mut row);
                     for (i, &value) in row.iter().enumerate() {
                         chunk[(i, j)] = f64::from(value);
                     }
                 }
             } else {
                 for i in 0..short {
-                    self.view.copy_row(i, &mut row);
+                    view.copy_row(i, &mut row);
                     for (j, &value) in row[first..first + count].iter().enumerate() {
                         chunk[(i, j)] = f64::from(value);
                     }
@@ -199,17 +288,16 @@ impl<'a> Sides<'a> {
         Ok(gram)
     }
 
-    fn whiten(&self, progress: &Progress) -> Result<Whitened> {
-        let (root, inverse_root) = self.short_weight.roots()?;
+    fn whiten(&self, roots: &Roots, progress: &Progress) -> Result<Whitened> {
         progress.check()?;
-        let half = root.times(self.gram(progress)?.as_ref(), Par::Seq);
-        let gram = root.times(half.transpose(), Par::Seq);
+        let half = roots.0.times(self.gram(progress)?.as_ref(), Par::Seq);
+        let gram = roots.0.times(half.transpose(), Par::Seq);
         progress.check()?;
         let (mut energies, vectors) = eigenvectors(gram.as_ref())?;
         // Rounding leaves zeros on either side of zero.
         energies.iter_mut().for_each(|energy| *energy = energy.max(0.0));
         progress.check()?;
-        Ok(Whitened { root, inverse_root, energies, vectors })
+        Ok(Whitened { energies, vectors })
     }
 }
 

@@ -1,0 +1,209 @@
+//! A sum of several terms: low rank for what is smooth, a permuted Kronecker sum for what it leaves.
+//!
+//! All terms are lowered together by descent on their factors, since what one of them should leave depends on what the
+//! others can take; orders and the final low-rank terms are fitted to what the other terms leave. No step raises what is
+//! lost.
+
+use faer::{Mat, MatRef, Par};
+
+use super::Term;
+use super::descent::{descend, residual};
+use super::factors::Factors;
+use super::low_rank::{LowRank, Roots, Whitened, low_rank_of, plain_factors, whiten};
+use super::moment::Norm;
+use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, widened};
+use super::weighted_permutation::improve_orders;
+use crate::error::{Error, Result};
+use crate::kron::MatrixView;
+use crate::permute::{Effort, decompose};
+use crate::progress::{Parallelism, Progress};
+use crate::spec::TermSpec;
+
+/// `W ≈ Σ_t Ŵ_t` for terms of the given specs, near in `norm`, and the lost energy.
+///
+/// Never worse than the best of its terms alone, fitted with the same effort.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) if a term does not fit, [`Error::NonFinite`](crate::Error::NonFinite),
+/// [`Error::Convergence`](crate::Error::Convergence), [`Error::Cancelled`](crate::Error::Cancelled).
+///
+/// # Cost
+/// Every Kronecker term twice as by itself, and an eigendecomposition for every low-rank term.
+pub fn mixed(
+    view: MatrixView<'_>,
+    terms: &[TermSpec],
+    norm: &Norm,
+    effort: Effort,
+    seed: u64,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<(Vec<Term>, f64)> {
+    view.check_finite()?;
+    let target = widened(view);
+    let shared = Shared::new(target.as_ref(), norm, progress)?;
+    let problem = Problem::new(&shared, terms)?;
+    let turns = Turns::new(effort);
+    let mut best: Option<(f64, Vec<Factors>)> = None;
+    for which in 0..terms.len() {
+        let alone = match &terms[which] {
+            // The search of permutations in this norm goes further than turns can.
+            TermSpec::Kronecker(spec) if norm.is_frobenius() => {
+                let shape = (view.rows(), view.columns());
+                let search = |w: &[f32]| decompose(w, shape, spec, effort, seed, parallelism, progress);
+                Factors::from_decomposition(&in_own_order(view, search)?)
+            }
+            _ => problem.alone(which, turns)?,
+        };
+        let energy = norm.energy(residual(std::slice::from_ref(&alone), target.as_ref()).as_ref(), Par::Seq);
+        if best.as_ref().is_none_or(|(least, _)| energy < *least) {
+            let mut factors = problem.zeros();
+            factors[which] = alone;
+            best = Some((energy, factors));
+        }
+    }
+    let Some((_, mut factors)) = best else {
+        return Err(Error::Config("terms: expected at least one, got none".into()));
+    };
+    problem.fill(&mut factors, ASSIGNMENTS)?;
+    problem.improve(&mut factors, turns)?;
+    problem.finish(factors)
+}
+
+/// What all fits of one matrix share.
+pub(super) struct Shared<'a> {
+    pub target: MatRef<'a, f64>,
+    pub norm: &'a Norm,
+    roots: Roots,
+    whitened: Whitened,
+    pub progress: &'a Progress,
+}
+
+impl<'a> Shared<'a> {
+    pub fn new(target: MatRef<'a, f64>, norm: &'a Norm, progress: &'a Progress) -> Result<Self> {
+        let roots = Roots::new((target.nrows(), target.ncols()), norm)?;
+        let whitened = whiten(target, norm, &roots, progress)?;
+        Ok(Self { target, norm, roots, whitened, progress })
+    }
+
+    /// The nearest matrix of some rank to the target itself.
+    pub fn low_rank(&self, rank: usize) -> Result<LowRank> {
+        low_rank_of(self.target, rank, self.norm, &self.roots, &self.whitened, self.progress)
+    }
+}
+
+/// A sum of terms for a matrix.
+pub(super) struct Problem<'a> {
+    shared: &'a Shared<'a>,
+    terms: &'a [TermSpec],
+}
+
+impl<'a> Problem<'a> {
+    /// Checks the terms.
+    pub fn new(shared: &'a Shared<'a>, terms: &'a [TermSpec]) -> Result<Self> {
+        for term in terms {
+            term.parameters(shared.target.nrows(), shared.target.ncols())?;
+        }
+        Ok(Self { shared, terms })
+    }
+
+    /// Every term zero.
+    pub fn zeros(&self) -> Vec<Factors> {
+        let (m, n) = (self.shared.target.nrows(), self.shared.target.ncols());
+        let zeros = |term: &TermSpec| match term {
+            TermSpec::LowRank { rank } => Factors::low_rank(Mat::zeros(m, *rank), Mat::zeros(n, *rank)),
+            TermSpec::Kronecker(spec) => Factors::zeros(spec.shape(m, n).expect("a term that was checked")),
+        };
+        self.terms.iter().map(zeros).collect()
+    }
+
+    /// One term fitted to the target by itself.
+    pub fn alone(&self, which: usize, turns: Turns) -> Result<Factors> {
+        let Shared { target, norm, roots, whitened, progress } = self.shared;
+        match &self.terms[which] {
+            TermSpec::LowRank { rank } => Ok(balanced_low_rank(plain_factors(*target, *rank, roots, whitened))),
+            TermSpec::Kronecker(spec) => {
+                let mut factors = start(*target, spec, norm, ASSIGNMENTS, progress)?;
+                improve(&mut factors, *target, spec.permute, norm, turns, progress)?;
+                Ok(factors)
+            }
+        }
+    }
+
+    /// Fits the terms that are still zero to what the others leave; `assignments` as in [`start`].
+    pub fn fill(&self, factors: &mut [Factors], assignments: usize) -> Result<()> {
+        let Shared { target, norm, roots, progress, .. } = self.shared;
+        for (which, term) in self.terms.iter().enumerate() {
+            if !factors[which].is_zero() {
+                continue;
+            }
+            let left = residual(factors, *target);
+            factors[which] = match term {
+                TermSpec::LowRank { rank } => {
+                    let whitened = whiten(left.as_ref(), norm, roots, progress)?;
+                    balanced_low_rank(plain_factors(left.as_ref(), *rank, roots, &whitened))
+                }
+                TermSpec::Kronecker(spec) => start(left.as_ref(), spec, norm, assignments, progress)?,
+            };
+        }
+        Ok(())
+    }
+
+    /// Takes turns; returns the energy that is left. Never raises it.
+    pub fn improve(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
+        let Shared { target, norm, progress, .. } = self.shared;
+        for _ in 0..turns.turns {
+            descend(factors, *target, norm, turns.steps, progress)?;
+            let mut changed = false;
+            for (which, term) in self.terms.iter().enumerate() {
+                if let TermSpec::Kronecker(spec) = term {
+                    let left = self.left_to(which, factors);
+                    changed |= improve_orders(&mut factors[which], left.as_ref(), norm, spec.permute, progress)?;
+                }
+            }
+            if !changed {
+                break;
+            }
+        }
+        descend(factors, *target, norm, turns.last_steps, progress)
+    }
+
+    /// `W` without all terms but one.
+    fn left_to(&self, which: usize, factors: &[Factors]) -> Mat<f64> {
+        let mut left = self.shared.target.to_owned();
+        for (other, factors) in factors.iter().enumerate() {
+            if other != which {
+                factors.subtract_from(&mut left);
+            }
+        }
+        left
+    }
+
+    /// The terms in f32, each low-rank one nearest to what the others leave, and the lost energy.
+    pub fn finish(&self, mut factors: Vec<Factors>) -> Result<(Vec<Term>, f64)> {
+        let Shared { target, norm, roots, progress, .. } = self.shared;
+        let mut terms = Vec::with_capacity(factors.len());
+        for (which, term) in self.terms.iter().enumerate() {
+            terms.push(match term {
+                TermSpec::Kronecker(spec) => Term::Kronecker(factors[which].decomposition(spec.permute, 0.0)?),
+                TermSpec::LowRank { rank } => {
+                    let left = self.left_to(which, &factors);
+                    let whitened = whiten(left.as_ref(), norm, roots, progress)?;
+                    let fitted = low_rank_of(left.as_ref(), *rank, norm, roots, &whitened, progress)?;
+                    // A later low-rank term is fitted to what this one really leaves.
+                    let (a, b) = plain_factors(left.as_ref(), *rank, roots, &whitened);
+                    factors[which] = Factors::low_rank(a, b);
+                    Term::LowRank(fitted)
+                }
+            });
+        }
+        let dense: Vec<Vec<f32>> = terms.iter().map(Term::to_dense).collect();
+        let lost_energy = lost_energy(*target, &dense, norm);
+        Ok((terms, lost_energy))
+    }
+}
+
+fn balanced_low_rank((a, b): (Mat<f64>, Mat<f64>)) -> Factors {
+    let mut factors = Factors::low_rank(a, b);
+    factors.balance();
+    factors
+}

@@ -1,0 +1,357 @@
+//! Fits against dense oracles, and what they promise: no step loses, no sum is worse than its terms.
+
+use faer::{Mat, MatRef, Par};
+use proptest::prelude::*;
+
+use super::descent::{descend, residual};
+use super::factors::Factors;
+use super::moment::eigenvectors;
+use super::weighted::{ASSIGNMENTS, start, widened};
+use super::weighted_permutation::improve_orders;
+use super::*;
+use crate::error::{Error, Result};
+use crate::kron::{MatrixView, nearest_kronecker_sum};
+use crate::permute::{Effort, Permutation, decompose};
+use crate::progress::{Parallelism, Progress};
+use crate::shape::{KroneckerSpec, Permute};
+use crate::spec::{LowRankShape, TermSpec};
+use crate::testing::noise;
+
+/// A second moment of `samples` random vectors whose entries differ in size: singular if there are few.
+fn moment(side: usize, samples: usize, seed: u64) -> Vec<f64> {
+    let x = noise(samples * side, seed);
+    let scale = |i: usize| (i as f64 * 0.7).sin().exp();
+    let entry = |i: usize, j: usize| {
+        let products = (0..samples).map(|s| f64::from(x[s * side + i]) * f64::from(x[s * side + j]));
+        products.sum::<f64>() * scale(i) * scale(j)
+    };
+    (0..side * side).map(|at| entry(at / side, at % side)).collect()
+}
+
+/// The norms that there are: none, diagonal, full and singular ones, on either side.
+fn norm(kind: usize, m: usize, n: usize, seed: u64) -> Norm {
+    let (input, output) = (moment(m, m / 2 + 1, seed), moment(n, 2 * n, seed ^ 7));
+    let diagonal: Vec<f64> = (0..m).map(|i| input[i * (m + 1)]).collect();
+    let moments = match kind {
+        0 => Moments::default(),
+        1 => Moments { input: Some(Moment::Diagonal(&diagonal)), output: None },
+        2 => Moments { input: Some(Moment::Full(&input)), output: None },
+        3 => Moments { input: None, output: Some(Moment::Full(&output)) },
+        4 => Moments { input: Some(Moment::Diagonal(&diagonal)), output: Some(Moment::Full(&output)) },
+        _ => Moments { input: Some(Moment::Full(&input)), output: Some(Moment::Full(&output)) },
+    };
+    Norm::prepare(moments, m, n).unwrap()
+}
+const NORMS: usize = 6;
+
+fn dense_weight(weight: &Weight, side: usize) -> Mat<f64> {
+    Mat::from_fn(side, side, |i, j| match weight {
+        Weight::Full(matrix) => matrix[(i, j)],
+        Weight::Diagonal(values) if i == j => values[i],
+        Weight::Identity if i == j => 1.0,
+        _ => 0.0,
+    })
+}
+
+/// `‖E‖²` by its definition.
+fn energy(norm: &Norm, error: MatRef<'_, f64>) -> f64 {
+    let (input, output) = (dense_weight(&norm.input, error.nrows()), dense_weight(&norm.output, error.ncols()));
+    let product = &input * error * &output * error.transpose();
+    (0..error.nrows()).map(|i| product[(i, i)]).sum()
+}
+
+/// The lost energy of row-major dense terms by its definition.
+fn lost(norm: &Norm, target: MatRef<'_, f64>, terms: &[Term]) -> f64 {
+    let mut error = target.to_owned();
+    for term in terms {
+        for (at, value) in term.to_dense().into_iter().enumerate() {
+            error[(at / target.ncols(), at % target.ncols())] -= f64::from(value);
+        }
+    }
+    energy(norm, error.as_ref()) / energy(norm, target)
+}
+
+fn fitted(view: MatrixView<'_>, spec: &MatrixSpec, norm: &Norm) -> Result<Fit> {
+    fit(view, spec, norm, Effort::Fast, 1, Parallelism::Sequential, &Progress::default())
+}
+
+fn kronecker(block: (usize, usize), rank: usize, permute: Permute) -> TermSpec {
+    TermSpec::Kronecker(KroneckerSpec { block, rank, permute })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn low_rank_loses_the_tail_of_the_whitened_spectrum(
+        m in 2..10_usize, n in 2..10_usize, rank in 0..9_usize, kind in 0..NORMS, seed in any::<u64>(),
+    ) {
+        let rank = 1 + rank % (m.min(n) - 1);
+        let w = noise(m * n, seed);
+        let view = MatrixView::new(&w, m, n).unwrap();
+        let norm = norm(kind, m, n, seed);
+        let target = widened(view);
+        let (left, right) = (norm.input.roots().unwrap().0, norm.output.roots().unwrap().0);
+        let whitened = dense_weight(&left, m) * &target * dense_weight(&right, n);
+        let (energies, _) = eigenvectors((&whitened * whitened.transpose()).as_ref()).unwrap();
+        let total: f64 = energies.iter().sum();
+        let tail = energies[..m - rank].iter().sum::<f64>() / total;
+
+        let fit = fitted(view, &MatrixSpec::low_rank(rank), &norm).unwrap();
+        prop_assert!((fit.lost_energy - tail).abs() < 1e-9);
+        prop_assert!((lost(&norm, target.as_ref(), &fit.terms) - tail).abs() < 1e-5);
+        let energies = spectrum(view, &norm, &Progress::default()).unwrap();
+        let tail_of_spectrum = energies[rank..].iter().sum::<f64>() / energies.iter().sum::<f64>();
+        prop_assert!((tail_of_spectrum - tail).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_interpolative_form_repeats_its_pivots(m in 8..30_usize, n in 8..30_usize, rank in 1..7_usize, seed in any::<u64>()) {
+        let w = noise(m * n, seed);
+        let view = MatrixView::new(&w, m, n).unwrap();
+        let term = low_rank(view, rank, &Norm::frobenius(), &Progress::default()).unwrap();
+        let dense = term.to_dense();
+        let (coefficients, on_rows) = if m <= n { (&term.left, true) } else { (&term.right, false) };
+        // Greedy pivots bound them by 2^rank; in practice they stay near 1.
+        prop_assert!(coefficients.iter().all(|value| value.abs() < 8.0));
+        for (k, &pivot) in term.order.as_slice()[..rank].iter().enumerate() {
+            if on_rows {
+                prop_assert_eq!(&dense[pivot * n..][..n], &term.right[k * n..][..n]);
+            } else {
+                prop_assert!((0..m).all(|i| dense[i * n + pivot] == term.left[i * rank + k]));
+            }
+        }
+    }
+
+    #[test]
+    fn no_step_of_a_fit_raises_what_is_lost(kind in 0..NORMS, seed in any::<u64>(), rank in 1..7_usize) {
+        let (m, n) = (12, 8);
+        let w = noise(m * n, seed);
+        let target = widened(MatrixView::new(&w, m, n).unwrap());
+        let norm = norm(kind, m, n, seed);
+        let progress = Progress::default();
+        let spec = KroneckerSpec { block: (3, 2), rank: rank.min(6), permute: Permute::Both };
+        let mut terms = vec![start(target.as_ref(), &spec, &norm, ASSIGNMENTS, &progress).unwrap()];
+        let left = |terms: &[Factors]| energy(&norm, residual(terms, target.as_ref()).as_ref());
+        let total = energy(&norm, target.as_ref());
+        let mut last = left(&terms);
+        prop_assert!(last <= total * (1.0 + 1e-9));
+        terms.push(Factors::low_rank(
+            Mat::from_fn(m, 2, |i, k| 0.1 * f64::from(w[i * 2 + k])),
+            Mat::from_fn(n, 2, |j, k| 0.1 * f64::from(w[j * 2 + k])),
+        ));
+        last = last.max(left(&terms));
+        for _ in 0..4 {
+            let found = descend(&mut terms, target.as_ref(), &norm, 2, &progress).unwrap();
+            let now = left(&terms);
+            prop_assert!((found - now).abs() <= 1e-9 * total);
+            prop_assert!(now <= last * (1.0 + 1e-12));
+            let rest = residual(&terms[1..], target.as_ref());
+            let changed = improve_orders(&mut terms[0], rest.as_ref(), &norm, Permute::Both, &progress).unwrap();
+            last = left(&terms);
+            prop_assert!((changed && last < now) || (!changed && last == now));
+            Permutation::new(terms[0].rows.clone()).unwrap();
+            Permutation::new(terms[0].columns.clone()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_sum_is_never_worse_than_its_terms(kind in 0..NORMS, seed in any::<u64>(), wide in any::<bool>()) {
+        let (m, n) = if wide { (8, 12) } else { (12, 8) };
+        let w = noise(m * n, seed);
+        let view = MatrixView::new(&w, m, n).unwrap();
+        let norm = norm(kind, m, n, seed);
+        let terms = vec![TermSpec::LowRank { rank: 2 }, kronecker((2, 2), 2, Permute::Both), kronecker((4, 2), 1, Permute::Rows)];
+        let sum = fitted(view, &MatrixSpec::new(terms.clone()).unwrap(), &norm).unwrap();
+        prop_assert_eq!(sum.terms.len(), 3);
+        let measured = lost(&norm, widened(view).as_ref(), &sum.terms);
+        prop_assert!((sum.lost_energy - measured).abs() < 1e-9);
+        for term in terms {
+            let alone = fitted(view, &term.into(), &norm).unwrap();
+            prop_assert!(sum.lost_energy <= alone.lost_energy + 1e-6, "{} {}", sum.lost_energy, alone.lost_energy);
+        }
+    }
+
+    #[test]
+    fn a_weighted_fit_is_better_in_its_norm_than_the_nearest_in_another(kind in 1..NORMS, seed in any::<u64>()) {
+        let (m, n) = (12, 8);
+        let w = noise(m * n, seed);
+        let view = MatrixView::new(&w, m, n).unwrap();
+        let norm = norm(kind, m, n, seed);
+        let term = kronecker((3, 2), 2, Permute::None);
+        let TermSpec::Kronecker(spec) = term else { unreachable!() };
+        let weighted = fitted(view, &term.into(), &norm).unwrap();
+        let plain = fitted(view, &term.into(), &Norm::frobenius()).unwrap();
+        let target = widened(view);
+        let measured = lost(&norm, target.as_ref(), &weighted.terms);
+        prop_assert!((weighted.lost_energy - measured).abs() < 1e-9);
+        prop_assert!(measured <= lost(&norm, target.as_ref(), &plain.terms) + 1e-6);
+        // A norm that is only called weighted has a closed form to compare with.
+        let identity = Norm { input: Weight::Diagonal(vec![1.0; m]), output: Weight::Identity, scale: 1.0 };
+        let nearest = nearest_kronecker_sum(view, spec.shape(m, n).unwrap(), &Progress::default()).unwrap();
+        let found = fitted(view, &term.into(), &identity).unwrap();
+        prop_assert!((found.lost_energy - nearest.lost_energy).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_fit_keeps_within_its_parameters(
+        m in 4..16_usize, n in 4..16_usize, share in 0.3..0.9_f64, kind in 0..NORMS, seed in any::<u64>(),
+    ) {
+        let w = noise(m * n, seed);
+        let view = MatrixView::new(&w, m, n).unwrap();
+        let norm = norm(kind, m, n, seed);
+        let parameters = ((m * n) as f64 * share) as usize;
+        let rank = LowRankShape::largest_rank(m, n, parameters);
+        prop_assume!(rank > 0);
+        let low_rank = fitted(view, &MatrixSpec::low_rank(rank), &norm).unwrap();
+        for effort in [Effort::Fast, Effort::Balanced, Effort::Best] {
+            let within =
+                fit_within(view, parameters, &norm, effort, 1, Parallelism::Sequential, &Progress::default()).unwrap();
+            prop_assert!(within.spec.parameters(m, n).unwrap() <= parameters);
+            prop_assert!(within.lost_energy <= low_rank.lost_energy + 1e-9);
+            prop_assert!((within.lost_energy - lost(&norm, widened(view).as_ref(), &within.terms)).abs() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn descent_ends_at_the_closed_form_where_there_is_one() {
+    let (m, n) = (24, 16);
+    let w = noise(m * n, 3);
+    let view = MatrixView::new(&w, m, n).unwrap();
+    let target = widened(view);
+    let spec = KroneckerSpec { block: (4, 4), rank: 3, permute: Permute::None };
+    let shape = spec.shape(m, n).unwrap();
+    let progress = Progress::default();
+    let nearest = nearest_kronecker_sum(view, shape, &progress).unwrap();
+    let values = noise(3 * (shape.blocks() + shape.block_entries()), 4);
+    let mut factors = Factors::zeros(shape);
+    factors.a = Mat::from_fn(shape.blocks(), 3, |i, k| f64::from(values[i * 3 + k]));
+    factors.b = Mat::from_fn(shape.block_entries(), 3, |i, k| f64::from(values[3 * shape.blocks() + i * 3 + k]));
+    let norm = Norm::frobenius();
+    let left = descend(std::slice::from_mut(&mut factors), target.as_ref(), &norm, 500, &progress).unwrap();
+    let lost = left / norm.energy(target.as_ref(), Par::Seq);
+    assert!(lost < nearest.lost_energy * 1.01 && lost > nearest.lost_energy * (1.0 - 1e-9), "{lost} {nearest:?}");
+}
+
+#[test]
+fn orders_help_a_scrambled_kronecker_product_in_every_norm() {
+    let (m, n) = (24, 16);
+    let (a, b) = (noise(6 * 4, 5), noise(4 * 4, 6));
+    let rows: Vec<usize> = (0..m).map(|i| i * 7 % m).collect();
+    let columns: Vec<usize> = (0..n).map(|j| j * 5 % n).collect();
+    let w: Vec<f32> = (0..m * n)
+        .map(|at| {
+            let (i, j) = (rows[at / n], columns[at % n]);
+            a[i / 4 * 4 + j / 4] * b[i % 4 * 4 + j % 4]
+        })
+        .collect();
+    let view = MatrixView::new(&w, m, n).unwrap();
+    for kind in 1..NORMS {
+        let norm = norm(kind, m, n, 8);
+        let lost = |permute, effort| {
+            let spec = KroneckerSpec { block: (4, 4), rank: 2, permute };
+            weighted_kronecker(view, spec, &norm, effort, &Progress::default()).unwrap().sum.lost_energy
+        };
+        let (without, with) = (lost(Permute::None, Effort::Best), lost(Permute::Both, Effort::Best));
+        assert!(with < 0.9 * without, "norm {kind}: {with} {without}");
+    }
+}
+
+#[test]
+fn one_kronecker_sum_in_the_frobenius_norm_is_the_search_for_it() {
+    let (m, n) = (12, 16);
+    let w = noise(m * n, 2);
+    let spec = KroneckerSpec { block: (2, 4), rank: 3, permute: Permute::Both };
+    let progress = Progress::default();
+    let searched = decompose(&w, (m, n), &spec, Effort::Fast, 1, Parallelism::Sequential, &progress).unwrap();
+    let view = MatrixView::new(&w, m, n).unwrap();
+    let fit = fitted(view, &spec.into(), &Norm::frobenius()).unwrap();
+    assert_eq!(fit.terms, [Term::Kronecker(searched)]);
+    // A view in another order is another matrix.
+    let order: Vec<usize> = (0..m).rev().collect();
+    let ordered = view.ordered(Some(&order), None);
+    let copy = ordered.to_vec();
+    let copied = fitted(MatrixView::new(&copy, m, n).unwrap(), &spec.into(), &Norm::frobenius()).unwrap();
+    assert_eq!(fitted(ordered, &spec.into(), &Norm::frobenius()).unwrap(), copied);
+}
+
+fn specs() -> [MatrixSpec; 3] {
+    let kronecker = kronecker((2, 4), 2, Permute::Both);
+    [
+        MatrixSpec::low_rank(3),
+        kronecker.into(),
+        MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker]).unwrap(),
+    ]
+}
+
+#[test]
+fn the_number_of_threads_changes_no_byte() {
+    let (m, n) = (12, 16);
+    let w = noise(m * n, 9);
+    let view = MatrixView::new(&w, m, n).unwrap();
+    for kind in 0..NORMS {
+        let norm = norm(kind, m, n, 4);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let progress = Progress::default();
+                let fits = specs()
+                    .map(|spec| fit(view, &spec, &norm, Effort::Fast, 5, Parallelism::Rayon, &progress).unwrap());
+                let within = fit_within(view, 100, &norm, Effort::Best, 5, Parallelism::Rayon, &progress).unwrap();
+                (fits, within)
+            })
+        };
+        assert_eq!(run(1), run(3));
+    }
+}
+
+#[test]
+fn degenerate_moments_and_matrices_are_ordinary() {
+    let (m, n) = (12, 16);
+    let w = noise(m * n, 9);
+    let zeros = vec![0.0_f32; m * n];
+    let rank_one: Vec<f64> = (0..m * m).map(|at| ((at / m + 1) * (at % m + 1)) as f64).collect();
+    let ill: Vec<f64> =
+        (0..m * m).map(|at| if at / m == at % m { 10.0_f64.powi(-2 * (at / m) as i32) } else { 0.0 }).collect();
+    let none = vec![0.0; m * m];
+    for input in [&rank_one, &ill, &none] {
+        let norm = Norm::prepare(Moments { input: Some(Moment::Full(input)), output: None }, m, n).unwrap();
+        for spec in specs() {
+            let fit = fitted(MatrixView::new(&w, m, n).unwrap(), &spec, &norm).unwrap();
+            assert!(fit.lost_energy > 0.0 && fit.lost_energy < 1.0, "{fit:?}");
+            let fit = fitted(MatrixView::new(&zeros, m, n).unwrap(), &spec, &norm).unwrap();
+            assert_eq!(fit.lost_energy, 0.0);
+            assert!(fit.terms.iter().all(|term| term.to_dense().iter().all(|&value| value == 0.0)));
+        }
+        let within = |w: &[f32]| {
+            let view = MatrixView::new(w, m, n).unwrap();
+            fit_within(view, 90, &norm, Effort::Balanced, 0, Parallelism::Sequential, &Progress::default())
+        };
+        assert_eq!(within(&zeros).unwrap().lost_energy, 0.0);
+        assert!(within(&w).unwrap().lost_energy < 1.0);
+    }
+}
+
+#[test]
+fn what_cannot_be_fitted_is_refused() {
+    let (m, n) = (12, 16);
+    let mut w = noise(m * n, 9);
+    let norm = norm(5, m, n, 4);
+    let progress = Progress::default();
+    let within = |w: &[f32], parameters| {
+        let view = MatrixView::new(w, m, n).unwrap();
+        fit_within(view, parameters, &norm, Effort::Balanced, 0, Parallelism::Sequential, &progress)
+    };
+    assert!(matches!(within(&w, m + n - 2), Err(Error::Shape { operation: "parameters", .. })));
+    let misfit = MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker((5, 4), 1, Permute::Both)]).unwrap();
+    assert!(matches!(fitted(MatrixView::new(&w, m, n).unwrap(), &misfit, &norm), Err(Error::Shape { .. })));
+    w[20] = f32::NAN;
+    assert!(matches!(within(&w, 90), Err(Error::NonFinite { row: 1, column: 4, .. })));
+    for spec in specs() {
+        let fit = fitted(MatrixView::new(&w, m, n).unwrap(), &spec, &norm);
+        assert!(matches!(fit, Err(Error::NonFinite { row: 1, column: 4, .. })));
+    }
+    progress.cancel();
+    assert!(matches!(within(&noise(m * n, 9), 90), Err(Error::Cancelled)));
+}
