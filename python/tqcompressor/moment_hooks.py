@@ -30,6 +30,8 @@ Moments = dict[str, NDArray[np.float32]]
 
 # float16 gradients of single tokens would vanish: they are computed this many times larger.
 _HALF_SCALE = 1024.0
+# Random vectors for each text whose embedding is the output.
+_EMBEDDING_SAMPLES = 8
 
 
 def calibrate(
@@ -40,6 +42,7 @@ def calibrate(
     blocks: int = 128,
     block_length: int | None = None,
     sensitivity: bool = True,
+    samples: int | None = None,
     seed: int = 0,
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
@@ -95,10 +98,19 @@ def calibrate(
     Source: second moments of inputs, Wang et al., *SVD-LLM*, arXiv 2403.07378; of both sides, Martens & Grosse,
     arXiv 1503.05671.
     """
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples: expected at least 1, got {samples}")
     batches = batches_of(model, tokenizer_or_batches, text, blocks=blocks, block_length=block_length, seed=seed)
     with reporter(progress, "calibrate") as report:
         found = measure(
-            model, batches, units(model), sensitivity=sensitivity, seed=seed, max_memory=max_memory, report=report
+            model,
+            batches,
+            units(model),
+            sensitivity=sensitivity,
+            samples=samples,
+            seed=seed,
+            max_memory=max_memory,
+            report=report,
         )
     return calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed)
 
@@ -120,6 +132,7 @@ def measure(
     sensitivity: bool,
     seed: int,
     max_memory: int,
+    samples: int | None = None,
     report: Report | None = None,
     stop_behind: nn.Module | None = None,
 ) -> Moments:
@@ -138,7 +151,7 @@ def measure(
         for group in groups:
             # Anew for every group, so that the number of passes makes no difference.
             generator = torch.Generator().manual_seed(seed)
-            with _Pass(model, group, sensitivity, stop_behind) as reading:
+            with _Pass(model, group, sensitivity, samples, stop_behind) as reading:
                 for batch in batches:
                     reading.read(batch, generator, scale)
                     done += 1
@@ -191,9 +204,15 @@ class _Pass:
     """Hooks on some units of a model, and what they have seen."""
 
     def __init__(
-        self, model: nn.Module, group: Sequence[Unit], sensitivity: bool, stop_behind: nn.Module | None
+        self,
+        model: nn.Module,
+        group: Sequence[Unit],
+        sensitivity: bool,
+        samples: int | None,
+        stop_behind: nn.Module | None,
     ) -> None:
         self._model, self._group, self._sensitivity, self._stop = model, group, sensitivity, stop_behind
+        self._samples = samples
         self._device = next(model.parameters()).device
         self._takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self.sums: dict[str, Sums] = {}
@@ -245,16 +264,15 @@ class _Pass:
         logits = getattr(outputs, "logits", None)
         hidden = getattr(outputs, "last_hidden_state", None)
         if isinstance(logits, torch.Tensor):
-            target, gradient = logits, _sampled_gradient(logits.detach(), generator)
+            target, samples = logits, self._samples or 1
             # A softmax spreads what is not finite over its row; a logit itself may be minus infinity.
-            checked = gradient[..., 0] + (logits.detach()[..., 0] if logits.shape[-1] == 1 else 0)
-            if tuple(logits.shape[:2]) == tuple(self._mask.shape) and not bool(self._mask.all()):
-                gradient *= self._mask.unsqueeze(-1)
+            checked = logits.detach().float().softmax(-1)[..., 0]
+            checked = checked + (logits.detach()[..., 0] if logits.shape[-1] == 1 else 0)
         elif isinstance(hidden, torch.Tensor):
             mask = self._mask.unsqueeze(-1).float()
             pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
             target = checked = nn.functional.normalize(pooled, dim=-1)
-            gradient = torch.randn(target.shape, generator=generator).to(target.device)
+            samples = self._samples or _EMBEDDING_SAMPLES
         else:
             raise ConfigError(
                 f"{type(self._model).__name__} returns neither .logits nor .last_hidden_state: calibrate it with "
@@ -262,9 +280,22 @@ class _Pass:
             )
         if not bool(checked.isfinite().all()):
             raise NonFiniteError(f"{type(self._model).__name__} returns NaN or an infinity")
-        if target.requires_grad:
+        if not target.requires_grad:
+            return
+        for sample in range(samples):
+            gradient = self._gradient(target, target is logits, generator)
             gradient = gradient if scale == 1 else gradient * scale
-            target.backward(gradient.to(target.dtype))  # type: ignore[no-untyped-call]
+            more = sample < samples - 1
+            target.backward(gradient.to(target.dtype), retain_graph=more)  # type: ignore[no-untyped-call]
+
+    def _gradient(self, target: torch.Tensor, logits: bool, generator: torch.Generator) -> torch.Tensor:
+        """A random gradient of what the model says."""
+        if not logits:
+            return torch.randn(target.shape, generator=generator).to(target.device)
+        gradient = _sampled_gradient(target.detach(), generator)
+        if tuple(target.shape[:2]) == tuple(self._mask.shape) and not bool(self._mask.all()):
+            gradient *= self._mask.unsqueeze(-1)
+        return gradient
 
     def _hook(self, unit: Unit) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

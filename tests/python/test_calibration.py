@@ -169,6 +169,19 @@ def merged(moments, embedding, head):
     )
 
 
+def test_more_samples_come_nearer_to_the_expected_moment():
+    model, data = FAMILIES["bert"](), batches(False)
+    many, few, one = (calibrate(model, data, samples=samples) for samples in (200, 20, 1))
+    for name, moment in many.moments.items():
+        if name.startswith("input."):
+            np.testing.assert_array_equal(one.moments[name], moment)
+        elif np.any(moment):
+            distances = [np.linalg.norm(other.moments[name] - moment) for other in (few, one)]
+            assert distances[0] < distances[1], name
+    with pytest.raises(ConfigError, match="samples"):
+        calibrate(model, data, samples=0)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_those_of_a_dense_oracle(family, padded):
@@ -178,7 +191,7 @@ def test_moments_are_those_of_a_dense_oracle(family, padded):
         if unit.tied_to is not None:
             merged(expected, unit.tied_to, unit.name)
     model = FAMILIES[family]()
-    found = calibrate(model, data, sensitivity=True)
+    found = calibrate(model, data, sensitivity=True, samples=1)
     assert set(found.moments) == set(expected)
     assert len(expected) >= 15
     for name, moment in found.moments.items():
