@@ -233,8 +233,7 @@ def plot_plan(plan: BudgetPlan) -> Figure:
     kept.grid(False)
     lost.barh(rows, [matrix.lost_energy for matrix in matrices], color=colors)
     _energy_axis(lost, [matrix.lost_energy for matrix in matrices], False)
-    norm = f"objective {plan.objective}" if plan.calibrated else "Frobenius norm"
-    lost.set_xlabel(f"lost energy ({norm})")
+    lost.set_xlabel(f"lost energy ({_norm(plan)})")
     after, before = plan.parameters, plan.parameters_before
     figure.suptitle(f"budget {plan.budget}: {after:,} of {before:,} parameters, {after / before:.1%}")
     used = {_kind(matrix.spec) for matrix in matrices}
@@ -267,10 +266,13 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _energy_axis(axes: Axes, values: Sequence[float], log_scale: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel("lost energy")
     positive = [value for value in values if value > 0]
     if not log_scale or not positive:
         axes.set_xlim(left=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
     elif len(positive) == len(values):
         axes.set_xscale("log")
     else:
@@ -305,6 +307,14 @@ def _kind(spec: MatrixSpec | None) -> str:
     if isinstance(spec, LowRankSpec):
         return "low rank"
     return "Kronecker sum" if isinstance(spec, KroneckerSpec) else "mixed sum"
+
+
+def _norm(plan: BudgetPlan) -> str:
+    if not plan.calibrated or plan.objective == "frobenius":
+        return "Frobenius norm"
+    if plan.objective == "auto":
+        return "norm of the calibration"
+    return f"objective {plan.objective}"
 
 
 def _permutation(given: ArrayLike | None, length: int, name: str) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,8 +195,22 @@ def test_a_plan_shows_what_each_matrix_keeps_and_loses(plan):
     colors = {text.get_text(): patch.get_facecolor() for text, patch in legend}
     kinds = ["low rank", "Kronecker sum", "mixed sum", "stays dense"]
     assert [colors[kind] for kind in kinds] == [bar.get_facecolor() for bar in bars]
-    assert "sensitivity" in lost.get_xlabel()
+    assert lost.get_xlabel() == "lost energy (objective sensitivity)"
     assert f"{plan.parameters:,}" in kept.figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("objective", "calibrated", "norm"),
+    [
+        ("auto", False, "Frobenius norm"),
+        ("frobenius", True, "Frobenius norm"),
+        ("auto", True, "norm of the calibration"),
+        ("second_moment", True, "objective second_moment"),
+    ],
+)
+def test_a_plan_says_in_which_norm_energy_is_lost(plan, objective, calibrated, norm):
+    _, lost = plots.plot_plan(replace(plan, objective=objective, calibrated=calibrated)).axes
+    assert lost.get_xlabel() == f"lost energy ({norm})"
 
 
 def plan_legends(figure):
