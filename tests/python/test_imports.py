@@ -85,6 +85,7 @@ PYTHON = [
     "training_report",
     "stage_training",
     "staged_distillation",
+    "plots",
     "cli",
     "__init__",
 ]
