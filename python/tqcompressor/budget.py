@@ -75,6 +75,34 @@ class BudgetPlan:
     calibrated: bool
     """Whether the norm is that of a calibration."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types, with what the budget means, and without the energies."""
+        matrices = [
+            {
+                "name": matrix.name,
+                "shape": list(matrix.shape),
+                "spec": None if matrix.spec is None else matrix.spec.to_dict(),
+                "parameters_before": matrix.parameters_before,
+                "parameters": matrix.parameters,
+                "lost_energy": matrix.lost_energy,
+            }
+            for matrix in self.matrices
+        ]
+        return {
+            "budget": self.budget,
+            "meaning": meaning(self.budget),
+            "objective": self.objective,
+            "calibrated": self.calibrated,
+            "parameters_before": self.parameters_before,
+            "parameters": self.parameters,
+            "config": self.config.to_dict(),
+            "matrices": matrices,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
     def __str__(self) -> str:
         rows = [["matrix", "shape", "becomes", "parameters", "after", "kept", "lost energy"]]
         for matrix in self.matrices:
@@ -102,7 +130,7 @@ def meaning(budget: Budget) -> str:
     if kind == "parameters":
         return f"at most {value:,.0f} parameters, all saved tensors counted"
     if kind == "bytes":
-        return f"at most {value:,.0f} bytes of weights"
+        return f"at most {value:,.0f} bytes of weights, beside permutations and headers"
     return f"as few parameters as lose {value:.4g} of the energy of the matrices"
 
 
@@ -187,15 +215,21 @@ def eligible(
     return chosen
 
 
+def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None) -> None:
+    """Raises `ConfigError` for options of a compression that exclude each other."""
+    if config is not None and budget is not None:
+        raise ConfigError("expected either a config or a budget, got both")
+    if matrices is not None and budget is None:
+        raise ConfigError("matrices: expected with a budget only: a config names its own")
+
+
 def moments_of(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
     """The moments of one matrix for an objective; none where there is no calibration.
 
     Raises `ConfigError` where a calibration lacks what the objective needs, `ShapeError` where it is another model's.
     """
     if calibration is None:
-        if objective not in ("auto", "frobenius"):
-            raise ConfigError(f"objective {objective!r} needs a calibration")
-        return None, None
+        return moments_for(objective, None, None)
     calibration.check(matrix, *shape)
     try:
         return moments_for(objective, calibration.input(matrix), calibration.output(matrix))

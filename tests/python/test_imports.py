@@ -85,6 +85,7 @@ PYTHON = [
     "training_report",
     "stage_training",
     "staged_distillation",
+    "cli_options",
     "cli",
     "__init__",
 ]
