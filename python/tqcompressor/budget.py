@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -160,10 +161,11 @@ def _parsed(budget: Budget) -> tuple[str, float]:
     )
     if isinstance(budget, bool):
         raise wrong
-    if isinstance(budget, int):
-        kind, value = "parameters", float(budget)
-    elif isinstance(budget, float):
-        kind, value = "share", budget
+    # numpy's numbers, too.
+    if isinstance(budget, Integral):
+        kind, value = "parameters", float(min(int(budget), 2**63))
+    elif isinstance(budget, Real):
+        kind, value = "share", float(budget)
     elif isinstance(budget, str) and (quality := _QUALITY.fullmatch(budget.strip())):
         kind, value = "lost_energy", float(quality[1])
     elif isinstance(budget, str) and (size := _SIZE.fullmatch(budget.strip())):
@@ -184,8 +186,15 @@ def _parsed(budget: Budget) -> tuple[str, float]:
 
 def every_matrix(patterns: Sequence[str] | None) -> str:
     """The config, in JSON, that lists the matrices of a model that match `patterns`: all of them for None."""
+    if patterns is None:
+        patterns = ("*",)
+    elif isinstance(patterns, str):
+        # One pattern, not one for each of its letters.
+        patterns = (patterns,)
+    if not patterns:
+        raise ConfigError("matrices: expected at least one pattern, got none")
     # Blocks of one entry fit every matrix.
-    specs: dict[str, MatrixSpec] = {pattern: KroneckerSpec((1, 1), 1, "none") for pattern in patterns or ("*",)}
+    specs: dict[str, MatrixSpec] = {pattern: KroneckerSpec((1, 1), 1, "none") for pattern in patterns}
     return TQConfig(specs).to_json()
 
 
@@ -206,8 +215,7 @@ def eligible(
         if min(shape) < 2 or (patterns is None and _left_out(entry)):
             continue
         # A model may have more than the text went through: a pooler, a head.
-        unused = calibration is not None and (calibration.input(name) is None or _silent(calibration.output(name)))
-        if unused and patterns is None:
+        if patterns is None and calibration is not None and _unused(calibration, name):
             continue
         chosen[name] = moments_of(calibration, objective, name, shape)
     if not chosen:
@@ -242,9 +250,14 @@ def _left_out(entry: Mapping[str, Any]) -> bool:
     return positions or min(entry["shape"]) < _NARROWEST
 
 
-def _silent(moment: NDArray[np.float32] | None) -> bool:
-    """Whether the gradients at a layer's outputs are known, and all zero."""
-    return moment is not None and not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
+def _unused(calibration: Calibration, matrix: str) -> bool:
+    """Whether no token went through a layer, or no gradient came back, where gradients were measured."""
+    if calibration.input(matrix) is None:
+        return True
+    moment = calibration.output(matrix)
+    if moment is None:
+        return calibration.sensitivity
+    return not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
 
 
 def plan_from(
