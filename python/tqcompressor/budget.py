@@ -209,6 +209,7 @@ def eligible(
     What the user did not name must be worth it: no positions, nothing narrow, and with a calibration nothing that it
     never saw in use.
     """
+    _check_model(calibration, listed)
     chosen: dict[str, Moments] = {}
     for entry in listed:
         name, shape = entry["name"], entry["shape"]
@@ -217,7 +218,7 @@ def eligible(
         # A model may have more than the text went through: a pooler, a head.
         if patterns is None and calibration is not None and _unused(calibration, name):
             continue
-        chosen[name] = moments_of(calibration, objective, name, shape)
+        chosen[name] = _moments(calibration, objective, name, shape)
     if not chosen:
         raise ConfigError("budget: no matrix to spend it on")
     return chosen
@@ -231,11 +232,28 @@ def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | 
         raise ConfigError("matrices: expected with a budget only: a config names its own")
 
 
-def moments_of(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
-    """The moments of one matrix for an objective; none where there is no calibration.
+def moments_of(
+    calibration: Calibration | None, objective: str, listed: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Moments]]:
+    """The name and the moments of every matrix of a listing; none where there is no calibration.
 
-    Raises `ConfigError` where a calibration lacks what the objective needs, `ShapeError` where it is another model's.
+    Raises `ConfigError` where a calibration lacks what the objective needs, and that or `ShapeError` where it is
+    another model's.
     """
+    _check_model(calibration, listed)
+    return [(entry["name"], _moments(calibration, objective, entry["name"], entry["shape"])) for entry in listed]
+
+
+def _check_model(calibration: Calibration | None, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ConfigError` where a calibration knows not one of the matrices."""
+    names = [entry["name"] for entry in listed]
+    if calibration is not None and names and all(calibration.input(name) is None for name in names):
+        raise ConfigError(
+            f"calibration: expected the moments of {', '.join(names[:3])}…, got none: it is of another model"
+        )
+
+
+def _moments(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
     if calibration is None:
         return moments_for(objective, None, None)
     calibration.check(matrix, *shape)

@@ -119,8 +119,7 @@ def compress_checkpoint(
     moments = []
     if known is not None or objective not in ("auto", "frobenius"):
         planned = json.loads(_core.plan_checkpoint(directory, resolved.to_json()))["matrices"]
-        names = [(entry["name"], entry["shape"]) for entry in planned]
-        moments = [(name, moments_of(known, objective, name, shape)) for name, shape in names]
+        moments = moments_of(known, objective, planned)
     with reporter(progress, "compress") as report_progress:
         text = _core.compress_checkpoint(
             directory,

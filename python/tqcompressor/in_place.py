@@ -156,7 +156,7 @@ def _compress_planned(
             [matrix_of(model, entry) for entry in planned],
             list(specs),
             [json.dumps(spec.to_dict()) for spec in specs.values()],
-            [moments_of(calibration, objective, entry["name"], entry["shape"]) for entry in planned],
+            [moments for _, moments in moments_of(calibration, objective, planned)],
             config.effort,
             config.seed,
             threads,
