@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -75,6 +76,34 @@ class BudgetPlan:
     calibrated: bool
     """Whether the norm is that of a calibration."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types, with what the budget means, and without the energies."""
+        matrices = [
+            {
+                "name": matrix.name,
+                "shape": list(matrix.shape),
+                "spec": None if matrix.spec is None else matrix.spec.to_dict(),
+                "parameters_before": matrix.parameters_before,
+                "parameters": matrix.parameters,
+                "lost_energy": matrix.lost_energy,
+            }
+            for matrix in self.matrices
+        ]
+        return {
+            "budget": self.budget,
+            "meaning": meaning(self.budget),
+            "objective": self.objective,
+            "calibrated": self.calibrated,
+            "parameters_before": self.parameters_before,
+            "parameters": self.parameters,
+            "config": self.config.to_dict(),
+            "matrices": matrices,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
     def __str__(self) -> str:
         rows = [["matrix", "shape", "becomes", "parameters", "after", "kept", "lost energy"]]
         for matrix in self.matrices:
@@ -102,7 +131,7 @@ def meaning(budget: Budget) -> str:
     if kind == "parameters":
         return f"at most {value:,.0f} parameters, all saved tensors counted"
     if kind == "bytes":
-        return f"at most {value:,.0f} bytes of weights"
+        return f"at most {value:,.0f} bytes of weights, beside permutations and headers"
     return f"as few parameters as lose {value:.4g} of the energy of the matrices"
 
 
@@ -132,10 +161,11 @@ def _parsed(budget: Budget) -> tuple[str, float]:
     )
     if isinstance(budget, bool):
         raise wrong
-    if isinstance(budget, int):
-        kind, value = "parameters", float(budget)
-    elif isinstance(budget, float):
-        kind, value = "share", budget
+    # numpy's numbers, too.
+    if isinstance(budget, Integral):
+        kind, value = "parameters", float(min(int(budget), 2**63))
+    elif isinstance(budget, Real):
+        kind, value = "share", float(budget)
     elif isinstance(budget, str) and (quality := _QUALITY.fullmatch(budget.strip())):
         kind, value = "lost_energy", float(quality[1])
     elif isinstance(budget, str) and (size := _SIZE.fullmatch(budget.strip())):
@@ -156,8 +186,15 @@ def _parsed(budget: Budget) -> tuple[str, float]:
 
 def every_matrix(patterns: Sequence[str] | None) -> str:
     """The config, in JSON, that lists the matrices of a model that match `patterns`: all of them for None."""
+    if patterns is None:
+        patterns = ("*",)
+    elif isinstance(patterns, str):
+        # One pattern, not one for each of its letters.
+        patterns = (patterns,)
+    if not patterns:
+        raise ConfigError("matrices: expected at least one pattern, got none")
     # Blocks of one entry fit every matrix.
-    specs: dict[str, MatrixSpec] = {pattern: KroneckerSpec((1, 1), 1, "none") for pattern in patterns or ("*",)}
+    specs: dict[str, MatrixSpec] = {pattern: KroneckerSpec((1, 1), 1, "none") for pattern in patterns}
     return TQConfig(specs).to_json()
 
 
@@ -172,28 +209,53 @@ def eligible(
     What the user did not name must be worth it: no positions, nothing narrow, and with a calibration nothing that it
     never saw in use.
     """
+    _check_model(calibration, listed)
     chosen: dict[str, Moments] = {}
     for entry in listed:
         name, shape = entry["name"], entry["shape"]
         if min(shape) < 2 or (patterns is None and _left_out(entry)):
             continue
-        if patterns is None and calibration is not None and not _used(calibration, name):
+        # A model may have more than the text went through: a pooler, a head.
+        if patterns is None and calibration is not None and _unused(calibration, name):
             continue
-        chosen[name] = moments_of(calibration, objective, name, shape)
+        chosen[name] = _moments(calibration, objective, name, shape)
     if not chosen:
         raise ConfigError("budget: no matrix to spend it on")
     return chosen
 
 
-def moments_of(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
-    """The moments of one matrix for an objective; none where there is no calibration.
+def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None) -> None:
+    """Raises `ConfigError` for options of a compression that exclude each other."""
+    if config is not None and budget is not None:
+        raise ConfigError("expected either a config or a budget, got both")
+    if matrices is not None and budget is None:
+        raise ConfigError("matrices: expected with a budget only: a config names its own")
 
-    Raises `ConfigError` where a calibration lacks what the objective needs, `ShapeError` where it is another model's.
+
+def moments_of(
+    calibration: Calibration | None, objective: str, listed: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Moments]]:
+    """The name and the moments of every matrix of a listing; none where there is no calibration.
+
+    Raises `ConfigError` where a calibration lacks what the objective needs, and that or `ShapeError` where it is
+    another model's.
     """
+    _check_model(calibration, listed)
+    return [(entry["name"], _moments(calibration, objective, entry["name"], entry["shape"])) for entry in listed]
+
+
+def _check_model(calibration: Calibration | None, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ConfigError` where a calibration knows not one of the matrices."""
+    names = [entry["name"] for entry in listed]
+    if calibration is not None and names and all(calibration.input(name) is None for name in names):
+        raise ConfigError(
+            f"calibration: expected the moments of {', '.join(names[:3])}…, got none: it is of another model"
+        )
+
+
+def _moments(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
     if calibration is None:
-        if objective not in ("auto", "frobenius"):
-            raise ConfigError(f"objective {objective!r} needs a calibration")
-        return None, None
+        return moments_for(objective, None, None)
     calibration.check(matrix, *shape)
     try:
         return moments_for(objective, calibration.input(matrix), calibration.output(matrix))
@@ -206,14 +268,14 @@ def _left_out(entry: Mapping[str, Any]) -> bool:
     return positions or min(entry["shape"]) < _NARROWEST
 
 
-def _used(calibration: Calibration, matrix: str) -> bool:
-    """Whether the text went through a matrix, and what the model says depends on it: not so for a pooler, say."""
+def _unused(calibration: Calibration, matrix: str) -> bool:
+    """Whether no token went through a layer, or no gradient came back, where gradients were measured."""
     if calibration.input(matrix) is None:
-        return False
-    gradients = calibration.output(matrix)
-    if gradients is None:
-        return not calibration.sensitivity
-    return bool(np.any(np.diagonal(gradients) if gradients.ndim == 2 else gradients))
+        return True
+    moment = calibration.output(matrix)
+    if moment is None:
+        return calibration.sensitivity
+    return not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
 
 
 def plan_from(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import _core
-from .budget import Budget, BudgetPlan, eligible, every_matrix, moments_of, plan_from, target_of
+from .budget import Budget, BudgetPlan, check_options, eligible, every_matrix, moments_of, plan_from, target_of
 from .calibration import Calibration, load_calibration
 from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
@@ -23,6 +23,7 @@ ConfigOption: TypeAlias = StrPath | Mapping[str, Any] | TQConfig | None
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 # "name" or "organisation/name", as the hub allows them.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -94,13 +95,14 @@ def compress_checkpoint(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
+    check_options(config, budget, matrices)
     most = _bytes(max_shard_size)
+    # torch's dtypes are welcome, too: "torch.float16".
+    stored = None if dtype is None else str(dtype).removeprefix("torch.")
     directory = _directory(source)
     known = load_calibration(calibration)
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
-    elif config is not None:
-        raise ConfigError("compress_checkpoint takes either a config or a budget")
     else:
         resolved = plan_checkpoint(
             directory,
@@ -112,20 +114,19 @@ def compress_checkpoint(
             seed=seed or 0,
             threads=threads,
             progress=progress,
+            dtype=stored,
         ).config
     moments = []
     if known is not None or objective not in ("auto", "frobenius"):
         planned = json.loads(_core.plan_checkpoint(directory, resolved.to_json()))["matrices"]
-        names = [(entry["name"], entry["shape"]) for entry in planned]
-        moments = [(name, moments_of(known, objective, name, shape)) for name, shape in names]
+        moments = moments_of(known, objective, planned)
     with reporter(progress, "compress") as report_progress:
         text = _core.compress_checkpoint(
             directory,
             os.fspath(destination),
             resolved.to_json(),
             moments,
-            # torch's dtypes are welcome, too: "torch.float16".
-            None if dtype is None else str(dtype).removeprefix("torch."),
+            stored,
             overwrite,
             most,
             threads,
@@ -145,15 +146,21 @@ def plan_checkpoint(
     seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
+    dtype: str | None = None,
 ) -> BudgetPlan:
-    """How a budget is best spent on the checkpoint in `source`, without torch: `plan` for checkpoints."""
+    """How a budget is best spent on the checkpoint in `source`, without torch: `plan` for checkpoints.
+
+    `dtype` is that of the result, which a budget in bytes depends on; None keeps each tensor's own.
+    """
     directory = _directory(source)
     listed = json.loads(_core.plan_checkpoint(directory, every_matrix(matrices)))
     chosen = eligible(listed["matrices"], matrices, calibration, objective)
     entries = [entry for entry in listed["matrices"] if entry["name"] in chosen]
     before = listed["parameters_before"]
     spendable = sum(entry["parameters_before"] for entry in entries)
-    target = target_of(budget, before, spendable, listed["bytes_before"] / max(before, 1))
+    # An unknown dtype is refused by name when it is written.
+    bytes_each = _BYTES.get(dtype or "", listed["bytes_before"] / max(before, 1))
+    target = target_of(budget, before, spendable, bytes_each)
     specs = {name: KroneckerSpec((1, 1), 1, "none") for name in chosen}
     with reporter(progress, "plan") as report_progress:
         choices = _core.choose_specs_of_checkpoint(

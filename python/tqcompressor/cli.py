@@ -1,4 +1,4 @@
-"""The command line: `tqcompressor compress`, `distill`, `inspect` and `evaluate`.
+"""The command line: `tqcompressor compress`, `calibrate`, `distill`, `inspect` and `evaluate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
 2 for wrong usage or input that cannot be followed, 130 after Ctrl-C, and 1 for any other failure.
@@ -7,30 +7,36 @@ Results go to standard output (as JSON with `--json`), progress and errors to st
 from __future__ import annotations
 
 import argparse
+import errno
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ._core import __version__
-from .config import EFFORTS, RECIPES, TQConfig, resolve_config
-from .errors import ConvergenceError, MissingDependencyError, StorageError, TQError
-from .stages import STAGED_RECIPES
-from .training_config import PRECISIONS, DistillConfig, TrainingConfig
+from .cli_options import parser
+from .config import TQConfig, resolve_config
+from .errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
+from .training_config import DistillConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from .evaluate import ModelScore
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    run = {
+        "compress": _compress,
+        "calibrate": _calibrate,
+        "distill": _distill,
+        "inspect": _inspect,
+        "evaluate": _evaluate,
+    }[options.command]
     try:
-        options.run(options)
+        run(options)
         # Here and not at interpreter exit, where a closed pipe could no longer be caught.
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -48,113 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tqcompressor",
-        description="Compress GPT-2 checkpoints by Kronecker decomposition improved by permutations.",
-    )
-    parser.add_argument("--version", action="version", version=f"tqcompressor {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print the result as JSON")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    compress = commands.add_parser("compress", parents=[common], help="compress a checkpoint into a new directory")
-    compress.add_argument("source", metavar="SRC", help="a checkpoint directory with safetensors files, or a hub id")
-    _add_config(compress, required=True)
-    compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
-    compress.add_argument(
-        "--effort", choices=EFFORTS, help="how hard permutations are searched (default: the config's)"
-    )
-    compress.add_argument("--seed", type=int, help="seed of the search (default: the config's)")
-    compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
-    compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    compress.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
-    compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
-    compress.set_defaults(run=_compress)
-
-    _add_distill(commands, common)
-
-    inspect = commands.add_parser(
-        "inspect",
-        parents=[common],
-        help="show what a recipe would do to a checkpoint, or what was done to a compressed one",
-    )
-    inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
-    _add_config(inspect, required=False)
-    inspect.set_defaults(run=_inspect)
-
-    evaluate = commands.add_parser(
-        "evaluate", parents=[common], help="measure perplexity, beside the teacher's if given"
-    )
-    evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
-    evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
-    evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
-    evaluate.add_argument("--lambada", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
-    evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
-    evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
-    evaluate.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
-    evaluate.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
-    evaluate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    evaluate.set_defaults(run=_evaluate)
-    return parser
-
-
-def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
-    training, losses = TrainingConfig(), DistillConfig()
-    distill = commands.add_parser(
-        "distill",
-        parents=[common],
-        help="compress a checkpoint stage by stage, and let it learn from its teacher after each",
-        description="Compress a checkpoint stage by stage, and let it learn from its teacher after each stage. "
-        "A run that was killed goes on with --resume. Several processes: torchrun -m tqcompressor.cli distill ...",
-    )
-    names = ", ".join((*STAGED_RECIPES, *RECIPES))
-    distill.add_argument("--teacher", metavar="DIR", required=True, help="a dense checkpoint directory, or a hub id")
-    distill.add_argument("--recipe", metavar="NAME", default="tq-81m-staged", help=f"{names}, or a JSON file")
-    distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to learn from")
-    distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
-    distill.add_argument("--resume", action="store_true", help="go on where a run with the same options was killed")
-    distill.add_argument("--tokens", type=_positive, metavar="N", help="to train on in all (default: all of the text)")
-    distill.add_argument("--heldout", metavar="FILE", help="measures perplexity (default: the end of the text)")
-    group = distill.add_argument_group("training")
-    group.add_argument("--block-size", type=_positive, metavar="N", help="tokens of a block (default: the context)")
-    group.add_argument("--batch-size", type=_positive, metavar="N", default=training.batch_size, help="blocks per step")
-    group.add_argument(
-        "--gradient-accumulation-steps",
-        type=_positive,
-        metavar="N",
-        default=training.gradient_accumulation_steps,
-        help="batches per step",
-    )
-    group.add_argument("--learning-rate", type=float, metavar="X", default=training.learning_rate)
-    group.add_argument("--warmup", type=float, metavar="X", default=training.warmup, help="share of the steps")
-    group.add_argument("--weight-decay", type=float, metavar="X", default=training.weight_decay)
-    group.add_argument("--precision", choices=PRECISIONS, default=training.precision, help="of the forward pass")
-    group.add_argument(
-        "--checkpoints", type=_positive, metavar="N", default=training.checkpoints, help="of a stage, to resume from"
-    )
-    group.add_argument("--device", choices=("cpu",), help="train on the CPU though there is a GPU")
-    group.add_argument("--seed", type=int, default=training.seed, help="of the search and of the order of the text")
-    group = distill.add_argument_group("loss: alpha·T²·KL(teacher‖student at T) + (1 − alpha)·CE + hidden_weight·H")
-    group.add_argument("--temperature", type=float, metavar="T", default=losses.temperature)
-    group.add_argument("--alpha", type=float, metavar="X", default=losses.alpha)
-    group.add_argument("--hidden-weight", type=float, metavar="X", default=losses.hidden_weight)
-    group.add_argument("--hidden-kind", choices=("mse", "cosine"), default=losses.hidden_kind)
-    group = distill.add_argument_group("compression")
-    group.add_argument("--effort", choices=EFFORTS, help="how hard permutations are searched (default: the recipe's)")
-    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: float32)")
-    distill.set_defaults(run=_distill)
-
-
-def _add_config(parser: argparse.ArgumentParser, required: bool) -> None:
-    choice = parser.add_mutually_exclusive_group(required=required)
-    choice.add_argument("--recipe", metavar="NAME", help=f"a named recipe: {', '.join(RECIPES)}")
-    choice.add_argument("--config", metavar="FILE", help="a TQConfig as JSON")
-
-
 def _config(options: argparse.Namespace) -> TQConfig | None:
     if options.config is not None:
         return resolve_config(Path(options.config))
@@ -162,12 +61,17 @@ def _config(options: argparse.Namespace) -> TQConfig | None:
 
 
 def _compress(options: argparse.Namespace) -> None:
+    from .budget import meaning
     from .checkpoint import compress_checkpoint
 
     report = compress_checkpoint(
         options.source,
         options.out,
         _config(options),
+        budget=options.budget,
+        calibration=options.calibration,
+        objective=options.objective,
+        matrices=options.matrices,
         effort=options.effort,
         seed=options.seed,
         dtype=options.dtype,
@@ -175,7 +79,43 @@ def _compress(options: argparse.Namespace) -> None:
         threads=options.threads,
         max_shard_size=options.max_shard_size,
     )
-    print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
+    if options.json:
+        print(report.to_json())
+        return
+    print(report)
+    if options.budget is not None:
+        print(f"budget {options.budget}: {meaning(options.budget)}")
+    print(f"written to {options.out}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    try:
+        import transformers
+
+        from .moment_hooks import calibrate
+    except ImportError as error:
+        raise MissingDependencyError(f'calibrate needs {error.name}: pip install "tqcompressor[hf]"') from error
+    _quiet_transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    # Encoders have no head that tells what they say, and decoders have: the class that the checkpoint was saved from.
+    config = transformers.AutoConfig.from_pretrained(options.model)
+    cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    found = calibrate(
+        cls.from_pretrained(options.model, dtype=options.dtype).to(options.device),
+        tokenizer,
+        [Path(text) for text in options.texts],
+        blocks=options.blocks,
+        block_length=options.block_length,
+        sensitivity=not options.no_sensitivity,
+        seed=options.seed,
+    )
+    found.save(options.out)
+    if options.json:
+        fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
+        shapes = {name: list(moment.shape) for name, moment in found.moments.items()}
+        print(json.dumps({**fields_of, "model_type": found.model_type, "moments": shapes}, indent=2))
+    else:
+        print(f"{found}\nwritten to {options.out}")
 
 
 def _distill(options: argparse.Namespace) -> None:
@@ -213,7 +153,25 @@ def _distill(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from .checkpoint import inspect
+    from .plans import plan
 
+    only_plans = {"--plan": options.plan, "--calibration": options.calibration, "--matrices": options.matrices}
+    if options.budget is not None:
+        found = plan(
+            options.source,
+            options.budget,
+            calibration=options.calibration,
+            objective=options.objective,
+            matrices=options.matrices,
+            effort=options.effort or "balanced",
+            seed=options.seed or 0,
+            threads=options.threads,
+        )
+        print(found.to_json() if options.json else found)
+        return
+    for name, value in only_plans.items():
+        if value:
+            raise ConfigError(f"{name} needs --budget")
     report = inspect(options.source, _config(options))
     print(report.to_json() if options.json else report)
 
@@ -235,12 +193,9 @@ def _score(name: str, text: str, passages: list[str] | None, options: argparse.N
 
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
     except ImportError as error:
         raise MissingDependencyError('evaluate needs transformers: pip install "tqcompressor[hf]"') from error
-    # Its notes and bars would stand between the user and the table.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    _quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
     return score(
@@ -255,18 +210,17 @@ def _score(name: str, text: str, passages: list[str] | None, options: argparse.N
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
 
-
-# What argparse calls the type in "invalid positive integer value: '0'".
-_positive.__name__ = "positive integer"
+    # Its notes and bars would stand between the user and the table.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _is_bad_input(error: Exception) -> bool:
+    if isinstance(error, StorageError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return True
     if isinstance(error, StorageError | ConvergenceError | MissingDependencyError):
         return False
     # transformers reports a directory that holds no model as a plain OSError.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from numbers import Integral, Real
 from typing import TypeAlias, overload
 
 import numpy as np
@@ -113,9 +114,10 @@ def decompose(
 
 def _parameters(budget: float | int, dense: int) -> int:
     """A budget for one matrix as a number of parameters."""
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        return budget
-    if not isinstance(budget, float) or not 0 < budget < 1:
+    # numpy's numbers, too.
+    if isinstance(budget, Integral) and not isinstance(budget, bool) and budget > 0:
+        return min(int(budget), dense)
+    if isinstance(budget, Integral) or not isinstance(budget, Real) or not 0 < budget < 1:
         raise ConfigError(f"budget must be a share between 0 and 1, or a number of parameters, got {budget!r}")
     return int(budget * dense)
 

@@ -11,10 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, moments_of
+from .budget import Budget, check_options, moments_of
 from .calibration import Calibration, load_calibration
 from .config import TQConfig, resolve_config
-from .errors import ConfigError
 from .mixed import CompressedModule, FactoredEmbedding
 from .modules import FusedKroneckerLinear, Term
 from .planning import matrix_of, plan_budget, plan_model, planned_spec, resolved_plan
@@ -80,9 +79,8 @@ def compress(
     """
     architecture.require_transformers_model(model)
     known = load_calibration(calibration)
+    check_options(config, budget, matrices)
     if budget is not None:
-        if config is not None:
-            raise ConfigError("compress takes either a config or a budget")
         options = {"effort": effort or "balanced", "seed": seed or 0, "threads": threads, "progress": progress}
         found = plan_budget(
             model,
@@ -158,7 +156,7 @@ def _compress_planned(
             [matrix_of(model, entry) for entry in planned],
             list(specs),
             [json.dumps(spec.to_dict()) for spec in specs.values()],
-            [moments_of(calibration, objective, entry["name"], entry["shape"]) for entry in planned],
+            [moments for _, moments in moments_of(calibration, objective, planned)],
             config.effort,
             config.seed,
             threads,

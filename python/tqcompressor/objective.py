@@ -48,8 +48,9 @@ def as_moment(moment: ArrayLike | None, side: int, which: str) -> NDArray[np.flo
         raise ShapeError(f"{which}: expected shape ({side}, {side}), or ({side},) for a diagonal, got {array.shape}")
     if array.dtype.kind != "f":
         raise DtypeError(f"{which}: expected float16, float32 or float64, got {array.dtype}")
-    # Only its direction matters, and squares of large activations may be beyond float32.
+    # Only its direction matters, and squares of large or small activations may be beyond float32.
     largest = float(np.max(np.abs(array), initial=0.0))
-    if array.dtype == np.float64 and np.isfinite(largest) and largest > np.finfo(np.float32).max:
+    if array.dtype == np.float64 and np.isfinite(largest) and largest > 0 and not 1e-20 < largest < 1e20:
         array = array / largest
-    return np.ascontiguousarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32)

@@ -78,8 +78,8 @@ def test_factors_are_those_of_decompose(tmp_path):
     spec = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["specs"]["h.0.mlp.c_fc"]
     assert spec == {"block": [2, 4], "rank": 3, "permute": "both"}
     weight = source.values("transformer.h.0.mlp.c_fc.weight")
-    results = _core.decompose_many([weight], ["w"], [(2, 4)], [3], ["both"], "fast", 5, None, None)
-    a, b, p, q, *_ = results[0]
+    arguments = [[weight], ["w"], [json.dumps(spec)], [(None, None)], "fast", 5, None, None]
+    (((_, a, b, p, q),), _, _) = _core.fit_many(*arguments)[0]
     module = "transformer.h.0.mlp.c_fc"
     for which, values in {"A": a, "B": b, "input_permutation": p, "output_permutation": np.argsort(q)}.items():
         assert np.array_equal(decode(*stored[f"{module}.{which}"]), values), which
@@ -167,7 +167,7 @@ def test_other_files_go_along_and_weights_do_not(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     front = set(card.split("---\n")[1].splitlines())
     assert {"library_name: transformers", "license: mit", "- tqcompressor", "pipeline_tag: text-generation"} <= front
-    assert "import tqcompressor" in card and "| `h.1.mlp.c_fc` | 8 × 32 | 2 × 4 | 8 | rows |" in card
+    assert "import tqcompressor" in card and "| `h.1.mlp.c_fc` | 8 × 32 | block 2 × 4, rank 8, permuted rows |" in card
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
     assert json.loads(header[8 : 8 + length])["__metadata__"] == {"format": "pt"}
@@ -184,7 +184,7 @@ def test_the_report_is_what_is_written_and_prints_as_a_table(tmp_path):
     assert report.bytes_after == (tmp_path / "out" / "model.safetensors").stat().st_size
     lines = str(report).splitlines()
     assert lines[0].split()[-3:] == ["lost", "energy", "seconds"]
-    assert any(line.startswith("h.1.mlp.c_fc ") and " 8×32 " in line and " 2×4 " in line for line in lines)
+    assert any(line.startswith("h.1.mlp.c_fc ") and " 8×32 " in line and " block 2×4, " in line for line in lines)
     assert f"{report.parameters_after:,}" in lines[-2] and "% of the parameters" in lines[-1]
 
 

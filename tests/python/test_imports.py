@@ -86,6 +86,7 @@ PYTHON = [
     "stage_training",
     "staged_distillation",
     "plots",
+    "cli_options",
     "cli",
     "__init__",
 ]

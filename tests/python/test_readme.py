@@ -37,6 +37,7 @@ def test_the_python_blocks_run(tmp_path, monkeypatch):
 def test_the_commands_parse(words, monkeypatch):
     parsed = []
     monkeypatch.setattr(cli, "_compress", parsed.append)
+    monkeypatch.setattr(cli, "_calibrate", parsed.append)
     monkeypatch.setattr(cli, "_distill", parsed.append)
     monkeypatch.setattr(cli, "_inspect", parsed.append)
     monkeypatch.setattr(cli, "_evaluate", parsed.append)
