@@ -75,6 +75,7 @@ PYTHON = [
     "scoring",
     "moment_batches",
     "moment_sums",
+    "moment_pass",
     "moment_hooks",
     "sequential",
     "teacher_file",
