@@ -1,5 +1,7 @@
 //! Approximating one matrix as its spec says, or as well as a number of parameters allows.
 
+use faer::Par;
+
 use super::low_rank::low_rank;
 use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
@@ -101,9 +103,13 @@ pub fn fit_within(
         screened.push((problem.improve(&mut factors, Turns::SCREENING)?, which, factors));
     }
     // Low rank is exact from the start and Kronecker sums are not, so a first look favours the former.
+    let hopeless = HOPELESS * best.lost_energy * norm.energy(target.as_ref(), Par::Seq);
     for kept in [FINALISTS, 1] {
         screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
         screened.truncate(kept);
+        if kept == 1 {
+            screened.retain(|(energy, _, _)| *energy < hopeless);
+        }
         let turns = if kept > 1 { Turns::SECOND_SCREENING } else { Turns::new(effort) };
         for (energy, which, factors) in &mut screened {
             *energy = problems[*which].improve(factors, turns)?;
@@ -121,6 +127,8 @@ pub fn fit_within(
 /// Alternating assignments before a candidate is judged.
 const SCREENING_ASSIGNMENTS: usize = 2;
 
+/// A candidate that after its second look is so many times worse than low rank is given up.
+const HOPELESS: f64 = 1.5;
 /// Candidates that get a second look.
 const FINALISTS: usize = 3;
 
