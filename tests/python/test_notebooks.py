@@ -32,4 +32,4 @@ def test_no_outputs_are_kept(path):
 
 
 def test_the_notebooks_that_the_readme_names_are_there():
-    assert {"quickstart.ipynb", "distillation.ipynb"} <= {path.name for path in NOTEBOOKS}
+    assert {"quickstart.ipynb", "distillation.ipynb", "frontier.ipynb"} <= {path.name for path in NOTEBOOKS}
