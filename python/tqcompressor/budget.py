@@ -232,6 +232,11 @@ def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | 
         raise ConfigError("matrices: expected with a budget only: a config names its own")
 
 
+def calibrated(calibration: Calibration | None, objective: str) -> bool:
+    """Whether the norm is that of a calibration, and not the Frobenius norm."""
+    return calibration is not None and objective != "frobenius"
+
+
 def moments_of(
     calibration: Calibration | None, objective: str, listed: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, Moments]]:

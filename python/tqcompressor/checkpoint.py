@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import _core
-from .budget import Budget, BudgetPlan, check_options, eligible, every_matrix, moments_of, plan_from, target_of
+from .budget import (
+    Budget,
+    BudgetPlan,
+    calibrated,
+    check_options,
+    eligible,
+    every_matrix,
+    moments_of,
+    plan_from,
+    target_of,
+)
 from .calibration import Calibration, load_calibration
 from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
@@ -64,7 +74,7 @@ def compress_checkpoint(
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        effort: "fast", "balanced" or "best", in place of the config's.
+        effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's.
         dtype: "float32", "float16" or "bfloat16" for every floating tensor; by default each keeps its own.
         overwrite: Whether a destination that holds a checkpoint is replaced, all of it, in one step.
@@ -110,14 +120,14 @@ def compress_checkpoint(
             calibration=known,
             objective=objective,
             matrices=matrices,
-            effort=effort or "balanced",
+            effort=effort or "fast",
             seed=seed or 0,
             threads=threads,
             progress=progress,
             dtype=stored,
         ).config
     moments = []
-    if known is not None or objective not in ("auto", "frobenius"):
+    if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
         planned = json.loads(_core.plan_checkpoint(directory, resolved.to_json()))["matrices"]
         moments = moments_of(known, objective, planned)
     with reporter(progress, "compress") as report_progress:
@@ -142,7 +152,7 @@ def plan_checkpoint(
     calibration: Calibration | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
-    effort: str = "balanced",
+    effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -172,7 +182,7 @@ def plan_checkpoint(
             report_progress,
         )
     shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
-    return plan_from(choices, shapes, before, budget, objective, calibration is not None, effort, seed)
+    return plan_from(choices, shapes, before, budget, objective, calibrated(calibration, objective), effort, seed)
 
 
 def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:

@@ -163,7 +163,7 @@ def _inspect(options: argparse.Namespace) -> None:
             calibration=options.calibration,
             objective=options.objective,
             matrices=options.matrices,
-            effort=options.effort or "balanced",
+            effort=options.effort or "fast",
             seed=options.seed or 0,
             threads=options.threads,
         )

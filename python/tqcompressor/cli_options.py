@@ -167,7 +167,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--effort", choices=EFFORTS, help="how hard is searched (default: the config's, or balanced)")
+    default = "default: the config's, or balanced; fast for a budget"
+    parser.add_argument("--effort", choices=EFFORTS, help=f"how hard is searched ({default})")
     parser.add_argument("--seed", type=int, help="seed of the search (default: the config's, or 0)")
     parser.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 

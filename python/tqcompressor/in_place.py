@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, check_options, moments_of
+from .budget import Budget, calibrated, check_options, moments_of
 from .calibration import Calibration, load_calibration
 from .config import TQConfig, resolve_config
 from .mixed import CompressedModule, FactoredEmbedding
@@ -55,7 +55,7 @@ def compress(
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        effort: "fast", "balanced" or "best", in place of the config's.
+        effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
         threads: How many threads search; by default one per core.
         progress: True or False to show a progress bar or not, None to show it in a terminal or notebook, or a function
@@ -81,7 +81,7 @@ def compress(
     known = load_calibration(calibration)
     check_options(config, budget, matrices)
     if budget is not None:
-        options = {"effort": effort or "balanced", "seed": seed or 0, "threads": threads, "progress": progress}
+        options = {"effort": effort or "fast", "seed": seed or 0, "threads": threads, "progress": progress}
         found = plan_budget(
             model,
             budget,
@@ -173,7 +173,7 @@ def _compress_planned(
         detach(model)
         raise
     counts = parameters, model.num_parameters()
-    return _report(model, plan, results, counts, time.perf_counter() - started, calibration is not None)
+    return _report(model, plan, results, counts, time.perf_counter() - started, calibrated(calibration, objective))
 
 
 def _fill(module: CompressedModule, dense: Any, terms: Mapping[str, Sequence[Term]], name: str) -> None:
@@ -222,7 +222,7 @@ def _report(
             "effort": model.config.quantization_config.effort,
             "seed": model.config.quantization_config.seed,
             "dtype": None,
-            "calibrated": calibrated,
+            "calibrated": calibrated or None,
             "matrices": matrices,
             "untouched": untouched,
             "parameters_before": parameters[0],

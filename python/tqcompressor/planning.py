@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, BudgetPlan, eligible, every_matrix, plan_from, target_of
+from .budget import Budget, BudgetPlan, calibrated, eligible, every_matrix, plan_from, target_of
 from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError, DtypeError
@@ -85,7 +85,7 @@ def plan_budget(
     calibration: Calibration | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
-    effort: str = "balanced",
+    effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -111,4 +111,4 @@ def plan_budget(
         )
     shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
     named = list(zip(chosen, choices, strict=True))
-    return plan_from(named, shapes, before, budget, objective, calibration is not None, effort, seed)
+    return plan_from(named, shapes, before, budget, objective, calibrated(calibration, objective), effort, seed)

@@ -22,7 +22,7 @@ def plan(
     calibration: Calibration | StrPath | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
-    effort: str = "balanced",
+    effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -46,7 +46,8 @@ def plan(
             allows.
         matrices: Patterns of the matrices that it is spent on; by default all but embeddings of positions and kinds of
             tokens, narrow ones, and what the calibration never saw in use.
-        effort: "fast", "balanced" or "best".
+        effort: "fast" (low rank), "balanced" or "best", which also try sums of low rank and Kronecker terms. These lose
+            less with as many parameters, but take seconds to a minute a matrix to find, and more multiplications to run.
         seed: With the weights, the budget and the effort all that the plan depends on.
         threads: None for all cores.
         progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
