@@ -47,7 +47,7 @@ def plan(
         matrices: Patterns of the matrices that it is spent on; by default all but embeddings of positions and kinds of
             tokens, narrow ones, and what the calibration never saw in use.
         effort: "fast" (low rank), "balanced" or "best", which also try sums of low rank and Kronecker terms. These lose
-            less with as many parameters, but take seconds to a minute a matrix to find, and more multiplications to run.
+            less with as many parameters, but take seconds to a minute a matrix to find, and more multiplications.
         seed: With the weights, the budget and the effort all that the plan depends on.
         threads: None for all cores.
         progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
