@@ -19,6 +19,7 @@ __all__ = [
     "distillation_loss_in_place",
     "find_permutation",
     "fit_many",
+    "fit_within",
     "head_loss",
     "hidden_state_loss",
     "nearest_kronecker_sum",
@@ -69,6 +70,17 @@ def fit_many(
 
     A term is `("kronecker", A, B, p, q)` or `("low_rank", left, right, order)`.
     """
+
+def fit_within(
+    w: _Float32Array,
+    moment_arrays: _Moments,
+    parameters: int,
+    effort: str,
+    seed: int,
+    threads: int | None,
+    progress: _ProgressCallback | None,
+) -> tuple[str, list[tuple[Any, ...]], float]:
+    """`(spec, terms, lost_energy)`: the best of any kind with at most so many parameters; the spec is JSON."""
 
 def choose_specs(
     matrices: Sequence[_Float32Array],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from numbers import Integral, Real
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -100,26 +101,29 @@ def decompose(
     arrays = as_moment(given[0], rows, "input moment"), as_moment(given[1], columns, "output moment")
     moments = moments_for(objective, *arrays)
     with reporter(progress, "decompose") as callback:
-        if budget is not None:
-            target = ("parameters", float(_parameters(budget, rows * columns)))
-            ((json_spec, *_),) = _core.choose_specs([matrix], ["w"], [moments], target, effort, seed, threads, callback)
-            if json_spec is None:
-                raise ConfigError(f"budget: {budget!r} leaves nothing to save for a {rows} × {columns} matrix")
-            spec = spec_from_dict(json.loads(json_spec))
-        assert spec is not None
-        arguments = ([matrix], ["w"], [json.dumps(spec.to_dict())], [moments])
-        ((terms, lost_energy, _),) = _core.fit_many(*arguments, effort, seed, threads, callback)
-    return from_terms(spec, terms, lost_energy)
+        if spec is not None:
+            arguments = ([matrix], ["w"], [json.dumps(spec.to_dict())], [moments])
+            ((terms, lost_energy, _),) = _core.fit_many(*arguments, effort, seed, threads, callback)
+            return from_terms(spec, terms, lost_energy)
+        allowed = _parameters(budget, rows, columns)
+        found, terms, lost_energy = _core.fit_within(matrix, moments, allowed, effort, seed, threads, callback)
+        return from_terms(spec_from_dict(json.loads(found)), terms, lost_energy)
 
 
-def _parameters(budget: float | int, dense: int) -> int:
+def _parameters(budget: Any, rows: int, columns: int) -> int:
     """A budget for one matrix as a number of parameters."""
+    dense = rows * columns
     # numpy's numbers, too.
-    if isinstance(budget, Integral) and not isinstance(budget, bool) and budget > 0:
-        return min(int(budget), dense)
-    if isinstance(budget, Integral) or not isinstance(budget, Real) or not 0 < budget < 1:
+    whole = isinstance(budget, Integral) and not isinstance(budget, bool) and int(budget) > 0
+    share = float(budget) if isinstance(budget, Real) and not isinstance(budget, Integral) else math.nan
+    if not whole and not 0 < share < 1:
         raise ConfigError(f"budget must be a share between 0 and 1, or a number of parameters, got {budget!r}")
-    return int(budget * dense)
+    allowed = int(budget) if whole else int(share * dense)
+    if allowed >= dense:
+        raise ConfigError(f"budget: {budget!r} leaves nothing to save for a {rows} × {columns} matrix")
+    if allowed < rows + columns - 1:
+        raise ConfigError(f"budget: {budget!r} is less than the {rows + columns - 1} parameters of rank 1")
+    return allowed
 
 
 def nearest_kronecker_sum(w: ArrayLike, spec: KroneckerSpec) -> KroneckerDecomposition:

@@ -1,4 +1,4 @@
-//! `fit_many`, `choose_specs` and `choose_specs_of_checkpoint`: matrices approximated in the norms of their moments.
+//! `fit_many`, `fit_within`, `choose_specs` and `choose_specs_of_checkpoint`: matrices approximated in the norms of their moments.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -10,14 +10,16 @@ use super::arrays::{contiguous, factor_arrays, indices, matrix, shaped};
 use super::jobs;
 use crate::compress::{self, Calibration, Place, Planned, Task, Timed};
 use crate::error::{Error, Result};
-use crate::fit::{LowRank, Moment, Moments, Term};
+use crate::fit::{self, Fit, LowRank, Moment, Moments, Norm, Term};
 use crate::kron::MatrixView;
 use crate::permute::{Decomposition, Effort, Permutation};
 use crate::plan::{TQConfig, Target, matrix_spec, matrix_spec_json};
+use crate::progress::Parallelism;
 use crate::spec::MatrixSpec;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(fit_many, module)?)?;
+    module.add_function(wrap_pyfunction!(fit_within, module)?)?;
     module.add_function(wrap_pyfunction!(choose_specs, module)?)?;
     module.add_function(wrap_pyfunction!(choose_specs_of_checkpoint, module)?)
 }
@@ -114,7 +116,40 @@ fn fit_many<'py>(
     fits.into_iter().map(|timed| to_python(py, timed)).collect()
 }
 
+/// `(spec, terms, lost_energy)`.
+type FittedWithin<'py> = (String, Vec<Bound<'py, PyAny>>, f64);
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn fit_within<'py>(
+    py: Python<'py>,
+    w: PyReadonlyArray2<'py, f32>,
+    moment_arrays: MomentArrays<'py>,
+    parameters: usize,
+    effort: &str,
+    seed: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<FittedWithin<'py>> {
+    let effort = Effort::from_name(effort)?;
+    let (data, (m, n)) = matrix(&w)?;
+    let norm = Norm::prepare(moments(&moment_arrays)?, m, n)?;
+    let pool = jobs::pool(threads)?;
+    let fit = jobs::run(py, progress, |progress| {
+        let view = MatrixView::new(data, m, n)?;
+        pool.install(|| fit::fit_within(view, parameters, &norm, effort, seed, Parallelism::Rayon, progress))
+    })?;
+    let json = serde_json::Value::Object(matrix_spec_json(&fit.spec)).to_string();
+    let lost_energy = fit.lost_energy;
+    Ok((json, terms_to_python(py, fit)?, lost_energy))
+}
+
 fn to_python(py: Python<'_>, Timed { fit, seconds }: Timed) -> PyResult<Fitted<'_>> {
+    let lost_energy = fit.lost_energy;
+    Ok((terms_to_python(py, fit)?, lost_energy, seconds))
+}
+
+fn terms_to_python(py: Python<'_>, fit: Fit) -> PyResult<Vec<Bound<'_, PyAny>>> {
     let terms = fit.terms.into_iter().map(|term| match term {
         Term::Kronecker(Decomposition { sum, rows, columns }) => {
             let (p, q) = (order(py, rows, sum.shape.rows()), order(py, columns, sum.shape.columns()));
@@ -126,7 +161,7 @@ fn to_python(py: Python<'_>, Timed { fit, seconds }: Timed) -> PyResult<Fitted<'
             Ok(("low_rank", left, right, indices(py, pivots.as_slice().iter().copied())).into_pyobject(py)?.into_any())
         }
     });
-    Ok((terms.collect::<PyResult<_>>()?, fit.lost_energy, seconds))
+    terms.collect()
 }
 
 fn order(py: Python<'_>, side: Option<Permutation>, length: usize) -> Bound<'_, PyArray1<i64>> {
