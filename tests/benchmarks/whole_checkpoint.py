@@ -62,6 +62,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-threads", action="store_true", help="every thread count at every effort, not at fast alone"
     )
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[0.65], help="by effort fast, in the Frobenius norm"
+    )
     parser.add_argument("--quick", action="store_true", help="a small checkpoint, to see that it runs")
 
 
@@ -71,6 +74,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         source = Path(folder) / "dense"
         fresh_process(["-c", MAKE, str(source), *(("96", "2", "512") if options.quick else ("768", "12", "50257"))])
         yield {"checkpoint": "GPT2Config()", "parameters": parameters(source), "bytes": weights_size(source)}
+        out = source
         for effort in options.efforts:
             hashes = set()
             every = options.all_threads or effort == "fast"
@@ -92,6 +96,15 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                 }
             if len(hashes) > 1:
                 raise SystemExit(f"effort {effort}: the bytes depend on the number of threads")
+        for budget in options.budgets:
+            arguments = ["--budget", str(budget), "--json", "--threads", str(cores)]
+            seconds, peak, _ = fresh_process(["-c", COMPRESS, "inspect", str(source), "--plan", *arguments])
+            yield {"plan of budget": budget, "threads": cores, "seconds": seconds, "peak MB": peak}
+            small = Path(folder) / f"budget-{budget}"
+            command = ["compress", str(source), "--out", str(small), *arguments]
+            seconds, peak, _ = fresh_process(["-c", COMPRESS, *command])
+            row = {"budget": budget, "threads": cores, "seconds": seconds, "peak MB": peak}
+            yield row | {"parameters": parameters(small), "bytes": weights_size(small)}
         for name, path in (("dense", source), ("compressed", out)):
             seconds, extra = map(float, fresh_process(["-c", LOAD, str(path)])[2].split()[-2:])
             yield {"load": name, "seconds": seconds, "extra MB": extra, "weights MB": weights_size(path) / 2**20}
