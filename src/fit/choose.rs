@@ -3,7 +3,7 @@
 use faer::Par;
 
 use super::low_rank::low_rank;
-use super::mixed::{Problem, Shared, mixed};
+use super::mixed::{Problem, SCREENING_ASSIGNMENTS, Shared, mixed};
 use super::moment::Norm;
 use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
 use super::{Fit, Term};
@@ -123,9 +123,6 @@ pub fn fit_within(
     }
     Ok(best)
 }
-
-/// Alternating assignments before a candidate is judged.
-const SCREENING_ASSIGNMENTS: usize = 2;
 
 /// A candidate that after its second look is so many times worse than low rank is given up.
 const HOPELESS: f64 = 1.5;

@@ -28,7 +28,7 @@ use crate::spec::TermSpec;
 /// [`Error::Convergence`](crate::Error::Convergence), [`Error::Cancelled`](crate::Error::Cancelled).
 ///
 /// # Cost
-/// Every Kronecker term twice as by itself, and an eigendecomposition for every low-rank term.
+/// Every Kronecker term three times as by itself, and an eigendecomposition for every low-rank term.
 pub fn mixed(
     view: MatrixView<'_>,
     terms: &[TermSpec],
@@ -65,9 +65,19 @@ pub fn mixed(
         return Err(Error::Config("terms: expected at least one, got none".into()));
     };
     problem.fill(&mut factors, ASSIGNMENTS)?;
-    problem.improve(&mut factors, turns)?;
-    problem.finish(factors)
+    let energy = problem.improve(&mut factors, turns)?;
+    // The way of `fit_within` as well, so that a spec that it chose loses no more than it found.
+    let mut chosen = problem.zeros();
+    problem.fill(&mut chosen, SCREENING_ASSIGNMENTS)?;
+    let mut chosen_energy = f64::INFINITY;
+    for turns in [Turns::SCREENING, Turns::SECOND_SCREENING, turns] {
+        chosen_energy = problem.improve(&mut chosen, turns)?;
+    }
+    problem.finish(if chosen_energy < energy { chosen } else { factors })
 }
+
+/// Alternating assignments before a candidate is judged.
+pub(super) const SCREENING_ASSIGNMENTS: usize = 2;
 
 /// What all fits of one matrix share.
 pub(super) struct Shared<'a> {

@@ -18,12 +18,12 @@ use crate::spec::{LowRankShape, TermSpec};
 use crate::testing::noise;
 
 /// A second moment of `samples` random vectors whose entries differ in size: singular if there are few.
-fn moment(side: usize, samples: usize, seed: u64) -> Vec<f64> {
+fn moment(side: usize, samples: usize, seed: u64) -> Vec<f32> {
     let x = noise(samples * side, seed);
     let scale = |i: usize| (i as f64 * 0.7).sin().exp();
     let entry = |i: usize, j: usize| {
         let products = (0..samples).map(|s| f64::from(x[s * side + i]) * f64::from(x[s * side + j]));
-        products.sum::<f64>() * scale(i) * scale(j)
+        (products.sum::<f64>() * scale(i) * scale(j)) as f32
     };
     (0..side * side).map(|at| entry(at / side, at % side)).collect()
 }
@@ -31,7 +31,7 @@ fn moment(side: usize, samples: usize, seed: u64) -> Vec<f64> {
 /// The norms that there are: none, diagonal, full and singular ones, on either side.
 fn norm(kind: usize, m: usize, n: usize, seed: u64) -> Norm {
     let (input, output) = (moment(m, m / 2 + 1, seed), moment(n, 2 * n, seed ^ 7));
-    let diagonal: Vec<f64> = (0..m).map(|i| input[i * (m + 1)]).collect();
+    let diagonal: Vec<f32> = (0..m).map(|i| input[i * (m + 1)]).collect();
     let moments = match kind {
         0 => Moments::default(),
         1 => Moments { input: Some(Moment::Diagonal(&diagonal)), output: None },
@@ -311,9 +311,9 @@ fn degenerate_moments_and_matrices_are_ordinary() {
     let (m, n) = (12, 16);
     let w = noise(m * n, 9);
     let zeros = vec![0.0_f32; m * n];
-    let rank_one: Vec<f64> = (0..m * m).map(|at| ((at / m + 1) * (at % m + 1)) as f64).collect();
-    let ill: Vec<f64> =
-        (0..m * m).map(|at| if at / m == at % m { 10.0_f64.powi(-2 * (at / m) as i32) } else { 0.0 }).collect();
+    let rank_one: Vec<f32> = (0..m * m).map(|at| ((at / m + 1) * (at % m + 1)) as f32).collect();
+    let ill: Vec<f32> =
+        (0..m * m).map(|at| if at / m == at % m { 10.0_f32.powi(-2 * (at / m) as i32) } else { 0.0 }).collect();
     let none = vec![0.0; m * m];
     for input in [&rank_one, &ill, &none] {
         let norm = Norm::prepare(Moments { input: Some(Moment::Full(input)), output: None }, m, n).unwrap();
