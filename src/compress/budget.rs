@@ -4,29 +4,17 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Mutex;
 
-use super::Calibration;
+use super::place::Place;
 use super::queue::largest_first;
+use super::{Calibration, place};
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};
-use crate::fit::{Moments, Norm, fit_within, spectrum};
+use crate::fit::{Norm, fit_within, spectrum};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
 use crate::plan::{Candidate, Plan, TQConfig, Target, Weighting, allocate};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::spec::MatrixSpec;
-
-/// A matrix that a budget may be spent on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Place<'a> {
-    /// Its name, for error messages.
-    pub name: String,
-    /// Its rows (in features).
-    pub rows: usize,
-    /// Its columns (out features).
-    pub columns: usize,
-    /// The norm in which it is approximated.
-    pub moments: Moments<'a>,
-}
 
 /// What a matrix is to become.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,17 +44,13 @@ pub fn choose_specs<'a>(
     load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
 ) -> Result<Vec<Planned>> {
     let refine = effort != Effort::Fast;
-    let sizes: Vec<_> = places.iter().map(|place| place.rows.saturating_mul(place.columns)).collect();
+    let sizes: Vec<_> = places.iter().map(Place::size).collect();
     let all = sizes.iter().sum::<usize>() as u64;
     progress.expect(if refine { all * (1 + REFINEMENT) } else { all });
     // Gives each thread the matrix and its norm, and puts what comes of it in its place.
     let on_each = |one: &(dyn Fn(usize, MatrixView<'_>, &Norm) -> Result<()> + Sync), units: u64| {
         largest_first(&sizes, progress, |i, _| {
-            let Place { name, rows, columns, moments } = &places[i];
-            let matrix = load(i)?;
-            Norm::prepare(*moments, *rows, *columns)
-                .and_then(|norm| one(i, MatrixView::new(&matrix, *rows, *columns)?, &norm))
-                .map_err(|error| error.in_tensor(name))?;
+            places[i].with(&load(i)?, |view, norm| one(i, view, norm))?;
             progress.advance(sizes[i] as u64 * units);
             Ok(())
         })
@@ -99,8 +83,8 @@ pub fn choose_specs<'a>(
                 if choices[i].spec().is_none() {
                     return Ok(());
                 }
-                let parallelism = crate::progress::Parallelism::Sequential;
-                let fit = fit_within(view, choices[i].parameters, norm, effort, seed, parallelism, progress)?;
+                let (parameters, alone) = (choices[i].parameters, Parallelism::Sequential);
+                let fit = fit_within(view, parameters, norm, effort, seed, alone, progress)?;
                 let mut planned = planned[i].lock().expect("no thread panicked");
                 planned.parameters = fit.spec.parameters(view.rows(), view.columns())?;
                 planned.lost_energy = fit.lost_energy;
@@ -130,12 +114,7 @@ pub fn choose_specs_of_checkpoint(
 ) -> Result<Vec<(String, Planned)>> {
     let checkpoint = Checkpoint::open(source)?;
     let plan = Plan::for_checkpoint(&checkpoint, config)?;
-    let places = plan.jobs.iter().map(|job| {
-        let (name, matrix) = (job.matrix.name.clone(), &job.matrix);
-        let moments = calibration.get(&name).copied().unwrap_or_default();
-        Place { name, rows: matrix.rows, columns: matrix.columns, moments }
-    });
-    let places: Vec<_> = places.collect();
+    let places: Vec<_> = plan.jobs.iter().map(|job| place(&job.matrix, calibration)).collect();
     if places.is_empty() {
         return Err(Error::Config("budget: no matrix to spend it on".into()));
     }

@@ -4,6 +4,7 @@
 mod budget;
 mod card;
 mod parallel;
+mod place;
 mod queue;
 mod report;
 
@@ -16,8 +17,9 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-pub use budget::{Place, Planned, choose_specs, choose_specs_of_checkpoint};
+pub use budget::{Planned, choose_specs, choose_specs_of_checkpoint};
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
+pub use place::Place;
 pub use report::{MatrixPlace, MatrixReport, Report};
 
 use crate::checkpoint::float::Float;
@@ -109,7 +111,8 @@ pub fn compress_checkpoint(
         }
     }
 
-    let tasks: Vec<_> = plan.jobs.iter().map(|job| task(job, calibration)).collect();
+    let tasks: Vec<_> =
+        plan.jobs.iter().map(|job| Task { place: place(&job.matrix, calibration), spec: job.spec.clone() }).collect();
     let mut report = Report { calibrated: !calibration.is_empty(), ..Report::planned(&plan) };
     let matrices = Mutex::new(&mut report.matrices);
     decompose_each(
@@ -295,10 +298,10 @@ fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
     Ok(())
 }
 
-fn task<'a>(job: &Job, calibration: &Calibration<'a>) -> Task<'a> {
-    let Job { matrix, spec, .. } = job;
+/// A matrix of a checkpoint with what a calibration knows of it.
+fn place<'a>(matrix: &Matrix, calibration: &Calibration<'a>) -> Place<'a> {
     let moments = calibration.get(&matrix.name).copied().unwrap_or_default();
-    Task { name: matrix.name.clone(), rows: matrix.rows, columns: matrix.columns, spec: spec.clone(), moments }
+    Place { name: matrix.name.clone(), rows: matrix.rows, columns: matrix.columns, moments }
 }
 
 /// Looks at every weight to be compressed, so that a bad one is found now and not after minutes of work.

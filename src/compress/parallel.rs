@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::sync::Mutex;
 use std::time::Instant;
 
+use super::place::Place;
 use super::queue::largest_first;
 use crate::error::Result;
-use crate::fit::{Fit, Moments, Norm, fit};
-use crate::kron::MatrixView;
+use crate::fit::{Fit, fit};
 use crate::permute::{Effort, work};
 use crate::progress::Progress;
 use crate::spec::{MatrixSpec, TermSpec};
@@ -15,16 +15,10 @@ use crate::spec::{MatrixSpec, TermSpec};
 /// One matrix to decompose.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Task<'a> {
-    /// Its name, for error messages.
-    pub name: String,
-    /// Its rows (in features).
-    pub rows: usize,
-    /// Its columns (out features).
-    pub columns: usize,
+    /// The matrix.
+    pub place: Place<'a>,
     /// What is asked of it.
     pub spec: MatrixSpec,
-    /// The norm in which it is approximated.
-    pub moments: Moments<'a>,
 }
 
 /// A decomposition and the time that it took.
@@ -81,17 +75,12 @@ pub fn decompose_each<'a>(
     finish: impl Fn(usize, Timed) -> Result<()> + Sync,
 ) -> Result<()> {
     progress.expect(tasks.iter().map(|task| units(task, effort)).sum());
-    let sizes: Vec<_> = tasks.iter().map(|task| task.rows.saturating_mul(task.columns)).collect();
+    let sizes: Vec<_> = tasks.iter().map(|task| task.place.size()).collect();
     largest_first(&sizes, progress, |i, parallelism| {
-        let Task { name, rows, columns, spec, moments } = &tasks[i];
+        let Task { place, spec } = &tasks[i];
         let start = Instant::now();
         let matrix = load(i)?;
-        let fit = Norm::prepare(*moments, *rows, *columns)
-            .and_then(|norm| {
-                let view = MatrixView::new(&matrix, *rows, *columns)?;
-                fit(view, spec, &norm, effort, seed, parallelism, progress)
-            })
-            .map_err(|error| error.in_tensor(name))?;
+        let fit = place.with(&matrix, |view, norm| fit(view, spec, norm, effort, seed, parallelism, progress))?;
         drop(matrix);
         progress.advance(low_rank_units(&tasks[i]));
         finish(i, Timed { fit, seconds: start.elapsed().as_secs_f64() })
@@ -101,17 +90,19 @@ pub fn decompose_each<'a>(
 }
 
 /// Roughly what the eigendecompositions of a low-rank term cost, in the units of the permutation search.
-fn low_rank_units(Task { rows, columns, spec, .. }: &Task<'_>) -> u64 {
+fn low_rank_units(Task { place, spec }: &Task<'_>) -> u64 {
     let terms = spec.terms().iter().filter(|term| matches!(term, TermSpec::LowRank { .. })).count();
-    (terms * rows.saturating_mul(*columns)) as u64
+    (terms * place.size()) as u64
 }
 
 /// The work of a task; the permutation searches advance theirs themselves.
 fn units(task: &Task<'_>, effort: Effort) -> u64 {
-    let Task { rows, columns, spec, .. } = task;
+    let Task { place, spec } = task;
     let term = |term: &TermSpec| match term {
         // What does not fit is no work: `fit` refuses it.
-        TermSpec::Kronecker(spec) => spec.shape(*rows, *columns).map_or(0, |shape| work(shape, spec.permute, effort)),
+        TermSpec::Kronecker(spec) => {
+            spec.shape(place.rows, place.columns).map_or(0, |shape| work(shape, spec.permute, effort))
+        }
         TermSpec::LowRank { .. } => 0,
     };
     low_rank_units(task) + spec.terms().iter().map(term).sum::<u64>()
@@ -121,18 +112,19 @@ fn units(task: &Task<'_>, effort: Effort) -> u64 {
 mod tests {
     use super::*;
     use crate::error::Error;
+    use crate::fit::Moments;
     use crate::shape::{KroneckerSpec, Permute};
     use crate::testing::noise;
 
     fn task(name: &str, rows: usize, columns: usize) -> Task<'static> {
         let spec = KroneckerSpec { block: (2, 2), rank: 1, permute: Permute::Both }.into();
-        Task { name: name.into(), rows, columns, spec, moments: Moments::default() }
+        Task { place: Place { name: name.into(), rows, columns, moments: Moments::default() }, spec }
     }
 
     #[test]
     fn results_come_in_order_and_do_not_depend_on_threads_or_company() {
         let tasks = [task("a", 8, 12), task("b", 24, 16), task("c", 4, 4)];
-        let matrices: Vec<_> = tasks.iter().zip(1..).map(|(task, i)| noise(task.rows * task.columns, i)).collect();
+        let matrices: Vec<_> = tasks.iter().zip(1..).map(|(task, i)| noise(task.place.size(), i)).collect();
         let slices: Vec<_> = matrices.iter().map(Vec::as_slice).collect();
         let run = |tasks: &[Task<'_>], slices: &[&[f32]], threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -63,6 +63,17 @@ pub(super) fn calibration<'a>(arrays: &'a [(String, MomentArrays<'_>)]) -> Resul
         .collect()
 }
 
+/// A matrix and its values.
+fn place<'a>(
+    array: &'a PyReadonlyArray2<'_, f32>,
+    name: String,
+    arrays: &'a MomentArrays<'_>,
+) -> Result<(Place<'a>, &'a [f32])> {
+    let (values, (rows, columns)) = matrix(array)?;
+    let moments = moments(arrays).map_err(|error| error.in_tensor(&name))?;
+    Ok((Place { name, rows, columns, moments }, values))
+}
+
 /// One array for every name, or an error that says which are missing.
 fn same_length(count: usize, others: &[usize]) -> Result<()> {
     if others.iter().all(|&length| length == count) {
@@ -97,16 +108,13 @@ fn fit_many<'py>(
     same_length(matrices.len(), &[names.len(), specs.len(), moment_arrays.len()])?;
     let (mut tasks, mut data) = (Vec::with_capacity(names.len()), Vec::with_capacity(names.len()));
     for (((array, name), json), arrays) in matrices.iter().zip(names).zip(specs).zip(&moment_arrays) {
-        let (values, (rows, columns)) = matrix(array)?;
         let spec = spec(&json)?;
+        let (place, values) = place(array, name, arrays)?;
         // All of them, before the first is worked on.
-        let check = || {
-            spec.parameters(rows, columns)?;
-            MatrixView::new(values, rows, columns)?.check_finite()?;
-            moments(arrays)
-        };
-        let moments = check().map_err(|error| error.in_tensor(&name))?;
-        tasks.push(Task { name, rows, columns, spec, moments });
+        spec.parameters(place.rows, place.columns)
+            .and_then(|_| MatrixView::new(values, place.rows, place.columns)?.check_finite())
+            .map_err(|error| error.in_tensor(&place.name))?;
+        tasks.push(Task { place, spec });
         data.push(values);
     }
     let pool = jobs::pool(threads)?;
@@ -206,9 +214,8 @@ fn choose_specs<'py>(
     same_length(matrices.len(), &[names.len(), moment_arrays.len()])?;
     let (mut places, mut data) = (Vec::with_capacity(names.len()), Vec::with_capacity(names.len()));
     for ((array, name), arrays) in matrices.iter().zip(names).zip(&moment_arrays) {
-        let (values, (rows, columns)) = matrix(array)?;
-        let moments = moments(arrays).map_err(|error| error.in_tensor(&name))?;
-        places.push(Place { name, rows, columns, moments });
+        let (place, values) = place(array, name, arrays)?;
+        places.push(place);
         data.push(values);
     }
     let pool = jobs::pool(threads)?;

@@ -1,0 +1,36 @@
+//! A matrix that there is work on: its name, its shape and its norm.
+
+use crate::error::Result;
+use crate::fit::{Moments, Norm};
+use crate::kron::MatrixView;
+
+/// A matrix, without its values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place<'a> {
+    /// Its name, for error messages.
+    pub name: String,
+    /// Its rows (in features).
+    pub rows: usize,
+    /// Its columns (out features).
+    pub columns: usize,
+    /// The norm in which it is approximated.
+    pub moments: Moments<'a>,
+}
+
+impl Place<'_> {
+    /// How many values it has.
+    pub(super) fn size(&self) -> usize {
+        self.rows.saturating_mul(self.columns)
+    }
+
+    /// Calls `work` with the matrix and its norm.
+    ///
+    /// # Errors
+    /// Those of [`Norm::prepare`], [`MatrixView::new`] and `work`, in the matrix.
+    pub(super) fn with<T>(&self, values: &[f32], work: impl FnOnce(MatrixView<'_>, &Norm) -> Result<T>) -> Result<T> {
+        let Self { name, rows, columns, moments } = self;
+        Norm::prepare(*moments, *rows, *columns)
+            .and_then(|norm| work(MatrixView::new(values, *rows, *columns)?, &norm))
+            .map_err(|error| error.in_tensor(name))
+    }
+}
