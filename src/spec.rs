@@ -67,12 +67,6 @@ impl LowRankShape {
         self.rank * (self.rows + self.columns - self.rank)
     }
 
-    /// The shape of the transposed matrix.
-    #[must_use]
-    pub fn transposed(&self) -> Self {
-        Self { rows: self.columns, columns: self.rows, rank: self.rank }
-    }
-
     /// The largest rank whose parameters do not exceed `parameters`; 0 if even rank 1 does.
     #[must_use]
     pub fn largest_rank(rows: usize, columns: usize, parameters: usize) -> usize {
@@ -112,17 +106,6 @@ impl TermSpec {
         match self {
             Self::Kronecker(spec) => Ok(spec.shape(m, n)?.parameters()),
             Self::LowRank { rank } => Ok(LowRankShape::new(m, n, *rank)?.parameters()),
-        }
-    }
-
-    /// Multiplies for one vector.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if it does not fit.
-    pub fn multiplies(&self, m: usize, n: usize) -> Result<usize> {
-        match self {
-            Self::Kronecker(spec) => Ok(spec.shape(m, n)?.multiplies()),
-            Self::LowRank { .. } => self.parameters(m, n),
         }
     }
 }
@@ -184,14 +167,6 @@ impl MatrixSpec {
     /// [`Error::Shape`] if a term does not fit the matrix.
     pub fn parameters(&self, m: usize, n: usize) -> Result<usize> {
         self.terms.iter().map(|term| term.parameters(m, n)).sum()
-    }
-
-    /// Multiplies for one vector.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if a term does not fit the matrix.
-    pub fn multiplies(&self, m: usize, n: usize) -> Result<usize> {
-        self.terms.iter().map(|term| term.multiplies(m, n)).sum()
     }
 }
 

@@ -1,9 +1,7 @@
 //! Approximating one matrix as its spec says, or as well as a number of parameters allows.
 
-use faer::Par;
-
 use super::low_rank::low_rank;
-use super::mixed::{Problem, SCREENING_ASSIGNMENTS, Shared, mixed};
+use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
 use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
 use super::{Fit, Term};
@@ -98,12 +96,11 @@ pub fn fit_within(
     let problems = candidates.iter().map(|spec| Problem::new(&shared, spec.terms())).collect::<Result<Vec<_>>>()?;
     let mut screened = Vec::with_capacity(problems.len());
     for (which, problem) in problems.iter().enumerate() {
-        let mut factors = problem.zeros();
-        problem.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
-        screened.push((problem.improve(&mut factors, Turns::SCREENING)?, which, factors));
+        let (energy, factors) = problem.screen()?;
+        screened.push((energy, which, factors));
     }
     // Low rank is exact from the start and Kronecker sums are not, so a first look favours the former.
-    let hopeless = HOPELESS * best.lost_energy * norm.energy(target.as_ref(), Par::Seq);
+    let hopeless = HOPELESS * best.lost_energy * norm.energy(target.as_ref());
     for kept in [FINALISTS, 1] {
         screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
         screened.truncate(kept);

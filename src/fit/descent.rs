@@ -5,10 +5,10 @@
 
 use std::collections::VecDeque;
 
-use faer::{Mat, MatRef, Par};
+use faer::{Mat, MatRef};
 
-use super::factors::{Factors, product};
-use super::moment::{Norm, inner};
+use super::factors::Factors;
+use super::moment::{Norm, inner, product};
 use super::preconditioner::{BlockWeights, Preconditioner};
 use crate::error::Result;
 use crate::progress::Progress;
@@ -84,10 +84,21 @@ pub(super) fn residual(terms: &[Factors], target: MatRef<'_, f64>) -> Mat<f64> {
     error
 }
 
+/// `W` without all terms but one.
+pub(super) fn left_to(which: usize, terms: &[Factors], target: MatRef<'_, f64>) -> Mat<f64> {
+    let mut left = target.to_owned();
+    for (other, factors) in terms.iter().enumerate() {
+        if other != which {
+            factors.subtract_from(&mut left);
+        }
+    }
+    left
+}
+
 /// `‖E‖²` and half of its gradient.
 fn evaluate(terms: &[Factors], target: MatRef<'_, f64>, norm: &Norm) -> (f64, Point) {
     let error = residual(terms, target);
-    let weighted = norm.apply(error.as_ref(), Par::Seq);
+    let weighted = norm.apply(error.as_ref());
     let energy = inner(weighted.as_ref(), error.as_ref());
     let gradient = terms
         .iter()

@@ -1,11 +1,10 @@
 //! A permuted Kronecker sum as the descent sees it: two f64 matrices whose product is the rearranged matrix.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatRef, Par};
+use faer::{Mat, MatRef};
 
-use super::moment::eigenvectors;
+use super::moment::product;
 use crate::error::Result;
-use crate::kron::KroneckerSum;
+use crate::kron::{KroneckerSum, eigenvectors};
 use crate::permute::{Decomposition, Permutation};
 use crate::shape::{KroneckerShape, Permute};
 
@@ -167,11 +166,4 @@ impl Factors {
             columns: order(permute.columns(), &self.columns)?,
         })
     }
-}
-
-/// `x y`, on the calling thread.
-pub(super) fn product(x: MatRef<'_, f64>, y: MatRef<'_, f64>) -> Mat<f64> {
-    let mut product = Mat::zeros(x.nrows(), y.ncols());
-    matmul(product.as_mut(), Accum::Replace, x, y, 1.0, Par::Seq);
-    product
 }

@@ -10,9 +10,9 @@ use faer::linalg::qr::col_pivoting::factor::{qr_in_place, qr_in_place_scratch};
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Auto, Mat, MatRef, Par, Spec};
 
-use super::moment::{Norm, Weight, eigenvectors};
+use super::moment::{Norm, Weight, product};
 use crate::error::Result;
-use crate::kron::MatrixView;
+use crate::kron::{MatrixView, eigenvectors};
 use crate::permute::Permutation;
 use crate::progress::Progress;
 use crate::spec::LowRankShape;
@@ -79,8 +79,7 @@ pub(super) fn plain_factors(
     let Directions { basis, coordinates, .. } = whitened.directions(rank, roots);
     let transposed = target.nrows() > target.ncols();
     let short = if transposed { target.transpose() } else { target };
-    let mut other = Mat::zeros(short.ncols(), rank);
-    matmul(other.as_mut(), Accum::Replace, short.transpose(), coordinates.as_ref(), 1.0, Par::Seq);
+    let other = product(short.transpose(), coordinates.as_ref());
     if transposed { (other, basis) } else { (basis, other) }
 }
 
@@ -99,8 +98,7 @@ fn low_rank_in(
 
     // The pivot rows of Ŵ: basis[pivots] coordinatesᵀ W.
     let pivots = Mat::from_fn(rank, rank, |i, k| basis[(order.as_slice()[i], k)]);
-    let mut projection = Mat::zeros(rank, short);
-    matmul(projection.as_mut(), Accum::Replace, pivots.as_ref(), coordinates.transpose(), 1.0, Par::Seq);
+    let projection = product(pivots.as_ref(), coordinates.transpose());
     let mut skeleton = vec![0.0_f32; rank * sides.long()];
     let mut product = Mat::zeros(0, 0);
     sides.for_each_chunk(progress, |start, chunk| {
@@ -191,8 +189,8 @@ impl Whitened {
         let first = self.energies.len() - rank;
         let leading = self.vectors.subcols(first, rank);
         Directions {
-            basis: roots.1.times(leading, Par::Seq),
-            coordinates: roots.0.times(leading, Par::Seq),
+            basis: roots.1.times(leading),
+            coordinates: roots.0.times(leading),
             lost_energy: lost_share(&self.energies[..first], &self.energies),
         }
     }
@@ -263,35 +261,35 @@ impl<'a> Sides<'a> {
     /// `W C Wᵀ` over the long side.
     fn gram(&self, progress: &Progress) -> Result<Mat<f64>> {
         let (short, long) = (self.short(), self.long());
-        let mut gram = Mat::zeros(short, short);
         if let Weight::Full(_) = self.long_weight {
             let mut whole = Mat::zeros(short, long);
             self.for_each_chunk(progress, |first, chunk| {
                 whole.as_mut().subcols_mut(first, chunk.ncols()).copy_from(chunk);
                 Ok(())
             })?;
-            let weighted = self.long_weight.times(whole.transpose(), Par::Seq);
+            let weighted = self.long_weight.times(whole.transpose());
             progress.check()?;
-            matmul(gram.as_mut(), Accum::Replace, whole.as_ref(), weighted.as_ref(), 1.0, Par::Seq);
-        } else {
-            self.for_each_chunk(progress, |first, chunk| {
-                let weighted = match self.long_weight {
-                    Weight::Diagonal(values) => {
-                        Mat::from_fn(chunk.nrows(), chunk.ncols(), |i, j| chunk[(i, j)] * values[first + j])
-                    }
-                    _ => chunk.to_owned(),
-                };
-                matmul(gram.as_mut(), Accum::Add, weighted.as_ref(), chunk.transpose(), 1.0, Par::Seq);
-                Ok(())
-            })?;
+            return Ok(product(whole.as_ref(), weighted.as_ref()));
         }
+        let mut gram = Mat::zeros(short, short);
+        self.for_each_chunk(progress, |first, chunk| {
+            let weighted = match self.long_weight {
+                Weight::Diagonal(values) => {
+                    Some(Mat::from_fn(chunk.nrows(), chunk.ncols(), |i, j| chunk[(i, j)] * values[first + j]))
+                }
+                _ => None,
+            };
+            let weighted = weighted.as_ref().map_or(chunk, Mat::as_ref);
+            matmul(gram.as_mut(), Accum::Add, weighted, chunk.transpose(), 1.0, Par::Seq);
+            Ok(())
+        })?;
         Ok(gram)
     }
 
     fn whiten(&self, roots: &Roots, progress: &Progress) -> Result<Whitened> {
         progress.check()?;
-        let half = roots.0.times(self.gram(progress)?.as_ref(), Par::Seq);
-        let gram = roots.0.times(half.transpose(), Par::Seq);
+        let half = roots.0.times(self.gram(progress)?.as_ref());
+        let gram = roots.0.times(half.transpose());
         progress.check()?;
         let (mut energies, vectors) = eigenvectors(gram.as_ref())?;
         // Rounding leaves zeros on either side of zero.

@@ -4,19 +4,21 @@
 //! others can take; orders and the final low-rank terms are fitted to what the other terms leave. No step raises what is
 //! lost.
 
-use faer::{Mat, MatRef, Par};
+use std::slice;
+
+use faer::{Mat, MatRef};
 
 use super::Term;
-use super::descent::{descend, residual};
+use super::descent::{left_to, residual};
 use super::factors::Factors;
 use super::low_rank::{LowRank, Roots, Whitened, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
 use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, widened};
-use super::weighted_permutation::improve_orders;
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
+use crate::shape::Permute;
 use crate::spec::TermSpec;
 
 /// `W ≈ Σ_t Ŵ_t` for terms of the given specs, near in `norm`, and the lost energy.
@@ -54,7 +56,7 @@ pub fn mixed(
             }
             _ => problem.alone(which, turns)?,
         };
-        let energy = norm.energy(residual(std::slice::from_ref(&alone), target.as_ref()).as_ref(), Par::Seq);
+        let energy = norm.energy(residual(slice::from_ref(&alone), target.as_ref()).as_ref());
         if best.as_ref().is_none_or(|(least, _)| energy < *least) {
             let mut factors = problem.zeros();
             factors[which] = alone;
@@ -67,17 +69,15 @@ pub fn mixed(
     problem.fill(&mut factors, ASSIGNMENTS)?;
     let energy = problem.improve(&mut factors, turns)?;
     // The way of `fit_within` as well, so that a spec that it chose loses no more than it found.
-    let mut chosen = problem.zeros();
-    problem.fill(&mut chosen, SCREENING_ASSIGNMENTS)?;
-    let mut chosen_energy = f64::INFINITY;
-    for turns in [Turns::SCREENING, Turns::SECOND_SCREENING, turns] {
+    let (mut chosen_energy, mut chosen) = problem.screen()?;
+    for turns in [Turns::SECOND_SCREENING, turns] {
         chosen_energy = problem.improve(&mut chosen, turns)?;
     }
     problem.finish(if chosen_energy < energy { chosen } else { factors })
 }
 
 /// Alternating assignments before a candidate is judged.
-pub(super) const SCREENING_ASSIGNMENTS: usize = 2;
+const SCREENING_ASSIGNMENTS: usize = 2;
 
 /// What all fits of one matrix share.
 pub(super) struct Shared<'a> {
@@ -133,7 +133,7 @@ impl<'a> Problem<'a> {
             TermSpec::LowRank { rank } => Ok(balanced_low_rank(plain_factors(*target, *rank, roots, whitened))),
             TermSpec::Kronecker(spec) => {
                 let mut factors = start(*target, spec, norm, ASSIGNMENTS, progress)?;
-                improve(&mut factors, *target, spec.permute, norm, turns, progress)?;
+                improve(slice::from_mut(&mut factors), &[spec.permute], *target, norm, turns, progress)?;
                 Ok(factors)
             }
         }
@@ -158,34 +158,21 @@ impl<'a> Problem<'a> {
         Ok(())
     }
 
-    /// Takes turns; returns the energy that is left. Never raises it.
-    pub fn improve(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
-        let Shared { target, norm, progress, .. } = self.shared;
-        for _ in 0..turns.turns {
-            descend(factors, *target, norm, turns.steps, progress)?;
-            let mut changed = false;
-            for (which, term) in self.terms.iter().enumerate() {
-                if let TermSpec::Kronecker(spec) = term {
-                    let left = self.left_to(which, factors);
-                    changed |= improve_orders(&mut factors[which], left.as_ref(), norm, spec.permute, progress)?;
-                }
-            }
-            if !changed {
-                break;
-            }
-        }
-        descend(factors, *target, norm, turns.last_steps, progress)
+    /// Every term roughly fitted, to tell a good spec from a bad one: the energy that is left, and the factors.
+    pub fn screen(&self) -> Result<(f64, Vec<Factors>)> {
+        let mut factors = self.zeros();
+        self.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
+        Ok((self.improve(&mut factors, Turns::SCREENING)?, factors))
     }
 
-    /// `W` without all terms but one.
-    fn left_to(&self, which: usize, factors: &[Factors]) -> Mat<f64> {
-        let mut left = self.shared.target.to_owned();
-        for (other, factors) in factors.iter().enumerate() {
-            if other != which {
-                factors.subtract_from(&mut left);
-            }
-        }
-        left
+    /// As [`improve`].
+    pub fn improve(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
+        let permute = |term: &TermSpec| match term {
+            TermSpec::Kronecker(spec) => spec.permute,
+            TermSpec::LowRank { .. } => Permute::None,
+        };
+        let permutes: Vec<_> = self.terms.iter().map(permute).collect();
+        improve(factors, &permutes, self.shared.target, self.shared.norm, turns, self.shared.progress)
     }
 
     /// The terms in f32, each low-rank one nearest to what the others leave, and the lost energy.
@@ -196,7 +183,7 @@ impl<'a> Problem<'a> {
             terms.push(match term {
                 TermSpec::Kronecker(spec) => Term::Kronecker(factors[which].decomposition(spec.permute, 0.0)?),
                 TermSpec::LowRank { rank } => {
-                    let left = self.left_to(which, &factors);
+                    let left = left_to(which, &factors, *target);
                     let whitened = whiten(left.as_ref(), norm, roots, progress)?;
                     let fitted = low_rank_of(left.as_ref(), *rank, norm, roots, &whitened, progress)?;
                     // A later low-rank term is fitted to what this one really leaves.

@@ -5,12 +5,11 @@
 //! Kronecker-factored Gauss–Newton matrix (Martens and Grosse, arXiv 1503.05671), by which the loss of the whole model
 //! grows when this layer is off. A side without a moment counts as the identity, and both without as the Frobenius norm.
 
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
 use faer::linalg::matmul::matmul;
-use faer::{Accum, Auto, Mat, MatRef, Par, Spec};
+use faer::{Accum, Mat, MatRef, Par};
 
 use crate::error::{Error, Result};
+use crate::kron::eigenvectors;
 
 /// The share of its mean eigenvalue that is added to every eigenvalue of a moment, and taken from its whole: few samples
 /// say nothing about some directions, which is not the same as those never occurring. With it, a singular moment is
@@ -27,15 +26,6 @@ pub enum Moment<'a> {
 }
 
 impl Moment<'_> {
-    /// The length of the side, `d`.
-    #[must_use]
-    pub fn side(&self) -> usize {
-        match self {
-            Self::Diagonal(values) => values.len(),
-            Self::Full(values) => values.len().isqrt(),
-        }
-    }
-
     /// Checks a moment of a side of `length`: the shape, finite values, no negative diagonal.
     ///
     /// # Errors
@@ -118,30 +108,24 @@ impl Norm {
         matches!((&self.input, &self.output), (Weight::Identity, Weight::Identity))
     }
 
-    /// The norm for the transposed matrix.
-    #[must_use]
-    pub fn transposed(&self) -> Self {
-        Self { input: self.output.clone(), output: self.input.clone(), scale: self.scale }
-    }
-
     /// `C_in E C_out`: half of the gradient of `‖E‖²`.
     ///
     /// # Cost
     /// `m·n·(m + n)` multiplies with two full sides.
     #[must_use]
-    pub fn apply(&self, error: MatRef<'_, f64>, par: Par) -> Mat<f64> {
-        let left = self.input.times(error, par);
+    pub fn apply(&self, error: MatRef<'_, f64>) -> Mat<f64> {
+        let left = self.input.times(error);
         match &self.output {
             Weight::Identity => left,
             // A weight is symmetric, so (C E'ᵀ)ᵀ = E' C.
-            output => output.times(left.transpose(), par).transpose().to_owned(),
+            output => output.times(left.transpose()).transpose().to_owned(),
         }
     }
 
     /// `‖E‖²`, in the units of the shrunk norm.
     #[must_use]
-    pub fn energy(&self, error: MatRef<'_, f64>, par: Par) -> f64 {
-        inner(self.apply(error, par).as_ref(), error)
+    pub fn energy(&self, error: MatRef<'_, f64>) -> f64 {
+        inner(self.apply(error).as_ref(), error)
     }
 }
 
@@ -178,15 +162,11 @@ impl Weight {
 
     /// `C X`.
     #[must_use]
-    pub fn times(&self, x: MatRef<'_, f64>, par: Par) -> Mat<f64> {
+    pub fn times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
         match self {
             Self::Identity => x.to_owned(),
             Self::Diagonal(values) => Mat::from_fn(x.nrows(), x.ncols(), |i, j| values[i] * x[(i, j)]),
-            Self::Full(matrix) => {
-                let mut product = Mat::zeros(x.nrows(), x.ncols());
-                matmul(product.as_mut(), Accum::Replace, matrix.as_ref(), x, 1.0, par);
-                product
-            }
+            Self::Full(matrix) => product(matrix.as_ref(), x),
         }
     }
 
@@ -211,9 +191,7 @@ impl Weight {
                 let power = |power: &dyn Fn(f64) -> f64| {
                     let scaled =
                         Mat::from_fn(vectors.nrows(), vectors.ncols(), |i, j| vectors[(i, j)] * power(roots[j]));
-                    let mut product = Mat::zeros(vectors.nrows(), vectors.nrows());
-                    matmul(product.as_mut(), Accum::Replace, scaled.as_ref(), vectors.transpose(), 1.0, Par::Seq);
-                    product
+                    product(scaled.as_ref(), vectors.transpose())
                 };
                 (Self::Full(power(&|root| root)), Self::Full(power(&|root| root.recip())))
             }
@@ -221,23 +199,10 @@ impl Weight {
     }
 }
 
-/// All eigenvalues, in ascending order, and eigenvectors (columns) of a symmetric matrix.
-///
-/// # Errors
-/// [`Error::Convergence`].
-pub fn eigenvectors(matrix: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>)> {
-    let size = matrix.nrows();
-    let (mut values, mut vectors) = (vec![0.0; size], Mat::zeros(size, size));
-    let parameters = Spec::<_, f64>::new(Auto::<f64>::auto());
-    let scratch = self_adjoint_evd_scratch::<f64>(size, ComputeEigenvectors::Yes, Par::Seq, parameters);
-    self_adjoint_evd(
-        matrix,
-        faer::diag::DiagMut::from_slice_mut(&mut values),
-        Some(vectors.as_mut()),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        parameters,
-    )
-    .map_err(|_| Error::Convergence { operation: "the symmetric eigensolver" })?;
-    Ok((values, vectors))
+/// `x y`, on the calling thread: a job has its matrices side by side.
+#[must_use]
+pub(super) fn product(x: MatRef<'_, f64>, y: MatRef<'_, f64>) -> Mat<f64> {
+    let mut product = Mat::zeros(x.nrows(), y.ncols());
+    matmul(product.as_mut(), Accum::Replace, x, y, 1.0, Par::Seq);
+    product
 }

@@ -8,8 +8,8 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::{factor, solve};
 use faer::{Auto, Mat, MatRef, Par, Spec};
 
-use super::factors::{Factors, product};
-use super::moment::{Norm, Weight};
+use super::factors::Factors;
+use super::moment::{Norm, Weight, product};
 use crate::error::Result;
 use crate::shape::KroneckerShape;
 
@@ -97,14 +97,14 @@ fn both_sides(columns: MatRef<'_, f64>, shape: (usize, usize), left: &Weight, ri
     }
     // All of them side by side are one product.
     let values: Vec<f64> = columns.col_iter().flat_map(|column| column.iter().copied()).collect();
-    let mut weighted = left.times(MatRef::from_column_major_slice(&values, height, width * count), Par::Seq);
+    let mut weighted = left.times(MatRef::from_column_major_slice(&values, height, width * count));
     if height == 1 {
         let rows = Mat::from_fn(width, count, |j, k| weighted[(0, k * width + j)]);
-        return right.times(rows.as_ref(), Par::Seq);
+        return right.times(rows.as_ref());
     }
     if !matches!(right, Weight::Identity) {
         for k in 0..count {
-            let product = right.times(weighted.as_ref().subcols(k * width, width).transpose(), Par::Seq);
+            let product = right.times(weighted.as_ref().subcols(k * width, width).transpose());
             weighted.as_mut().subcols_mut(k * width, width).copy_from(product.transpose());
         }
     }

@@ -1,15 +1,15 @@
 //! Fits against dense oracles, and what they promise: no step loses, no sum is worse than its terms.
 
-use faer::{Mat, MatRef, Par};
+use faer::{Mat, MatRef};
 use proptest::prelude::*;
 
 use super::descent::{descend, residual};
 use super::factors::Factors;
-use super::moment::eigenvectors;
 use super::weighted::{ASSIGNMENTS, start, widened};
 use super::weighted_permutation::improve_orders;
 use super::*;
 use crate::error::{Error, Result};
+use crate::kron::eigenvectors;
 use crate::kron::{MatrixView, nearest_kronecker_sum};
 use crate::permute::{Effort, Permutation, decompose};
 use crate::progress::{Parallelism, Progress};
@@ -230,7 +230,7 @@ fn descent_ends_at_the_closed_form_where_there_is_one() {
     factors.b = Mat::from_fn(shape.block_entries(), 3, |i, k| f64::from(values[3 * shape.blocks() + i * 3 + k]));
     let norm = Norm::frobenius();
     let left = descend(std::slice::from_mut(&mut factors), target.as_ref(), &norm, 500, &progress).unwrap();
-    let lost = left / norm.energy(target.as_ref(), Par::Seq);
+    let lost = left / norm.energy(target.as_ref());
     assert!(lost < nearest.lost_energy * 1.01 && lost > nearest.lost_energy * (1.0 - 1e-9), "{lost} {nearest:?}");
 }
 

@@ -3,9 +3,11 @@
 //! There is no closed form. Orders and factors start where a norm that has one puts them, and then take turns: descent on
 //! both factors for fixed orders, better orders for fixed factors. No step raises what is lost.
 
-use faer::{Mat, MatRef, Par};
+use std::slice;
 
-use super::descent::descend;
+use faer::{Mat, MatRef};
+
+use super::descent::{descend, left_to};
 use super::factors::Factors;
 use super::moment::{Norm, Weight, inner};
 use super::preconditioner::BlockWeights;
@@ -67,7 +69,7 @@ pub fn weighted_kronecker(
     view.check_finite()?;
     let target = widened(view);
     let mut factors = start(target.as_ref(), &spec, norm, ASSIGNMENTS, progress)?;
-    improve(&mut factors, target.as_ref(), spec.permute, norm, Turns::new(effort), progress)?;
+    improve(slice::from_mut(&mut factors), &[spec.permute], target.as_ref(), norm, Turns::new(effort), progress)?;
     let mut decomposition = factors.decomposition(spec.permute, 0.0)?;
     let dense = decomposition.to_dense();
     decomposition.sum.lost_energy = lost_energy(target.as_ref(), &[dense], norm);
@@ -116,29 +118,35 @@ pub(super) fn start(
 /// Scales a sum so that `‖W − K‖²`, which is returned, is least: what is near in one norm may be far off in another.
 fn shrink(factors: &mut Factors, target: MatRef<'_, f64>, norm: &Norm) -> f64 {
     let dense = factors.dense();
-    let weighted = norm.apply(dense.as_ref(), Par::Seq);
+    let weighted = norm.apply(dense.as_ref());
     let (along, square) = (inner(weighted.as_ref(), target), inner(weighted.as_ref(), dense.as_ref()));
     let scale = if square > 0.0 { along / square } else { 0.0 };
     factors.scale(scale);
-    norm.energy(target, Par::Seq) - scale * along
+    norm.energy(target) - scale * along
 }
 
-/// Takes turns; returns the energy that is left. Never raises it.
+/// Takes turns on all terms of a sum, whose orders may change as `permutes` say; returns the energy that is left. Never
+/// raises it.
 pub(super) fn improve(
-    factors: &mut Factors,
+    terms: &mut [Factors],
+    permutes: &[Permute],
     target: MatRef<'_, f64>,
-    permute: Permute,
     norm: &Norm,
     turns: Turns,
     progress: &Progress,
 ) -> Result<f64> {
     for _ in 0..turns.turns {
-        descend(std::slice::from_mut(factors), target, norm, turns.steps, progress)?;
-        if !improve_orders(factors, target, norm, permute, progress)? {
+        descend(terms, target, norm, turns.steps, progress)?;
+        let mut changed = false;
+        for (which, &permute) in permutes.iter().enumerate().filter(|(_, permute)| **permute != Permute::None) {
+            let left = left_to(which, terms, target);
+            changed |= improve_orders(&mut terms[which], left.as_ref(), norm, permute, progress)?;
+        }
+        if !changed {
             break;
         }
     }
-    descend(std::slice::from_mut(factors), target, norm, turns.last_steps, progress)
+    descend(terms, target, norm, turns.last_steps, progress)
 }
 
 /// `W` in f64.
@@ -158,8 +166,8 @@ pub(super) fn lost_energy(target: MatRef<'_, f64>, terms: &[Vec<f32>], norm: &No
     let error = Mat::from_fn(target.nrows(), columns, |i, j| {
         target[(i, j)] - terms.iter().map(|term| f64::from(term[i * columns + j])).sum::<f64>()
     });
-    let total = inner(norm.apply(target, Par::Seq).as_ref(), target);
-    if total > 0.0 { norm.energy(error.as_ref(), Par::Seq) / total } else { 0.0 }
+    let total = inner(norm.apply(target).as_ref(), target);
+    if total > 0.0 { norm.energy(error.as_ref()) / total } else { 0.0 }
 }
 
 /// `D_in^½ W D_out^½` for the diagonals of the weights.

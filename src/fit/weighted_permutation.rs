@@ -4,10 +4,10 @@
 //! A side whose weight is diagonal is a linear assignment problem; with a full one the rows depend on each other, and pairs
 //! change places instead.
 
-use faer::{Mat, MatRef, Par};
+use faer::{Mat, MatRef};
 
-use super::factors::{Factors, product};
-use super::moment::{Norm, Weight, inner};
+use super::factors::Factors;
+use super::moment::{Norm, Weight, inner, product};
 use crate::error::Result;
 use crate::permute::{Side, solve_assignment};
 use crate::progress::Progress;
@@ -39,7 +39,6 @@ pub(super) fn improve_orders(
     let mut changed = false;
     for side in [Side::Columns, Side::Rows] {
         progress.check()?;
-        let dense = factors.dense();
         let (allowed, blocks, slots) = match side {
             Side::Rows => (permute.rows(), factors.shape.m1, factors.shape.m2),
             Side::Columns => (permute.columns(), factors.shape.n1, factors.shape.n2),
@@ -48,6 +47,7 @@ pub(super) fn improve_orders(
         if !allowed || slots == 1 || blocks == 1 || blocks * slots > LONGEST {
             continue;
         }
+        let dense = factors.dense();
         let (moved, order) = match side {
             Side::Rows => {
                 let rows = Rows { target, sum: dense.as_ref(), own: &norm.input, other: &norm.output };
@@ -78,7 +78,7 @@ struct Rows<'a> {
 impl Rows<'_> {
     /// Where each row of the sum should go; `None` to leave all in place.
     fn best_places(&self, progress: &Progress) -> Result<Option<Vec<usize>>> {
-        let weighted = self.other.times(self.sum.transpose(), Par::Seq);
+        let weighted = self.other.times(self.sum.transpose());
         match self.own {
             Weight::Full(own) => self.swap(own.as_ref(), weighted.as_ref(), progress),
             _ if self.sum.nrows() > LONGEST_ASSIGNMENT => {
@@ -122,9 +122,9 @@ impl Rows<'_> {
     fn swap(&self, own: MatRef<'_, f64>, weighted: MatRef<'_, f64>, progress: &Progress) -> Result<Option<Vec<usize>>> {
         let (size, width) = (self.sum.nrows(), self.sum.ncols());
         let error = self.target - self.sum;
-        let half = self.own.times(error.as_ref(), Par::Seq);
+        let half = self.own.times(error.as_ref());
         // Row-major, since rows are what is read: the transposed C_own E C_other.
-        let mut gradient = self.other.times(half.transpose(), Par::Seq);
+        let mut gradient = self.other.times(half.transpose());
         let energy = inner(gradient.transpose(), error.as_ref());
         progress.check()?;
         let slopes = product(gradient.transpose(), self.sum.transpose());

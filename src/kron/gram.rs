@@ -223,13 +223,28 @@ pub fn block_gram(view: MatrixView<'_>, shape: &KroneckerShape, progress: &Progr
 /// # Cost
 /// `O(k³)` for a `k × k` matrix.
 pub fn top_eigenvectors(gram: &Mat<f64>, rank: usize) -> Result<(Mat<f64>, Vec<f64>)> {
+    let (mut values, vectors) = eigenvectors(gram.as_ref())?;
+    values.reverse();
     let size = gram.nrows();
+    let leading = Mat::from_fn(size, rank, |i, k| vectors[(i, size - 1 - k)]);
+    Ok((leading, values))
+}
+
+/// All eigenvalues of a symmetric matrix (lower triangle read), in ascending order, and its eigenvectors, one per column.
+///
+/// # Errors
+/// [`Error::Convergence`] if the eigensolver gives up.
+///
+/// # Cost
+/// `O(k³)` for a `k × k` matrix.
+pub fn eigenvectors(matrix: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>)> {
+    let size = matrix.nrows();
     let mut values = vec![0.0; size];
     let mut vectors = Mat::zeros(size, size);
     let parameters = Spec::<_, f64>::new(Auto::<f64>::auto());
     let scratch = self_adjoint_evd_scratch::<f64>(size, ComputeEigenvectors::Yes, Par::Seq, parameters);
     self_adjoint_evd(
-        gram.as_ref(),
+        matrix,
         faer::diag::DiagMut::from_slice_mut(&mut values),
         Some(vectors.as_mut()),
         Par::Seq,
@@ -237,7 +252,5 @@ pub fn top_eigenvectors(gram: &Mat<f64>, rank: usize) -> Result<(Mat<f64>, Vec<f
         parameters,
     )
     .map_err(|_| Error::Convergence { operation: "the symmetric eigensolver" })?;
-    values.reverse();
-    let leading = Mat::from_fn(size, rank, |i, k| vectors[(i, size - 1 - k)]);
-    Ok((leading, values))
+    Ok((values, vectors))
 }

@@ -9,5 +9,5 @@ mod view;
 mod tests;
 
 pub use decompose::{KroneckerSum, lost_energy, nearest_kronecker_sum};
-pub use gram::{block_gram, top_eigenvectors};
+pub use gram::{block_gram, eigenvectors, top_eigenvectors};
 pub use view::MatrixView;
