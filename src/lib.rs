@@ -4,7 +4,8 @@
 //! column permutations `p` and `q` searched so that little energy is lost.
 //!
 //! Modules, from the bottom up (each imports only from those before it):
-//! [`error`], [`shape`], [`spec`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`fit`], [`checkpoint`], [`plan`], [`compress`].
+//! [`error`], [`shape`], [`spec`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`fit`], [`checkpoint`], [`plan`], [`compress`],
+//! [`runtime`].
 //! `python` is the only module that knows Python.
 
 pub mod checkpoint;
@@ -17,6 +18,7 @@ pub mod memory;
 pub mod permute;
 pub mod plan;
 pub mod progress;
+pub mod runtime;
 pub mod shape;
 pub mod simd;
 pub mod spec;

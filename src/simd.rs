@@ -85,6 +85,122 @@ macro_rules! dispatched {
 }
 pub(crate) use dispatched;
 
+/// Sums of a dot product that do not wait for each other, each of [`LANES`] lanes.
+const CHAINS: usize = 4;
+
+/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: `N` rows with `R` vectors, as fast as memory gives the rows.
+///
+/// Each product is added up in the same order whatever `N` and `R` are, and on every instruction set.
+#[inline]
+pub fn dot<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
+    assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
+    match instruction_set() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `instruction_set` says Avx512 only where the processor has it, and the lengths were compared.
+        InstructionSet::Avx512 => unsafe { dot_avx512::<N, R>(rows, x, length, out) },
+        _ => dot_portable::<N, R>(rows, x, length, out),
+    }
+}
+
+/// Written by hand, because compilers keep so many sums in memory and not in registers.
+///
+/// # Safety
+/// Needs AVX-512 F; `rows` holds `N` rows and `x` `R` vectors of `length` values.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
+    use std::arch::x86_64::{
+        _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
+        _mm512_reduce_add_ps, _mm512_setzero_ps,
+    };
+    // What the processor's own prefetching, which stops at the ends of pages, is helped by.
+    const AHEAD: usize = 2048;
+    let mut sums = [[[_mm512_setzero_ps(); CHAINS]; R]; N];
+    let (rows, x) = (rows.as_ptr(), x.as_ptr());
+    let mut i = 0;
+    // SAFETY: all that is loaded lies below `length` in its row or vector; a prefetch may point anywhere.
+    unsafe {
+        while i + CHAINS * LANES <= length {
+            for chain in 0..CHAINS {
+                let at = i + chain * LANES;
+                for n in 0..N {
+                    _mm_prefetch::<_MM_HINT_T0>(rows.wrapping_add(n * length + at + AHEAD).cast());
+                    let values = _mm512_loadu_ps(rows.add(n * length + at));
+                    for r in 0..R {
+                        let product = _mm512_mul_ps(values, _mm512_loadu_ps(x.add(r * length + at)));
+                        sums[n][r][chain] = _mm512_add_ps(sums[n][r][chain], product);
+                    }
+                }
+            }
+            i += CHAINS * LANES;
+        }
+        for chain in 0..CHAINS {
+            let at = i + chain * LANES;
+            if at < length {
+                let mask = ((1_u32 << (length - at).min(LANES)) - 1) as u16;
+                for n in 0..N {
+                    let values = _mm512_maskz_loadu_ps(mask, rows.add(n * length + at));
+                    for r in 0..R {
+                        let product = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, x.add(r * length + at)));
+                        sums[n][r][chain] = _mm512_add_ps(sums[n][r][chain], product);
+                    }
+                }
+            }
+        }
+    }
+    for n in 0..N {
+        for r in 0..R {
+            let [a, b, c, d] = sums[n][r];
+            let lanes = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+            // Halves are added to halves, as in `dot_portable`.
+            out[n * R + r] = _mm512_reduce_add_ps(lanes);
+        }
+    }
+}
+
+dispatched! {
+    fn dot_portable[const N: usize, const R: usize](rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
+        for (at, out) in out.iter_mut().enumerate() {
+            let (row, vector) = (&rows[at / R * length..][..length], &x[at % R * length..][..length]);
+            let mut sums = [[0.0_f32; LANES]; CHAINS];
+            let ((blocks, rest), (vectors, vector_rest)) = (row.as_chunks::<LANES>(), vector.as_chunks::<LANES>());
+            let ((groups, last), (vector_groups, vector_last)) =
+                (blocks.as_chunks::<CHAINS>(), vectors.as_chunks::<CHAINS>());
+            for (group, vectors) in groups.iter().zip(vector_groups) {
+                for chain in 0..CHAINS {
+                    for lane in 0..LANES {
+                        sums[chain][lane] += group[chain][lane] * vectors[chain][lane];
+                    }
+                }
+            }
+            for (chain, (block, vector)) in last.iter().zip(vector_last).enumerate() {
+                for lane in 0..LANES {
+                    sums[chain][lane] += block[lane] * vector[lane];
+                }
+            }
+            for (lane, (a, b)) in rest.iter().zip(vector_rest).enumerate() {
+                sums[last.len()][lane] += a * b;
+            }
+            *out = added_up(sums);
+        }
+    }
+}
+
+/// The sum of all lanes, pairwise.
+#[inline(always)]
+fn added_up(sums: [[f32; LANES]; CHAINS]) -> f32 {
+    let [a, b, c, d] = sums;
+    let mut lanes: [f32; LANES] = std::array::from_fn(|lane| (a[lane] + b[lane]) + (c[lane] + d[lane]));
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 /// Asks for the cache line of `value`, without waiting for it.
 #[inline(always)]
 pub fn prefetch<T>(value: &T) {
@@ -96,4 +212,31 @@ pub fn prefetch<T>(value: &T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = value;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::noise;
+
+    #[test]
+    fn dot_products_are_exact_enough_and_the_same_for_any_number_of_vectors_and_instruction_set() {
+        for length in [0, 1, 15, 16, 17, 63, 64, 65, 200, 768, 3071] {
+            let (row, x) = (noise(length, 1), noise(4 * length, 2));
+            let mut together = [0.0; 4];
+            dot::<1, 4>(&row, &x, length, &mut together);
+            let mut swapped = [0.0; 4];
+            dot::<4, 1>(&x, &row, length, &mut swapped);
+            assert_eq!(together, swapped);
+            for (r, &found) in together.iter().enumerate() {
+                let vector = &x[r * length..][..length];
+                let [mut alone, mut portable] = [[f32::NAN]; 2];
+                dot::<1, 1>(&row, vector, length, &mut alone);
+                dot_portable::<1, 1>(&row, vector, length, &mut portable);
+                let exact: f64 = row.iter().zip(vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                assert_eq!((found, found), (alone[0], portable[0]), "{length}");
+                assert!((f64::from(found) - exact).abs() < 1e-6 * (1.0 + length as f64), "{length}");
+            }
+        }
+    }
 }

@@ -84,7 +84,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the directory `directory`: `config.json` and either `model.safetensors` or shards with their index.
+    /// Opens the directory `directory`, a dense checkpoint: `config.json` and either `model.safetensors` or shards with
+    /// their index.
     ///
     /// Every header is validated, and every tensor that `config.json` promises is there in the promised shape. Causal
     /// masks that old versions of transformers stored are left out. Weights are not looked at.
@@ -92,22 +93,27 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] with the file and what is wrong with it; [`Error::Io`] if it cannot be opened.
     pub fn open(directory: &Path) -> Result<Self> {
-        match fs::metadata(directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(problem(directory, "no such directory"));
-            }
-            Err(error) => return Err(Error::io(directory)(error)),
-            Ok(metadata) if !metadata.is_dir() => {
-                return Err(problem(
-                    directory,
-                    "expected a directory with config.json and model.safetensors, got a file",
-                ));
-            }
-            Ok(_) => {}
-        }
-        let paths = weight_files(directory)?;
+        let (paths, config) = begin(directory)?;
         let config_path = directory.join("config.json");
-        let config = read_object(&config_path)?;
+        check_dense(&config).map_err(|words| problem(&config_path, words))?;
+        let checkpoint = Self::map(directory, paths, config)?;
+        let tensors = checkpoint.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.shape.as_slice()));
+        checkpoint.geometry.check(tensors).map_err(|words| problem(directory, words))?;
+        Ok(checkpoint)
+    }
+
+    /// Opens a checkpoint that may be compressed. Headers are validated, but it is the caller's to compare the tensors
+    /// with what `config.json` promises.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_any(directory: &Path) -> Result<Self> {
+        let (paths, config) = begin(directory)?;
+        Self::map(directory, paths, config)
+    }
+
+    fn map(directory: &Path, paths: WeightFiles, config: Map<String, Value>) -> Result<Self> {
+        let config_path = directory.join("config.json");
         check_model_type(&config).map_err(|words| problem(&config_path, words))?;
         let geometry = Geometry::from_config(&config).map_err(|words| problem(&config_path, words))?;
 
@@ -133,8 +139,6 @@ impl Checkpoint {
         tensors.sort_by(|left, _, right, _| {
             names::model_order(left).cmp(&names::model_order(right)).then(left.cmp(right))
         });
-        let shapes = tensors.iter().map(|(name, tensor): (&String, &Tensor)| (name.as_str(), tensor.shape.as_slice()));
-        geometry.check(shapes).map_err(|words| problem(directory, words))?;
         Ok(Self { directory: directory.to_owned(), config, geometry, files, tensors })
     }
 
@@ -154,6 +158,12 @@ impl Checkpoint {
     #[must_use]
     pub fn tensors(&self) -> &IndexMap<String, Tensor> {
         &self.tensors
+    }
+
+    /// What its shapes follow from.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
     }
 
     /// Whether the output head is the token embedding.
@@ -249,12 +259,30 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&text).map_err(|error| problem(path, format!("expected a JSON object: {error}")))
 }
 
+/// The files of a checkpoint and its `config.json`.
+fn begin(directory: &Path) -> Result<(WeightFiles, Map<String, Value>)> {
+    match fs::metadata(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(problem(directory, "no such directory"));
+        }
+        Err(error) => return Err(Error::io(directory)(error)),
+        Ok(metadata) if !metadata.is_dir() => {
+            return Err(problem(directory, "expected a directory with config.json and model.safetensors, got a file"));
+        }
+        Ok(_) => {}
+    }
+    Ok((weight_files(directory)?, read_object(&directory.join("config.json"))?))
+}
+
 fn check_model_type(config: &Map<String, Value>) -> Result<(), String> {
     match config.get("model_type") {
-        Some(Value::String(name)) if name == "gpt2" => {}
-        Some(other) => return Err(format!("model_type: expected \"gpt2\", got {other}")),
-        None => return Err("model_type: expected \"gpt2\", got none".into()),
+        Some(Value::String(name)) if name == "gpt2" => Ok(()),
+        Some(other) => Err(format!("model_type: expected \"gpt2\", got {other}")),
+        None => Err("model_type: expected \"gpt2\", got none".into()),
     }
+}
+
+fn check_dense(config: &Map<String, Value>) -> Result<(), String> {
     match config.get("quantization_config") {
         None | Some(Value::Null) => Ok(()),
         Some(value) => match value.get("quant_method").and_then(Value::as_str) {

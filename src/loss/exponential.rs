@@ -8,7 +8,7 @@ pub(super) const SMALLEST_EXPONENT: f32 = -125.0;
 /// `x = n + f` with `|f| ≤ 1/2`, then `2^f` by a polynomial, minimax in the relative error (2e-8, so that no error is left
 /// that all values share: sums of many come out more exact than their terms), and `2^n` added to its exponent bits. No fused multiply-add, which would be a library call where the processor has none.
 #[inline(always)]
-pub(super) fn power_of_two(x: f32) -> f32 {
+pub(crate) fn power_of_two(x: f32) -> f32 {
     // Adding 1.5·2²³ rounds to an integer, which then stands in the lowest bits.
     const ROUNDER: f32 = 12_582_912.0;
     let rounded = x + ROUNDER;

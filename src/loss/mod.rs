@@ -6,7 +6,7 @@
 //! `kernels::write_gradient` finds them.
 
 mod distillation;
-mod exponential;
+pub(crate) mod exponential;
 mod head;
 mod hidden;
 mod kernels;

@@ -1,5 +1,7 @@
 //! Rows of f32, f16 or bf16 in, computed in f32, and gradients of the same dtype out.
 
+use std::ops::Range;
+
 use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
 use half::{bf16, f16};
 
@@ -63,20 +65,28 @@ impl<'a> Values<'a> {
     }
 
     /// Row `index` as f32: the row itself, or widened (exactly) into `scratch`, which grows to a row's width.
-    pub(super) fn row<'b>(&self, index: usize, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32]
+    pub(crate) fn row<'b>(&self, index: usize, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
     {
-        let range = index * width..(index + 1) * width;
+        self.rows(index..index + 1, width, scratch)
+    }
+
+    /// Some rows, as [`row`](Self::row).
+    pub(crate) fn rows<'b>(&self, rows: Range<usize>, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let range = rows.start * width..rows.end * width;
         match *self {
             Self::F32(values) => &values[range],
             Self::F16(bits) => {
-                scratch.resize(width, 0.0);
+                scratch.resize(range.len(), 0.0);
                 bits[range].reinterpret_cast::<f16>().convert_to_f32_slice(scratch);
                 scratch
             }
             Self::Bf16(bits) => {
-                scratch.resize(width, 0.0);
+                scratch.resize(range.len(), 0.0);
                 for (value, &half) in scratch.iter_mut().zip(&bits[range]) {
                     *value = f32::from_bits(u32::from(half) << 16);
                 }

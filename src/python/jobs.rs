@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 use crate::error::Result;
 use crate::progress::Progress;
+use crate::runtime::Workers;
 
 /// How often the calling thread looks for Ctrl-C and reports progress.
 const TICK: Duration = Duration::from_millis(50);
@@ -25,6 +26,12 @@ pub(super) fn pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
         .map_err(|error| PyRuntimeError::new_err(format!("cannot start {count} threads: {error}")))
 }
 
+/// The threads of a forward pass, one per core by default.
+pub(super) fn workers(threads: Option<usize>) -> PyResult<Workers> {
+    let count = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    Workers::new(count).map_err(|error| PyRuntimeError::new_err(format!("cannot start {count} threads: {error}")))
+}
+
 /// Runs `job` on a thread of its own, without the GIL, and returns its result.
 ///
 /// The calling thread looks every [`TICK`] for Ctrl-C and calls `callback` with `(done, total)`, and once at the end.
@@ -33,6 +40,19 @@ pub(super) fn pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
 pub(super) fn run<T: Send>(
     py: Python<'_>,
     callback: Option<Py<PyAny>>,
+    job: impl FnOnce(&Progress) -> Result<T> + Send,
+) -> PyResult<T> {
+    let report = |py: Python<'_>, progress: &Progress| match &callback {
+        Some(callback) => callback.call1(py, progress.counts()).map(|_| ()),
+        None => Ok(()),
+    };
+    run_watched(py, report, job)
+}
+
+/// As [`run`], with any `report` in place of a callback.
+pub(super) fn run_watched<T: Send>(
+    py: Python<'_>,
+    report: impl Fn(Python<'_>, &Progress) -> PyResult<()>,
     job: impl FnOnce(&Progress) -> Result<T> + Send,
 ) -> PyResult<T> {
     let progress = Progress::default();
@@ -55,13 +75,13 @@ pub(super) fn run<T: Send>(
             match py.detach(|| receive(TICK)) {
                 Ok(outcome) => {
                     let result = outcome.map_err(|panic| internal_error(panic.as_ref()))??;
-                    report(py, &progress, callback.as_ref())?;
+                    report(py, &progress)?;
                     return Ok(result);
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(PyRuntimeError::new_err("the worker thread died")),
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress, callback.as_ref())) {
+            if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress)) {
                 progress.cancel();
                 // Here, without the GIL, and not at the end of the scope, which would wait with it.
                 py.detach(|| while matches!(receive(TICK), Err(RecvTimeoutError::Timeout)) {});
@@ -75,13 +95,6 @@ pub(super) fn run<T: Send>(
 pub(super) fn run_here<T: Send>(py: Python<'_>, job: impl FnOnce(&Progress) -> Result<T> + Send) -> PyResult<T> {
     let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| job(&Progress::default()))));
     Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??)
-}
-
-fn report(py: Python<'_>, progress: &Progress, callback: Option<&Py<PyAny>>) -> PyResult<()> {
-    if let Some(callback) = callback {
-        callback.call1(py, progress.counts())?;
-    }
-    Ok(())
 }
 
 /// A panic is a bug of ours; it reaches Python as an exception that says so.

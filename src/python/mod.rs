@@ -7,6 +7,7 @@ mod fitting;
 mod jobs;
 mod kernels;
 mod losses;
+mod runtime;
 
 use pyo3::prelude::*;
 
@@ -17,5 +18,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     kernels::register(module)?;
     fitting::register(module)?;
     checkpoint::register(module)?;
-    losses::register(module)
+    losses::register(module)?;
+    runtime::register(module)
 }

@@ -1,0 +1,139 @@
+//! Causal self-attention over what was seen before, which a cache keeps.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+
+use super::kernels::{add_scaled, dot_rows, softmax};
+use super::workers::Workers;
+
+/// Queries that are worked on together.
+const QUERIES: usize = 64;
+/// Multiplications below which sharing them takes longer than the work.
+const SEQUENTIAL: usize = 1 << 17;
+
+/// Keys and values of one layer for one sequence, each `(heads, capacity, head width)`.
+#[derive(Clone, Debug)]
+pub(super) struct Memory {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    capacity: usize,
+}
+
+/// The shape of attention.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heads {
+    pub heads: usize,
+    /// Of a head.
+    pub width: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
+}
+
+/// One sequence: its new tokens, and how many it had before.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub tokens: usize,
+    pub before: usize,
+}
+
+impl Memory {
+    /// Room for `capacity` tokens.
+    pub fn new(heads: Heads, capacity: usize) -> Self {
+        let values = heads.heads * heads.width * capacity;
+        Self { keys: vec![0.0; values], values: vec![0.0; values], capacity }
+    }
+}
+
+/// `y : (tokens, d)` from `qkv : (tokens, 3·d)`, the new tokens of all `spans` one behind the other; their keys and values
+/// are added to `memories`.
+pub(super) fn attend(
+    heads: Heads,
+    qkv: &[f32],
+    spans: &[Span],
+    memories: &mut [&mut Memory],
+    workers: &Workers,
+) -> Vec<f32> {
+    let Heads { heads: count, width, .. } = heads;
+    let d = count * width;
+    let mut first = 0;
+    for (span, memory) in spans.iter().zip(memories.iter_mut()) {
+        for (t, row) in qkv[first * 3 * d..].chunks_exact(3 * d).take(span.tokens).enumerate() {
+            for head in 0..count {
+                let at = (head * memory.capacity + span.before + t) * width;
+                memory.keys[at..at + width].copy_from_slice(&row[d + head * width..][..width]);
+                memory.values[at..at + width].copy_from_slice(&row[2 * d + head * width..][..width]);
+            }
+        }
+        first += span.tokens;
+    }
+    // (head, token, width) of every sequence, so that each head of each is one thread's.
+    let mut by_head = vec![0.0; qkv.len() / 3];
+    let mut tasks = Vec::with_capacity(spans.len() * count);
+    let (mut rest, mut first, mut work) = (by_head.as_mut_slice(), 0, 0);
+    for (span, memory) in spans.iter().zip(memories.iter()) {
+        for head in 0..count {
+            let out;
+            (out, rest) = rest.split_at_mut(span.tokens * width);
+            let queries = &qkv[first * 3 * d..][..span.tokens * 3 * d];
+            tasks.push((queries, head, *span, &**memory, out));
+        }
+        first += span.tokens;
+        work += span.tokens * (span.before + span.tokens) * d;
+    }
+    let one = |(queries, head, span, memory, out)| attend_head(heads, queries, head, span, memory, out);
+    if work < SEQUENTIAL {
+        tasks.into_iter().for_each(one);
+    } else {
+        workers.for_each(tasks.into_iter(), one);
+    }
+    let mut y = vec![0.0; by_head.len()];
+    let mut first = 0;
+    for span in spans {
+        let sequence = first * d..(first + span.tokens) * d;
+        for (head, rows) in by_head[sequence.clone()].chunks_exact(span.tokens * width).enumerate() {
+            for (y, row) in y[sequence.clone()].chunks_exact_mut(d).zip(rows.chunks_exact(width)) {
+                y[head * width..][..width].copy_from_slice(row);
+            }
+        }
+        first += span.tokens;
+    }
+    y
+}
+
+fn attend_head(heads: Heads, qkv: &[f32], head: usize, span: Span, memory: &Memory, out: &mut [f32]) {
+    let Heads { heads: count, width, scale } = heads;
+    let Span { tokens, before } = span;
+    let d = count * width;
+    let known = head * memory.capacity * width..(head * memory.capacity + before + tokens) * width;
+    let (keys, values) = (&memory.keys[known.clone()], &memory.values[known]);
+    if tokens == 1 {
+        let query = &qkv[head * width..][..width];
+        let mut scores = vec![0.0; before + 1];
+        dot_rows(keys, width, query, 1, &mut scores);
+        softmax(&mut scores, scale);
+        for (&score, value) in scores.iter().zip(values.chunks_exact(width)) {
+            add_scaled(out, score, value);
+        }
+        return;
+    }
+    let queries = MatRef::from_row_major_slice(qkv, tokens, 3 * d).subcols(head * width, width);
+    let mut scores = vec![0.0; QUERIES.min(tokens) * (before + tokens)];
+    for first in (0..tokens).step_by(QUERIES) {
+        let rows = QUERIES.min(tokens - first);
+        // The last of these sees so many.
+        let seen = before + first + rows;
+        let keys = MatRef::from_row_major_slice(&keys[..seen * width], seen, width);
+        let values = MatRef::from_row_major_slice(&values[..seen * width], seen, width);
+        let scores = &mut scores[..rows * seen];
+        let product = MatMut::from_row_major_slice_mut(scores, rows, seen);
+        matmul(product, Accum::Replace, queries.subrows(first, rows), keys.transpose(), 1.0, Par::Seq);
+        for (row, scores) in scores.chunks_exact_mut(seen).enumerate() {
+            let (past, future) = scores.split_at_mut(before + first + row + 1);
+            softmax(past, scale);
+            future.fill(0.0);
+        }
+        let out = MatMut::from_row_major_slice_mut(&mut out[first * width..][..rows * width], rows, width);
+        let scores = MatRef::from_row_major_slice(scores, rows, seen);
+        matmul(out, Accum::Replace, scores, values, 1.0, Par::Seq);
+    }
+}

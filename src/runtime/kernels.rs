@@ -1,0 +1,127 @@
+//! The loops of a forward pass over f32 slices, compiled for every instruction set.
+
+use std::f32::consts::LOG2_E;
+
+use crate::loss::exponential::power_of_two;
+use crate::simd::{LANES, dispatched, dot};
+
+/// Vectors, or rows, of one call of [`dot`]: as many as leave all sums in registers.
+pub(super) const TOGETHER: usize = 4;
+
+/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in the
+/// same order whatever their numbers.
+pub(super) fn dot_rows(rows: &[f32], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
+    if length == 0 {
+        return out.fill(0.0);
+    }
+    match count {
+        1 => each_group::<4, 1>(rows, length, x, out),
+        2 => each_group::<2, 2>(rows, length, x, out),
+        3 => each_group::<1, 3>(rows, length, x, out),
+        4 => each_group::<1, 4>(rows, length, x, out),
+        _ => {
+            for (row, out) in rows.chunks_exact(length).zip(out.chunks_exact_mut(count)) {
+                for (x, out) in x.chunks(TOGETHER * length).zip(out.chunks_mut(TOGETHER)) {
+                    dot_rows(row, length, x, out.len(), out);
+                }
+            }
+        }
+    }
+}
+
+fn each_group<const N: usize, const R: usize>(rows: &[f32], length: usize, x: &[f32], out: &mut [f32]) {
+    let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));
+    for (rows, out) in groups.zip(places) {
+        dot::<N, R>(rows, x, length, out);
+    }
+    let done = rows.len() / (N * length) * N;
+    for (row, out) in rows[done * length..].chunks_exact(length).zip(out[done * R..].chunks_exact_mut(R)) {
+        dot::<1, R>(row, x, length, out);
+    }
+}
+
+dispatched! {
+    /// `out += factor · x`.
+    pub(super) fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
+        for (out, &x) in out.iter_mut().zip(x) {
+            *out += factor * x;
+        }
+    }
+}
+
+dispatched! {
+    /// Turns a row of scores into probabilities, `softmax(scale · scores)`, in place.
+    pub(super) fn softmax(scores: &mut [f32], scale: f32) {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (blocks, rest) = scores.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                lanes[lane] = if block[lane] > lanes[lane] { block[lane] } else { lanes[lane] };
+            }
+        }
+        let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &value| most.max(value));
+        let factor = scale * LOG2_E;
+        for score in scores.iter_mut() {
+            *score = power_of_two((*score - largest) * factor);
+        }
+        let mut sums = [0.0_f32; LANES];
+        let (blocks, rest) = scores.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                sums[lane] += block[lane];
+            }
+        }
+        let inverse = (sums.iter().chain(rest).sum::<f32>()).recip();
+        for score in scores.iter_mut() {
+            *score *= inverse;
+        }
+    }
+}
+
+dispatched! {
+    /// `out = (x − mean) / √(variance + epsilon) · weight + bias`, the variance being the mean square.
+    pub(super) fn layer_norm(x: &[f32], epsilon: f32, weight: &[f32], bias: &[f32], out: &mut [f32]) {
+        let length = x.len() as f32;
+        let mean = total(x, |value| value) / length;
+        let variance = total(x, |value| (value - mean) * (value - mean)) / length;
+        let inverse = (variance + epsilon).sqrt().recip();
+        for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = (x - mean) * inverse * weight + bias;
+        }
+    }
+}
+
+#[inline(always)]
+fn total(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            sums[lane] += term(block[lane]);
+        }
+    }
+    sums.iter().sum::<f32>() + rest.iter().map(|&value| term(value)).sum::<f32>()
+}
+
+dispatched! {
+    /// GELU in its tanh form: `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`, which is `x · sigmoid` of twice the argument.
+    pub(super) fn gelu_tanh(values: &mut [f32]) {
+        // 2·√(2/π)·log2(e)
+        const SCALE: f32 = 2.302_208_2;
+        for x in values.iter_mut() {
+            let exponent = SCALE * (*x + 0.044_715 * *x * *x * *x);
+            let power = power_of_two(-exponent.abs());
+            *x *= if exponent >= 0.0 { 1.0 } else { power } / (1.0 + power);
+        }
+    }
+}
+
+dispatched! {
+    /// `x · sigmoid(x)`.
+    pub(super) fn silu(values: &mut [f32]) {
+        for x in values.iter_mut() {
+            let power = power_of_two(-(*x * LOG2_E).abs());
+            *x *= if *x >= 0.0 { 1.0 } else { power } / (1.0 + power);
+        }
+    }
+}

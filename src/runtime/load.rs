@@ -1,0 +1,350 @@
+//! Reading a checkpoint, dense or compressed, into a model.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use indexmap::IndexMap;
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::config::Gpt2Config;
+use super::linear::{Kronecker, Linear, LowRank, Part, Term};
+use super::model::{Block, Gpt2, LayerNorm};
+use super::rows::Rows;
+use crate::checkpoint::expected::Geometry;
+use crate::checkpoint::float::Float;
+use crate::checkpoint::names;
+use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
+use crate::error::{Error, Result};
+use crate::permute::Permutation;
+use crate::plan::TQConfig;
+use crate::progress::Progress;
+use crate::shape::{KroneckerShape, KroneckerSpec};
+use crate::spec::{LowRankShape, MatrixSpec, TermSpec};
+
+impl Gpt2 {
+    /// Reads the checkpoint in `directory` on the current rayon pool: `config.json` and safetensors files with a language
+    /// model's or a bare model's weights, dense or with the factors that its `quantization_config` names.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with the file and what is wrong with it, such as a tensor that is missing, superfluous or of
+    /// another shape than `config.json` says; [`Error::NonFinite`] or [`Error::Dtype`] in a tensor; [`Error::Io`].
+    ///
+    /// # Cost
+    /// The memory of the weights in their own dtype, and of one more matrix a thread while they are read.
+    pub fn load(directory: &Path, progress: &Progress) -> Result<Self> {
+        let checkpoint = Checkpoint::open_any(directory)?;
+        let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
+        let geometry = checkpoint.geometry();
+        let config = Gpt2Config::new(checkpoint.config(), geometry).map_err(problem)?;
+        let specs = specs(&checkpoint).map_err(problem)?;
+        let source = Source::new(&checkpoint, &specs, progress);
+        source.check(geometry)?;
+        progress.expect(geometry.layers as u64 + 2);
+        let (d, vocabulary) = (geometry.width, geometry.vocabulary);
+        let blocks = (0..geometry.layers).into_par_iter().map(|layer| source.block(layer, geometry));
+        let embeddings = || {
+            let tokens = source.embedding("wte", vocabulary, d)?;
+            let positions = source.embedding("wpe", geometry.positions, d)?;
+            let head = if geometry.tied { None } else { source.head(vocabulary, d)? };
+            Ok::<_, Error>((tokens, positions, head))
+        };
+        // Collected first, so that of several faults the first in the model is reported.
+        let (embeddings, blocks) = rayon::join(embeddings, || blocks.collect::<Vec<_>>());
+        let (tokens, positions, head) = embeddings?;
+        let blocks = blocks.into_iter().collect::<Result<_>>()?;
+        let last_norm = source.norm("ln_f", d)?;
+        progress.finish();
+        Ok(Self { config, tokens, positions, blocks, last_norm, head })
+    }
+}
+
+/// What is compressed, by the names of the matrices.
+fn specs(checkpoint: &Checkpoint) -> Result<IndexMap<String, MatrixSpec>, String> {
+    match checkpoint.config().get("quantization_config") {
+        None | Some(Value::Null) => Ok(IndexMap::new()),
+        Some(value) => match value.get("quant_method").and_then(Value::as_str) {
+            Some("tqcompressor") => {
+                let config = TQConfig::from_json(&value.to_string()).map_err(|error| error.to_string())?;
+                match config.specs.keys().find(|name| name.contains(['*', '?', '[', ']'])) {
+                    Some(name) => Err(format!(
+                        "quantization_config: a compressed checkpoint's names matrices, not patterns: {name:?}"
+                    )),
+                    None => Ok(config.specs),
+                }
+            }
+            other => Err(format!("quantization_config: expected quant_method \"tqcompressor\", got {other:?}")),
+        },
+    }
+}
+
+/// A mapped checkpoint, tensors by their bare names.
+struct Source<'a> {
+    checkpoint: &'a Checkpoint,
+    tensors: IndexMap<&'a str, (&'a str, &'a Stored)>,
+    specs: &'a IndexMap<String, MatrixSpec>,
+    progress: &'a Progress,
+}
+
+/// Whether `W` or `Wᵀ` is the map that is applied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    /// `y = x W`
+    Forward,
+    /// `y = x Wᵀ`: an embedding as a head.
+    Transposed,
+}
+
+impl<'a> Source<'a> {
+    fn new(checkpoint: &'a Checkpoint, specs: &'a IndexMap<String, MatrixSpec>, progress: &'a Progress) -> Self {
+        let bare = |(name, tensor): (&'a String, &'a Stored)| (names::bare(name), (name.as_str(), tensor));
+        Self { checkpoint, tensors: checkpoint.tensors().iter().map(bare).collect(), specs, progress }
+    }
+
+    fn problem(&self, problem: String) -> Error {
+        Error::Checkpoint { path: self.checkpoint.directory().to_owned(), problem }
+    }
+
+    /// Refuses two tensors of one name, and what belongs to no module of this model.
+    fn check(&self, geometry: &Geometry) -> Result<()> {
+        if self.tensors.len() != self.checkpoint.tensors().len() {
+            let mut seen = HashSet::new();
+            let twice = self.checkpoint.tensors().keys().find(|name| !seen.insert(names::bare(name)));
+            return Err(self.problem(format!("tensor '{}' is there under two names", twice.expect("there are fewer"))));
+        }
+        for (bare, (stored, _)) in &self.tensors {
+            let module = bare.rsplit_once('.').map_or(*bare, |(module, _)| module);
+            let foreign = match names::layer(module) {
+                Some((layer, _)) => layer >= geometry.layers as u64,
+                None => false,
+            };
+            if foreign {
+                let layers = geometry.layers;
+                return Err(self.problem(format!("tensor '{stored}' does not belong to a model of {layers} layers")));
+            }
+        }
+        for name in self.specs.keys() {
+            let known = name.as_str() == "wte"
+                || name.as_str() == "wpe"
+                || name.as_str() == "lm_head"
+                || names::layer(name).is_some_and(|(layer, _)| layer < geometry.layers as u64);
+            if !known {
+                return Err(self.problem(format!("quantization_config: '{name}' is no matrix of this model")));
+            }
+        }
+        Ok(())
+    }
+
+    fn block(&self, layer: usize, geometry: &Geometry) -> Result<Block> {
+        self.progress.check()?;
+        let d = geometry.width;
+        let name = |module: &str| format!("h.{layer}.{module}");
+        let block = Block {
+            attention_norm: self.norm(&name("ln_1"), d)?,
+            query_key_value: self.linear(&name("attn.c_attn"), d, 3 * d, &[".q", ".k", ".v"])?,
+            attention_projection: self.linear(&name("attn.c_proj"), d, d, &[])?,
+            mlp_norm: self.norm(&name("ln_2"), d)?,
+            expansion: self.linear(&name("mlp.c_fc"), d, geometry.inner, &[])?,
+            projection: self.linear(&name("mlp.c_proj"), geometry.inner, d, &[])?,
+        };
+        self.progress.advance(1);
+        Ok(block)
+    }
+
+    /// A `Conv1D`: compressed as a whole or in parts of equal width, or dense.
+    fn linear(&self, module: &str, m: usize, n: usize, parts: &[&str]) -> Result<Linear> {
+        let bias = self.vector(&format!("{module}.bias"), n)?;
+        let spec = |part: &str| self.specs.get(&format!("{module}{part}"));
+        let found = if parts.iter().any(|part| spec(part).is_some()) {
+            let columns = n / parts.len();
+            let part = |part: &&str| {
+                let name = format!("{module}{part}");
+                let spec = self.specs.get(&name).ok_or_else(|| {
+                    self.problem(format!("quantization_config: '{name}' is missing beside the parts of {module}"))
+                })?;
+                Ok(Part { columns, terms: self.terms(&name, spec, m, columns, Direction::Forward)? })
+            };
+            parts.iter().map(part).collect::<Result<_>>()?
+        } else {
+            let terms = match spec("") {
+                Some(spec) => self.terms(module, spec, m, n, Direction::Forward)?,
+                None => {
+                    let weight = self.tensor(&format!("{module}.weight"), &[m, n])?;
+                    vec![Term::Dense(Rows::new(&weight.t().expect("two dimensions"))?)]
+                }
+            };
+            vec![Part { columns: n, terms }]
+        };
+        Ok(Linear { rows: m, columns: n, parts: found, bias })
+    }
+
+    /// An embedding `(entries, d)` as the map from `d` features to its entries.
+    fn embedding(&self, module: &str, entries: usize, d: usize) -> Result<Linear> {
+        self.progress.check()?;
+        let terms = match self.specs.get(module) {
+            Some(spec) => self.terms(module, spec, entries, d, Direction::Transposed)?,
+            None => vec![Term::Dense(Rows::new(&self.tensor(&format!("{module}.weight"), &[entries, d])?)?)],
+        };
+        Ok(Linear { rows: d, columns: entries, parts: vec![Part { columns: entries, terms }], bias: Vec::new() })
+    }
+
+    /// A head of its own: an `nn.Linear`, stored out × in.
+    fn head(&self, vocabulary: usize, d: usize) -> Result<Option<Linear>> {
+        let terms = match self.specs.get("lm_head") {
+            Some(spec) => self.terms("lm_head", spec, d, vocabulary, Direction::Forward)?,
+            None => vec![Term::Dense(Rows::new(&self.tensor(names::TIED_HEAD, &[vocabulary, d])?)?)],
+        };
+        let parts = vec![Part { columns: vocabulary, terms }];
+        Ok(Some(Linear { rows: d, columns: vocabulary, parts, bias: Vec::new() }))
+    }
+
+    fn terms(&self, name: &str, spec: &MatrixSpec, m: usize, n: usize, direction: Direction) -> Result<Vec<Term>> {
+        let terms = spec.terms();
+        let number = |t: usize| if terms.len() == 1 { String::new() } else { format!(".terms.{t}") };
+        let term = |(t, term): (usize, &TermSpec)| {
+            let name = format!("{name}{}", number(t));
+            match term {
+                TermSpec::Kronecker(spec) => self.kronecker(&name, spec, m, n, direction),
+                TermSpec::LowRank { rank } => self.low_rank(&name, *rank, m, n, direction),
+            }
+            .map_err(|error| match error {
+                Error::Shape { .. } => error.in_tensor(&name),
+                other => other,
+            })
+        };
+        terms.iter().enumerate().map(term).collect()
+    }
+
+    fn kronecker(&self, name: &str, spec: &KroneckerSpec, m: usize, n: usize, direction: Direction) -> Result<Term> {
+        let stored = spec.shape(m, n)?;
+        let KroneckerShape { m1, n1, m2, n2, rank } = stored;
+        let a = self.tensor(&format!("{name}.A"), &[rank, m1, n1])?;
+        let b = self.tensor(&format!("{name}.B"), &[rank, m2, n2])?;
+        let side = |which: &str, allowed: bool, length: usize| match allowed {
+            true => self.permutation(&format!("{name}.{which}"), length),
+            false => Ok(Permutation::identity(length)),
+        };
+        let input = side("input_permutation", spec.permute.rows(), m)?;
+        let output = side("output_permutation", spec.permute.columns(), n)?;
+        // Of the map x → y: the gather of its input, where each output is, and factors in × out.
+        let transpose = |tensor: Tensor| tensor.transpose(1, 2).expect("three dimensions");
+        let (shape, a, b, gather, output) = match direction {
+            Direction::Forward => (stored, a, b, input, output),
+            // The stored indices of an embedding are both inverse: see `compress`.
+            Direction::Transposed => (stored.transposed(), transpose(a), transpose(b), output.inverse(), input),
+        };
+        // A ⊗ B is B ⊗ A in another order of rows and columns; the larger factor goes into the matrix product.
+        let exchanged = shape.large_blocks();
+        let KroneckerShape { n1, m2, n2, .. } = shape;
+        let index = |permutation: &Permutation, at: usize| {
+            u32::try_from(permutation.as_slice()[at]).expect("fewer than 2³² features")
+        };
+        let (shape, a, b) = if exchanged { (shape.exchanged(), b, a) } else { (shape, a, b) };
+        // Row i1·m2 + i2 of A ⊗ B; after the exchange the blocks' rows are those of the old A.
+        let gather = (0..shape.m2 * shape.m1).map(|at| {
+            let (minor, major) = (at / shape.m1, at % shape.m1);
+            index(&gather, if exchanged { minor * m2 + major } else { major * m2 + minor })
+        });
+        let output = (0..n1 * n2).map(|at| {
+            let flat = output.as_slice()[at];
+            let (j1, j2) = (flat / n2, flat % n2);
+            let (j1, j2) = if exchanged { (j2, j1) } else { (j1, j2) };
+            u32::try_from(j2 * shape.n1 + j1).expect("fewer than 2³² features")
+        });
+        let rows = if shape.a_first() {
+            a.transpose(1, 2).and_then(|a| a.reshape((shape.rank * shape.n1, shape.m1)))
+        } else {
+            a.permute((2, 0, 1)).and_then(|a| a.reshape((shape.n1, shape.rank * shape.m1)))
+        };
+        let b = b.to_dtype(DType::F32).and_then(|b| b.contiguous()?.flatten_all()?.to_vec1());
+        Ok(Term::Kronecker(Kronecker {
+            a: Rows::new(&rows.expect("the sizes agree"))?,
+            b: b.expect("a tensor of floats"),
+            gather: gather.collect(),
+            output: output.collect(),
+            shape,
+        }))
+    }
+
+    fn low_rank(&self, name: &str, rank: usize, m: usize, n: usize, direction: Direction) -> Result<Term> {
+        let shape = LowRankShape::new(m, n, rank)?;
+        let left = self.tensor(&format!("{name}.left"), &[shape.left().0, shape.left().1])?;
+        let right = self.tensor(&format!("{name}.right"), &[shape.right().0, shape.right().1])?;
+        let on_rows = shape.pivots_on_rows();
+        let (which, length) = if on_rows { ("input_permutation", m) } else { ("output_permutation", n) };
+        let stored = self.permutation(&format!("{name}.{which}"), length)?;
+        let indices = |permutation: &Permutation| {
+            let narrow = |&at: &usize| u32::try_from(at).expect("fewer than 2³² features");
+            permutation.as_slice().iter().map(narrow).collect::<Vec<_>>()
+        };
+        let transposed = |tensor: &Tensor| Rows::new(&tensor.t().expect("two dimensions"));
+        Ok(Term::LowRank(match (direction, on_rows) {
+            (Direction::Forward, true) => {
+                LowRank::OnRows { left: transposed(&left)?, right: transposed(&right)?, gather: indices(&stored) }
+            }
+            (Direction::Forward, false) => {
+                LowRank::OnColumns { left: transposed(&left)?, right: transposed(&right)?, output: indices(&stored) }
+            }
+            // Wᵀ[q] = [I; rightᵀ] leftᵀ, and Wᵀ[:, p] = rightᵀ [I leftᵀ]; what is stored is inverse.
+            (Direction::Transposed, false) => LowRank::OnRows {
+                left: Rows::new(&right)?,
+                right: Rows::new(&left)?,
+                gather: indices(&stored.inverse()),
+            },
+            (Direction::Transposed, true) => {
+                LowRank::OnColumns { left: Rows::new(&right)?, right: Rows::new(&left)?, output: indices(&stored) }
+            }
+        }))
+    }
+
+    fn norm(&self, module: &str, d: usize) -> Result<LayerNorm> {
+        Ok(LayerNorm {
+            weight: self.vector(&format!("{module}.weight"), d)?,
+            bias: self.vector(&format!("{module}.bias"), d)?,
+        })
+    }
+
+    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
+        let values = self.tensor(name, &[length])?.to_dtype(DType::F32).and_then(|tensor| tensor.to_vec1());
+        Ok(values.expect("a tensor of floats"))
+    }
+
+    fn found(&self, name: &str, shape: &[usize]) -> Result<(&'a str, &'a Stored)> {
+        let Some(&(stored, tensor)) = self.tensors.get(name) else {
+            return Err(self.problem(format!("tensor '{name}' is missing (config.json asks for it, shape {shape:?})")));
+        };
+        if tensor.shape != shape {
+            let got = &tensor.shape;
+            return Err(self.problem(format!("tensor '{stored}': config.json asks for shape {shape:?}, got {got:?}")));
+        }
+        Ok((stored, tensor))
+    }
+
+    /// A tensor of floats, finite, in its own dtype.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let (stored, tensor) = self.found(name, shape)?;
+        self.checkpoint.check_finite(stored)?;
+        let dtype = match Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(stored))? {
+            Float::F32 => DType::F32,
+            Float::F16 => DType::F16,
+            Float::Bf16 => DType::BF16,
+        };
+        let read = Tensor::from_raw_buffer(self.checkpoint.bytes(tensor), dtype, shape, &Device::Cpu);
+        self.checkpoint.release(tensor);
+        read.map_err(|error| self.problem(format!("tensor '{stored}': {error}")))
+    }
+
+    fn permutation(&self, name: &str, length: usize) -> Result<Permutation> {
+        let (stored, tensor) = self.found(name, &[length])?;
+        if tensor.dtype != Dtype::I64 {
+            let error = Error::Dtype { expected: "I64".into(), got: format!("{:?}", tensor.dtype) };
+            return Err(error.in_tensor(stored));
+        }
+        let (indices, _) = self.checkpoint.bytes(tensor).as_chunks::<8>();
+        // A negative index becomes a huge one, which is out of range.
+        let index = |bytes: &[u8; 8]| usize::try_from(i64::from_le_bytes(*bytes)).unwrap_or(usize::MAX);
+        Permutation::new(indices.iter().map(index).collect()).map_err(|error| error.in_tensor(stored))
+    }
+}

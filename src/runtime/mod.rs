@@ -1,0 +1,23 @@
+//! GPT-2 on the processor without torch: weights are candle tensors, the loops over them are ours.
+//!
+//! A linear map reads its weights out × in, one output a row, whatever its kind: a dense matrix, the factors of a permuted
+//! Kronecker sum, or those of a low-rank one. One token reads every row once, as fast as memory gives them; many tokens are
+//! a matrix product. Results do not depend on the number of threads.
+
+mod attention;
+mod config;
+mod generate;
+mod kernels;
+mod kronecker;
+mod linear;
+mod load;
+mod model;
+mod rows;
+mod score;
+mod workers;
+
+pub use config::{Activation, Gpt2Config};
+pub use generate::Sampling;
+pub use model::{Cache, Gpt2, Observer};
+pub use score::TokenScore;
+pub use workers::Workers;

@@ -1,0 +1,222 @@
+//! GPT-2 as it runs: embeddings, blocks, the final normalisation and the head.
+
+use super::attention::{Heads, Memory, Span, attend};
+use super::config::{Activation, Gpt2Config};
+use super::kernels::{add_scaled, gelu_tanh, layer_norm, silu};
+use super::linear::Linear;
+use super::workers::Workers;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// Values that a thread works on at a time where every value is by itself.
+const PIECE: usize = 1 << 14;
+
+/// A GPT-2 with a language-model head, dense or compressed, in memory.
+///
+/// Weights stay in the dtype that they are stored in; everything is computed in f32.
+#[derive(Clone, Debug)]
+pub struct Gpt2 {
+    pub(super) config: Gpt2Config,
+    /// As the map from hidden states to logits, whose columns are looked up.
+    pub(super) tokens: Linear,
+    /// Likewise.
+    pub(super) positions: Linear,
+    pub(super) blocks: Vec<Block>,
+    pub(super) last_norm: LayerNorm,
+    /// None if it is the token embedding.
+    pub(super) head: Option<Linear>,
+}
+
+/// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Clone, Debug)]
+pub(super) struct Block {
+    pub attention_norm: LayerNorm,
+    pub query_key_value: Linear,
+    pub attention_projection: Linear,
+    pub mlp_norm: LayerNorm,
+    pub expansion: Linear,
+    pub projection: Linear,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct LayerNorm {
+    pub weight: Vec<f32>,
+    pub bias: Vec<f32>,
+}
+
+/// What was computed for the tokens of one sequence so far.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    length: usize,
+    capacity: usize,
+    layers: Vec<Memory>,
+}
+
+impl Cache {
+    /// How many tokens were seen.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether none was seen.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+}
+
+/// What goes into a linear layer: its name in configs ("h.0.mlp.c_fc"), and the inputs `(count, rows)`.
+pub type Observer<'a> = &'a mut (dyn FnMut(&str, &[f32]) -> Result<()> + Send);
+
+impl Gpt2 {
+    /// Its hyperparameters.
+    #[must_use]
+    pub fn config(&self) -> &Gpt2Config {
+        &self.config
+    }
+
+    /// An empty cache for a sequence of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for more than the model's context.
+    pub fn cache(&self, capacity: usize) -> Result<Cache> {
+        if capacity > self.config.positions {
+            return Err(Error::Config(format!(
+                "tokens: expected at most {} in a sequence (the model's context), got {capacity}",
+                self.config.positions
+            )));
+        }
+        let layers = self.blocks.iter().map(|_| Memory::new(self.heads(0), capacity)).collect();
+        Ok(Cache { length: 0, capacity, layers })
+    }
+
+    /// The last hidden states, normalised, `(tokens of all sequences, width)`, of new tokens behind those of their caches,
+    /// which they are added to. Sequences may be of any lengths: none is padded.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a token out of range or a sequence longer than its cache; [`Error::Cancelled`]; what `observer`
+    /// returns.
+    ///
+    /// # Cost
+    /// Two multiplies per token and parameter of the blocks, and `2·width` per pair of tokens and layer.
+    pub fn forward(
+        &self,
+        sequences: &[&[u32]],
+        caches: &mut [&mut Cache],
+        mut observer: Option<Observer<'_>>,
+        workers: &Workers,
+        progress: &Progress,
+    ) -> Result<Vec<f32>> {
+        let d = self.config.width;
+        for (sequence, cache) in sequences.iter().zip(caches.iter()) {
+            self.check(sequence, cache)?;
+        }
+        let spans: Vec<_> = sequences
+            .iter()
+            .zip(caches.iter())
+            .map(|(sequence, cache)| Span { tokens: sequence.len(), before: cache.length })
+            .collect();
+        let mut x = self.embed(sequences, &spans, workers);
+        let count = x.len() / d;
+        let mut observe = |layer: usize, module: &str, x: &[f32]| match &mut observer {
+            None => Ok(()),
+            Some(observer) => observer(&format!("h.{layer}.{module}"), x),
+        };
+        for (layer, block) in self.blocks.iter().enumerate() {
+            progress.check()?;
+            let normed = block.attention_norm.forward(&x, self.config.epsilon, workers);
+            observe(layer, "attn.c_attn", &normed)?;
+            let qkv = block.query_key_value.forward(&normed, count, workers);
+            let mut memories: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
+            let attended = attend(self.heads(layer), &qkv, &spans, &mut memories, workers);
+            observe(layer, "attn.c_proj", &attended)?;
+            add_scaled(&mut x, 1.0, &block.attention_projection.forward(&attended, count, workers));
+            progress.check()?;
+            let normed = block.mlp_norm.forward(&x, self.config.epsilon, workers);
+            observe(layer, "mlp.c_fc", &normed)?;
+            let mut inner = block.expansion.forward(&normed, count, workers);
+            self.config.activation.apply(&mut inner, workers);
+            observe(layer, "mlp.c_proj", &inner)?;
+            add_scaled(&mut x, 1.0, &block.projection.forward(&inner, count, workers));
+        }
+        for (span, cache) in spans.iter().zip(caches.iter_mut()) {
+            cache.length += span.tokens;
+        }
+        Ok(self.last_norm.forward(&x, self.config.epsilon, workers))
+    }
+
+    /// Logits `(count, vocabulary)` of hidden states `(count, width)`.
+    ///
+    /// # Cost
+    /// Two multiplies per state and parameter of the head.
+    #[must_use]
+    pub fn logits(&self, hidden: &[f32], workers: &Workers) -> Vec<f32> {
+        self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, workers)
+    }
+
+    fn heads(&self, layer: usize) -> Heads {
+        let Gpt2Config { width, heads, scale_scores, scale_by_layer, .. } = self.config;
+        let by_width = if scale_scores { ((width / heads) as f32).sqrt().recip() } else { 1.0 };
+        let by_layer = if scale_by_layer { ((layer + 1) as f32).recip() } else { 1.0 };
+        Heads { heads, width: width / heads, scale: by_width * by_layer }
+    }
+
+    fn check(&self, sequence: &[u32], cache: &Cache) -> Result<()> {
+        let vocabulary = self.config.vocabulary;
+        if let Some(token) = sequence.iter().find(|&&token| token as usize >= vocabulary) {
+            return Err(Error::Config(format!("tokens: expected 0 to {}, got {token}", vocabulary - 1)));
+        }
+        let length = cache.length + sequence.len();
+        if length > cache.capacity {
+            return Err(Error::Config(format!(
+                "tokens: expected at most {} in a sequence, got {length}",
+                cache.capacity
+            )));
+        }
+        Ok(())
+    }
+
+    fn embed(&self, sequences: &[&[u32]], spans: &[Span], workers: &Workers) -> Vec<f32> {
+        let d = self.config.width;
+        let tokens =
+            sequences.iter().zip(spans).flat_map(|(sequence, span)| sequence.iter().copied().zip(span.before..));
+        let tokens: Vec<_> = tokens.collect();
+        let mut x = vec![0.0; tokens.len() * d];
+        workers.for_each(x.chunks_exact_mut(d).zip(tokens), |(row, (token, position))| {
+            self.tokens.add_column(token as usize, row);
+            self.positions.add_column(position, row);
+        });
+        x
+    }
+}
+
+impl LayerNorm {
+    fn forward(&self, x: &[f32], epsilon: f32, workers: &Workers) -> Vec<f32> {
+        let mut y = vec![0.0; x.len()];
+        let d = self.weight.len();
+        let rows = (PIECE / d).max(1);
+        workers.for_each(y.chunks_mut(rows * d).zip(x.chunks(rows * d)), |(y, x)| {
+            for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                layer_norm(x, epsilon, &self.weight, &self.bias, y);
+            }
+        });
+        y
+    }
+}
+
+impl Activation {
+    fn apply(self, values: &mut [f32], workers: &Workers) {
+        workers.for_each(values.chunks_mut(PIECE), |values| match self {
+            Self::GeluTanh => gelu_tanh(values),
+            Self::Silu => silu(values),
+            Self::Gelu => values.iter_mut().for_each(|x| {
+                let wide = f64::from(*x);
+                *x = (0.5 * wide * (1.0 + candle_core::cpu::erf::erf_f64(wide * std::f64::consts::FRAC_1_SQRT_2)))
+                    as f32;
+            }),
+            Self::Relu => values.iter_mut().for_each(|x| *x = x.max(0.0)),
+            Self::Tanh => values.iter_mut().for_each(|x| *x = x.tanh()),
+        });
+    }
+}

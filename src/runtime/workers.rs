@@ -1,0 +1,185 @@
+//! Threads that stay awake between the many short steps of a forward pass.
+//!
+//! A step of a decoded token takes some hundred microseconds, and waking a thread that sleeps takes a tenth of that: rayon's
+//! threads sleep too soon. These wait by turning for a while, and sleep only when nothing comes.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+/// How often a thread looks for work before it sleeps: some hundred microseconds.
+const TURNS: u32 = 1 << 14;
+
+/// The calling thread and its helpers. They end when it is dropped.
+#[derive(Debug)]
+pub struct Workers {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+    /// Not `Sync`: one job at a time, and none from within another.
+    _one_caller: PhantomData<Cell<()>>,
+}
+
+/// A borrowed closure whose borrow the compiler cannot see: [`Workers::run`] ends it.
+#[derive(Clone, Copy)]
+struct Job(*const (dyn Fn() + Sync));
+
+// SAFETY: what is pointed to is `Sync`, and outlives its use (see `Workers::run`).
+unsafe impl Send for Job {}
+
+struct Shared {
+    /// Changes when there is a job.
+    round: AtomicUsize,
+    job: Mutex<Option<Job>>,
+    /// Helpers that have not finished the job.
+    busy: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Shared").field("round", &self.round).finish_non_exhaustive()
+    }
+}
+
+impl Workers {
+    /// Starts `threads − 1` helpers.
+    ///
+    /// # Errors
+    /// What the system says if it cannot start a thread.
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            round: AtomicUsize::new(0),
+            job: Mutex::new(None),
+            busy: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let mut workers = Self { shared, helpers: Vec::new(), _one_caller: PhantomData };
+        for _ in 1..threads {
+            let shared = Arc::clone(&workers.shared);
+            let builder = thread::Builder::new().name("tqcompressor helper".into());
+            workers.helpers.push(builder.spawn(move || shared.help())?);
+        }
+        Ok(workers)
+    }
+
+    /// Calls `work` on every item, in any order and on any thread.
+    pub fn for_each<T: Send>(&self, items: impl ExactSizeIterator<Item = T> + Send, work: impl Fn(T) + Sync) {
+        if self.helpers.is_empty() || items.len() < 2 {
+            return items.for_each(work);
+        }
+        let queue = Mutex::new(items);
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        self.run(&|| {
+            while let Some(item) = next() {
+                work(item);
+            }
+        });
+    }
+
+    /// Calls `job` once on every thread, and returns when all have returned.
+    fn run(&self, job: &(dyn Fn() + Sync)) {
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. Helpers call the job between here and the end of `wait`, which is reached
+        // even if the job panics on this thread, and the pointer is taken away before this function returns.
+        let erased = Job(unsafe { std::mem::transmute::<&(dyn Fn() + Sync), *const (dyn Fn() + Sync)>(job) });
+        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(erased);
+        shared.busy.store(self.helpers.len(), Relaxed);
+        shared.round.fetch_add(1, SeqCst);
+        for helper in &self.helpers {
+            helper.thread().unpark();
+        }
+        let own = catch_unwind(AssertUnwindSafe(job));
+        while shared.busy.load(Acquire) > 0 {
+            std::hint::spin_loop();
+        }
+        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        assert!(!shared.panicked.swap(false, Relaxed), "a helper panicked");
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        self.shared.round.fetch_add(1, SeqCst);
+        for helper in self.helpers.drain(..) {
+            helper.thread().unpark();
+            // Its panics were told where they happened.
+            let _ = helper.join();
+        }
+    }
+}
+
+impl Shared {
+    fn help(&self) {
+        let mut seen = 0;
+        loop {
+            let mut turns = 0;
+            while self.round.load(Acquire) == seen {
+                turns += 1;
+                if turns < TURNS {
+                    std::hint::spin_loop();
+                } else {
+                    // A call of `unpark` between the look and the sleep makes this return at once.
+                    thread::park();
+                }
+            }
+            seen += 1;
+            if self.stop.load(SeqCst) {
+                return;
+            }
+            let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(Job(job)) = job {
+                // SAFETY: `run` keeps the job alive until `busy` is 0.
+                if catch_unwind(AssertUnwindSafe(|| unsafe { (*job)() })).is_err() {
+                    self.panicked.store(true, Relaxed);
+                }
+            }
+            self.busy.fetch_sub(1, Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_worked_on_once_whatever_the_number_of_threads() {
+        for threads in [1, 2, 5] {
+            let workers = Workers::new(threads).unwrap();
+            for length in [0, 1, 2, 100] {
+                for _ in 0..50 {
+                    let mut values = vec![0; length];
+                    workers.for_each(values.iter_mut().enumerate(), |(i, value)| *value += i + 1);
+                    assert!(values.iter().enumerate().all(|(i, &value)| value == i + 1));
+                }
+            }
+            // They sleep by then, and wake.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let count = AtomicUsize::new(0);
+            workers.for_each(0..1000, |_| _ = count.fetch_add(1, Relaxed));
+            assert_eq!(count.into_inner(), 1000);
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_workers_go_on() {
+        let workers = Workers::new(3).unwrap();
+        for bad in 0..20 {
+            let run = || workers.for_each(0..20, |i| assert_ne!(i, bad));
+            assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        }
+        let count = AtomicUsize::new(0);
+        workers.for_each(0..100, |_| _ = count.fetch_add(1, Relaxed));
+        assert_eq!(count.into_inner(), 100);
+    }
+}
