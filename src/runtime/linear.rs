@@ -1,6 +1,9 @@
 //! Linear maps of a forward pass: dense, or a sum of factored terms, or several such side by side.
 
+use std::borrow::Cow;
+
 use super::kernels::add_scaled;
+use super::order::Order;
 use super::rows::Rows;
 use super::workers::Workers;
 use crate::shape::KroneckerShape;
@@ -33,7 +36,7 @@ pub(super) enum Term {
     LowRank(LowRank),
 }
 
-/// `Σ_k A_k ⊗ B_k` between a gather and another: `X : (m1, m2)` is gathered from `x`, `Y = Σ_k A_kᵀ X B_k : (n1, n2)`.
+/// `Σ_k A_k ⊗ B_k` between two orders: `X : (m1, m2)` is gathered from `x`, and `Y = Σ_k A_kᵀ X B_k : (n1, n2)`.
 #[derive(Clone, Debug)]
 pub(super) struct Kronecker {
     pub shape: KroneckerShape,
@@ -41,10 +44,10 @@ pub(super) struct Kronecker {
     pub a: Rows,
     /// `(rank, m2, n2)`
     pub b: Vec<f32>,
-    /// Where `X[i1, i2]` is in `x`, at `i2·m1 + i1`.
-    pub gather: Vec<u32>,
-    /// Where `y[j]` is in `Y`, stored as `(n2, n1)`.
-    pub output: Vec<u32>,
+    /// Where `X`, stored as `(m2, m1)`, is in `x`.
+    pub input: Order,
+    /// Where `y` is in `Y`, stored as `(n2, n1)`.
+    pub output: Order,
 }
 
 /// A matrix of low rank in interpolative form.
@@ -57,7 +60,7 @@ pub(super) enum LowRank {
         /// `rightᵀ : (n, k)`
         right: Rows,
         /// `p`
-        gather: Vec<u32>,
+        input: Order,
     },
     /// `W[:, q] = left [I right]`
     OnColumns {
@@ -66,7 +69,7 @@ pub(super) enum LowRank {
         /// `rightᵀ : (n − k, k)`
         right: Rows,
         /// The inverse of `q`.
-        output: Vec<u32>,
+        output: Order,
     },
 }
 
@@ -77,20 +80,23 @@ impl Linear {
     /// For few vectors every factor is read once; for many, a Kronecker sum is formed if that is the cheaper way.
     pub fn forward(&self, x: &[f32], count: usize, workers: &Workers) -> Vec<f32> {
         debug_assert_eq!(x.len(), count * self.rows);
-        let mut y = vec![0.0; count * self.columns];
+        let mut y = Vec::new();
         let mut first = 0;
-        for part in &self.parts {
-            match part.terms.as_slice() {
-                // The largest are like this: nothing is written twice.
-                [Term::Dense(rows)] if part.columns == self.columns => rows.times(x, count, &mut y, workers),
-                terms => terms.iter().for_each(|term| term.add_to(x, count, (&mut y, first, self.columns), workers)),
+        for Part { columns, terms } in &self.parts {
+            for term in terms {
+                let (product, output) = term.times(x, count, workers);
+                if y.is_empty() && *columns == self.columns {
+                    y = output.gather(product, workers).into_owned();
+                    continue;
+                }
+                y.resize(count * self.columns, 0.0);
+                let rows = y.chunks_exact_mut(self.columns).zip(product.chunks_exact(*columns));
+                workers.for_each(rows, |(y, product)| output.add(product, &mut y[first..first + columns]));
             }
-            first += part.columns;
+            first += columns;
         }
         if !self.bias.is_empty() {
-            for y in y.chunks_exact_mut(self.columns) {
-                add_scaled(y, 1.0, &self.bias);
-            }
+            workers.for_each(y.chunks_exact_mut(self.columns), |y| add_scaled(y, 1.0, &self.bias));
         }
         y
     }
@@ -105,54 +111,99 @@ impl Linear {
             first += part.columns;
         }
     }
+
+    /// Lets outputs come in the order in which the only term makes them: output `j` is then at place `order.at(j)`. What
+    /// reads them must be told, by [`take_inputs_from`](Self::take_inputs_from).
+    pub fn keep_output_order(&mut self) -> Order {
+        let order = match self.only_term() {
+            Some(Term::Kronecker(Kronecker { output, .. }) | Term::LowRank(LowRank::OnColumns { output, .. })) => {
+                std::mem::take(output)
+            }
+            _ => return Order::default(),
+        };
+        let inverse = order.inverse();
+        self.bias = (0..self.bias.len()).map(|at| self.bias[inverse.at(at)]).collect();
+        order
+    }
+
+    /// Makes the map read inputs of which the `i`-th is at place `order.at(i)`.
+    pub fn take_inputs_from(&mut self, order: &Order) {
+        for term in self.parts.iter_mut().flat_map(|part| &mut part.terms) {
+            match term {
+                Term::Dense(rows) | Term::LowRank(LowRank::OnColumns { left: rows, .. }) => rows.reorder_values(order),
+                Term::Kronecker(Kronecker { input, .. }) | Term::LowRank(LowRank::OnRows { input, .. }) => {
+                    *input = input.after(order, self.rows);
+                }
+            }
+        }
+    }
+
+    /// Lets the map read inputs in the order in which its only term needs them: `order.at(p)` is what is to be at place `p`.
+    /// What makes them must be told, by [`put_outputs_in`](Self::put_outputs_in).
+    pub fn keep_input_order(&mut self) -> Order {
+        match self.only_term() {
+            Some(Term::Kronecker(Kronecker { input, .. }) | Term::LowRank(LowRank::OnRows { input, .. })) => {
+                std::mem::take(input)
+            }
+            _ => Order::default(),
+        }
+    }
+
+    /// Makes the map put output `order.at(p)` at place `p`; it must have one part.
+    pub fn put_outputs_in(&mut self, order: &Order) {
+        debug_assert_eq!(self.parts.len(), 1);
+        for term in self.parts.iter_mut().flat_map(|part| &mut part.terms) {
+            match term {
+                Term::Dense(rows) | Term::LowRank(LowRank::OnRows { right: rows, .. }) => rows.reorder_rows(order),
+                Term::Kronecker(Kronecker { output, .. }) | Term::LowRank(LowRank::OnColumns { output, .. }) => {
+                    *output = order.after(output, self.columns);
+                }
+            }
+        }
+        self.bias = (0..self.bias.len()).map(|at| self.bias[order.at(at)]).collect();
+    }
+
+    fn only_term(&mut self) -> Option<&mut Term> {
+        match self.parts.as_mut_slice() {
+            [Part { terms, .. }] if terms.len() == 1 => terms.first_mut(),
+            _ => None,
+        }
+    }
+
+    /// How often a vector is put into another order on its way through.
+    pub fn gathers(&self) -> usize {
+        let gathers = |term: &Term| match term {
+            Term::Dense(_) => 0,
+            Term::Kronecker(Kronecker { input, output, .. }) => {
+                usize::from(!input.is_identity()) + usize::from(!output.is_identity())
+            }
+            Term::LowRank(LowRank::OnRows { input: order, .. } | LowRank::OnColumns { output: order, .. }) => {
+                usize::from(!order.is_identity())
+            }
+        };
+        self.parts.iter().flat_map(|part| &part.terms).map(gathers).sum()
+    }
 }
 
 impl Term {
-    /// Adds the product with `x : (count, m)` to the columns of `y : (count, width)` from `first` on.
-    fn add_to(&self, x: &[f32], count: usize, (y, first, width): (&mut [f32], usize, usize), workers: &Workers) {
-        let times = |rows: &Rows, x: &[f32]| {
-            let mut out = vec![0.0; count * rows.rows];
-            rows.times(x, count, &mut out, workers);
-            out
-        };
-        let mut add = |product: &[f32], output: Option<&[u32]>| {
-            let columns = product.len() / count;
-            for (y, product) in y.chunks_exact_mut(width).zip(product.chunks_exact(columns)) {
-                match output {
-                    None => add_scaled(&mut y[first..first + columns], 1.0, product),
-                    Some(output) => {
-                        for (y, &at) in y[first..].iter_mut().zip(output) {
-                            *y += product[at as usize];
-                        }
-                    }
-                }
-            }
-        };
+    /// The product `(count, n)` with `x : (count, m)`, and the order in which `y` is to be gathered from it.
+    fn times<'a>(&'a self, x: &[f32], count: usize, workers: &Workers) -> (Vec<f32>, Cow<'a, Order>) {
         match self {
-            Self::Dense(rows) => add(&times(rows, x), None),
-            Self::Kronecker(kronecker) => match kronecker.expanded(count, workers) {
-                Some(rows) => add(&times(&rows, &kronecker.gathered(x)), None),
-                None => add(&kronecker.times(x, count, workers), Some(&kronecker.output)),
-            },
-            Self::LowRank(LowRank::OnRows { left, right, gather }) => {
-                let rank = left.rows;
-                let (mut pivots, mut others) = (Vec::with_capacity(count * rank), Vec::new());
-                for x in x.chunks_exact(gather.len()) {
-                    pivots.extend(gather[..rank].iter().map(|&at| x[at as usize]));
-                    others.extend(gather[rank..].iter().map(|&at| x[at as usize]));
-                }
-                add_scaled(&mut pivots, 1.0, &times(left, &others));
-                add(&times(right, &pivots), None);
+            Self::Dense(rows) => (rows.times(x, count, workers), Cow::Owned(Order::default())),
+            Self::Kronecker(kronecker) => kronecker.times(x, count, workers),
+            Self::LowRank(LowRank::OnRows { left, right, input }) => {
+                let x = input.gather(x, workers);
+                let vectors = x.chunks_exact(left.rows + left.length).map(|x| x.split_at(left.rows));
+                let (pivots, others): (Vec<_>, Vec<_>) = vectors.unzip();
+                let mut inner = pivots.concat();
+                add_scaled(&mut inner, 1.0, &left.times(&others.concat(), count, workers));
+                (right.times(&inner, count, workers), Cow::Owned(Order::default()))
             }
             Self::LowRank(LowRank::OnColumns { left, right, output }) => {
-                let inner = times(left, x);
-                let rest = times(right, &inner);
-                let mut both = Vec::with_capacity(count * output.len());
-                for t in 0..count {
-                    both.extend_from_slice(&inner[t * left.rows..][..left.rows]);
-                    both.extend_from_slice(&rest[t * right.rows..][..right.rows]);
-                }
-                add(&both, Some(output));
+                let inner = left.times(x, count, workers);
+                let rest = right.times(&inner, count, workers);
+                let both = inner.chunks_exact(left.rows).zip(rest.chunks_exact(right.rows));
+                (both.flat_map(|(inner, rest)| [inner, rest]).collect::<Vec<_>>().concat(), Cow::Borrowed(output))
             }
         }
     }
@@ -162,17 +213,18 @@ impl Term {
         match self {
             Self::Dense(rows) => rows.with_row(column, |row| add_scaled(out, 1.0, row)),
             Self::Kronecker(kronecker) => kronecker.add_column(column, out),
-            Self::LowRank(LowRank::OnRows { left, right, gather }) => right.with_row(column, |weights| {
-                let mut others = vec![0.0; left.length];
+            Self::LowRank(LowRank::OnRows { left, right, input }) => right.with_row(column, |weights| {
+                // [I; left] times a column of `right`.
+                let mut product = vec![0.0; left.rows + left.length];
+                let (pivots, others) = product.split_at_mut(left.rows);
+                pivots.copy_from_slice(weights);
                 for (k, &weight) in weights.iter().enumerate() {
-                    left.with_row(k, |row| add_scaled(&mut others, weight, row));
+                    left.with_row(k, |row| add_scaled(others, weight, row));
                 }
-                for (&to, value) in gather.iter().zip(weights.iter().chain(&others)) {
-                    out[to as usize] += value;
-                }
+                input.scatter_add(&product, out);
             }),
             Self::LowRank(LowRank::OnColumns { left, right, output }) => {
-                let at = output[column] as usize;
+                let at = output.at(column);
                 match at.checked_sub(left.rows) {
                     None => left.with_row(at, |row| add_scaled(out, 1.0, row)),
                     Some(at) => right.with_row(at, |weights| {

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::config::Gpt2Config;
 use super::linear::{Kronecker, Linear, LowRank, Part, Term};
 use super::model::{Block, Gpt2, LayerNorm};
+use super::order::Order;
 use super::rows::Rows;
 use crate::checkpoint::expected::Geometry;
 use crate::checkpoint::float::Float;
@@ -141,13 +142,25 @@ impl<'a> Source<'a> {
         self.progress.check()?;
         let d = geometry.width;
         let name = |module: &str| format!("h.{layer}.{module}");
+        let mut expansion = self.linear(&name("mlp.c_fc"), d, geometry.inner, &[])?;
+        let mut projection = self.linear(&name("mlp.c_proj"), geometry.inner, d, &[])?;
+        // What is between them acts on every value by itself, so that they may agree on any order: that in which the second
+        // reads, which a matrix that is made from its factors, or was dense, is put in for nothing; else the first's own.
+        let wanted = projection.keep_input_order();
+        expansion.put_outputs_in(&wanted);
+        let mut hidden_order = wanted.inverse();
+        if hidden_order.is_identity() {
+            hidden_order = expansion.keep_output_order();
+            projection.take_inputs_from(&hidden_order);
+        }
         let block = Block {
             attention_norm: self.norm(&name("ln_1"), d)?,
             query_key_value: self.linear(&name("attn.c_attn"), d, 3 * d, &[".q", ".k", ".v"])?,
             attention_projection: self.linear(&name("attn.c_proj"), d, d, &[])?,
             mlp_norm: self.norm(&name("ln_2"), d)?,
-            expansion: self.linear(&name("mlp.c_fc"), d, geometry.inner, &[])?,
-            projection: self.linear(&name("mlp.c_proj"), geometry.inner, d, &[])?,
+            expansion,
+            hidden_order,
+            projection,
         };
         self.progress.advance(1);
         Ok(block)
@@ -237,21 +250,16 @@ impl<'a> Source<'a> {
         };
         // A ⊗ B is B ⊗ A in another order of rows and columns; the larger factor goes into the matrix product.
         let exchanged = shape.large_blocks();
-        let KroneckerShape { n1, m2, n2, .. } = shape;
-        let index = |permutation: &Permutation, at: usize| {
-            u32::try_from(permutation.as_slice()[at]).expect("fewer than 2³² features")
-        };
+        let KroneckerShape { m2, n2, .. } = shape;
         let (shape, a, b) = if exchanged { (shape.exchanged(), b, a) } else { (shape, a, b) };
         // Row i1·m2 + i2 of A ⊗ B; after the exchange the blocks' rows are those of the old A.
         let gather = (0..shape.m2 * shape.m1).map(|at| {
             let (minor, major) = (at / shape.m1, at % shape.m1);
-            index(&gather, if exchanged { minor * m2 + major } else { major * m2 + minor })
+            gather.as_slice()[if exchanged { minor * m2 + major } else { major * m2 + minor }]
         });
-        let output = (0..n1 * n2).map(|at| {
-            let flat = output.as_slice()[at];
+        let output = output.as_slice().iter().map(|flat| {
             let (j1, j2) = (flat / n2, flat % n2);
-            let (j1, j2) = if exchanged { (j2, j1) } else { (j1, j2) };
-            u32::try_from(j2 * shape.n1 + j1).expect("fewer than 2³² features")
+            if exchanged { j1 * shape.n1 + j2 } else { j2 * shape.n1 + j1 }
         });
         let rows = if shape.a_first() {
             a.transpose(1, 2).and_then(|a| a.reshape((shape.rank * shape.n1, shape.m1)))
@@ -262,8 +270,8 @@ impl<'a> Source<'a> {
         Ok(Term::Kronecker(Kronecker {
             a: Rows::new(&rows.expect("the sizes agree"))?,
             b: b.expect("a tensor of floats"),
-            gather: gather.collect(),
-            output: output.collect(),
+            input: Order::new(gather),
+            output: Order::new(output),
             shape,
         }))
     }
@@ -275,26 +283,21 @@ impl<'a> Source<'a> {
         let on_rows = shape.pivots_on_rows();
         let (which, length) = if on_rows { ("input_permutation", m) } else { ("output_permutation", n) };
         let stored = self.permutation(&format!("{name}.{which}"), length)?;
-        let indices = |permutation: &Permutation| {
-            let narrow = |&at: &usize| u32::try_from(at).expect("fewer than 2³² features");
-            permutation.as_slice().iter().map(narrow).collect::<Vec<_>>()
-        };
+        let order = |permutation: &Permutation| Order::new(permutation.as_slice().iter().copied());
         let transposed = |tensor: &Tensor| Rows::new(&tensor.t().expect("two dimensions"));
         Ok(Term::LowRank(match (direction, on_rows) {
             (Direction::Forward, true) => {
-                LowRank::OnRows { left: transposed(&left)?, right: transposed(&right)?, gather: indices(&stored) }
+                LowRank::OnRows { left: transposed(&left)?, right: transposed(&right)?, input: order(&stored) }
             }
             (Direction::Forward, false) => {
-                LowRank::OnColumns { left: transposed(&left)?, right: transposed(&right)?, output: indices(&stored) }
+                LowRank::OnColumns { left: transposed(&left)?, right: transposed(&right)?, output: order(&stored) }
             }
             // Wᵀ[q] = [I; rightᵀ] leftᵀ, and Wᵀ[:, p] = rightᵀ [I leftᵀ]; what is stored is inverse.
-            (Direction::Transposed, false) => LowRank::OnRows {
-                left: Rows::new(&right)?,
-                right: Rows::new(&left)?,
-                gather: indices(&stored.inverse()),
-            },
+            (Direction::Transposed, false) => {
+                LowRank::OnRows { left: Rows::new(&right)?, right: Rows::new(&left)?, input: order(&stored.inverse()) }
+            }
             (Direction::Transposed, true) => {
-                LowRank::OnColumns { left: Rows::new(&right)?, right: Rows::new(&left)?, output: indices(&stored) }
+                LowRank::OnColumns { left: Rows::new(&right)?, right: Rows::new(&left)?, output: order(&stored) }
             }
         }))
     }

@@ -12,6 +12,7 @@ mod kronecker;
 mod linear;
 mod load;
 mod model;
+mod order;
 mod rows;
 mod score;
 mod workers;

@@ -4,6 +4,7 @@ use super::attention::{Heads, Memory, Span, attend};
 use super::config::{Activation, Gpt2Config};
 use super::kernels::{add_scaled, gelu_tanh, layer_norm, silu};
 use super::linear::Linear;
+use super::order::Order;
 use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -35,6 +36,8 @@ pub(super) struct Block {
     pub attention_projection: Linear,
     pub mlp_norm: LayerNorm,
     pub expansion: Linear,
+    /// Hidden value `i` is at place `hidden_order.at(i)` of what `expansion` returns and `projection` reads.
+    pub hidden_order: Order,
     pub projection: Linear,
 }
 
@@ -119,6 +122,7 @@ impl Gpt2 {
             .collect();
         let mut x = self.embed(sequences, &spans, workers);
         let count = x.len() / d;
+        let observed = observer.is_some();
         let mut observe = |layer: usize, module: &str, x: &[f32]| match &mut observer {
             None => Ok(()),
             Some(observer) => observer(&format!("h.{layer}.{module}"), x),
@@ -137,7 +141,9 @@ impl Gpt2 {
             observe(layer, "mlp.c_fc", &normed)?;
             let mut inner = block.expansion.forward(&normed, count, workers);
             self.config.activation.apply(&mut inner, workers);
-            observe(layer, "mlp.c_proj", &inner)?;
+            if observed {
+                observe(layer, "mlp.c_proj", &block.hidden_order.gather(&inner, workers))?;
+            }
             add_scaled(&mut x, 1.0, &block.projection.forward(&inner, count, workers));
         }
         for (span, cache) in spans.iter().zip(caches.iter_mut()) {
@@ -153,6 +159,18 @@ impl Gpt2 {
     #[must_use]
     pub fn logits(&self, hidden: &[f32], workers: &Workers) -> Vec<f32> {
         self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, workers)
+    }
+
+    /// How often the values of a token are put into another order on their way through the model: by permutations that no
+    /// neighbour could take over.
+    #[must_use]
+    pub fn gathers(&self) -> usize {
+        let maps = |block: &Block| {
+            [&block.query_key_value, &block.attention_projection, &block.expansion, &block.projection]
+                .map(Linear::gathers)
+        };
+        let head = self.head.as_ref().unwrap_or(&self.tokens);
+        self.blocks.iter().flat_map(maps).sum::<usize>() + head.gathers()
     }
 
     fn heads(&self, layer: usize) -> Heads {

@@ -1,11 +1,14 @@
 //! The one product that everything is made of: vectors times the rows of a stored matrix.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::slice::HalfFloatSliceExt as _;
 
 use super::kernels::{TOGETHER, dot_rows};
+use super::order::Order;
 use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::loss::Values;
@@ -40,7 +43,7 @@ impl Rows {
     }
 
     /// Calls `work` with the values.
-    fn with<T>(&self, work: impl FnOnce(Values<'_>) -> T) -> T {
+    pub fn with<T>(&self, work: impl FnOnce(Values<'_>) -> T) -> T {
         let (storage, layout) = self.tensor.storage_and_layout();
         let range = layout.start_offset()..layout.start_offset() + self.rows * self.length;
         match &*storage {
@@ -56,30 +59,55 @@ impl Rows {
         self.with(|values| work(values.row(row, self.length, &mut Vec::new())))
     }
 
-    /// `out[t, i] = Σ_j x[t, j] · rows[i, j]` for `x : (count, length)` and `out : (count, rows)`.
+    /// Puts element `i` of every row at place `order.at(i)`.
+    pub fn reorder_values(&mut self, order: &Order) {
+        self.select(&order.inverse(), 1);
+    }
+
+    /// Puts row `order.at(i)` at place `i`.
+    pub fn reorder_rows(&mut self, order: &Order) {
+        self.select(order, 0);
+    }
+
+    fn select(&mut self, order: &Order, dimension: usize) {
+        if !order.is_identity() {
+            let length = if dimension == 0 { self.rows } else { self.length };
+            let indices: Vec<_> = (0..length).map(|i| u32::try_from(order.at(i)).expect("an index")).collect();
+            let selected = Tensor::new(indices, &Device::Cpu).and_then(|at| self.tensor.index_select(&at, dimension));
+            self.tensor = selected.expect("an index for every place");
+        }
+    }
+
+    /// `y[t, i] = Σ_j x[t, j] · rows[i, j]` for `x : (count, length)`, as `(count, rows)`.
     ///
     /// The result is the same for any number of threads, and for few vectors that of each does not depend on the others.
     ///
     /// # Cost
     /// Few vectors read the rows once, as fast as memory gives them; many are a matrix product.
-    pub fn times(&self, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
-        debug_assert_eq!((x.len(), out.len()), (count * self.length, count * self.rows));
-        if count == 0 || self.rows == 0 {
-            return;
+    pub fn times(&self, x: &[f32], count: usize, workers: &Workers) -> Vec<f32> {
+        debug_assert_eq!(x.len(), count * self.length);
+        let mut y = vec![0.0; count * self.rows];
+        if y.is_empty() {
+            return y;
         }
         self.with(|values| match count {
-            1 => self.few(values, x, 1, out, workers),
+            1 => self.few(values, x, 1, &mut y, workers),
             2..=FEW => {
-                let mut columns = vec![0.0; out.len()];
+                let mut columns = vec![0.0; y.len()];
                 self.few(values, x, count, &mut columns, workers);
                 for (i, column) in columns.chunks_exact(count).enumerate() {
                     for (t, &value) in column.iter().enumerate() {
-                        out[t * self.rows + i] = value;
+                        y[t * self.rows + i] = value;
                     }
                 }
             }
-            _ => self.many(values, x, count, out, workers),
+            _ => {
+                product_by_panels(x, self.length, count, &mut y, workers, |rows, multiply| {
+                    multiply(values.rows(rows, self.length, &mut Vec::new()));
+                });
+            }
         });
+        y
     }
 
     /// As `times`, but `out` is `(rows, count)`.
@@ -94,23 +122,33 @@ impl Rows {
             }
         });
     }
+}
 
-    fn many(&self, values: Values<'_>, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
-        let panel = (self.rows / 8).next_multiple_of(16).clamp(16, PANEL);
-        let x = MatRef::from_row_major_slice(x, count, self.length);
-        let out = MatMut::from_row_major_slice_mut(out, count, self.rows);
-        let (mut panels, mut rest) = (Vec::with_capacity(self.rows.div_ceil(panel)), out);
-        while rest.ncols() > panel {
-            let (first, others) = rest.split_at_col_mut(panel);
-            panels.push(first);
-            rest = others;
-        }
-        panels.push(rest);
-        workers.for_each(panels.into_iter().enumerate(), |(index, out)| {
-            let (first, height, mut scratch) = (index * panel, out.ncols(), Vec::new());
-            let rows = values.rows(first..first + height, self.length, &mut scratch);
-            let rows = MatRef::from_row_major_slice(rows, height, self.length);
-            matmul(out, Accum::Replace, x, rows.transpose(), 1.0, Par::Seq);
-        });
+/// `y : (count, ·)` of `x : (count, length)` with rows that `panel` gives, some at a time, to the function that it gets.
+pub(super) fn product_by_panels(
+    x: &[f32],
+    length: usize,
+    count: usize,
+    y: &mut [f32],
+    workers: &Workers,
+    panel: impl Fn(Range<usize>, &mut dyn FnMut(&[f32])) + Sync,
+) {
+    let rows = y.len() / count;
+    let height = (rows / 8).next_multiple_of(16).clamp(16, PANEL);
+    let x = MatRef::from_row_major_slice(x, count, length);
+    let (mut parts, mut rest) =
+        (Vec::with_capacity(rows.div_ceil(height)), MatMut::from_row_major_slice_mut(y, count, rows));
+    while rest.ncols() > height {
+        let (first, others) = rest.split_at_col_mut(height);
+        parts.push(first);
+        rest = others;
     }
+    parts.push(rest);
+    workers.for_each(parts.into_iter().enumerate(), |(index, mut y)| {
+        let (first, height) = (index * height, y.ncols());
+        panel(first..first + height, &mut |rows| {
+            let rows = MatRef::from_row_major_slice(rows, height, length);
+            matmul(y.as_mut(), Accum::Replace, x, rows.transpose(), 1.0, Par::Seq);
+        });
+    });
 }
