@@ -102,12 +102,13 @@ pub fn dot<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usiz
     }
 }
 
-/// Written by hand, because compilers keep so many sums in memory and not in registers.
+/// Written by hand, because compilers keep so many sums in memory and not in registers; loops over indices are unrolled.
 ///
 /// # Safety
 /// Needs AVX-512 F; `rows` holds `N` rows and `x` `R` vectors of `length` values.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
+#[allow(clippy::needless_range_loop)]
 unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
     use std::arch::x86_64::{
         _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,

@@ -10,7 +10,7 @@ use super::arrays::shaped;
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::runtime::{Gpt2, Sampling};
+use crate::runtime::{Continuation, Gpt2, Sampling};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Runtime>()
@@ -104,6 +104,7 @@ impl Runtime {
     ) -> PyResult<Vec<Vec<u32>>> {
         let workers = jobs::workers(self.threads)?;
         let sampling = Sampling { temperature, top_k, top_p, seed };
+        let continuation = Continuation { most: max_new_tokens, end_tokens: &end_tokens, sampling };
         let fresh = Mutex::new(Vec::new());
         let tell = |py: Python<'_>| match &on_tokens {
             None => Ok(()),
@@ -120,7 +121,7 @@ impl Runtime {
                     fresh.lock().expect("no thread panicked").push((prompt, token));
                 }
             };
-            self.model.generate(&prompts, max_new_tokens, &sampling, &end_tokens, keep, &workers, progress)
+            self.model.generate(&prompts, &continuation, keep, &workers, progress)
         };
         jobs::run_watched(py, |py, _| tell(py), job)
     }

@@ -40,6 +40,17 @@ impl Sampling {
     }
 }
 
+/// What is asked of a continuation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Continuation<'a> {
+    /// Tokens, at most.
+    pub most: usize,
+    /// Where it ends, after this token.
+    pub end_tokens: &'a [u32],
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
 impl Gpt2 {
     /// Continues every prompt by up to `most` tokens, fewer where one of `end_tokens` comes first, which is the last one
     /// returned. `on_token` is told of every token, with the number of its prompt, as soon as it is known.
@@ -54,13 +65,12 @@ impl Gpt2 {
     pub fn generate(
         &self,
         prompts: &[&[u32]],
-        most: usize,
-        sampling: &Sampling,
-        end_tokens: &[u32],
+        continuation: &Continuation<'_>,
         on_token: impl Fn(usize, u32),
         workers: &Workers,
         progress: &Progress,
     ) -> Result<Vec<Vec<u32>>> {
+        let Continuation { most, end_tokens, ref sampling } = *continuation;
         sampling.check()?;
         let context = self.config.positions;
         for prompt in prompts {

@@ -2,12 +2,16 @@
 
 use std::borrow::Cow;
 
+use candle_core::{DType, Tensor};
+
 use super::kernels::{add_combination, add_scaled};
 use super::linear::Kronecker;
 use super::order::Order;
-use super::rows::product_by_panels;
+use super::rows::{Rows, product_by_panels};
 use super::workers::Workers;
+use crate::error::Result;
 use crate::loss::Values;
+use crate::permute::Permutation;
 use crate::shape::KroneckerShape;
 
 /// What one multiplication in a product of few columns costs, in those of a large matrix product.
@@ -16,6 +20,43 @@ const COMBINED: f64 = 8.0;
 const EXPANDED: f64 = 4.0;
 
 impl Kronecker {
+    /// The map `y = x W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`: `a : (rank, m1, n1)`, `b : (rank, m2, n2)`, `input` is `p` and
+    /// `output` the inverse of `q`.
+    pub fn new(
+        shape: KroneckerShape,
+        a: &Tensor,
+        b: &Tensor,
+        input: &Permutation,
+        output: &Permutation,
+    ) -> Result<Self> {
+        // A ⊗ B is B ⊗ A in another order of rows and columns; the larger factor goes into the matrix product.
+        let exchanged = shape.large_blocks();
+        let KroneckerShape { m2, n2, .. } = shape;
+        let (shape, a, b) = if exchanged { (shape.exchanged(), b, a) } else { (shape, a, b) };
+        // Row i1·m2 + i2 of A ⊗ B; after the exchange the blocks' rows are those of the old A.
+        let input = (0..shape.m2 * shape.m1).map(|at| {
+            let (minor, major) = (at / shape.m1, at % shape.m1);
+            input.as_slice()[if exchanged { minor * m2 + major } else { major * m2 + minor }]
+        });
+        let output = output.as_slice().iter().map(|at| {
+            let (j1, j2) = (at / n2, at % n2);
+            if exchanged { j1 * shape.n1 + j2 } else { j2 * shape.n1 + j1 }
+        });
+        let rows = if shape.a_first() {
+            a.transpose(1, 2).and_then(|a| a.reshape((shape.rank * shape.n1, shape.m1)))
+        } else {
+            a.permute((2, 0, 1)).and_then(|a| a.reshape((shape.n1, shape.rank * shape.m1)))
+        };
+        let b = b.to_dtype(DType::F32).and_then(|b| b.flatten_all()?.to_vec1());
+        Ok(Self {
+            a: Rows::new(&rows.expect("factors of this shape"))?,
+            b: b.expect("factors of this shape"),
+            input: Order::new(input),
+            output: Order::new(output),
+            shape,
+        })
+    }
+
     /// The product of `x : (count, m)`, and the order in which `y` is to be gathered from it.
     pub fn times(&self, x: &[f32], count: usize, workers: &Workers) -> (Vec<f32>, Cow<'_, Order>) {
         let x = self.input.gather(x, workers);

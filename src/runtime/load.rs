@@ -241,38 +241,13 @@ impl<'a> Source<'a> {
         };
         let input = side("input_permutation", spec.permute.rows(), m)?;
         let output = side("output_permutation", spec.permute.columns(), n)?;
-        // Of the map x → y: the gather of its input, where each output is, and factors in × out.
         let transpose = |tensor: Tensor| tensor.transpose(1, 2).expect("three dimensions");
-        let (shape, a, b, gather, output) = match direction {
-            Direction::Forward => (stored, a, b, input, output),
+        Ok(Term::Kronecker(match direction {
+            Direction::Forward => Kronecker::new(stored, &a, &b, &input, &output)?,
             // The stored indices of an embedding are both inverse: see `compress`.
-            Direction::Transposed => (stored.transposed(), transpose(a), transpose(b), output.inverse(), input),
-        };
-        // A ⊗ B is B ⊗ A in another order of rows and columns; the larger factor goes into the matrix product.
-        let exchanged = shape.large_blocks();
-        let KroneckerShape { m2, n2, .. } = shape;
-        let (shape, a, b) = if exchanged { (shape.exchanged(), b, a) } else { (shape, a, b) };
-        // Row i1·m2 + i2 of A ⊗ B; after the exchange the blocks' rows are those of the old A.
-        let gather = (0..shape.m2 * shape.m1).map(|at| {
-            let (minor, major) = (at / shape.m1, at % shape.m1);
-            gather.as_slice()[if exchanged { minor * m2 + major } else { major * m2 + minor }]
-        });
-        let output = output.as_slice().iter().map(|flat| {
-            let (j1, j2) = (flat / n2, flat % n2);
-            if exchanged { j1 * shape.n1 + j2 } else { j2 * shape.n1 + j1 }
-        });
-        let rows = if shape.a_first() {
-            a.transpose(1, 2).and_then(|a| a.reshape((shape.rank * shape.n1, shape.m1)))
-        } else {
-            a.permute((2, 0, 1)).and_then(|a| a.reshape((shape.n1, shape.rank * shape.m1)))
-        };
-        let b = b.to_dtype(DType::F32).and_then(|b| b.contiguous()?.flatten_all()?.to_vec1());
-        Ok(Term::Kronecker(Kronecker {
-            a: Rows::new(&rows.expect("the sizes agree"))?,
-            b: b.expect("a tensor of floats"),
-            input: Order::new(gather),
-            output: Order::new(output),
-            shape,
+            Direction::Transposed => {
+                Kronecker::new(stored.transposed(), &transpose(a), &transpose(b), &output.inverse(), &input)?
+            }
         }))
     }
 

@@ -12,13 +12,16 @@ mod kronecker;
 mod linear;
 mod load;
 mod model;
+mod moments;
 mod order;
 mod rows;
 mod score;
+#[cfg(test)]
+mod tests;
 mod workers;
 
 pub use config::{Activation, Gpt2Config};
-pub use generate::Sampling;
+pub use generate::{Continuation, Sampling};
 pub use model::{Cache, Gpt2, Observer};
 pub use score::TokenScore;
 pub use workers::Workers;

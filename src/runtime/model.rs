@@ -69,8 +69,8 @@ impl Cache {
     }
 }
 
-/// What goes into a linear layer: its name in configs ("h.0.mlp.c_fc"), and the inputs `(count, rows)`.
-pub type Observer<'a> = &'a mut (dyn FnMut(&str, &[f32]) -> Result<()> + Send);
+/// Is told what goes into a linear layer: its name in configs ("h.0.mlp.c_fc", "lm_head"), and the inputs `(count, rows)`.
+pub type Observer<'a> = &'a mut dyn FnMut(&str, &[f32]) -> Result<()>;
 
 impl Gpt2 {
     /// Its hyperparameters.
@@ -149,7 +149,11 @@ impl Gpt2 {
         for (span, cache) in spans.iter().zip(caches.iter_mut()) {
             cache.length += span.tokens;
         }
-        Ok(self.last_norm.forward(&x, self.config.epsilon, workers))
+        let hidden = self.last_norm.forward(&x, self.config.epsilon, workers);
+        if let Some(observer) = &mut observer {
+            observer("lm_head", &hidden)?;
+        }
+        Ok(hidden)
     }
 
     /// Logits `(count, vocabulary)` of hidden states `(count, width)`.
