@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -264,27 +264,35 @@ def _check_ties(model: PreTrainedModel, name: str, tied: Mapping[str, str]) -> N
 
 
 @contextmanager
-def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Puts modules in the places of those with the same full names; an exception in the body puts the old ones back."""
+def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Callable[..., None]]:
+    """Puts modules in the places of those with the same full names, and yields a function that swaps more of them.
+
+    An exception in the body puts all the old ones back.
+    """
     tied = ties(model)
     biases = {name: source for name, source in _tied_parameters(model).items() if _weight_owner(name) is None}
     undo: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for name, module in modules.items():
+
+    def swap(more: Mapping[str, nn.Module]) -> None:
+        for name, module in more.items():
             parent_name, _, child = name.rpartition(".")
             parent: Any = model.get_submodule(parent_name)
-            old = getattr(parent, child)
-            undo.append((parent, child, old))
-            module.train(old.training)
+            undo.append((parent, child, getattr(parent, child)))
+            module.train(getattr(parent, child).training)
             setattr(parent, child, module)
             if child == _INITIALISED_BY_PARENT:
                 parent._is_hf_initialized = True
-        retie(model, tied, biases)
-        yield
+        if more:
+            retie(model, tied, biases)
+
+    try:
+        swap(modules)
+        yield swap
     except BaseException:
         for parent, child, old in reversed(undo):
             setattr(parent, child, old)
-        retie(model, tied, biases)
+        if undo:
+            retie(model, tied, biases)
         raise
 
 
