@@ -67,7 +67,9 @@ def compress(
         sequential: With a calibration, a text on which each transformer block's inputs are measured again when the
             blocks before it are compressed, and to which it is fitted then: batches or `TokenBlocks`, as for
             `calibrate`, or `(tokenizer, text)`, read with the other arguments' defaults and the calibration's seed.
-            The budget is spent as without.
+            The budget is spent as without. Half a forward pass more for each block, and little gained: at half of the
+            blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
+            the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
