@@ -18,8 +18,9 @@ from .calibration import Calibration, load_calibration
 from .config import TQConfig, resolve_config
 from .corpus import TokenBlocks
 from .errors import ConfigError
+from .factors import Term
 from .mixed import CompressedModule, FactoredEmbedding
-from .modules import FusedKroneckerLinear, Term
+from .modules import FusedKroneckerLinear
 from .objective import Moments
 from .planning import matrix_of, plan_budget, plan_model, planned_spec, resolved_plan
 from .progress import ProgressOption, Report, reporter

@@ -54,6 +54,7 @@ PYTHON = [
     "factored_head",
     "losses",
     "contraction",
+    "factors",
     "modules",
     "embeddings",
     "low_rank",
