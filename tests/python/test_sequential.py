@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 from helpers.checkpoints import read_safetensors
+from helpers.measured import FAMILIES, batches, bert, gpt2, llama, opt, same, state
 from helpers.models import agree, first_output, some_ids, tiny_model
 from helpers.tokenizer import save_tokenizer
-from test_calibration import FAMILIES, batches, bert, gpt2, llama, opt, same, state
 from test_in_place import assert_untouched, snapshot
 from tqcompressor import Calibration, compress, in_place, token_blocks
 from tqcompressor.errors import ConfigError, ShapeError, TextError
