@@ -6,6 +6,9 @@ import subprocess
 import pytest
 from hypothesis import settings
 
+# The models here are so small that a second thread of torch only waits, on a busy machine for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples at every run, and no failure because the machine is busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -4,7 +4,6 @@ Numbers in names are those of the pitfalls that a naive integration falls into. 
 on memory, runs in a process of its own.
 """
 
-import pytest
 import torch
 import transformers
 from helpers.models import agree, first_output, some_ids, tiny_model
@@ -15,27 +14,32 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import tqcompressor, transformers",
-        "import transformers, tqcompressor",
-        "import transformers.modeling_utils, tqcompressor",
-        "import tqcompressor.transformers_integration as integration; integration.register()",
-    ],
-)
-def test_loading_works_whichever_is_imported_first(checkpoints, imports):
-    run_script(
-        imports
-        + """
-import sys, torch
-from transformers import AutoModelForCausalLM
-from helpers.models import agree, first_output, some_ids
-model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/compressed")
-assert agree(first_output(model, some_ids()), torch.load(f"{sys.argv[1]}/compressed.pt"))
+def test_loading_works_whichever_is_imported_first(checkpoints):
+    """Each order in a process of its own, forked from one that has imported nothing but torch."""
+    output = run_script(
+        """
+import os, sys, torch
+
+for imports in (
+    "import tqcompressor, transformers",
+    "import transformers, tqcompressor",
+    "import transformers.modeling_utils, tqcompressor",
+    "import tqcompressor.transformers_integration as integration; integration.register()",
+):
+    assert not {"tqcompressor", "transformers"} & sys.modules.keys()
+    if (child := os.fork()) == 0:
+        exec(imports)
+        from transformers import AutoModelForCausalLM
+        from helpers.models import agree, first_output, some_ids
+        model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/compressed")
+        assert agree(first_output(model, some_ids()), torch.load(f"{sys.argv[1]}/compressed.pt"))
+        break
+    assert os.waitpid(child, 0)[1] == 0, imports
+    print("loaded", flush=True)
 """,
         checkpoints,
     )
+    assert output.count("loaded") == 4
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
