@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .config import FUSED, split_part
 from .errors import ConfigError, ShapeError
 from .mixed import CompressedModule, FactoredEmbedding, FactoredHead, empty_embedding, empty_linear, tied_head
 from .modules import FusedKroneckerLinear
@@ -27,9 +28,8 @@ _KINDS: Mapping[type[nn.Module], str] = {Conv1D: "conv1d", nn.Linear: "linear", 
 # What the parameters that stand for a matrix are called.
 _FACTORS = ("A", "B", "left", "right")
 
-# What is GPT-2's alone: the queries, keys and values of a `Conv1D` of this name are matrices of their own,
-_FUSED = "c_attn"
-# and this one is initialised from its parent, through a `weight` that it does not have any more when compressed.
+# What is GPT-2's alone: this one is initialised from its parent, through a `weight` that it does not have any more when
+# compressed.
 _INITIALISED_BY_PARENT = "c_proj"
 
 
@@ -61,12 +61,6 @@ def module_name(model: PreTrainedModel, matrix: str) -> str:
 def bare_name(model: PreTrainedModel, name: str) -> str:
     """The inverse of `module_name`."""
     return name.removeprefix(base_prefix(model))
-
-
-def split_part(matrix: str) -> tuple[str, str | None]:
-    """A matrix's module and the part of it that it is: "h.0.attn.c_attn.q" is ("h.0.attn.c_attn", "q")."""
-    module, _, part = matrix.rpartition(".")
-    return (module, part) if part in ("q", "k", "v") and module.endswith(_FUSED) else (matrix, None)
 
 
 def weight_tensors(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], str]]:
@@ -241,7 +235,7 @@ def _find_dense(
     if len(others) > 1:
         raise ConfigError(f"{matrices} is one module under several names, {', '.join(others)}: leave it as it is")
     expected: list[str | None] = [None]
-    if isinstance(dense, Conv1D) and name.endswith(_FUSED):
+    if isinstance(dense, Conv1D) and name.endswith(FUSED):
         expected = list(_parts_of(dense))
     if set(parts) != set(expected):
         wanted = ", ".join(name if part is None else f"{name}.{part}" for part in expected)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calibration import Calibration
-from .config import TQConfig
+from .config import TQConfig, split_part
 from .errors import ConfigError
 from .objective import Moments, moments_for
 from .specs import KroneckerSpec, LowRankSpec, MatrixSpec, describe, spec_from_dict
@@ -314,19 +314,13 @@ def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
 
     That has one parameter less or so, and loses next to nothing.
     """
-    compressed = {_fused(matrix.name) for matrix in matrices if matrix.spec is not None}
+    compressed = {split_part(matrix.name)[0] for matrix in matrices if matrix.spec is not None}
     together = []
     for matrix in matrices:
-        fused = _fused(matrix.name)
-        if matrix.spec is None and fused is not None and fused in compressed:
+        # A matrix that is no part is not in the set: it is dense.
+        if matrix.spec is None and split_part(matrix.name)[0] in compressed:
             spec = LowRankSpec(min(matrix.shape) - 1)
             lost = float(matrix.energies[-1])
             matrix = replace(matrix, spec=spec, parameters=spec.parameters(*matrix.shape), lost_energy=lost)
         together.append(matrix)
     return together
-
-
-def _fused(name: str) -> str | None:
-    """The fused weight that a matrix is part of, or None."""
-    module, _, part = name.rpartition(".")
-    return module if part in ("q", "k", "v") and module.endswith("c_attn") else None
