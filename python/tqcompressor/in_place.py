@@ -22,11 +22,11 @@ from .factors import Term
 from .mixed import CompressedModule, FactoredEmbedding
 from .modules import FusedKroneckerLinear
 from .objective import Moments
-from .planning import matrix_of, plan_budget, plan_model, planned_spec, resolved_plan
+from .planning import matrix_of, plan_budget, plan_model, resolved_plan
 from .progress import ProgressOption, Report, reporter
 from .report import CompressionReport
 from .sequential import calibrate_layers
-from .specs import MatrixSpec
+from .specs import MatrixSpec, planned_spec
 from .transformers_integration import attach, detach
 
 # What `calibrate` reads: blocks, batches, or a tokenizer and a text.

@@ -18,7 +18,7 @@ from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError, DtypeError
 from .progress import ProgressOption, reporter
-from .specs import MatrixSpec, spec_from_dict
+from .specs import MatrixSpec
 
 
 def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
@@ -55,11 +55,6 @@ def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
     for entry in (*plan["matrices"], *plan["untouched"]):
         entry["tensor"] = architecture.module_name(model, entry["tensor"])
     return plan
-
-
-def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
-    """The spec of a plan's or a report's entry for one matrix."""
-    return spec_from_dict({name: entry[name] for name in ("block", "rank", "permute", "terms") if name in entry})
 
 
 def matrix_of(model: PreTrainedModel, entry: Mapping[str, Any]) -> NDArray[np.float32]:
