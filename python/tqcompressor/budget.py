@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -21,6 +21,10 @@ from .specs import KroneckerSpec, LowRankSpec, MatrixSpec, describe, spec_from_d
 from .tables import format_table
 
 Budget: TypeAlias = float | int | str
+# What the boundary says of a matrix: its spec in JSON or None, its parameters, the energy it loses, its energies.
+Choice: TypeAlias = tuple[str | None, int, float, NDArray[np.float64]]
+# From entries of a listing, their moments by name and the target for the boundary to a choice for each, in order.
+Choose: TypeAlias = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Moments], tuple[str, float]], Sequence[Choice]]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b|b)?", re.IGNORECASE)
 _QUALITY = re.compile(r"lost[_ ]energy\s*=\s*(\d*\.?\d+(?:e-?\d+)?)\s*", re.IGNORECASE)
@@ -283,30 +287,43 @@ def _unused(calibration: Calibration, matrix: str) -> bool:
     return not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
 
 
-def plan_from(
-    chosen: Sequence[tuple[str, tuple[str | None, int, float, NDArray[np.float64]]]],
-    shapes: Mapping[str, tuple[int, int]],
-    before: int,
+def plan_with(
+    choose: Choose,
+    listed: Sequence[Mapping[str, Any]],
+    model: tuple[int, float],
     budget: Budget,
+    *,
+    calibration: Calibration | None,
     objective: str,
-    calibrated: bool,
+    matrices: Sequence[str] | None,
     effort: str,
     seed: int,
 ) -> BudgetPlan:
-    """The plan that the boundary's choices, `(name, (spec, parameters, lost energy, energies))`, make."""
-    matrices = []
-    for name, (spec, parameters, lost_energy, energies) in chosen:
-        rows, columns = shapes[name]
+    """The plan that `choose` makes of a listing of the matrices that match `matrices`.
+
+    `model` are the parameters of the whole model before, and the bytes that each takes when done.
+    """
+    chosen = eligible(listed, matrices, calibration, objective)
+    entries = [entry for entry in listed if entry["name"] in chosen]
+    before, bytes_each = model
+    spendable = sum(entry["parameters_before"] for entry in entries)
+    choices = choose(entries, chosen, target_of(budget, before, spendable, bytes_each))
+    found = []
+    for entry, (spec, parameters, lost_energy, energies) in zip(entries, choices, strict=True):
+        rows, columns = entry["shape"]
         read = None if spec is None else spec_from_dict(json.loads(spec))
         shares = energies / max(float(energies.sum()), np.finfo(np.float64).tiny)
-        matrices.append(PlannedMatrix(name, (rows, columns), read, rows * columns, parameters, lost_energy, shares))
-    matrices = _fused_together(matrices)
-    specs = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
+        found.append(
+            PlannedMatrix(entry["name"], (rows, columns), read, rows * columns, parameters, lost_energy, shares)
+        )
+    planned = _fused_together(found)
+    specs = {matrix.name: matrix.spec for matrix in planned if matrix.spec is not None}
     if not specs:
         raise ConfigError(f"budget {budget}: {meaning(budget)}, which the model has as it is: nothing to compress")
-    after = before - sum(matrix.parameters_before - matrix.parameters for matrix in matrices)
+    after = before - sum(matrix.parameters_before - matrix.parameters for matrix in planned)
     config = TQConfig(specs, effort=effort, seed=seed)
-    return BudgetPlan(budget, config, tuple(matrices), before, after, objective, calibrated)
+    in_its_norm = calibrated(calibration, objective)
+    return BudgetPlan(budget, config, tuple(planned), before, after, objective, in_its_norm)
 
 
 def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:

@@ -13,17 +13,17 @@ from . import _core
 from .budget import (
     Budget,
     BudgetPlan,
+    Choice,
     calibrated,
     check_options,
-    eligible,
     every_matrix,
     moments_of,
-    plan_from,
-    target_of,
+    plan_with,
 )
 from .calibration import Calibration, load_calibration
 from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
+from .objective import Moments
 from .progress import ProgressOption, reporter
 from .report import CompressionReport
 from .specs import KroneckerSpec
@@ -163,26 +163,38 @@ def plan_checkpoint(
     `dtype` is that of the result, which a budget in bytes depends on; None keeps each tensor's own.
     """
     directory = _directory(source)
+
+    def choose(
+        entries: Sequence[Mapping[str, Any]], moments: Mapping[str, Moments], target: tuple[str, float]
+    ) -> list[Choice]:
+        specs = {name: KroneckerSpec((1, 1), 1, "none") for name in moments}
+        with reporter(progress, "plan") as report_progress:
+            choices = _core.choose_specs_of_checkpoint(
+                directory,
+                TQConfig(specs, effort=effort, seed=seed).to_json(),
+                list(moments.items()),
+                target,
+                threads,
+                report_progress,
+            )
+        found = dict(choices)
+        return [found[entry["name"]] for entry in entries]
+
     listed = json.loads(_core.plan_checkpoint(directory, every_matrix(matrices)))
-    chosen = eligible(listed["matrices"], matrices, calibration, objective)
-    entries = [entry for entry in listed["matrices"] if entry["name"] in chosen]
     before = listed["parameters_before"]
-    spendable = sum(entry["parameters_before"] for entry in entries)
     # An unknown dtype is refused by name when it is written.
     bytes_each = _BYTES.get(dtype or "", listed["bytes_before"] / max(before, 1))
-    target = target_of(budget, before, spendable, bytes_each)
-    specs = {name: KroneckerSpec((1, 1), 1, "none") for name in chosen}
-    with reporter(progress, "plan") as report_progress:
-        choices = _core.choose_specs_of_checkpoint(
-            directory,
-            TQConfig(specs, effort=effort, seed=seed).to_json(),
-            list(chosen.items()),
-            target,
-            threads,
-            report_progress,
-        )
-    shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
-    return plan_from(choices, shapes, before, budget, objective, calibrated(calibration, objective), effort, seed)
+    return plan_with(
+        choose,
+        listed["matrices"],
+        (before, bytes_each),
+        budget,
+        calibration=calibration,
+        objective=objective,
+        matrices=matrices,
+        effort=effort,
+        seed=seed,
+    )
 
 
 def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, BudgetPlan, calibrated, eligible, every_matrix, plan_from, target_of
+from .budget import Budget, BudgetPlan, Choice, every_matrix, plan_with
 from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError, DtypeError
+from .objective import Moments
 from .progress import ProgressOption, reporter
 from .specs import MatrixSpec
 
@@ -86,24 +87,33 @@ def plan_budget(
     progress: ProgressOption = None,
 ) -> BudgetPlan:
     """How a budget is best spent on a live model, without touching it: `plan` for models."""
+
+    def choose(
+        entries: Sequence[Mapping[str, Any]], moments: Mapping[str, Moments], target: tuple[str, float]
+    ) -> list[Choice]:
+        with reporter(progress, "plan") as report_progress:
+            return _core.choose_specs(
+                [matrix_of(model, entry) for entry in entries],
+                list(moments),
+                list(moments.values()),
+                target,
+                effort,
+                seed,
+                threads,
+                report_progress,
+            )
+
     listed = plan_model(model, TQConfig.from_json(every_matrix(matrices)))["matrices"]
-    chosen = eligible(listed, matrices, calibration, objective)
-    entries = [entry for entry in listed if entry["name"] in chosen]
     before = model.num_parameters()
-    spendable = sum(entry["parameters_before"] for entry in entries)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    target = target_of(budget, before, spendable, size / max(before, 1))
-    with reporter(progress, "plan") as report_progress:
-        choices = _core.choose_specs(
-            [matrix_of(model, entry) for entry in entries],
-            list(chosen),
-            list(chosen.values()),
-            target,
-            effort,
-            seed,
-            threads,
-            report_progress,
-        )
-    shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
-    named = list(zip(chosen, choices, strict=True))
-    return plan_from(named, shapes, before, budget, objective, calibrated(calibration, objective), effort, seed)
+    return plan_with(
+        choose,
+        listed,
+        (before, size / max(before, 1)),
+        budget,
+        calibration=calibration,
+        objective=objective,
+        matrices=matrices,
+        effort=effort,
+        seed=seed,
+    )
