@@ -42,6 +42,7 @@ def compress(
     objective: str = "auto",
     sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     threads: int | None = None,
@@ -72,6 +73,8 @@ def compress(
             blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
             the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
+        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+            spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
         threads: How many threads search; by default one per core.
@@ -97,7 +100,7 @@ def compress(
     """
     architecture.require_transformers_model(model)
     known = load_calibration(calibration)
-    check_options(config, budget, matrices)
+    check_options(config, budget, matrices, max_multiplies)
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     if budget is not None:
@@ -107,6 +110,7 @@ def compress(
             calibration=known,
             objective=objective,
             matrices=matrices,
+            max_multiplies=max_multiplies,
             effort=effort or "fast",
             seed=seed or 0,
             threads=threads,

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, BudgetPlan, Choice, every_matrix, plan_with
+from .budget import Budget, every_matrix
+from .budget_plan import BudgetPlan, Choice, plan_with
 from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError, DtypeError
@@ -81,6 +82,7 @@ def plan_budget(
     calibration: Calibration | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
@@ -89,14 +91,19 @@ def plan_budget(
     """How a budget is best spent on a live model, without touching it: `plan` for models."""
 
     def choose(
-        entries: Sequence[Mapping[str, Any]], moments: Mapping[str, Moments], target: tuple[str, float]
+        entries: Sequence[Mapping[str, Any]],
+        moments: Mapping[str, Moments],
+        target: tuple[str, float],
+        cap: float | None,
     ) -> list[Choice]:
         with reporter(progress, "plan") as report_progress:
             return _core.choose_specs(
                 [matrix_of(model, entry) for entry in entries],
                 list(moments),
+                _usages(model, entries),
                 list(moments.values()),
                 target,
+                cap,
                 effort,
                 seed,
                 threads,
@@ -114,6 +121,20 @@ def plan_budget(
         calibration=calibration,
         objective=objective,
         matrices=matrices,
+        max_multiplies=max_multiplies,
         effort=effort,
         seed=seed,
     )
+
+
+def _usages(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is done with each matrix for every token, as the boundary calls it."""
+    tied = {
+        architecture.bare_name(model, source)
+        for head, source in architecture.ties(model).items()
+        if isinstance(model.get_submodule(head), nn.Linear)
+    }
+    return [
+        "map" if entry["kind"] != "embedding" else "tied_lookup" if entry["module"] in tied else "lookup"
+        for entry in entries
+    ]

@@ -43,6 +43,7 @@ PYTHON = [
     "whole_file",
     "calibration",
     "budget",
+    "budget_plan",
     "decomposition",
     "checkpoint",
     "loss_arrays",
