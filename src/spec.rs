@@ -85,6 +85,39 @@ impl LowRankShape {
     }
 }
 
+/// What is done with a matrix for every token, which says what it costs in multiplies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Usage {
+    /// A linear map: one vector is multiplied by it.
+    #[default]
+    Map,
+    /// An embedding: one of its rows is looked up.
+    Lookup,
+    /// An embedding that is the output head, too.
+    TiedLookup,
+}
+
+impl Usage {
+    const NAMES: [(&'static str, Self); 3] =
+        [("map", Self::Map), ("lookup", Self::Lookup), ("tied_lookup", Self::TiedLookup)];
+
+    /// Reads the name that the Python side uses.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is none of "map", "lookup", "tied_lookup".
+    pub fn from_name(name: &str) -> Result<Self> {
+        Self::NAMES.iter().find(|(known, _)| *known == name).map(|&(_, usage)| usage).ok_or_else(|| {
+            Error::Config(format!("usage: expected \"map\", \"lookup\" or \"tied_lookup\", got {name:?}"))
+        })
+    }
+
+    /// Multiplies for one token of a dense `(m, n)` matrix: `m·n`, and none for a row that is only looked up.
+    #[must_use]
+    pub fn dense_multiplies(self, m: usize, n: usize) -> usize {
+        if self == Self::Lookup { 0 } else { m * n }
+    }
+}
+
 /// One term of a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TermSpec {
@@ -107,6 +140,27 @@ impl TermSpec {
             Self::Kronecker(spec) => Ok(spec.shape(m, n)?.parameters()),
             Self::LowRank { rank } => Ok(LowRankShape::new(m, n, *rank)?.parameters()),
         }
+    }
+
+    /// Multiplies for one token of an `(m, n)` matrix that is this term: those of a product with a vector,
+    /// [`KroneckerShape::multiplies`](crate::shape::KroneckerShape::multiplies) or a low rank's parameters, and, where
+    /// rows are looked up, those that make one row: `rank·n`, less the columns that a low rank holds as they are.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it does not fit.
+    pub fn multiplies(&self, m: usize, n: usize, usage: Usage) -> Result<usize> {
+        let (product, row) = match self {
+            Self::Kronecker(spec) => (spec.shape(m, n)?.multiplies(), spec.rank * n),
+            Self::LowRank { rank } => {
+                let shape = LowRankShape::new(m, n, *rank)?;
+                (shape.parameters(), rank * shape.right().1)
+            }
+        };
+        Ok(match usage {
+            Usage::Map => product,
+            Usage::Lookup => row,
+            Usage::TiedLookup => product + row,
+        })
     }
 }
 
@@ -168,6 +222,14 @@ impl MatrixSpec {
     pub fn parameters(&self, m: usize, n: usize) -> Result<usize> {
         self.terms.iter().map(|term| term.parameters(m, n)).sum()
     }
+
+    /// The multiplies for one token that an `(m, n)` matrix is left with.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a term does not fit the matrix.
+    pub fn multiplies(&self, m: usize, n: usize, usage: Usage) -> Result<usize> {
+        self.terms.iter().map(|term| term.multiplies(m, n, usage)).sum()
+    }
 }
 
 impl fmt::Display for TermSpec {
@@ -194,6 +256,7 @@ impl fmt::Display for MatrixSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shape::Permute;
     use proptest::prelude::*;
 
     #[test]
@@ -203,6 +266,26 @@ mod tests {
         }
         assert!(LowRankShape::new(1, 8, 1).is_err());
         assert!(MatrixSpec::new(Vec::new()).is_err());
+    }
+
+    #[test]
+    fn multiplies_are_those_of_the_terms_and_of_what_is_done_with_them() {
+        let kronecker = TermSpec::Kronecker(KroneckerSpec { block: (2, 4), rank: 3, permute: Permute::Both });
+        let low_rank = TermSpec::LowRank { rank: 5 };
+        // B first would take 6·2·4 + 6·8·4 = 240; A first takes 6·8·2 + 8·2·4 = 160 for each of the three.
+        let of = |term: &TermSpec, usage| term.multiplies(12, 32, usage).unwrap();
+        assert_eq!((of(&kronecker, Usage::Map), of(&kronecker, Usage::Lookup)), (480, 96));
+        // Pivots on rows, so that a row takes all columns of `right`: `[I; T] R`.
+        assert_eq!((of(&low_rank, Usage::Map), of(&low_rank, Usage::Lookup)), (5 * 39, 5 * 32));
+        // A table is higher than wide: a row of `L [I T]`.
+        assert_eq!(low_rank.multiplies(32, 12, Usage::Lookup).unwrap(), 5 * 7);
+        let both = MatrixSpec::new(vec![low_rank, kronecker]).unwrap();
+        assert_eq!(both.multiplies(12, 32, Usage::TiedLookup).unwrap(), 480 + 96 + 5 * 39 + 5 * 32);
+        assert_eq!(
+            [Usage::Map, Usage::Lookup, Usage::TiedLookup].map(|usage| usage.dense_multiplies(12, 32)),
+            [384, 0, 384]
+        );
+        assert!(both.multiplies(12, 30, Usage::Map).is_err() && Usage::from_name("head").is_err());
     }
 
     proptest! {

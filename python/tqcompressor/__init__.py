@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _import_hook
 from ._core import __version__
-from .budget import BudgetPlan
+from .budget_plan import BudgetPlan
 from .calibration import Calibration
 from .checkpoint import compress_checkpoint, inspect
 from .config import RECIPES, TQConfig

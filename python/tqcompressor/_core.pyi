@@ -37,7 +37,7 @@ _Int64Array = NDArray[np.int64]
 _ProgressCallback = Callable[[int, int], object]
 # The second moments of a matrix's inputs and of the gradients at its outputs: `(d, d)`, or `(d,)` for a diagonal.
 _Moments = tuple[_Float32Array | None, _Float32Array | None]
-_Chosen = tuple[str | None, int, float, NDArray[np.float64]]
+_Chosen = tuple[str | None, int, tuple[int, int], float, NDArray[np.float64]]
 
 def nearest_kronecker_sum(
     w: _Float32Array, block: tuple[int, int], rank: int
@@ -85,16 +85,20 @@ def fit_within(
 def choose_specs(
     matrices: Sequence[_Float32Array],
     names: Sequence[str],
+    usages: Sequence[str],
     moment_arrays: Sequence[_Moments],
     target_value: tuple[str, float],
+    max_multiplies: float | None,
     effort: str,
     seed: int,
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> list[_Chosen]:
-    """`(spec or None, parameters, lost_energy, energies)` of each matrix, under one budget for all of them.
+    """`(spec or None, parameters, (multiplies_before, multiplies), lost_energy, energies)` of each matrix, under one
+    budget for all of them.
 
     The target is `("parameters", count)` or `("lost_energy", share)`; a spec is JSON, None where a matrix stays dense.
+    A usage is "map", "lookup" or "tied_lookup"; `max_multiplies` is a share of the multiplies of the dense matrices.
     """
 
 def choose_specs_of_checkpoint(
@@ -102,6 +106,7 @@ def choose_specs_of_checkpoint(
     config: str,
     moment_arrays: Sequence[tuple[str, _Moments]],
     target_value: tuple[str, float],
+    max_multiplies: float | None,
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> list[tuple[str, _Chosen]]:

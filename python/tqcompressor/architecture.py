@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .config import FUSED, split_part
 from .errors import ConfigError, ShapeError
 from .mixed import CompressedModule, FactoredEmbedding, FactoredHead, empty_embedding, empty_linear, tied_head
 from .modules import FusedKroneckerLinear
@@ -27,9 +28,8 @@ _KINDS: Mapping[type[nn.Module], str] = {Conv1D: "conv1d", nn.Linear: "linear", 
 # What the parameters that stand for a matrix are called.
 _FACTORS = ("A", "B", "left", "right")
 
-# What is GPT-2's alone: the queries, keys and values of a `Conv1D` of this name are matrices of their own,
-_FUSED = "c_attn"
-# and this one is initialised from its parent, through a `weight` that it does not have any more when compressed.
+# What is GPT-2's alone: this one is initialised from its parent, through a `weight` that it does not have any more when
+# compressed.
 _INITIALISED_BY_PARENT = "c_proj"
 
 
@@ -61,12 +61,6 @@ def module_name(model: PreTrainedModel, matrix: str) -> str:
 def bare_name(model: PreTrainedModel, name: str) -> str:
     """The inverse of `module_name`."""
     return name.removeprefix(base_prefix(model))
-
-
-def split_part(matrix: str) -> tuple[str, str | None]:
-    """A matrix's module and the part of it that it is: "h.0.attn.c_attn.q" is ("h.0.attn.c_attn", "q")."""
-    module, _, part = matrix.rpartition(".")
-    return (module, part) if part in ("q", "k", "v") and module.endswith(_FUSED) else (matrix, None)
 
 
 def weight_tensors(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], str]]:
@@ -241,7 +235,7 @@ def _find_dense(
     if len(others) > 1:
         raise ConfigError(f"{matrices} is one module under several names, {', '.join(others)}: leave it as it is")
     expected: list[str | None] = [None]
-    if isinstance(dense, Conv1D) and name.endswith(_FUSED):
+    if isinstance(dense, Conv1D) and name.endswith(FUSED):
         expected = list(_parts_of(dense))
     if set(parts) != set(expected):
         wanted = ", ".join(name if part is None else f"{name}.{part}" for part in expected)
@@ -264,27 +258,35 @@ def _check_ties(model: PreTrainedModel, name: str, tied: Mapping[str, str]) -> N
 
 
 @contextmanager
-def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Puts modules in the places of those with the same full names; an exception in the body puts the old ones back."""
+def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Callable[..., None]]:
+    """Puts modules in the places of those with the same full names, and yields a function that swaps more of them.
+
+    An exception in the body puts all the old ones back.
+    """
     tied = ties(model)
     biases = {name: source for name, source in _tied_parameters(model).items() if _weight_owner(name) is None}
     undo: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for name, module in modules.items():
+
+    def swap(more: Mapping[str, nn.Module]) -> None:
+        for name, module in more.items():
             parent_name, _, child = name.rpartition(".")
             parent: Any = model.get_submodule(parent_name)
-            old = getattr(parent, child)
-            undo.append((parent, child, old))
-            module.train(old.training)
+            undo.append((parent, child, getattr(parent, child)))
+            module.train(getattr(parent, child).training)
             setattr(parent, child, module)
             if child == _INITIALISED_BY_PARENT:
                 parent._is_hf_initialized = True
-        retie(model, tied, biases)
-        yield
+        if more:
+            retie(model, tied, biases)
+
+    try:
+        swap(modules)
+        yield swap
     except BaseException:
         for parent, child, old in reversed(undo):
             setattr(parent, child, old)
-        retie(model, tied, biases)
+        if undo:
+            retie(model, tied, biases)
         raise
 
 

@@ -1,24 +1,20 @@
-"""One budget for a whole model: what it means, which matrices it is spent on, and the plan that comes of it."""
+"""One budget for a whole model: what it means, and which matrices it is spent on."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError
 from .objective import Moments, moments_for
-from .specs import KroneckerSpec, LowRankSpec, MatrixSpec, describe, spec_from_dict
-from .tables import format_table
+from .specs import KroneckerSpec, MatrixSpec
 
 Budget: TypeAlias = float | int | str
 
@@ -39,88 +35,6 @@ _UNITS = {
 _NARROWEST = 16
 # Embeddings whose rows are positions or kinds of tokens: small, and every row is used all the time.
 _NOT_TOKENS = re.compile(r"wpe|position|token_type")
-
-
-@dataclass(frozen=True, eq=False)
-class PlannedMatrix:
-    """What one matrix is to become."""
-
-    name: str
-    shape: tuple[int, int]
-    spec: MatrixSpec | None
-    """None where it stays dense."""
-    parameters_before: int
-    parameters: int
-    lost_energy: float
-    """The share of its energy that it then loses, in the norm of the objective."""
-    energies: NDArray[np.float64]
-    """Its energies in descending order: rank `k` loses all but the first `k`, as a share of their sum."""
-
-
-@dataclass(frozen=True, eq=False)
-class BudgetPlan:
-    """How a budget is spent: what `plan` returns, and `compress` follows.
-
-    `str()` is a table that says what the budget means and where it went.
-    """
-
-    budget: Budget
-    config: TQConfig
-    """The config that does it: `compress(model, plan.config)`."""
-    matrices: tuple[PlannedMatrix, ...]
-    parameters_before: int
-    """Of the whole model; a tied head does not count again."""
-    parameters: int
-    """Of the whole model when done."""
-    objective: str
-    calibrated: bool
-    """Whether the norm is that of a calibration."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON types, with what the budget means, and without the energies."""
-        matrices = [
-            {
-                "name": matrix.name,
-                "shape": list(matrix.shape),
-                "spec": None if matrix.spec is None else matrix.spec.to_dict(),
-                "parameters_before": matrix.parameters_before,
-                "parameters": matrix.parameters,
-                "lost_energy": matrix.lost_energy,
-            }
-            for matrix in self.matrices
-        ]
-        return {
-            "budget": self.budget,
-            "meaning": meaning(self.budget),
-            "objective": self.objective,
-            "calibrated": self.calibrated,
-            "parameters_before": self.parameters_before,
-            "parameters": self.parameters,
-            "config": self.config.to_dict(),
-            "matrices": matrices,
-        }
-
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-
-    def __str__(self) -> str:
-        rows = [["matrix", "shape", "becomes", "parameters", "after", "kept", "lost energy"]]
-        for matrix in self.matrices:
-            kept = f"{matrix.parameters / matrix.parameters_before:.0%}"
-            row = [
-                matrix.name,
-                "×".join(map(str, matrix.shape)),
-                "stays dense" if matrix.spec is None else describe(matrix.spec),
-            ]
-            row += [f"{matrix.parameters_before:,}", f"{matrix.parameters:,}", kept, f"{matrix.lost_energy:.4f}"]
-            rows.append(row)
-        before, after = self.parameters_before, self.parameters
-        rest = before - sum(matrix.parameters_before for matrix in self.matrices)
-        rows.append(["everything else", "", "", f"{rest:,}", f"{rest:,}", "100%", ""])
-        rows.append(["total", "", "", f"{before:,}", f"{after:,}", f"{after / before:.1%}", ""])
-        norm = "in the norm of the calibration" if self.calibrated else "in the Frobenius norm"
-        return f"{format_table(rows)}\nbudget {self.budget}: {meaning(self.budget)}; lost energy {norm}"
 
 
 def meaning(budget: Budget) -> str:
@@ -224,12 +138,29 @@ def eligible(
     return chosen
 
 
-def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None) -> None:
+def check_options(
+    config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_multiplies: float | None
+) -> None:
     """Raises `ConfigError` for options of a compression that exclude each other."""
     if config is not None and budget is not None:
         raise ConfigError("expected either a config or a budget, got both")
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
+    if max_multiplies is not None and budget is None:
+        raise ConfigError("max_multiplies: expected with a budget only: a config says what its matrices take")
+
+
+def cap_of(max_multiplies: float | None) -> float | None:
+    """A cap on multiplies, for the boundary. Raises `ConfigError` for one that is no positive share."""
+    if max_multiplies is None:
+        return None
+    number = isinstance(max_multiplies, Real) and not isinstance(max_multiplies, bool)
+    if not number or not 0 < max_multiplies < math.inf:
+        raise ConfigError(
+            "max_multiplies must be a positive share of the multiplies of the dense matrices such as 0.7, got "
+            f"{max_multiplies!r}"
+        )
+    return float(max_multiplies)
 
 
 def calibrated(calibration: Calibration | None, objective: str) -> bool:
@@ -281,52 +212,3 @@ def _unused(calibration: Calibration, matrix: str) -> bool:
     if moment is None:
         return calibration.sensitivity
     return not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
-
-
-def plan_from(
-    chosen: Sequence[tuple[str, tuple[str | None, int, float, NDArray[np.float64]]]],
-    shapes: Mapping[str, tuple[int, int]],
-    before: int,
-    budget: Budget,
-    objective: str,
-    calibrated: bool,
-    effort: str,
-    seed: int,
-) -> BudgetPlan:
-    """The plan that the boundary's choices, `(name, (spec, parameters, lost energy, energies))`, make."""
-    matrices = []
-    for name, (spec, parameters, lost_energy, energies) in chosen:
-        rows, columns = shapes[name]
-        read = None if spec is None else spec_from_dict(json.loads(spec))
-        shares = energies / max(float(energies.sum()), np.finfo(np.float64).tiny)
-        matrices.append(PlannedMatrix(name, (rows, columns), read, rows * columns, parameters, lost_energy, shares))
-    matrices = _fused_together(matrices)
-    specs = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
-    if not specs:
-        raise ConfigError(f"budget {budget}: {meaning(budget)}, which the model has as it is: nothing to compress")
-    after = before - sum(matrix.parameters_before - matrix.parameters for matrix in matrices)
-    config = TQConfig(specs, effort=effort, seed=seed)
-    return BudgetPlan(budget, config, tuple(matrices), before, after, objective, calibrated)
-
-
-def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
-    """Parts of a fused weight are compressed all or none: a dense part beside others gets all but one of its ranks.
-
-    That has one parameter less or so, and loses next to nothing.
-    """
-    compressed = {_fused(matrix.name) for matrix in matrices if matrix.spec is not None}
-    together = []
-    for matrix in matrices:
-        fused = _fused(matrix.name)
-        if matrix.spec is None and fused is not None and fused in compressed:
-            spec = LowRankSpec(min(matrix.shape) - 1)
-            lost = float(matrix.energies[-1])
-            matrix = replace(matrix, spec=spec, parameters=spec.parameters(*matrix.shape), lost_energy=lost)
-        together.append(matrix)
-    return together
-
-
-def _fused(name: str) -> str | None:
-    """The fused weight that a matrix is part of, or None."""
-    module, _, part = name.rpartition(".")
-    return module if part in ("q", "k", "v") and module.endswith("c_attn") else None

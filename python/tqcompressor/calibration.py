@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import split_part
 from .errors import CheckpointError, MomentError, NonFiniteError, ShapeError
 from .whole_file import WholeFile, storage_errors
 
@@ -89,7 +90,7 @@ class Calibration:
     def input(self, matrix: str) -> Moment | None:
         """The moment of the input of `matrix`, which a part of a fused one shares; None where there is none."""
         found = self.moments.get(f"input.{matrix}")
-        return self.moments.get(f"input.{_module_of(matrix)}") if found is None else found
+        return self.moments.get(f"input.{split_part(matrix)[0]}") if found is None else found
 
     def output(self, matrix: str) -> Moment | None:
         """The moment of the gradient at the output of `matrix`, or None."""
@@ -182,12 +183,6 @@ class Calibration:
         sides = "inputs and output gradients" if self.sensitivity else "inputs"
         of = "" if self.model_type is None else f" of a {self.model_type}"
         return f"Calibration({len(self.moments)} moments of {sides}{of}, over {self.tokens:,} tokens)"
-
-
-def _module_of(matrix: str) -> str:
-    """The module of a part of GPT-2's fused `c_attn`, and any other matrix as it is."""
-    module, _, part = matrix.rpartition(".")
-    return module if part in ("q", "k", "v") and module.endswith("c_attn") else matrix
 
 
 def _checked(name: str, moment: NDArray[Any]) -> Moment:

@@ -12,18 +12,16 @@ from typing import Any, TypeAlias
 from . import _core
 from .budget import (
     Budget,
-    BudgetPlan,
     calibrated,
     check_options,
-    eligible,
     every_matrix,
     moments_of,
-    plan_from,
-    target_of,
 )
+from .budget_plan import BudgetPlan, Choice, plan_with
 from .calibration import Calibration, load_calibration
 from .config import QUANT_METHOD, TQConfig, resolve_config
 from .errors import CheckpointError, ConfigError
+from .objective import Moments
 from .progress import ProgressOption, reporter
 from .report import CompressionReport
 from .specs import KroneckerSpec
@@ -47,6 +45,7 @@ def compress_checkpoint(
     calibration: Calibration | StrPath | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     dtype: str | None = None,
@@ -74,6 +73,8 @@ def compress_checkpoint(
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
+        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+            spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's.
         dtype: "float32", "float16" or "bfloat16" for every floating tensor; by default each keeps its own.
@@ -105,7 +106,7 @@ def compress_checkpoint(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
-    check_options(config, budget, matrices)
+    check_options(config, budget, matrices, max_multiplies)
     most = _bytes(max_shard_size)
     # torch's dtypes are welcome, too: "torch.float16".
     stored = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -120,6 +121,7 @@ def compress_checkpoint(
             calibration=known,
             objective=objective,
             matrices=matrices,
+            max_multiplies=max_multiplies,
             effort=effort or "fast",
             seed=seed or 0,
             threads=threads,
@@ -152,6 +154,7 @@ def plan_checkpoint(
     calibration: Calibration | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
@@ -163,26 +166,43 @@ def plan_checkpoint(
     `dtype` is that of the result, which a budget in bytes depends on; None keeps each tensor's own.
     """
     directory = _directory(source)
+
+    def choose(
+        entries: Sequence[Mapping[str, Any]],
+        moments: Mapping[str, Moments],
+        target: tuple[str, float],
+        cap: float | None,
+    ) -> list[Choice]:
+        specs = {name: KroneckerSpec((1, 1), 1, "none") for name in moments}
+        with reporter(progress, "plan") as report_progress:
+            choices = _core.choose_specs_of_checkpoint(
+                directory,
+                TQConfig(specs, effort=effort, seed=seed).to_json(),
+                list(moments.items()),
+                target,
+                cap,
+                threads,
+                report_progress,
+            )
+        found = dict(choices)
+        return [found[entry["name"]] for entry in entries]
+
     listed = json.loads(_core.plan_checkpoint(directory, every_matrix(matrices)))
-    chosen = eligible(listed["matrices"], matrices, calibration, objective)
-    entries = [entry for entry in listed["matrices"] if entry["name"] in chosen]
     before = listed["parameters_before"]
-    spendable = sum(entry["parameters_before"] for entry in entries)
     # An unknown dtype is refused by name when it is written.
     bytes_each = _BYTES.get(dtype or "", listed["bytes_before"] / max(before, 1))
-    target = target_of(budget, before, spendable, bytes_each)
-    specs = {name: KroneckerSpec((1, 1), 1, "none") for name in chosen}
-    with reporter(progress, "plan") as report_progress:
-        choices = _core.choose_specs_of_checkpoint(
-            directory,
-            TQConfig(specs, effort=effort, seed=seed).to_json(),
-            list(chosen.items()),
-            target,
-            threads,
-            report_progress,
-        )
-    shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
-    return plan_from(choices, shapes, before, budget, objective, calibrated(calibration, objective), effort, seed)
+    return plan_with(
+        choose,
+        listed["matrices"],
+        (before, bytes_each),
+        budget,
+        calibration=calibration,
+        objective=objective,
+        matrices=matrices,
+        max_multiplies=max_multiplies,
+        effort=effort,
+        seed=seed,
+    )
 
 
 def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:

@@ -72,6 +72,7 @@ def _compress(options: argparse.Namespace) -> None:
         calibration=options.calibration,
         objective=options.objective,
         matrices=options.matrices,
+        max_multiplies=options.max_multiplies,
         effort=options.effort,
         seed=options.seed,
         dtype=options.dtype,
@@ -155,7 +156,12 @@ def _inspect(options: argparse.Namespace) -> None:
     from .checkpoint import inspect
     from .plans import plan
 
-    only_plans = {"--plan": options.plan, "--calibration": options.calibration, "--matrices": options.matrices}
+    only_plans = {
+        "--plan": options.plan,
+        "--calibration": options.calibration,
+        "--matrices": options.matrices,
+        "--max-multiplies": options.max_multiplies,
+    }
     if options.budget is not None:
         found = plan(
             options.source,
@@ -163,6 +169,7 @@ def _inspect(options: argparse.Namespace) -> None:
             calibration=options.calibration,
             objective=options.objective,
             matrices=options.matrices,
+            max_multiplies=options.max_multiplies,
             effort=options.effort or "fast",
             seed=options.seed or 0,
             threads=options.threads,
@@ -170,7 +177,7 @@ def _inspect(options: argparse.Namespace) -> None:
         print(found.to_json() if options.json else found)
         return
     for name, value in only_plans.items():
-        if value:
+        if value is not None and value is not False:
             raise ConfigError(f"{name} needs --budget")
     report = inspect(options.source, _config(options))
     print(report.to_json() if options.json else report)

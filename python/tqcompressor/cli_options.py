@@ -164,6 +164,12 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matrices", metavar="PATTERN", nargs="+", help="matrices that --budget is spent on (default: all worth it)"
     )
+    parser.add_argument(
+        "--max-multiplies",
+        type=float,
+        metavar="X",
+        help="with --budget: multiplications for one token that these matrices may take, as a share of the dense ones'",
+    )
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_RECIPE",
     "EFFORTS",
     "FORMAT_VERSION",
+    "FUSED",
     "QUANT_METHOD",
     "RECIPES",
     "KroneckerSpec",
@@ -32,6 +33,7 @@ __all__ = [
     "check_keys",
     "resolve_config",
     "spec_from_dict",
+    "split_part",
 ]
 
 QUANT_METHOD = "tqcompressor"
@@ -40,6 +42,8 @@ FORMAT_VERSION = 2
 _KRONECKER_ONLY = 1
 EFFORTS = ("fast", "balanced", "best")
 DEFAULT_RECIPE = "tq-81m"
+# What is GPT-2's alone: the queries, keys and values of a module of this name are matrices of their own.
+FUSED = "c_attn"
 # The search draws its random numbers from an unsigned 64-bit seed.
 _LARGEST_SEED = 2**64 - 1
 
@@ -180,6 +184,16 @@ RECIPES: Mapping[str, TQConfig] = MappingProxyType(
         ),
     }
 )
+
+
+def split_part(matrix: str) -> tuple[str, str | None]:
+    """A matrix's module and the part of it that it is, if that is a fused one.
+
+    >>> split_part("h.0.attn.c_attn.q"), split_part("h.0.mlp.c_fc")
+    (('h.0.attn.c_attn', 'q'), ('h.0.mlp.c_fc', None))
+    """
+    module, _, part = matrix.rpartition(".")
+    return (module, part) if part in ("q", "k", "v") and module.endswith(FUSED) else (matrix, None)
 
 
 def resolve_config(config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None, **changes: Any) -> TQConfig:

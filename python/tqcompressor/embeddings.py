@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .contraction import kronecker_matmul
-from .modules import KroneckerFactors, add_bias
+from .factors import TiedFactors, add_bias, gathered, inverse
+from .modules import KroneckerFactors
 
 
 class KroneckerEmbedding(KroneckerFactors):
@@ -100,19 +101,14 @@ class KroneckerEmbedding(KroneckerFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in the dtype of the factors."""
-        weight = self._expand()
-        if self.input_permutation is not None:
-            weight = weight.index_select(0, self.input_permutation)
-        if self.output_permutation is not None:
-            weight = weight.index_select(1, self.output_permutation)
-        return weight.to(self.A.dtype)
+        return gathered(self._expand(), self.input_permutation, self.output_permutation).to(self.A.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
 
 
-class KroneckerHead(KroneckerFactors):
+class KroneckerHead(TiedFactors, KroneckerFactors):
     """The output layer tied to a `KroneckerEmbedding`: `logits = h Wᵀ` from the embedding's very own A and B.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. With `W[p][:, q] = Σ_k A_k ⊗ B_k`, h is gathered by
@@ -123,38 +119,9 @@ class KroneckerHead(KroneckerFactors):
     permutations follow from the embedding's: they are not saved, and are derived again when the embedding's change.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(self, embedding: KroneckerEmbedding, bias: nn.Parameter | None = None) -> None:
-        nn.Module.__init__(self)
+        super().__init__(embedding, bias)
         self.block = embedding.block
-        self.rank = embedding.rank
-        self.in_features = embedding.embedding_dim
-        self.out_features = embedding.num_embeddings
-        self.register_parameter("bias", bias)
-        self.register_buffer("input_permutation", None, persistent=False)
-        self.register_buffer("output_permutation", None, persistent=False)
-        self.tie(embedding)
-        embedding.register_load_state_dict_post_hook(self._follow)  # type: ignore[no-untyped-call]
-
-    def tie(self, embedding: KroneckerEmbedding) -> None:
-        """Takes over the embedding's factors and permutations."""
-        self.A = embedding.A
-        self.B = embedding.B
-        self._follow(embedding)
-
-    def set_terms(self, *_: object, **__: object) -> None:
-        """Refused as `set_factors` is."""
-        self.set_factors()
-
-    def set_factors(self, *_: object, **__: object) -> None:
-        """Refused, as it would untie the head: set the embedding's factors, then `tie` it again."""
-        raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
-
-    def _follow(self, embedding: KroneckerEmbedding, _incompatible_keys: object = None) -> None:
-        columns = embedding.output_permutation
-        self.input_permutation = None if columns is None else torch.argsort(columns)
-        self.output_permutation = embedding.input_permutation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
@@ -167,11 +134,7 @@ class KroneckerHead(KroneckerFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
-        weight = self._expand()
-        if self.output_permutation is not None:
-            weight = weight.index_select(0, self.output_permutation)
-        if self.input_permutation is not None:
-            weight = weight.index_select(1, torch.argsort(self.input_permutation))
+        weight = gathered(self._expand(), self.output_permutation, inverse(self.input_permutation))
         return weight.to(self.A.dtype).transpose(0, 1)
 
     def extra_repr(self) -> str:

@@ -5,22 +5,32 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import _core, architecture
 from .budget import Budget, calibrated, check_options, moments_of
 from .calibration import Calibration, load_calibration
 from .config import TQConfig, resolve_config
+from .corpus import TokenBlocks
+from .errors import ConfigError
+from .factors import Term
 from .mixed import CompressedModule, FactoredEmbedding
-from .modules import FusedKroneckerLinear, Term
-from .planning import matrix_of, plan_budget, plan_model, planned_spec, resolved_plan
-from .progress import ProgressOption, reporter
+from .modules import FusedKroneckerLinear
+from .objective import Moments
+from .planning import matrix_of, plan_budget, plan_model, resolved_plan
+from .progress import ProgressOption, Report, reporter
 from .report import CompressionReport
-from .specs import MatrixSpec
+from .sequential import calibrate_layers
+from .specs import MatrixSpec, planned_spec
 from .transformers_integration import attach, detach
+
+# What `calibrate` reads: blocks, batches, or a tokenizer and a text.
+Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, Any]
 
 
 def compress(
@@ -30,7 +40,9 @@ def compress(
     budget: Budget | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     objective: str = "auto",
+    sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     threads: int | None = None,
@@ -54,7 +66,15 @@ def compress(
             how much the model minds them, which is the largest lever on quality there is.
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
+        sequential: With a calibration, a text on which each transformer block's inputs are measured again when the
+            blocks before it are compressed, and to which it is fitted then: batches or `TokenBlocks`, as for
+            `calibrate`, or `(tokenizer, text)`, read with the other arguments' defaults and the calibration's seed.
+            The budget is spent as without. Half a forward pass more for each block, and little gained: at half of the
+            blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
+            the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
+        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+            spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
         threads: How many threads search; by default one per core.
@@ -66,7 +86,8 @@ def compress(
 
     Raises:
         ConfigError: The config does not fit the model, or the model is not transformers' own, or compressed
-            already, or a weight is shared with what cannot share factors.
+            already, or a weight is shared with what cannot share factors; `sequential` without a calibration.
+        TextError: `sequential` has no batch, or less text than 128 blocks.
         ShapeError: A block that does not divide a matrix, or a rank that is too large for it.
         NonFiniteError: A weight that holds NaN or an infinity.
         DtypeError: A weight that is neither float32 nor float16, bfloat16 or float64.
@@ -79,22 +100,26 @@ def compress(
     """
     architecture.require_transformers_model(model)
     known = load_calibration(calibration)
-    check_options(config, budget, matrices)
+    check_options(config, budget, matrices, max_multiplies)
+    if sequential is not None and not (known is not None and calibrated(known, objective)):
+        raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     if budget is not None:
-        options = {"effort": effort or "fast", "seed": seed or 0, "threads": threads, "progress": progress}
-        found = plan_budget(
+        config = plan_budget(
             model,
             budget,
             calibration=known,
             objective=objective,
             matrices=matrices,
-            **options,  # type: ignore[arg-type]
-        )
-        config = found.config
+            max_multiplies=max_multiplies,
+            effort=effort or "fast",
+            seed=seed or 0,
+            threads=threads,
+            progress=progress,
+        ).config
     config = resolve_config(config, effort=effort, seed=seed)
     parameters = model.num_parameters()
     plan = plan_model(model, config)
-    return _compress_planned(model, config, plan, {}, parameters, threads, progress, known, objective)
+    return _compress_planned(model, config, plan, {}, parameters, threads, progress, known, objective, sequential)
 
 
 def compress_again(
@@ -142,6 +167,7 @@ def _compress_planned(
     progress: ProgressOption,
     calibration: Calibration | None = None,
     objective: str = "auto",
+    sequential: Texts | None = None,
 ) -> CompressionReport:
     """Decomposes the matrices of `plan`, all of them dense; `kept` are those that are compressed and stay so.
 
@@ -151,29 +177,97 @@ def _compress_planned(
     planned = plan["matrices"]
     specs = {entry["name"]: planned_spec(entry) for entry in planned}
     modules = architecture.empty_modules(model, specs)
-    with reporter(progress, "compress") as report_progress:
-        results = _core.fit_many(
-            [matrix_of(model, entry) for entry in planned],
-            list(specs),
-            [json.dumps(spec.to_dict()) for spec in specs.values()],
-            [moments for _, moments in moments_of(calibration, objective, planned)],
-            config.effort,
-            config.seed,
-            threads,
-            report_progress,
-        )
-    terms = {name: result[0] for name, result in zip(specs, results, strict=True)}
-    for name, module in modules.items():
-        _fill(module, model.get_submodule(name), terms, architecture.bare_name(model, name))
-    modules |= architecture.heads(model, modules)
+    results: dict[str, Any] = {}
     try:
-        with architecture.swapped(model, modules):
+        with architecture.swapped(model, {}) as swap:
+            with reporter(progress, "compress") as report:
+                measuring, fitting = (report, report) if report is None or sequential is None else _halves(report)
+                for entries, moments in _groups(model, planned, calibration, objective, sequential, measuring):
+                    names = [entry["name"] for entry in entries]
+                    found = _core.fit_many(
+                        [matrix_of(model, entry) for entry in entries],
+                        names,
+                        [json.dumps(specs[name].to_dict()) for name in names],
+                        [moments[name] for name in names],
+                        config.effort,
+                        config.seed,
+                        threads,
+                        _share(fitting, len(results), len(names), len(specs)),
+                    )
+                    results.update(zip(names, found, strict=True))
+                    swap(_filled(model, modules, entries, results))
             attach(model, config.replace(specs={**kept, **specs}))
     except BaseException:
         detach(model)
         raise
     counts = parameters, model.num_parameters()
-    return _report(model, plan, results, counts, time.perf_counter() - started, calibrated(calibration, objective))
+    fitted = [results[name] for name in specs]
+    return _report(model, plan, fitted, counts, time.perf_counter() - started, calibrated(calibration, objective))
+
+
+def _groups(
+    model: PreTrainedModel,
+    planned: Sequence[Mapping[str, Any]],
+    calibration: Calibration | None,
+    objective: str,
+    sequential: Texts | None,
+    report: Report | None,
+) -> Iterator[tuple[Sequence[Mapping[str, Any]], Mapping[str, Moments]]]:
+    """The entries of a plan that are fitted together, and their moments, once those before them are compressed."""
+    moments = dict(moments_of(calibration, objective, planned))
+    if sequential is None or calibration is None:
+        yield planned, moments
+        return
+    source, text = sequential, None
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PreTrainedTokenizerBase):
+        source, text = source
+    layers = calibrate_layers(
+        model,
+        source,
+        text,
+        original=calibration,
+        matrices=moments.keys(),
+        seed=calibration.seed,
+        progress=report or False,
+    )
+    for group, measured in layers:
+        entries = [entry for entry in planned if entry["name"] in group.matrices]
+        # A layer that no text goes through has no moments.
+        used = [entry for entry in entries if measured.input(entry["name"]) is not None]
+        yield entries, moments | dict(moments_of(measured, objective, used))
+
+
+def _halves(report: Report) -> tuple[Report, Report]:
+    """Two callbacks for two kinds of work that take turns, each of them half of what `report` is told."""
+    shares = [0, 0]
+
+    def half(number: int, done: int, total: int) -> None:
+        shares[number] = 1000 * done // max(total, 1)
+        report(sum(shares), 2000)
+
+    return partial(half, 0), partial(half, 1)
+
+
+def _share(report: Report | None, before: int, matrices: int, total: int) -> Report | None:
+    """A callback for the work on some matrices of `total`, when those `before` them are done."""
+    if report is None or matrices == total:
+        return report
+    return lambda done, work: report(before * work + matrices * done, total * work)
+
+
+def _filled(
+    model: PreTrainedModel,
+    modules: Mapping[str, CompressedModule],
+    entries: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+) -> dict[str, nn.Module]:
+    """The modules of some matrices, with what was found for them, and the heads tied to these: full name to module."""
+    terms = {name: result[0] for name, result in results.items()}
+    names = dict.fromkeys(architecture.module_name(model, entry["module"]) for entry in entries)
+    for name in names:
+        _fill(modules[name], model.get_submodule(name), terms, architecture.bare_name(model, name))
+    filled: dict[str, nn.Module] = {name: modules[name] for name in names}
+    return filled | architecture.heads(model, filled)
 
 
 def _fill(module: CompressedModule, dense: Any, terms: Mapping[str, Sequence[Term]], name: str) -> None:

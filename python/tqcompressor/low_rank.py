@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .contraction import without_autocast
-from .errors import ShapeError
-from .modules import Term, add_bias, the_one_term
+from .factors import Factors, Term, add_bias, copied_bias, draw_bias, gathered, inverse, new_bias, the_one_term
 from .specs import LowRankSpec
 
 
@@ -58,16 +57,15 @@ def expand(left: torch.Tensor, right: torch.Tensor, on_rows: bool) -> torch.Tens
         return torch.cat([right, left @ right]) if on_rows else torch.cat([left, left @ right], dim=1)
 
 
-class LowRankFactors(nn.Module):
+class LowRankFactors(Factors):
     """What the modules share: the factors and the permutation of a `(rows, columns)` matrix.
 
     The identity, and so the permutation, is on the rows where there are not more rows than columns.
     """
 
+    factors = ("left", "right")
     left: nn.Parameter
     right: nn.Parameter
-    input_permutation: torch.Tensor | None
-    output_permutation: torch.Tensor | None
 
     def __init__(
         self,
@@ -133,27 +131,9 @@ class LowRankFactors(nn.Module):
 
         `order` is `p` or `q`, gather indices. Raises `ShapeError` for shapes that are not the module's.
         """
-        tensors: dict[str, NDArray[Any]] = {"left": left, "right": right}
-        if self.input_permutation is not None:
-            tensors["input_permutation"] = self._input_indices(order)
-        else:
-            tensors["output_permutation"] = np.argsort(order)
-        for name, values in tensors.items():
-            expected = tuple(getattr(self, name).shape)
-            if values.shape != expected:
-                raise ShapeError(f"{name} has shape {values.shape}, expected {expected}")
-        for name, values in tensors.items():
-            current = getattr(self, name)
-            values = np.ascontiguousarray(values)
-            if isinstance(current, nn.Parameter):
-                trainable = current.requires_grad
-                setattr(self, name, nn.Parameter(torch.tensor(values, dtype=dtype, device=device), trainable))
-            else:
-                setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
-
-    def _input_indices(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The gather indices that the row permutation `p` means for this module's input."""
-        return order
+        # Of the two permutations, the module has the one of the side that the identity is on.
+        permutations = {"input_permutation": self._input_indices(order), "output_permutation": np.argsort(order)}
+        self._copy({"left": left, "right": right, **permutations}, dtype, device)
 
 
 class LowRankLinear(LowRankFactors):
@@ -181,9 +161,7 @@ class LowRankLinear(LowRankFactors):
         super().__init__(in_features, out_features, rank, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.register_parameter("bias", new_bias(bias, out_features, self.left))
         self.reset_parameters()
 
     @classmethod
@@ -199,17 +177,13 @@ class LowRankLinear(LowRankFactors):
         """The module for the given, copied, factors; raises `ShapeError` for shapes that disagree."""
         module: LowRankLinear = cls._from_factors(left, right, order, dtype, device, bias=bias is not None)
         if bias is not None:
-            if bias.shape != (module.out_features,):
-                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({module.out_features},)")
-            module.bias = nn.Parameter(bias.detach().clone().to(device=device, dtype=dtype))
+            module.bias = copied_bias(bias, module.out_features, device, dtype)
         return module
 
     def reset_parameters(self, variance: float | None = None) -> None:
         """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
         super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
+        draw_bias(self.bias, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -219,11 +193,7 @@ class LowRankLinear(LowRankFactors):
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (in_features, out_features)` that the factors stand for, in their dtype."""
         weight = expand(self.left, self.right, self.input_permutation is not None)
-        if self.input_permutation is not None:
-            weight = weight.index_select(0, torch.argsort(self.input_permutation))
-        if self.output_permutation is not None:
-            weight = weight.index_select(1, self.output_permutation)
-        return weight.to(self.left.dtype)
+        return gathered(weight, inverse(self.input_permutation), self.output_permutation).to(self.left.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .contraction import without_autocast
+from .factors import TiedFactors, add_bias, gathered, inverse
 from .low_rank import LowRankFactors, expand, low_rank_matmul
-from .modules import add_bias
 
 
 class LowRankEmbedding(LowRankFactors):
@@ -80,18 +80,14 @@ class LowRankEmbedding(LowRankFactors):
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in their dtype."""
         weight = expand(self.left, self.right, self.input_permutation is not None)
-        if self.input_permutation is not None:
-            weight = weight.index_select(0, self.input_permutation)
-        if self.output_permutation is not None:
-            weight = weight.index_select(1, self.output_permutation)
-        return weight.to(self.left.dtype)
+        return gathered(weight, self.input_permutation, self.output_permutation).to(self.left.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
-class LowRankHead(LowRankFactors):
+class LowRankHead(TiedFactors, LowRankFactors):
     """The output layer tied to a `LowRankEmbedding`: `logits = h Wᵀ + bias` from the embedding's very own factors.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. The transpose of a matrix in interpolative form is in
@@ -100,38 +96,6 @@ class LowRankHead(LowRankFactors):
     As in `KroneckerHead`, the parameters are the embedding's under names of its own, and the permutations, which are
     not saved, follow from the embedding's.
     """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, embedding: LowRankEmbedding, bias: nn.Parameter | None = None) -> None:
-        nn.Module.__init__(self)
-        self.rank = embedding.rank
-        self.in_features = embedding.embedding_dim
-        self.out_features = embedding.num_embeddings
-        self.register_parameter("bias", bias)
-        self.register_buffer("input_permutation", None, persistent=False)
-        self.register_buffer("output_permutation", None, persistent=False)
-        self.tie(embedding)
-        embedding.register_load_state_dict_post_hook(self._follow)  # type: ignore[no-untyped-call]
-
-    def tie(self, embedding: LowRankEmbedding) -> None:
-        """Takes over the embedding's factors and permutations."""
-        self.left = embedding.left
-        self.right = embedding.right
-        self._follow(embedding)
-
-    def set_terms(self, *_: object, **__: object) -> None:
-        """Refused as `set_factors` is."""
-        self.set_factors()
-
-    def set_factors(self, *_: object, **__: object) -> None:
-        """Refused, as it would untie the head: set the embedding's factors, then `tie` it again."""
-        raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
-
-    def _follow(self, embedding: LowRankEmbedding, _incompatible_keys: object = None) -> None:
-        columns = embedding.output_permutation
-        self.input_permutation = None if columns is None else torch.argsort(columns)
-        self.output_permutation = embedding.input_permutation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
@@ -144,10 +108,7 @@ class LowRankHead(LowRankFactors):
         """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
         # The rows of the embedding's matrix are this module's outputs.
         weight = expand(self.left, self.right, self.output_permutation is not None)
-        if self.output_permutation is not None:
-            weight = weight.index_select(0, self.output_permutation)
-        if self.input_permutation is not None:
-            weight = weight.index_select(1, torch.argsort(self.input_permutation))
+        weight = gathered(weight, self.output_permutation, inverse(self.input_permutation))
         return weight.to(self.left.dtype).transpose(0, 1)
 
     def extra_repr(self) -> str:

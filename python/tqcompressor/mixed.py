@@ -13,9 +13,10 @@ from torch import nn
 
 from .embeddings import KroneckerEmbedding, KroneckerHead
 from .errors import ShapeError
+from .factors import Term, Tied, add_bias, new_bias
 from .low_rank import LowRankLinear
 from .low_rank_embedding import LowRankEmbedding, LowRankHead
-from .modules import FusedKroneckerLinear, KroneckerLinear, Term, add_bias
+from .modules import FusedKroneckerLinear, KroneckerLinear
 from .specs import KroneckerSpec, LowRankSpec, MatrixSpec
 
 
@@ -73,15 +74,7 @@ class MixedLinear(_Terms):
         super().__init__(terms, "in_features", "out_features")
         self.in_features = terms[0].in_features
         self.out_features = terms[0].out_features
-        if isinstance(bias, torch.Tensor):
-            if bias.shape != (self.out_features,):
-                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
-            self.bias = nn.Parameter(bias.detach().clone())
-        elif bias:
-            factor = next(terms[0].parameters())
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=factor.device, dtype=factor.dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", new_bias(bias, self.out_features, next(terms[0].parameters())))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -115,7 +108,7 @@ class MixedEmbedding(_Terms):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-class MixedHead(_Terms):
+class MixedHead(Tied, _Terms):
     """The output layer tied to a `MixedEmbedding`: `logits = h (W_0 + W_1 + …)ᵀ + bias`, each term tied to its own.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`.
@@ -134,10 +127,6 @@ class MixedHead(_Terms):
         own: Any
         for own, term in zip(self.terms, embedding.terms, strict=True):
             own.tie(term)
-
-    def set_terms(self, *_: object, **__: object) -> None:
-        """Refused, as it would untie the head: set the embedding's terms, then `tie` it again."""
-        raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,31 +18,16 @@ from torch import nn
 
 from .contraction import kronecker_matmul, prefers_dense, without_autocast
 from .errors import ShapeError
+from .factors import Factors, Term, add_bias, copied_bias, draw_bias, gathered, inverse, new_bias, the_one_term
 from .specs import KroneckerSpec
 
-# One term of what a matrix became: ("kronecker", A, B, p, q) or ("low_rank", left, right, order).
-Term: TypeAlias = tuple[Any, ...]
 
-
-def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`y + bias` in the dtype of `y`: under autocast that is narrower than the bias, and must stay so."""
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-def the_one_term(terms: Sequence[Term], kind: str) -> tuple[NDArray[Any], ...]:
-    """The arrays of the only term, which must be of that kind; raises `ShapeError` otherwise."""
-    if len(terms) != 1 or terms[0][0] != kind:
-        raise ShapeError(f"expected one {kind} term, got {', '.join(str(term[0]) for term in terms) or 'none'}")
-    return tuple(terms[0][1:])
-
-
-class KroneckerFactors(nn.Module):
+class KroneckerFactors(Factors):
     """What the modules share: the factors and permutations of a `(rows, columns)` matrix."""
 
+    factors = ("A", "B")
     A: nn.Parameter
     B: nn.Parameter
-    input_permutation: torch.Tensor | None
-    output_permutation: torch.Tensor | None
 
     def __init__(
         self,
@@ -115,24 +100,8 @@ class KroneckerFactors(nn.Module):
 
         Raises `ShapeError` for shapes that are not the module's.
         """
-        tensors: dict[str, NDArray[Any]] = {"A": a, "B": b}
-        tensors |= {"input_permutation": self._input_indices(p), "output_permutation": np.argsort(q)}
-        for name, values in tensors.items():
-            current = getattr(self, name)
-            if current is None:
-                continue
-            if values.shape != tuple(current.shape):
-                raise ShapeError(f"{name} has shape {values.shape}, expected {tuple(current.shape)}")
-            values = np.ascontiguousarray(values)
-            if isinstance(current, nn.Parameter):
-                trainable = current.requires_grad
-                setattr(self, name, nn.Parameter(torch.tensor(values, dtype=dtype, device=device), trainable))
-            else:
-                setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
-
-    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The gather indices that the row permutation `p` means for this module's input."""
-        return p
+        permutations = {"input_permutation": self._input_indices(p), "output_permutation": np.argsort(q)}
+        self._copy({"A": a, "B": b, **permutations}, dtype, device)
 
     def _expand(self) -> torch.Tensor:
         """The Kronecker sum as a matrix, still permuted, in at least single precision."""
@@ -190,9 +159,7 @@ class KroneckerLinear(KroneckerFactors):
         )
         self.in_features = in_features
         self.out_features = out_features
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.register_parameter("bias", new_bias(bias, out_features, self.A))
         self.reset_parameters()
 
     @classmethod
@@ -213,9 +180,7 @@ class KroneckerLinear(KroneckerFactors):
         """
         module: KroneckerLinear = cls._from_factors(a, b, p, q, permute, dtype, device, bias=bias is not None)
         if bias is not None:
-            if bias.shape != (module.out_features,):
-                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({module.out_features},)")
-            module.bias = nn.Parameter(bias.detach().clone().to(device=device, dtype=dtype))
+            module.bias = copied_bias(bias, module.out_features, device, dtype)
         return module
 
     @classmethod
@@ -233,9 +198,7 @@ class KroneckerLinear(KroneckerFactors):
     def reset_parameters(self, variance: float | None = None) -> None:
         """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
         super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
+        draw_bias(self.bias, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -251,11 +214,7 @@ class KroneckerLinear(KroneckerFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (in_features, out_features)` that the factors stand for, in the dtype of the factors."""
-        weight = self._expand()
-        if self.input_permutation is not None:
-            weight = weight.index_select(0, torch.argsort(self.input_permutation))
-        if self.output_permutation is not None:
-            weight = weight.index_select(1, self.output_permutation)
+        weight = gathered(self._expand(), inverse(self.input_permutation), self.output_permutation)
         return weight.to(self.A.dtype)
 
     def extra_repr(self) -> str:
@@ -283,15 +242,7 @@ class FusedKroneckerLinear(nn.Module):
         self.part_names = tuple(parts)
         self.in_features = first.in_features
         self.out_features = sum(part.out_features for part in parts.values())
-        if isinstance(bias, torch.Tensor):
-            if bias.shape != (self.out_features,):
-                raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
-            self.bias = nn.Parameter(bias.detach().clone())
-        elif bias:
-            factor = next(first.parameters())
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=factor.device, dtype=factor.dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", new_bias(bias, self.out_features, next(first.parameters())))
 
     @property
     def parts(self) -> list[Any]:

@@ -92,35 +92,36 @@ class ReadingPass:
         hidden = getattr(outputs, "last_hidden_state", None)
         if isinstance(logits, torch.Tensor):
             target, samples = logits, self._samples or 1
-            # A softmax spreads what is not finite over its row; a logit itself may be minus infinity.
-            checked = logits.detach().float().softmax(-1)[..., 0]
-            checked = checked + (logits.detach()[..., 0] if logits.shape[-1] == 1 else 0)
         elif isinstance(hidden, torch.Tensor):
             mask = self._mask.unsqueeze(-1).float()
             pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-            target = checked = nn.functional.normalize(pooled, dim=-1)
-            samples = self._samples or _EMBEDDING_SAMPLES
+            target, samples = nn.functional.normalize(pooled, dim=-1), self._samples or _EMBEDDING_SAMPLES
         else:
             raise ConfigError(
                 f"{type(self._model).__name__} returns neither .logits nor .last_hidden_state: calibrate it with "
                 "sensitivity=False"
             )
-        if not bool(checked.isfinite().all()):
-            raise NonFiniteError(f"{type(self._model).__name__} returns NaN or an infinity")
-        if not target.requires_grad:
-            return
         for sample in range(samples):
             gradient = self._gradient(target, target is logits, generator)
+            if not target.requires_grad:
+                return
             gradient = gradient if scale == 1 else gradient * scale
             more = sample < samples - 1
             target.backward(gradient.to(target.dtype), retain_graph=more)  # type: ignore[no-untyped-call]
 
     def _gradient(self, target: torch.Tensor, logits: bool, generator: torch.Generator) -> torch.Tensor:
-        """A random gradient of what the model says."""
-        if not logits:
-            return torch.randn(target.shape, generator=generator).to(target.device)
-        gradient = _sampled_gradient(target.detach(), generator)
-        if tuple(target.shape[:2]) == tuple(self._mask.shape) and not bool(self._mask.all()):
+        """A random gradient of what the model says, which must be finite; a single logit is a regression's."""
+        if logits and target.shape[-1] > 1:
+            gradient = _sampled_gradient(target.detach(), generator)
+            # A softmax spreads what is not finite over its row; a logit itself may be minus infinity.
+            checked = gradient[..., 0]
+        else:
+            # Of unit variance.
+            gradient = torch.randn(target.shape, generator=generator).to(target.device)
+            checked = target.detach()
+        if not bool(checked.isfinite().all()):
+            raise NonFiniteError(f"{type(self._model).__name__} returns NaN or an infinity")
+        if logits and tuple(target.shape[:2]) == tuple(self._mask.shape) and not bool(self._mask.all()):
             gradient *= self._mask.unsqueeze(-1)
         return gradient
 
@@ -195,13 +196,8 @@ class _Lookups(TorchFunctionMode):
 
 
 def _sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of the summed cross-entropy with labels drawn from the softmax: `softmax(logits) − one-hot(label)`, float32.
-
-    A single logit is taken for a regression of unit variance, whose gradient is normal.
-    """
+    """Of the summed cross-entropy with labels drawn from the softmax: `softmax(logits) − one-hot(label)`, float32."""
     classes = logits.shape[-1]
-    if classes == 1:
-        return torch.randn(logits.shape, generator=generator).to(logits.device)
     probabilities = logits.float().softmax(-1).reshape(-1, classes)
     # By the inverse of the distribution function: one random number a token, the same on every device.
     cumulative = probabilities.cumsum(-1)

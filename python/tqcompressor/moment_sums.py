@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import base_prefix
+from .config import FUSED
 from .errors import NonFiniteError
 
 # A layer with more outputs, such as a head, keeps the diagonal of their moment: the whole would be 512 MB and more.
@@ -78,7 +79,7 @@ def _unit(name: str, module: Any, tied_to: str | None) -> Unit | None:
         return Unit(name, module, True, module.num_embeddings, ((name, module.embedding_dim),))
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
-        if name.endswith("c_attn"):
+        if name.endswith(FUSED):
             # In cross-attention, whose query comes from elsewhere, k and v alone.
             fused = [(f"{name}.{part}", rows) for part in ("q", "k", "v")[-(columns // rows) :]]
             return Unit(name, module, False, rows, tuple(fused))

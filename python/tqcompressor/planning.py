@@ -13,12 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, BudgetPlan, calibrated, eligible, every_matrix, plan_from, target_of
+from .budget import Budget, every_matrix
+from .budget_plan import BudgetPlan, Choice, plan_with
 from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError, DtypeError
+from .objective import Moments
 from .progress import ProgressOption, reporter
-from .specs import MatrixSpec, spec_from_dict
+from .specs import MatrixSpec
 
 
 def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
@@ -57,11 +59,6 @@ def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
     return plan
 
 
-def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
-    """The spec of a plan's or a report's entry for one matrix."""
-    return spec_from_dict({name: entry[name] for name in ("block", "rank", "permute", "terms") if name in entry})
-
-
 def matrix_of(model: PreTrainedModel, entry: Mapping[str, Any]) -> NDArray[np.float32]:
     """The planned matrix, in × out, as contiguous float32 on the CPU; a view of the weight where that is possible."""
     module: Any = model.get_submodule(architecture.module_name(model, entry["module"]))
@@ -85,30 +82,59 @@ def plan_budget(
     calibration: Calibration | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
     """How a budget is best spent on a live model, without touching it: `plan` for models."""
+
+    def choose(
+        entries: Sequence[Mapping[str, Any]],
+        moments: Mapping[str, Moments],
+        target: tuple[str, float],
+        cap: float | None,
+    ) -> list[Choice]:
+        with reporter(progress, "plan") as report_progress:
+            return _core.choose_specs(
+                [matrix_of(model, entry) for entry in entries],
+                list(moments),
+                _usages(model, entries),
+                list(moments.values()),
+                target,
+                cap,
+                effort,
+                seed,
+                threads,
+                report_progress,
+            )
+
     listed = plan_model(model, TQConfig.from_json(every_matrix(matrices)))["matrices"]
-    chosen = eligible(listed, matrices, calibration, objective)
-    entries = [entry for entry in listed if entry["name"] in chosen]
     before = model.num_parameters()
-    spendable = sum(entry["parameters_before"] for entry in entries)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    target = target_of(budget, before, spendable, size / max(before, 1))
-    with reporter(progress, "plan") as report_progress:
-        choices = _core.choose_specs(
-            [matrix_of(model, entry) for entry in entries],
-            list(chosen),
-            list(chosen.values()),
-            target,
-            effort,
-            seed,
-            threads,
-            report_progress,
-        )
-    shapes = {entry["name"]: (entry["shape"][0], entry["shape"][1]) for entry in entries}
-    named = list(zip(chosen, choices, strict=True))
-    return plan_from(named, shapes, before, budget, objective, calibrated(calibration, objective), effort, seed)
+    return plan_with(
+        choose,
+        listed,
+        (before, size / max(before, 1)),
+        budget,
+        calibration=calibration,
+        objective=objective,
+        matrices=matrices,
+        max_multiplies=max_multiplies,
+        effort=effort,
+        seed=seed,
+    )
+
+
+def _usages(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is done with each matrix for every token, as the boundary calls it."""
+    tied = {
+        architecture.bare_name(model, source)
+        for head, source in architecture.ties(model).items()
+        if isinstance(model.get_submodule(head), nn.Linear)
+    }
+    return [
+        "map" if entry["kind"] != "embedding" else "tied_lookup" if entry["module"] in tied else "lookup"
+        for entry in entries
+    ]

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from .budget import Budget, BudgetPlan
+from .budget import Budget
+from .budget_plan import BudgetPlan
 from .calibration import Calibration, load_calibration
 from .checkpoint import StrPath, plan_checkpoint
 from .progress import ProgressOption
@@ -22,6 +23,7 @@ def plan(
     calibration: Calibration | StrPath | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
+    max_multiplies: float | None = None,
     effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
@@ -46,6 +48,10 @@ def plan(
             allows.
         matrices: Patterns of the matrices that it is spent on; by default all but embeddings of positions and kinds of
             tokens, narrow ones, and what the calibration never saw in use.
+        max_multiplies: At most this share of the multiplications for one token that these matrices take dense: 0.7, or
+            1.5 to let sums of Kronecker terms take half as many again. `m · n` for a dense matrix, none for a row that
+            is looked up; of low rank as many as parameters. Low rank ends at whichever limit it meets first; what it
+            then leaves of the cap is shared out in proportion, and the best of a matrix keeps within its part.
         effort: "fast" (low rank), "balanced" or "best", which also try sums of low rank and Kronecker terms. These lose
             less with as many parameters, but take seconds to a minute a matrix to find, and more multiplications.
         seed: With the weights, the budget and the effort all that the plan depends on.
@@ -53,7 +59,8 @@ def plan(
         progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
 
     Raises:
-        ConfigError: A budget that cannot be understood or kept, an objective that the calibration cannot serve.
+        ConfigError: A budget or a cap that cannot be understood or kept (with the least that can be), an objective that
+            the calibration cannot serve.
         ShapeError: A calibration of another model.
         CheckpointError, NonFiniteError, DtypeError: As `compress` and `compress_checkpoint`.
 
@@ -76,6 +83,7 @@ def plan(
         calibration=known,
         objective=objective,
         matrices=matrices,
+        max_multiplies=max_multiplies,
         effort=effort,
         seed=seed,
         threads=threads,

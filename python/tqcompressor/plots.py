@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .budget import BudgetPlan
+from .budget_plan import BudgetPlan
 from .errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
 from .report import CompressionReport
 from .specs import KroneckerSpec, LowRankSpec, MatrixSpec

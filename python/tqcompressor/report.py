@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .specs import MatrixSpec, describe, spec_from_dict
+from .specs import MatrixSpec, describe, planned_spec
 from .tables import format_table
 
 
@@ -39,8 +39,7 @@ class MatrixReport:
     @property
     def spec(self) -> MatrixSpec:
         """What it became, as in a config."""
-        known = {name: getattr(self, name) for name in ("block", "rank", "permute", "terms")}
-        return spec_from_dict({name: value for name, value in known.items() if value is not None})
+        return planned_spec(vars(self))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,7 @@ def calibrate_layers(
     text: str | Sequence[str] | StrPath | Sequence[StrPath] | Any | None = None,
     *,
     original: Calibration | None = None,
+    matrices: Container[str] | None = None,
     blocks: int = 128,
     block_length: int | None = None,
     sensitivity: bool = True,
@@ -63,6 +64,7 @@ def calibrate_layers(
         tokenizer_or_batches, text, blocks, block_length, seed, max_memory: As for `calibrate`; every group reads the
             same text.
         original: The moments of the model before any compression.
+        matrices: The names of those that will be compressed: only they are measured. None stands for all.
         sensitivity: Whether gradients are measured; ignored with `original`.
         progress: As for `calibrate`, in batches, of every group as many.
 
@@ -84,6 +86,11 @@ def calibrate_layers(
             for matrix, columns in unit.outputs if unit.tied_to is None else ():
                 original.check(matrix, unit.inputs, columns)
     groups = layer_groups(model, batches[0])
+    if matrices is not None:
+        named = (
+            replace(group, matrices=tuple(name for name in group.matrices if name in matrices)) for group in groups
+        )
+        groups = [group for group in named if group.matrices]
     return _measured(model, batches, groups, original, sensitivity, seed, max_memory, progress)
 
 

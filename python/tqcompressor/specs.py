@@ -243,6 +243,16 @@ def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
     return LowRankSpec.from_dict(data)
 
 
+def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
+    """The spec among the keys of one matrix's entry in a plan or a report; keys that are None are not there.
+
+    >>> planned_spec({"name": "wte", "rank": 3, "block": None, "lost_energy": 0.1})
+    LowRankSpec(rank=3)
+    """
+    keys = ("block", "rank", "permute", "terms")
+    return spec_from_dict({key: entry[key] for key in keys if entry.get(key) is not None})
+
+
 def describe(spec: MatrixSpec) -> str:
     """A spec in words: "block 2×4, rank 4", "low rank 224"."""
     if isinstance(spec, MixedSpec):

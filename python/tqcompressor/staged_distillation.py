@@ -29,10 +29,11 @@ from .corpus import TokenBlocks, token_blocks
 from .errors import ConfigError, DestinationError, TextError
 from .in_place import compress, compress_again
 from .model_files import load_model, read_json, save_model, weights_digest, write_json
-from .planning import plan_model, planned_spec
+from .planning import plan_model
 from .progress import ProgressOption, reporter
 from .results import exponential
 from .scoring import begin_tokens, negative_log_likelihood, token_sequence
+from .specs import planned_spec
 from .stage_training import Trained, quiet_transformers, train_stage, training_arguments
 from .stages import Stage, StagedRecipe, resolve_staged_recipe
 from .texts import read_text

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import QUANT_METHOD, TQConfig, resolve_config
+from .config import QUANT_METHOD, TQConfig, resolve_config, split_part
 from .errors import CheckpointError, ConfigError
 from .specs import MatrixSpec
 
@@ -179,7 +179,7 @@ def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Matrix
 
     Raises `ConfigError` for a name that holds a wildcard, since a checkpoint's config names matrices one by one.
     """
-    from .architecture import in_base_model, split_part
+    from .architecture import in_base_model
 
     for name in config.specs:
         if set("*?[]") & set(name):

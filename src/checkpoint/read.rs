@@ -172,6 +172,12 @@ impl Checkpoint {
         self.geometry.tied
     }
 
+    /// Whether the model has an output head, and that is the token embedding.
+    #[must_use]
+    pub fn has_tied_head(&self) -> bool {
+        self.geometry.head && self.geometry.tied
+    }
+
     /// The files of its weights.
     pub fn weight_files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|(path, _)| path.as_path())

@@ -10,7 +10,7 @@ use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
 use crate::shape::{KroneckerSpec, Permute};
-use crate::spec::{LowRankShape, MatrixSpec, TermSpec};
+use crate::spec::{LowRankShape, MatrixSpec, TermSpec, Usage};
 
 /// Approximates `view` as `spec` says, in `norm`.
 ///
@@ -55,19 +55,41 @@ pub fn fit(
 /// Longest side for which more than low rank is tried: a vocabulary would take gigabytes and minutes.
 const LONGEST: usize = 4096;
 
-/// The best approximation of `view` with at most `parameters` parameters that is found in `norm`.
+/// What one matrix may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// At most so many parameters.
+    pub parameters: usize,
+    /// At most so many multiplies for one token, when this is done with it; `None` for any number.
+    pub multiplies: Option<(usize, Usage)>,
+}
+
+impl Limits {
+    /// At most so many parameters, and any number of multiplies.
+    #[must_use]
+    pub fn of_parameters(parameters: usize) -> Self {
+        Self { parameters, multiplies: None }
+    }
+
+    /// Whether an `(m, n)` matrix of that spec keeps within the multiplies.
+    fn affords(&self, spec: &MatrixSpec, m: usize, n: usize) -> Result<bool> {
+        self.multiplies.map_or(Ok(true), |(most, usage)| Ok(spec.multiplies(m, n, usage)? <= most))
+    }
+}
+
+/// The best approximation of `view` within `limits` that is found in `norm`.
 ///
 /// It is the low rank of the largest rank at effort [`Effort::Fast`]. Above, sums of low rank and a permuted Kronecker sum,
 /// and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
 ///
 /// # Errors
-/// [`Error::Shape`] if not even rank 1 fits; otherwise as [`fit`].
+/// [`Error::Shape`] if not even rank 1 has as few parameters, or no rank as few multiplies; otherwise as [`fit`].
 ///
 /// # Cost
 /// At balanced effort some 100 evaluations of the norm beyond [`low_rank`]; ten times that at [`Effort::Best`].
 pub fn fit_within(
     view: MatrixView<'_>,
-    parameters: usize,
+    limits: Limits,
     norm: &Norm,
     effort: Effort,
     seed: u64,
@@ -75,16 +97,12 @@ pub fn fit_within(
     progress: &Progress,
 ) -> Result<Fit> {
     let (m, n) = (view.rows(), view.columns());
-    let rank = LowRankShape::largest_rank(m, n, parameters);
-    if rank == 0 {
-        return Err(Error::Shape {
-            operation: "parameters",
-            expected: format!("at least {} for a matrix of shape ({m}, {n})", m + n - 1),
-            got: parameters.to_string(),
-        });
-    }
+    let rank = largest_rank(m, n, limits)?;
     let low_rank = MatrixSpec::low_rank(rank);
-    let candidates = candidates(m, n, parameters, effort);
+    let mut candidates = candidates(m, n, limits.parameters, effort);
+    let affordable = candidates.iter().map(|spec| limits.affords(spec, m, n)).collect::<Result<Vec<_>>>()?;
+    let mut affordable = affordable.into_iter();
+    candidates.retain(|_| affordable.next() == Some(true));
     if candidates.is_empty() {
         return fit(view, &low_rank, norm, effort, seed, parallelism, progress);
     }
@@ -119,6 +137,26 @@ pub fn fit_within(
         }
     }
     Ok(best)
+}
+
+/// The largest rank of an `(m, n)` matrix within `limits`.
+fn largest_rank(m: usize, n: usize, limits: Limits) -> Result<usize> {
+    let refused = |operation, least: usize, got: usize| Error::Shape {
+        operation,
+        expected: format!("at least {least} for a matrix of shape ({m}, {n})"),
+        got: got.to_string(),
+    };
+    let most = LowRankShape::largest_rank(m, n, limits.parameters);
+    if most == 0 {
+        return Err(refused("parameters", m + n - 1, limits.parameters));
+    }
+    for rank in (1..=most).rev() {
+        if limits.affords(&MatrixSpec::low_rank(rank), m, n)? {
+            return Ok(rank);
+        }
+    }
+    let (got, usage) = limits.multiplies.expect("any number of multiplies is afforded otherwise");
+    Err(refused("multiplies", MatrixSpec::low_rank(1).multiplies(m, n, usage)?, got))
 }
 
 /// A candidate that after its second look is so many times worse than low rank is given up.

@@ -12,7 +12,7 @@ mod tests;
 mod weighted;
 mod weighted_permutation;
 
-pub use choose::{fit, fit_within};
+pub use choose::{Limits, fit, fit_within};
 pub use low_rank::{LowRank, low_rank, spectrum};
 pub use mixed::mixed;
 pub use moment::{Moment, Moments, Norm, Weight};

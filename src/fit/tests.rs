@@ -14,7 +14,7 @@ use crate::kron::{MatrixView, nearest_kronecker_sum};
 use crate::permute::{Effort, Permutation, decompose};
 use crate::progress::{Parallelism, Progress};
 use crate::shape::{KroneckerSpec, Permute};
-use crate::spec::{LowRankShape, TermSpec};
+use crate::spec::{TermSpec, Usage};
 use crate::testing::noise;
 
 /// A second moment of `samples` random vectors whose entries differ in size: singular if there are few.
@@ -194,20 +194,27 @@ proptest! {
     }
 
     #[test]
-    fn a_fit_keeps_within_its_parameters(
+    fn a_fit_keeps_within_its_limits(
         m in 4..16_usize, n in 4..16_usize, share in 0.3..0.9_f64, kind in 0..NORMS, seed in any::<u64>(),
+        cap in prop::option::of(0.5..4.0_f64), looked_up in any::<bool>(),
     ) {
         let w = noise(m * n, seed);
         let view = MatrixView::new(&w, m, n).unwrap();
         let norm = norm(kind, m, n, seed);
         let parameters = ((m * n) as f64 * share) as usize;
-        let rank = LowRankShape::largest_rank(m, n, parameters);
-        prop_assume!(rank > 0);
+        let usage = if looked_up { Usage::TiedLookup } else { Usage::Map };
+        let limits = Limits { parameters, multiplies: cap.map(|cap| ((cap * (m * n) as f64) as usize, usage)) };
+        let fits = |spec: &MatrixSpec| {
+            spec.parameters(m, n).unwrap() <= parameters
+                && limits.multiplies.is_none_or(|(most, usage)| spec.multiplies(m, n, usage).unwrap() <= most)
+        };
+        let ranks = (1..m.min(n)).rev();
+        let Some(rank) = ranks.into_iter().find(|&rank| fits(&MatrixSpec::low_rank(rank))) else { return Ok(()) };
         let low_rank = fitted(view, &MatrixSpec::low_rank(rank), &norm).unwrap();
         for effort in [Effort::Fast, Effort::Balanced, Effort::Best] {
             let within =
-                fit_within(view, parameters, &norm, effort, 1, Parallelism::Sequential, &Progress::default()).unwrap();
-            prop_assert!(within.spec.parameters(m, n).unwrap() <= parameters);
+                fit_within(view, limits, &norm, effort, 1, Parallelism::Sequential, &Progress::default()).unwrap();
+            prop_assert!(fits(&within.spec));
             prop_assert!(within.lost_energy <= low_rank.lost_energy + 1e-9);
             prop_assert!((within.lost_energy - lost(&norm, widened(view).as_ref(), &within.terms)).abs() < 1e-5);
         }
@@ -298,7 +305,8 @@ fn the_number_of_threads_changes_no_byte() {
                 let progress = Progress::default();
                 let fits = specs()
                     .map(|spec| fit(view, &spec, &norm, Effort::Fast, 5, Parallelism::Rayon, &progress).unwrap());
-                let within = fit_within(view, 100, &norm, Effort::Best, 5, Parallelism::Rayon, &progress).unwrap();
+                let limits = Limits::of_parameters(100);
+                let within = fit_within(view, limits, &norm, Effort::Best, 5, Parallelism::Rayon, &progress).unwrap();
                 (fits, within)
             })
         };
@@ -326,7 +334,8 @@ fn degenerate_moments_and_matrices_are_ordinary() {
         }
         let within = |w: &[f32]| {
             let view = MatrixView::new(w, m, n).unwrap();
-            fit_within(view, 90, &norm, Effort::Balanced, 0, Parallelism::Sequential, &Progress::default())
+            let limits = Limits::of_parameters(90);
+            fit_within(view, limits, &norm, Effort::Balanced, 0, Parallelism::Sequential, &Progress::default())
         };
         assert_eq!(within(&zeros).unwrap().lost_energy, 0.0);
         assert!(within(&w).unwrap().lost_energy < 1.0);
@@ -339,11 +348,14 @@ fn what_cannot_be_fitted_is_refused() {
     let mut w = noise(m * n, 9);
     let norm = norm(5, m, n, 4);
     let progress = Progress::default();
-    let within = |w: &[f32], parameters| {
+    let limited = |w: &[f32], limits| {
         let view = MatrixView::new(w, m, n).unwrap();
-        fit_within(view, parameters, &norm, Effort::Balanced, 0, Parallelism::Sequential, &progress)
+        fit_within(view, limits, &norm, Effort::Balanced, 0, Parallelism::Sequential, &progress)
     };
+    let within = |w: &[f32], parameters| limited(w, Limits::of_parameters(parameters));
     assert!(matches!(within(&w, m + n - 2), Err(Error::Shape { operation: "parameters", .. })));
+    let starved = Limits { multiplies: Some((m + n - 2, Usage::Map)), ..Limits::of_parameters(90) };
+    assert!(matches!(limited(&w, starved), Err(Error::Shape { operation: "multiplies", .. })));
     let misfit = MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker((5, 4), 1, Permute::Both)]).unwrap();
     assert!(matches!(fitted(MatrixView::new(&w, m, n).unwrap(), &misfit, &norm), Err(Error::Shape { .. })));
     w[20] = f32::NAN;

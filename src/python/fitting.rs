@@ -10,12 +10,12 @@ use super::arrays::{contiguous, factor_arrays, indices, matrix, shaped};
 use super::jobs;
 use crate::compress::{self, Calibration, Place, Planned, Task, Timed};
 use crate::error::{Error, Result};
-use crate::fit::{self, Fit, LowRank, Moment, Moments, Norm, Term};
+use crate::fit::{self, Fit, Limits, LowRank, Moment, Moments, Norm, Term};
 use crate::kron::MatrixView;
 use crate::permute::{Decomposition, Effort, Permutation};
 use crate::plan::{TQConfig, Target, matrix_spec, matrix_spec_json};
 use crate::progress::Parallelism;
-use crate::spec::MatrixSpec;
+use crate::spec::{MatrixSpec, Usage};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(fit_many, module)?)?;
@@ -142,10 +142,11 @@ fn fit_within<'py>(
     let effort = Effort::from_name(effort)?;
     let (data, (m, n)) = matrix(&w)?;
     let norm = Norm::prepare(moments(&moment_arrays)?, m, n)?;
+    let limits = Limits::of_parameters(parameters);
     let pool = jobs::pool(threads)?;
     let fit = jobs::run(py, progress, |progress| {
         let view = MatrixView::new(data, m, n)?;
-        pool.install(|| fit::fit_within(view, parameters, &norm, effort, seed, Parallelism::Rayon, progress))
+        pool.install(|| fit::fit_within(view, limits, &norm, effort, seed, Parallelism::Rayon, progress))
     })?;
     let json = serde_json::Value::Object(matrix_spec_json(&fit.spec)).to_string();
     let lost_energy = fit.lost_energy;
@@ -188,13 +189,13 @@ fn target((kind, value): (String, f64)) -> Result<Target> {
     }
 }
 
-/// `(spec, parameters, lost_energy, energies)`.
-type Chosen<'py> = (Option<String>, usize, f64, Bound<'py, PyArray1<f64>>);
+/// `(spec, parameters, (multiplies_before, multiplies), lost_energy, energies)`.
+type Chosen<'py> = (Option<String>, usize, (usize, usize), f64, Bound<'py, PyArray1<f64>>);
 
 fn chosen(py: Python<'_>, planned: Planned) -> Chosen<'_> {
-    let Planned { spec, parameters, lost_energy, energies } = planned;
+    let Planned { spec, parameters, multiplies_before, multiplies, lost_energy, energies } = planned;
     let json = spec.map(|spec| serde_json::Value::Object(matrix_spec_json(&spec)).to_string());
-    (json, parameters, lost_energy, PyArray1::from_vec(py, energies))
+    (json, parameters, (multiplies_before, multiplies), lost_energy, PyArray1::from_vec(py, energies))
 }
 
 #[pyfunction]
@@ -203,36 +204,40 @@ fn choose_specs<'py>(
     py: Python<'py>,
     matrices: Vec<PyReadonlyArray2<'py, f32>>,
     names: Vec<String>,
+    usages: Vec<String>,
     moment_arrays: Vec<MomentArrays<'py>>,
     target_value: (String, f64),
+    max_multiplies: Option<f64>,
     effort: &str,
     seed: u64,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Chosen<'py>>> {
     let (effort, target) = (Effort::from_name(effort)?, target(target_value)?);
-    same_length(matrices.len(), &[names.len(), moment_arrays.len()])?;
+    same_length(matrices.len(), &[names.len(), usages.len(), moment_arrays.len()])?;
     let (mut places, mut data) = (Vec::with_capacity(names.len()), Vec::with_capacity(names.len()));
-    for ((array, name), arrays) in matrices.iter().zip(names).zip(&moment_arrays) {
+    for (((array, name), usage), arrays) in matrices.iter().zip(names).zip(usages).zip(&moment_arrays) {
         let (place, values) = place(array, name, arrays)?;
-        places.push(place);
+        places.push((place, Usage::from_name(&usage)?));
         data.push(values);
     }
     let pool = jobs::pool(threads)?;
     let planned = jobs::run(py, progress, |progress| {
         let load = |i: usize| Ok(Cow::Borrowed(data[i]));
-        pool.install(|| compress::choose_specs(&places, target, effort, seed, progress, load))
+        pool.install(|| compress::choose_specs(&places, target, max_multiplies, effort, seed, progress, load))
     })?;
     Ok(planned.into_iter().map(|planned| chosen(py, planned)).collect())
 }
 
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 fn choose_specs_of_checkpoint<'py>(
     py: Python<'py>,
     source: PathBuf,
     config: &str,
     moment_arrays: Vec<(String, MomentArrays<'py>)>,
     target_value: (String, f64),
+    max_multiplies: Option<f64>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<(String, Chosen<'py>)>> {
@@ -240,7 +245,9 @@ fn choose_specs_of_checkpoint<'py>(
     let calibration = calibration(&moment_arrays)?;
     let pool = jobs::pool(threads)?;
     let planned = jobs::run(py, progress, |progress| {
-        pool.install(|| compress::choose_specs_of_checkpoint(&source, &config, &calibration, target, progress))
+        pool.install(|| {
+            compress::choose_specs_of_checkpoint(&source, &config, &calibration, target, max_multiplies, progress)
+        })
     })?;
     Ok(planned.into_iter().map(|(name, planned)| (name, chosen(py, planned))).collect())
 }

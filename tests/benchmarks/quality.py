@@ -8,6 +8,8 @@ whole model, embedding included. The seed chooses the calibration text, one for 
 ± their standard deviation. No method may exceed its budget. Ratios are to the best peer's mean: above 1 is better for
 cosines, below 1 for perplexities.
 
+Ours is the effort "fast"; "sequential" is `compress` with that option, on the same texts and with the same plan.
+
 Peers are written from their papers (`peers.py`) and get their moments from hooks of their own, in float64. Structured
 pruning takes whole attention heads and hidden units, the same share of each block.
 
@@ -120,7 +122,7 @@ def chosen(task: argparse.Namespace) -> dict[str, Method]:
         name: method
         for name, method in methods.items()
         if (not task.methods or name in task.methods)
-        and not (task.no_ours if name == OURS else task.no_peers)
+        and not (task.no_ours if name in OURS else task.no_peers)
         and (task.first or method.seeded)
     }
 
@@ -136,7 +138,7 @@ def means(results: list[dict]) -> Iterator[dict]:
         name: {measure: statistics.mean(result[measure] for result in found) for measure in measures}
         for name, found in by_method.items()
     }
-    peers = [name for name in by_method if name != OURS]
+    peers = [name for name in by_method if name not in OURS]
     for name, found in by_method.items():
         row = {f"{column}; mean": name, "budget": found[0]["budget"], "seeds": len(found)}
         row["kept"] = max(result["kept"] for result in found)

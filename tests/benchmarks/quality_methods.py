@@ -13,7 +13,7 @@ from quality_data import Subject, collect_inputs, every_matrix, matrix, set_matr
 from torch import nn
 from transformers import PreTrainedModel
 
-OURS = "tqcompressor"
+OURS = ("tqcompressor", "tqcompressor, sequential")
 Compressed = tuple[PreTrainedModel, int]
 """A model, and how many of the parameters that its budget counts it keeps."""
 
@@ -76,8 +76,11 @@ def matrices_parameters(model: nn.Module, names: list[str]) -> int:
 # Ours.
 
 
-def ours(study: Study, share: float, whole: bool) -> Compressed:
-    """Calibrated and compressed by the package; counted by the parameters that torch finds afterwards."""
+def ours(study: Study, share: float, whole: bool, sequential: bool = False) -> Compressed:
+    """Calibrated and compressed by the package; counted by the parameters that torch finds afterwards.
+
+    The plan is the same with `sequential`; each layer is then fitted to its inputs in the model compressed so far.
+    """
     calibration = study.our_calibration
     model = study.subject.copy()
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -87,6 +90,7 @@ def ours(study: Study, share: float, whole: bool) -> Compressed:
     chosen = None if whole else study.subject.layers
     # Low rank only: what else "balanced" finds is in the table of single layers, at minutes a model.
     options = {"matrices": chosen, "effort": "fast", "seed": study.seed}
+    options["sequential"] = study.batches if sequential else None
     tqcompressor.compress(model, budget=allowed, calibration=calibration, **options)
     after = sum(parameter.numel() for parameter in model.parameters())
     return model, counted - (before - after)
@@ -214,7 +218,8 @@ METHODS = {
     "SVD-LLM V2": Method(partial(low_rank, kind="SVD-LLM V2", allocated=True)),
     "PIFA on SVD-LLM": Method(partial(low_rank, kind="SVD-LLM", pivoting=True)),
     "PIFA on SVD-LLM V2": Method(partial(low_rank, kind="SVD-LLM V2", pivoting=True, allocated=True)),
-    OURS: Method(partial(ours, whole=False)),
+    OURS[0]: Method(partial(ours, whole=False)),
+    OURS[1]: Method(partial(ours, whole=False, sequential=True)),
 }
 WHOLE_METHODS = {
     "SVD": Method(partial(low_rank_everywhere, kind="SVD"), seeded=False),
@@ -223,5 +228,6 @@ WHOLE_METHODS = {
     "PIFA on SVD-LLM, embedding by frequencies": Method(
         partial(low_rank_everywhere, kind="frequencies", pivoting=True)
     ),
-    OURS: Method(partial(ours, whole=True)),
+    OURS[0]: Method(partial(ours, whole=True)),
+    OURS[1]: Method(partial(ours, whole=True, sequential=True)),
 }

@@ -1,10 +1,13 @@
-"""Settings of the whole suite, and disks that are small."""
+"""Settings of the whole suite, disks that are small, and what several files read or load."""
 
 import os
 import subprocess
 
 import pytest
 from hypothesis import settings
+
+# The models here are so small that a second thread of torch only waits, on a busy machine for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples at every run, and no failure because the machine is busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -29,3 +32,54 @@ def tmpfs(tmp_path):
     for place in mounted:
         # Lazily: an exception's frames may still hold a file that could not be written.
         subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny GPT-2's."""
+    import transformers
+    from helpers.corpora import TINY
+
+    return transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of every test is its own, the user's is never touched."""
+    monkeypatch.setenv("TQCOMPRESSOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The documents that were tokenised since the test began."""
+    from tqcompressor import token_stream
+
+    seen = []
+    encode = token_stream.Encoder.__call__
+    monkeypatch.setattr(
+        token_stream.Encoder, "__call__", lambda self, documents: seen.extend(documents) or encode(self, documents)
+    )
+    return seen
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A directory with checkpoints `dense`, `compressed` (tied), `untied`, `base` (no head), and what they give."""
+    import torch
+    from helpers.models import CONFIG, first_output, some_ids, tiny_model
+    from tqcompressor.in_place import compress
+
+    directory = tmp_path_factory.mktemp("checkpoints")
+    model = tiny_model()
+    base = tiny_model("GPT2Model")
+    base.load_state_dict(model.transformer.state_dict())
+    untied = tiny_model(tie_word_embeddings=False)
+    untied.transformer.load_state_dict(base.state_dict())
+    model.save_pretrained(directory / "dense")
+    with_head = CONFIG.replace(specs={**CONFIG.specs, "lm_head": CONFIG.specs["wte"]})
+    for name, each, config in [("compressed", model, CONFIG), ("untied", untied, with_head), ("base", base, CONFIG)]:
+        compress(each, config)
+        each.save_pretrained(directory / name)
+        torch.save(first_output(each, some_ids()), directory / f"{name}.pt")
+    return directory

@@ -1,18 +1,16 @@
 """Staged distillation from end to end on a small model: its result, its report, what it refuses, how it goes on."""
 
 import json
+import multiprocessing
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.models import tiny_config
-from helpers.processes import environment, run_script
+from helpers.processes import run_script
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import KroneckerSpec, TQConfig, cli, distill
 from tqcompressor.errors import ConfigError, DestinationError, StorageError, TextError
@@ -221,27 +219,24 @@ def test_the_command(teacher, tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-SCRIPT = """
-import sys
-from test_distillation import RECIPE, TRAINING
-from tqcompressor import distill
-
-teacher, text, cache, out = sys.argv[1:]
-distill(teacher, RECIPE, texts=text, out=out, cache=cache, training=TRAINING, device="cpu", resume=True)
-"""
+def go_on(teacher, out):
+    """What a process that may be killed does; with one thread, so that every run adds in the same order."""
+    torch.set_num_threads(1)
+    run(teacher, out, resume=True)
 
 
 def start(teacher, out):
-    command = [sys.executable, "-c", SCRIPT, *map(str, (teacher.path, teacher.text, teacher.cache, out))]
-    return subprocess.Popen(
-        command, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    # Forked from a process that imports everything once.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    process = processes.Process(target=go_on, args=(teacher, out))
+    process.start()
+    return process
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    process.join(timeout=300)
+    assert process.exitcode == 0
 
 
 def weights(folder):
@@ -258,20 +253,19 @@ def assert_equal_weights(one, other, tolerance):
 
 
 def test_killed_five_times_it_ends_with_the_same_weights(teacher, tmp_path):
-    undisturbed = start(teacher, tmp_path / "whole")
-    finish(undisturbed)
+    finish(start(teacher, tmp_path / "whole"))
     stages, generator, killed_in = tmp_path / "killed" / "stages", random.Random(0), []
     for kill in range(5):
         process = start(teacher, tmp_path / "killed")
-        # The moments are spread over the work and not over the seconds that importing takes.
+        # The moments are spread over the work.
         wanted, deadline = kill * 2 + generator.randrange(3), time.monotonic() + 120
-        while progress(stages) < wanted and process.poll() is None and time.monotonic() < deadline:
+        while progress(stages) < wanted and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(generator.random() * 0.2)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             killed_in.append(progress(stages))
-        process.communicate()
+        process.join()
     assert len(killed_in) == 5 and len(set(killed_in)) >= 3, killed_in
     finish(start(teacher, tmp_path / "killed"))
     assert_equal_weights(tmp_path / "whole", tmp_path / "killed", 1e-6)

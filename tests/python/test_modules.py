@@ -273,6 +273,10 @@ def test_shapes_that_do_not_fit_are_refused():
     a, b = np.zeros((1, 8, 8), np.float32), np.zeros((1, 2, 4), np.float32)
     with pytest.raises(ShapeError, match="A has shape"):
         linear.set_factors(a[:, :7], b, np.arange(16), np.arange(32))
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    with pytest.raises(ShapeError, match="output_permutation has shape"):
+        linear.set_factors(a, b, np.arange(16), np.arange(31))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in linear.state_dict().items())
     with pytest.raises(ShapeError, match="bias"):
         KroneckerLinear.from_factors(a, b, np.arange(16), np.arange(32), bias=torch.zeros(31))
     with pytest.raises(ShapeError, match="part k"):

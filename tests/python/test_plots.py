@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tqcompressor import KroneckerSpec, LowRankSpec, MixedSpec, TQConfig, decompose, plots
-from tqcompressor.budget import BudgetPlan, PlannedMatrix
+from tqcompressor.budget_plan import BudgetPlan, PlannedMatrix
 from tqcompressor.errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
 from tqcompressor.report import CompressionReport
 
@@ -26,13 +26,16 @@ LOST = {"wte": 0.25, "h.0.mlp.c_fc": 0.125, "h.0.mlp.c_proj": 0.0625, "h.1.mlp.c
 @pytest.fixture
 def plan():
     """One matrix of every kind."""
+    before = {name: shape[0] * shape[1] for name, shape in SHAPES.items()}
     matrices = tuple(
         PlannedMatrix(
             name,
             shape,
             SPECS[name],
-            shape[0] * shape[1],
-            shape[0] * shape[1] if SPECS[name] is None else SPECS[name].parameters(*shape),
+            before[name],
+            before[name] if SPECS[name] is None else SPECS[name].parameters(*shape),
+            before[name],
+            before[name],
             LOST[name],
             np.ones(1),
         )

@@ -9,6 +9,7 @@ import torch
 from helpers.models import tiny_model
 from helpers.processes import TESTS, environment
 from helpers.tokenizer import save_tokenizer
+from helpers.train_script import train
 from test_distillation import letters
 
 SCRIPT = TESTS / "helpers" / "train_script.py"
@@ -20,6 +21,10 @@ def launch(launcher, folder, out, batch_size):
         command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return report(out)
+
+
+def report(out):
     return json.loads((out / "training_report.json").read_text(encoding="utf-8"))
 
 
@@ -30,7 +35,8 @@ def one_process(tmp_path_factory):
     tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "teacher")
     save_tokenizer(folder / "teacher")
     (folder / "text.txt").write_text(letters(9000), encoding="utf-8")
-    return folder, launch([], folder, folder / "one", 8)
+    train(folder, folder / "one", 8)
+    return folder, report(folder / "one")
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"

@@ -2,19 +2,11 @@
 
 import numpy as np
 import pytest
+from helpers.logits import log_softmax, noise
 from tqcompressor import losses
 from tqcompressor.errors import ConfigError, DtypeError, LabelError, NonFiniteError, ShapeError, TQError
 
 torch = pytest.importorskip("torch")
-
-
-def noise(shape, seed=0, scale=1.0):
-    return scale * np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def log_softmax(x):
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def likeliest(teacher, k, temperature):

@@ -6,8 +6,8 @@ from pathlib import Path
 from test_distillation import RECIPE
 from tqcompressor import TrainingConfig, distill
 
-if __name__ == "__main__":
-    folder, out, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def train(folder, out, batch_size):
     distill(
         folder / "teacher",
         RECIPE,
@@ -17,3 +17,7 @@ if __name__ == "__main__":
         training=TrainingConfig(batch_size=batch_size, learning_rate=1e-3, checkpoints=1),
         device="cpu",
     )
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
