@@ -90,7 +90,7 @@ pub(super) fn attend(
     let mut first = 0;
     for span in spans {
         let sequence = first * d..(first + span.tokens) * d;
-        for (head, rows) in by_head[sequence.clone()].chunks_exact(span.tokens * width).enumerate() {
+        for (head, rows) in by_head[sequence.clone()].chunks_exact(span.tokens.max(1) * width).enumerate() {
             for (y, row) in y[sequence.clone()].chunks_exact_mut(d).zip(rows.chunks_exact(width)) {
                 y[head * width..][..width].copy_from_slice(row);
             }

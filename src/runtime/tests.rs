@@ -109,7 +109,7 @@ fn tokens_one_by_one_or_in_company_give_the_logits_of_all_at_once() {
     Source::tiny("", Float::F16).write(folder.path());
     let model = load(folder.path()).unwrap();
     let (workers, progress) = (workers(), Progress::default());
-    let sequences: [&[u32]; 3] = [&[1, 2, 3, 4, 5, 6], &[19], &[7, 7, 0]];
+    let sequences: [&[u32]; 4] = [&[1, 2, 3, 4, 5, 6], &[], &[19], &[7, 7, 0]];
     let mut caches: Vec<_> = sequences.iter().map(|tokens| model.cache(tokens.len()).unwrap()).collect();
     let mut references: Vec<_> = caches.iter_mut().collect();
     let together = model.forward(&sequences, &mut references, None, &workers, &progress).unwrap();
@@ -240,6 +240,19 @@ fn what_cannot_be_is_refused() {
     }
     progress.cancel();
     assert!(matches!(generate(&[1], 2, Sampling::GREEDY), Error::Cancelled));
+}
+
+#[test]
+fn what_is_empty_gives_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    Source::tiny("", Float::F32).write(folder.path());
+    let model = load(folder.path()).unwrap();
+    let (workers, progress) = (workers(), Progress::default());
+    assert!(logits(&model, &[], &workers).is_empty());
+    assert!(model.score(&[&[3]], &[0], &workers, &progress).unwrap().is_empty());
+    assert!(model.score(&[], &[], &workers, &progress).unwrap().is_empty());
+    let none = Continuation { most: 0, end_tokens: &[], sampling: Sampling::GREEDY };
+    assert_eq!(model.generate(&[&[1]], &none, |_, _| {}, &workers, &progress).unwrap(), [[0_u32; 0]]);
 }
 
 #[test]
