@@ -256,3 +256,19 @@ def _mapped(path: Path, name: str, shape: tuple[int, ...], from_end: int) -> NDA
 def load_calibration(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
     """The calibration that any entry point was given: itself, or the path of its file."""
     return Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
+
+
+def merge_tied(moments: dict[str, Moment], embedding: str, head: str) -> None:
+    """Replaces the moments of an embedding and its tied head by those of the matrix that both are."""
+    rows, columns = moments.get(f"input.{embedding}"), moments.pop(f"input.{head}", None)
+    gradients, logits = moments.get(f"output.{embedding}"), moments.pop(f"output.{head}", None)
+    if rows is None or columns is None:
+        return
+    d1, c2 = rows.astype(np.float64), columns.astype(np.float64)
+    c1 = np.eye(len(c2)) if gradients is None else gradients.astype(np.float64)
+    d2 = np.ones(len(d1)) if logits is None else logits.astype(np.float64)
+    trace1, trace2 = np.trace(c1), np.trace(c2)
+    total = d1.sum() * trace1 + d2.sum() * trace2
+    if total > 0:
+        moments[f"input.{embedding}"] = ((d1 * trace1 + d2 * trace2) / total).astype(np.float32)
+        moments[f"output.{embedding}"] = (d1.sum() * c1 + d2.sum() * c2).astype(np.float32)

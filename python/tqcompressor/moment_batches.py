@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .corpus import TokenBlocks, token_blocks
 from .errors import ConfigError, TextError
-from .token_stream import Encoder, encoded
+from .token_stream import BLOCK_LENGTH, Encoder, block_choice, encoded
 
 Batch: TypeAlias = dict[str, torch.Tensor]
 
-# A block of the default length: more text at equal time tells more of a layer's input than longer contexts do.
-_BLOCK_LENGTH = 128
 # Of one batch: what the backward pass keeps of a GPT-2 small is then about half a gigabyte, and the logits of a wide
 # vocabulary at most 128 MB.
 _TOKENS_PER_BATCH = 1 << 10
@@ -65,7 +63,7 @@ def _from_text(
 ) -> torch.Tensor:
     """Blocks drawn from a text, with the special tokens around each that the tokenizer puts around an input."""
     longest = min(_positions(model), tokenizer.model_max_length)
-    length = min(longest, _BLOCK_LENGTH) if block_length is None else block_length
+    length = min(longest, BLOCK_LENGTH) if block_length is None else block_length
     before, after = _special_tokens(tokenizer)
     inner = length - len(before) - len(after)
     if inner < 2 or length > longest:
@@ -79,7 +77,7 @@ def _from_text(
         tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
         count = len(tokens) // inner
         rows = np.stack(
-            [tokens[index * inner : (index + 1) * inner] for index in _choice(count, blocks, inner, len(tokens), seed)]
+            [tokens[index * inner : (index + 1) * inner] for index in block_choice(count, blocks, inner, len(tokens), seed)]
         )
         drawn = torch.from_numpy(rows.astype(np.int64))
     else:
@@ -93,18 +91,8 @@ def _split(document: str, end_text: str | None) -> list[str]:
 
 
 def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:
-    chosen = _choice(len(blocks), count, blocks.block_size, blocks.tokens, seed)
+    chosen = block_choice(len(blocks), count, blocks.block_size, blocks.tokens, seed)
     return torch.stack([blocks[index]["input_ids"] for index in chosen])
-
-
-def _choice(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
-    """Different blocks, in the order of the text."""
-    if wanted < 1:
-        raise ConfigError(f"blocks: expected at least 1, got {wanted}")
-    if available < wanted:
-        raise TextError(f"expected {wanted} blocks of {length} tokens, got a text of {tokens:,} tokens: {available}")
-    chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)
-    return [int(index) for index in np.sort(chosen)]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

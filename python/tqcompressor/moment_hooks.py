@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .calibration import Calibration
+from .calibration import Calibration, merge_tied
 from .corpus import StrPath, TokenBlocks
 from .errors import ConfigError, TextError
 from .moment_batches import Batch, batches_of, mask_of
@@ -158,7 +158,7 @@ def measure(
                     moments.update(sums.moments(tokens, scale))
     for unit in wanted:
         if unit.tied_to is not None:
-            _merge_tied(moments, unit.tied_to, unit.name)
+            merge_tied(moments, unit.tied_to, unit.name)
     return moments
 
 
@@ -191,19 +191,3 @@ def _frozen(model: nn.Module, sensitivity: bool) -> Iterator[None]:
         finally:
             for parameter, before in required:
                 parameter.requires_grad_(before)
-
-
-def _merge_tied(moments: Moments, embedding: str, head: str) -> None:
-    """Replaces the moments of an embedding and its tied head by those of the matrix that both are."""
-    rows, columns = moments.get(f"input.{embedding}"), moments.pop(f"input.{head}", None)
-    gradients, logits = moments.get(f"output.{embedding}"), moments.pop(f"output.{head}", None)
-    if rows is None or columns is None:
-        return
-    d1, c2 = rows.astype(np.float64), columns.astype(np.float64)
-    c1 = np.eye(len(c2)) if gradients is None else gradients.astype(np.float64)
-    d2 = np.ones(len(d1)) if logits is None else logits.astype(np.float64)
-    trace1, trace2 = np.trace(c1), np.trace(c2)
-    total = d1.sum() * trace1 + d2.sum() * trace2
-    if total > 0:
-        moments[f"input.{embedding}"] = ((d1 * trace1 + d2 * trace2) / total).astype(np.float32)
-        moments[f"output.{embedding}"] = (d1.sum() * c1 + d2.sum() * c2).astype(np.float32)

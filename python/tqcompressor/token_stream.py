@@ -25,6 +25,9 @@ Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 # Short documents go to a thread together: its answer costs about as much as 10,000 characters.
 _BATCH_CHARACTERS = 1 << 16
+# Tokens of a block that is drawn for a calibration: more text at equal time tells more of a layer's input than longer
+# contexts do.
+BLOCK_LENGTH = 128
 # What is read before the first of it is written, per thread.
 _CHARACTERS_AHEAD = 1 << 20
 
@@ -211,3 +214,13 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
 def digest(*parts: str) -> str:
     """32 hexadecimal digits that stand for `parts`."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def block_choice(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
+    """Different blocks, in the order of the text."""
+    if wanted < 1:
+        raise ConfigError(f"blocks: expected at least 1, got {wanted}")
+    if available < wanted:
+        raise TextError(f"expected {wanted} blocks of {length} tokens, got a text of {tokens:,} tokens: {available}")
+    chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)
+    return [int(index) for index in np.sort(chosen)]

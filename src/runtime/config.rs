@@ -54,6 +54,8 @@ pub struct Gpt2Config {
     pub scale_scores: bool,
     /// `scale_attn_by_inverse_layer_idx`: and by the number of the layer
     pub scale_by_layer: bool,
+    /// Whether `architectures` names a model with a language-model head.
+    pub language_model: bool,
     /// `bos_token_id`
     pub begin_token: Option<u32>,
     /// `eos_token_id`, where generation stops
@@ -103,6 +105,7 @@ impl Gpt2Config {
             inner: geometry.inner,
             vocabulary: geometry.vocabulary,
             positions: geometry.positions,
+            language_model: geometry.head,
             activation,
             epsilon: epsilon.ok_or("layer_norm_epsilon: expected a number of at least 0")? as f32,
             scale_scores: flag("scale_attn_weights", true)?,

@@ -165,6 +165,12 @@ impl Gpt2 {
         self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, workers)
     }
 
+    /// Whether the head is the token embedding.
+    #[must_use]
+    pub fn tied(&self) -> bool {
+        self.head.is_none()
+    }
+
     /// How often the values of a token are put into another order on their way through the model: by permutations that no
     /// neighbour could take over.
     #[must_use]

@@ -3,7 +3,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::model::Gpt2;
+use super::model::{Block, Gpt2};
 use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -69,11 +69,10 @@ impl Gpt2 {
         if tokens == 0 {
             return Err(Error::Config("tokens: expected at least one, got none".into()));
         }
-        let moment = |name: &String| {
-            let size = self.inputs(name).ok_or_else(|| {
-                Error::Config(format!("names: expected linear layers such as \"h.0.attn.c_attn\", got {name:?}"))
-            })?;
-            Ok(Moment { size, sum: vec![0.0; size * size] })
+        let layers = self.linear_layers();
+        let moment = |name: &String| match layers.iter().find(|(known, _)| known == name) {
+            Some(&(_, size)) => Ok(Moment { size, sum: vec![0.0; size * size] }),
+            None => Err(Error::Config(format!("names: expected linear layers, got {name:?}"))),
         };
         let mut moments = names.iter().map(moment).collect::<Result<Vec<_>>>()?;
         progress.expect(tokens as u64);
@@ -100,20 +99,20 @@ impl Gpt2 {
         Ok(moments.into_iter().map(|moment| moment.mean(tokens)).collect())
     }
 
-    /// How many inputs a linear layer has.
-    fn inputs(&self, name: &str) -> Option<usize> {
-        if name == "lm_head" {
-            return Some(self.config.width);
-        }
-        let (layer, module) = crate::checkpoint::names::layer(name)?;
-        let block = self.blocks.get(usize::try_from(layer).ok()?)?;
-        let linear = match module {
-            "attn.c_attn" => &block.query_key_value,
-            "attn.c_proj" => &block.attention_projection,
-            "mlp.c_fc" => &block.expansion,
-            "mlp.c_proj" => &block.projection,
-            _ => return None,
+    /// Every linear layer by its name in configs, in model order, with its number of inputs; the head, if the checkpoint
+    /// says that it has one, is "lm_head".
+    #[must_use]
+    pub fn linear_layers(&self) -> Vec<(String, usize)> {
+        let of_block = |(layer, block): (usize, &Block)| {
+            [
+                ("attn.c_attn", &block.query_key_value),
+                ("attn.c_proj", &block.attention_projection),
+                ("mlp.c_fc", &block.expansion),
+                ("mlp.c_proj", &block.projection),
+            ]
+            .map(|(module, linear)| (format!("h.{layer}.{module}"), linear.rows))
         };
-        Some(linear.rows)
+        let head = self.config.language_model.then(|| ("lm_head".to_owned(), self.config.width));
+        self.blocks.iter().enumerate().flat_map(of_block).chain(head).collect()
     }
 }
