@@ -21,6 +21,7 @@ from .decomposition import decompose, find_permutation, nearest_kronecker_sum
 from .errors import TQError
 from .plans import plan
 from .report import CompressionReport
+from .runtime import NativeModel
 from .specs import KroneckerSpec, LowRankSpec, MixedSpec
 from .stages import STAGED_RECIPES, Stage, StagedRecipe
 from .training_config import DistillConfig, TrainingConfig
@@ -62,6 +63,7 @@ __all__ = [
     "MixedHead",
     "MixedLinear",
     "MixedSpec",
+    "NativeModel",
     "Stage",
     "StagedRecipe",
     "TQConfig",

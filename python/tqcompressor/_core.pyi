@@ -4,12 +4,15 @@ The public functions in `tqcompressor` wrap these and document them; nothing els
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from os import PathLike
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Runtime",
+    "Tokenizer",
     "__version__",
     "apply",
     "choose_specs",
@@ -218,3 +221,57 @@ def head_loss(
     threads: int | None,
 ) -> tuple[float, tuple[_Float32Array, _Float32Array] | None]:
     """`distillation_loss` of `hidden @ head.T` for pairs `(hidden, head)`, with the gradients by both."""
+
+@final
+class Runtime:
+    """A GPT-2 in memory, and the threads that it computes with. Token sequences are neither empty nor padded."""
+
+    @staticmethod
+    def load(directory: str | PathLike[str], threads: int | None, progress: _ProgressCallback | None) -> Runtime: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def begin_token(self) -> int | None: ...
+    @property
+    def end_tokens(self) -> list[int]: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def logits(self, sequences: Sequence[Sequence[int]]) -> _Float32Array:
+        """`(tokens of all sequences, vocabulary)`."""
+
+    def score(
+        self, sequences: Sequence[Sequence[int]], scored: Sequence[int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """`ln p` of the last `scored[i]` tokens of each sequence, and whether each was the most probable one."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        end_tokens: Sequence[int],
+        on_tokens: Callable[[list[tuple[int, int]]], object] | None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt; `on_tokens` is called with `(number of prompt, token)`, about every 50 ms."""
+
+@final
+class Tokenizer:
+    """The tokenizer of a checkpoint."""
+
+    @staticmethod
+    def load(directory: str | PathLike[str]) -> Tokenizer: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def begin_token(self) -> int | None: ...
+    @property
+    def end_token(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str: ...

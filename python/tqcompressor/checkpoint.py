@@ -110,7 +110,7 @@ def compress_checkpoint(
     most = _bytes(max_shard_size)
     # torch's dtypes are welcome, too: "torch.float16".
     stored = None if dtype is None else str(dtype).removeprefix("torch.")
-    directory = _directory(source)
+    directory = local_directory(source)
     known = load_calibration(calibration)
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
@@ -165,7 +165,7 @@ def plan_checkpoint(
 
     `dtype` is that of the result, which a budget in bytes depends on; None keeps each tensor's own.
     """
-    directory = _directory(source)
+    directory = local_directory(source)
 
     def choose(
         entries: Sequence[Mapping[str, Any]],
@@ -215,7 +215,7 @@ def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
     Example:
         >>> print(inspect("gpt2", "tq-81m"))  # doctest: +SKIP
     """
-    directory = _directory(source)
+    directory = local_directory(source)
     if config is None and _is_compressed(directory):
         path = Path(directory, "compression_report.json")
         try:
@@ -237,7 +237,7 @@ def _is_compressed(directory: str) -> bool:
         return False
 
 
-def _directory(source: StrPath) -> str:
+def local_directory(source: StrPath) -> str:
     """The local directory that `source` means; downloads a model of the hub."""
     name = os.fspath(source)
     if os.path.exists(name) or not isinstance(source, str):

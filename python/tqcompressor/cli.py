@@ -1,4 +1,4 @@
-"""The command line: `tqcompressor compress`, `calibrate`, `distill`, `inspect` and `evaluate`.
+"""The command line: `tqcompressor compress`, `calibrate`, `distill`, `inspect`, `evaluate` and `generate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
 2 for wrong usage or input that cannot be followed, 130 after Ctrl-C, and 1 for any other failure.
@@ -13,8 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cli_options import parser
 from .config import TQConfig, resolve_config
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "distill": _distill,
         "inspect": _inspect,
         "evaluate": _evaluate,
+        "generate": _generate,
     }[options.command]
     try:
         run(options)
@@ -186,25 +188,55 @@ def _inspect(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from .evaluate import Comparison, read_passages, read_text
 
+    native = _is_native(options)
     # Before the models, which take seconds to load.
     text = read_text(options.text)
     passages = None if options.lambada is None else read_passages(options.lambada)
     models = [name for name in (options.teacher, options.model) if name is not None]
     # One at a time, so that memory holds one model.
-    table = Comparison(tuple(_score(name, text, passages, options) for name in models))
+    score = _score_native if native else _score_in_torch
+    table = Comparison(tuple(score(name, text, passages, options) for name in models))
     print(table.to_json() if options.json else table)
 
 
-def _score(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+def _is_native(options: argparse.Namespace) -> bool:
+    """Whether the native engine evaluates; refuses options that it does not follow."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if options.engine == "torch" or (options.engine == "auto" and not missing):
+        return False
+    why = f": {missing[0]} is not installed" if options.engine == "auto" else ""
+    for option, value, only in (
+        ("--device", options.device, "cpu"),
+        ("--dtype", options.dtype, "float32"),
+        ("--batch-size", options.batch_size, None),
+    ):
+        if value is not None and value != only:
+            allowed = "chosen by itself" if only is None else f"{only} only"
+            raise ConfigError(f"{option} {value}: {allowed} with the native engine{why}")
+    return True
+
+
+def _score_native(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+    from .runtime import NativeModel
+
+    model = NativeModel.from_pretrained(name, threads=options.threads)
+    return model.score(text, name=name, passages=passages, context=options.context, stride=options.stride)
+
+
+def _score_in_torch(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
     from .evaluate import score
 
     try:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise MissingDependencyError('evaluate needs transformers: pip install "tqcompressor[hf]"') from error
+        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     _quiet_transformers()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
+    device: Any = options.device or "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(device)
     return score(
         model,
         tokenizer,
@@ -215,6 +247,24 @@ def _score(name: str, text: str, passages: list[str] | None, options: argparse.N
         stride=options.stride,
         batch_size=options.batch_size,
     )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from .runtime import NativeModel
+
+    def show(prompt: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    text = NativeModel.from_pretrained(options.model, threads=options.threads).generate(
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stream=None if options.json else show,
+    )
+    print(json.dumps({"prompt": options.prompt, "text": text}, indent=2) if options.json else "")
 
 
 def _quiet_transformers() -> None:

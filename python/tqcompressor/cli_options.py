@@ -12,6 +12,7 @@ from .stages import STAGED_RECIPES
 from .training_config import PRECISIONS, DistillConfig, TrainingConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
+ENGINES = ("auto", "torch", "native")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,18 +53,8 @@ def parser() -> argparse.ArgumentParser:
 
     _add_calibrate(commands, common)
 
-    evaluate = commands.add_parser(
-        "evaluate", parents=[common], help="measure perplexity, beside the teacher's if given"
-    )
-    evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
-    evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
-    evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
-    evaluate.add_argument("--lambada", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
-    evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
-    evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
-    evaluate.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
-    evaluate.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
-    evaluate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_evaluate(commands, common)
+    _add_generate(commands, common)
     return program
 
 
@@ -139,6 +130,54 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--seed", type=int, default=0, help="of the blocks and of the gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", parents=[common], help="measure perplexity, beside the teacher's if given"
+    )
+    evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
+    evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
+    evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
+    evaluate.add_argument("--lambada", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
+    evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
+    evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    evaluate.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="native computes GPT-2 without torch, on the CPU and in float32 (default: torch if it is installed)",
+    )
+    evaluate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
+    group = evaluate.add_argument_group("engine torch")
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
+    group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
+    group.add_argument("--device", help="torch device (default: cpu)")
+
+
+def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
+    generate = commands.add_parser(
+        "generate",
+        parents=[common],
+        help="continue a text; needs no torch",
+        description="Continue a text with a GPT-2, dense or compressed, as its tokens come. Needs no torch.",
+    )
+    generate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="what is continued")
+    generate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or what has room)")
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="what logits are divided by before a token is drawn (default: 0, the most probable one is taken)",
+    )
+    generate.add_argument("--top-k", type=_positive, metavar="K", default=0, help="draw from the K most probable only")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", default=1.0, help="draw from the most probable that have P together"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
 
 def _add_config(parser: argparse.ArgumentParser, required: bool) -> None:

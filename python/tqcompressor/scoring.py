@@ -8,9 +8,18 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import ConfigError, MissingDependencyError, TextError
+from .errors import ConfigError, MissingDependencyError
 from .progress import ProgressOption, reporter
 from .results import LastWordResult, PerplexityResult, exponential
+from .scoring_rules import (
+    Encode,
+    checked_window,
+    first_token,
+    last_word_items,
+    perplexity_result,
+    tokens_to_score,
+    windows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,39 +81,23 @@ def perplexity(
         >>> result = perplexity(model, tokenizer, read_text("wiki.test.raw"), stride=512)  # doctest: +SKIP
         >>> print(result.perplexity, result.bits_per_byte)  # doctest: +SKIP
     """
-    if not text.strip():
-        raise TextError("the text is empty")
     start = time.perf_counter()
     sequence = token_sequence(tokenizer, text)
-    context, stride = _window(model, context, stride)
+    context, stride = checked_window(_longest(model), context, stride)
     total, tokens = negative_log_likelihood(
         model, sequence, context=context, stride=stride, batch_size=batch_size, progress=progress
     )
-    return PerplexityResult(
-        negative_log_likelihood=total,
-        tokens=tokens,
-        words=len(text.split()),
-        bytes=len(text.encode()),
-        context=context,
-        stride=stride,
-        seconds=time.perf_counter() - start,
-    )
+    return perplexity_result(text, total, tokens, context, stride, time.perf_counter() - start)
 
 
 def token_sequence(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text behind the begin-of-text token, if there is one; raises `TextError` for fewer than 2."""
-    ids = _token_ids(tokenizer, text)
-    if len(ids) < 2:
-        raise TextError("the text has fewer than 2 tokens")
-    return [*begin_tokens(tokenizer), *ids]
+    """`tokens_to_score` by a tokenizer of transformers."""
+    return tokens_to_score(text, _encoder(tokenizer), begin_tokens(tokenizer))
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-text token: `bos_token_id`, else `eos_token_id`, else none."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [int(token)]
-    return []
+    return first_token(tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def negative_log_likelihood(
@@ -121,16 +114,16 @@ def negative_log_likelihood(
     The windows, and the other arguments, are those of `perplexity`.
     """
     torch = _import_torch()
-    context, stride = _window(model, context, stride)
+    context, stride = checked_window(_longest(model), context, stride)
     sequence = torch.tensor(tokens, device=model.device)
-    windows = list(_windows(len(sequence) - 1, context, stride))
+    parts = list(windows(len(sequence) - 1, context, stride))
     batch_size = checked_batch_size(model, batch_size, stride)
     total, done = 0.0, 0
     with evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as callback:
         report = callback or _silent
         report(done, len(sequence) - 1)
         # The first window scores more tokens than the others: by itself, it does not widen their logits.
-        for batch in [windows[:1], *_chunks(windows[1:], batch_size)]:
+        for batch in [parts[:1], *_chunks(parts[1:], batch_size)]:
             inputs = torch.stack([sequence[begin:end] for begin, end, _ in batch])
             most = max(scored for _, _, scored in batch)
             logits = model(input_ids=inputs, use_cache=False, logits_to_keep=most).logits
@@ -174,13 +167,9 @@ def last_word_accuracy(
     Source: Paperno et al., *The LAMBADA dataset*, arXiv 1606.06031.
     """
     torch = _import_torch()
-    if not passages:
-        raise TextError("there are no passages")
     start = time.perf_counter()
-    context = _context(model, None)
-    items = [_last_word_item(tokenizer, passage, number, context) for number, passage in enumerate(passages, 1)]
     # Passages of one length side by side: little padding, and last words at few different positions.
-    items.sort(key=lambda item: -len(item[0]))
+    items = last_word_items(passages, _encoder(tokenizer), _longest(model))
     batch_size = checked_batch_size(model, batch_size, len(items[0][0]))
     right, total, done = 0, 0.0, 0
     with evaluating(model), torch.inference_mode(), reporter(progress, "last words") as callback:
@@ -213,56 +202,19 @@ def last_word_accuracy(
     return LastWordResult(right / count, exponential(total / count), count, time.perf_counter() - start)
 
 
-def _windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yields `(begin, end, scored)`: the input is `sequence[begin:end]`, its last `scored` positions are scored."""
-    end = 0
-    while end < targets:
-        scored = min(stride if end else context, targets - end)
-        end += scored
-        yield max(0, end - context), end, scored
-
-
-def _last_word_item(
-    tokenizer: PreTrainedTokenizerBase, passage: str, number: int, context: int
-) -> tuple[list[int], list[int]]:
-    """The input tokens of a passage, and the tokens of its last word, which the last positions of the input predict."""
-    words = passage.rsplit(maxsplit=1)
-    if len(words) < 2:
-        raise TextError(f"passage {number} has no word before its last one")
-    head, word = words
-    tokens = _token_ids(tokenizer, f"{head} {word}")
-    targets = tokens[len(_token_ids(tokenizer, head)) :]
-    if len(targets) > context:
-        raise TextError(f"passage {number}: its last word has {len(targets)} tokens, the model's context is {context}")
-    return tokens[:-1][-context:], targets
-
-
 def _log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     """`ln p(target)` in each row of `logits` (positions, vocabulary), in float32."""
     logits = logits.float()
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     # Not verbose: a text longer than the context is what windows are for, no reason for a warning.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _context(model: PreTrainedModel, context: int | None) -> int:
-    longest = int(model.config.max_position_embeddings)
-    if context is None:
-        return longest
-    if not 1 <= context <= longest:
-        raise ConfigError(f"context: expected 1 to {longest} (the model's positions), got {context}")
-    return context
-
-
-def _window(model: PreTrainedModel, context: int | None, stride: int | None) -> tuple[int, int]:
-    context = _context(model, context)
-    stride = max(1, context // 2) if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ConfigError(f"stride: expected 1 to {context} (the context), got {stride}")
-    return context, stride
+def _longest(model: PreTrainedModel) -> int:
+    return int(model.config.max_position_embeddings)
 
 
 def checked_batch_size(model: PreTrainedModel, batch_size: int | None, positions: int) -> int:

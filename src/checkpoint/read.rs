@@ -103,13 +103,19 @@ impl Checkpoint {
     }
 
     /// Opens a checkpoint that may be compressed. Headers are validated, but it is the caller's to compare the tensors
-    /// with what `config.json` promises.
+    /// with what `config.json` promises; that there are no fewer tensors than layers is known.
     ///
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_any(directory: &Path) -> Result<Self> {
         let (paths, config) = begin(directory)?;
-        Self::map(directory, paths, config)
+        let checkpoint = Self::map(directory, paths, config)?;
+        let (layers, tensors) = (checkpoint.geometry.layers, checkpoint.tensors.len());
+        if layers > tensors {
+            let words = format!("config.json asks for {layers} layers, there are {tensors} tensors");
+            return Err(problem(directory, words));
+        }
+        Ok(checkpoint)
     }
 
     fn map(directory: &Path, paths: WeightFiles, config: Map<String, Value>) -> Result<Self> {

@@ -1,19 +1,26 @@
 //! `Runtime`: a GPT-2 that computes without torch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use numpy::{PyArray1, PyArray2};
 use pyo3::prelude::*;
+use safetensors::Dtype;
 
 use super::arrays::shaped;
 use super::jobs;
+use crate::checkpoint::names;
+use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::runtime::{Continuation, Gpt2, Sampling};
+use crate::runtime::{self, Continuation, Gpt2, Sampling};
+
+/// Logits that are computed between two looks for Ctrl-C: 16 MB.
+const LOGITS: usize = 1 << 22;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<Runtime>()
+    module.add_class::<Runtime>()?;
+    module.add_class::<Tokenizer>()
 }
 
 /// A model in memory, and the threads that it computes with.
@@ -21,6 +28,8 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 struct Runtime {
     model: Gpt2,
     threads: Option<usize>,
+    parameters: usize,
+    bytes: usize,
 }
 
 /// `(log-likelihoods, whether each token was the most probable one)`.
@@ -31,8 +40,21 @@ impl Runtime {
     #[staticmethod]
     fn load(py: Python<'_>, directory: PathBuf, threads: Option<usize>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
         let pool = jobs::pool(threads)?;
-        let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load(&directory, progress)))?;
-        Ok(Self { model, threads })
+        let (model, (parameters, bytes)) = jobs::run(py, progress, |progress| {
+            let model = pool.install(|| Gpt2::load(&directory, progress))?;
+            Ok((model, size(&directory)?))
+        })?;
+        Ok(Self { model, threads, parameters, bytes })
+    }
+
+    #[getter]
+    fn parameters(&self) -> usize {
+        self.parameters
+    }
+
+    #[getter]
+    fn bytes(&self) -> usize {
+        self.bytes
     }
 
     #[getter]
@@ -64,7 +86,13 @@ impl Runtime {
             let mut caches = caches.collect::<Result<Vec<_>>>()?;
             let mut caches: Vec<_> = caches.iter_mut().collect();
             let hidden = self.model.forward(&sequences, &mut caches, None, &workers, progress)?;
-            Ok(self.model.logits(&hidden, &workers))
+            let config = self.model.config();
+            let mut logits = Vec::with_capacity(hidden.len() / config.width * config.vocabulary);
+            for hidden in hidden.chunks((LOGITS / config.vocabulary).max(1) * config.width) {
+                progress.check()?;
+                logits.extend(self.model.logits(hidden, &workers));
+            }
+            Ok(logits)
         })?;
         let vocabulary = self.vocabulary();
         Ok(shaped(py, (logits.len() / vocabulary, vocabulary), logits))
@@ -124,5 +152,58 @@ impl Runtime {
             self.model.generate(&prompts, &continuation, keep, &workers, progress)
         };
         jobs::run_watched(py, |py, _| tell(py), job)
+    }
+}
+
+/// Parameters of a model, and the bytes of all that is read of its checkpoint, permutations included.
+fn size(directory: &Path) -> Result<(usize, usize)> {
+    let checkpoint = Checkpoint::open_any(directory)?;
+    let tied = checkpoint.geometry().tied;
+    let belongs = |name: &str| {
+        let bare = names::bare(name);
+        let own = ["wte.", "wpe.", "h.", "ln_f."].iter().any(|module| bare.starts_with(module));
+        own || bare.starts_with("lm_head.") && !tied
+    };
+    let mut size = (0, 0);
+    // A compressed weight leaves a byte in its place, which no model holds.
+    for (_, tensor) in checkpoint.tensors().iter().filter(|(name, tensor)| belongs(name) && tensor.dtype != Dtype::U8) {
+        size.0 += tensor.parameters();
+        size.1 += checkpoint.bytes(tensor).len();
+    }
+    Ok(size)
+}
+
+/// The tokenizer of a checkpoint.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct Tokenizer(runtime::Tokenizer);
+
+#[pymethods]
+impl Tokenizer {
+    #[staticmethod]
+    fn load(py: Python<'_>, directory: PathBuf) -> PyResult<Self> {
+        Ok(Self(jobs::run(py, None, |_| runtime::Tokenizer::load(&directory))?))
+    }
+
+    #[getter]
+    fn vocabulary(&self) -> usize {
+        self.0.vocabulary()
+    }
+
+    #[getter]
+    fn begin_token(&self) -> Option<u32> {
+        self.0.begin_token()
+    }
+
+    #[getter]
+    fn end_token(&self) -> Option<u32> {
+        self.0.end_token()
+    }
+
+    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
+        jobs::run(py, None, |_| self.0.encode(text))
+    }
+
+    fn decode(&self, py: Python<'_>, tokens: Vec<u32>, skip_special_tokens: bool) -> PyResult<String> {
+        jobs::run_here(py, |_| self.0.decode(&tokens, skip_special_tokens))
     }
 }

@@ -77,7 +77,7 @@ impl Gpt2 {
             if prompt.is_empty() {
                 return Err(Error::Config("prompt: expected at least one token, got none".into()));
             }
-            if prompt.len() + most > context {
+            if prompt.len().saturating_add(most) > context {
                 return Err(Error::Config(format!(
                     "prompt: expected at most {} tokens, so that {most} more fit into the context of {context}, got {}",
                     context.saturating_sub(most),

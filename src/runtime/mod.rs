@@ -18,10 +18,12 @@ mod rows;
 mod score;
 #[cfg(test)]
 mod tests;
+mod tokenizer;
 mod workers;
 
 pub use config::{Activation, Gpt2Config};
 pub use generate::{Continuation, Sampling};
 pub use model::{Cache, Gpt2, Observer};
 pub use score::TokenScore;
+pub use tokenizer::Tokenizer;
 pub use workers::Workers;

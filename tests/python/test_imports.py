@@ -27,6 +27,7 @@ RUST = [
     "checkpoint",
     "plan",
     "compress",
+    "runtime",
     "python",
 ]
 PYTHON = [
@@ -73,6 +74,9 @@ PYTHON = [
     "corpus",
     "model_files",
     "results",
+    "scoring_rules",
+    "runtime_tokens",
+    "runtime",
     "scoring",
     "moment_batches",
     "moment_sums",

@@ -41,6 +41,7 @@ def test_the_commands_parse(words, monkeypatch):
     monkeypatch.setattr(cli, "_distill", parsed.append)
     monkeypatch.setattr(cli, "_inspect", parsed.append)
     monkeypatch.setattr(cli, "_evaluate", parsed.append)
+    monkeypatch.setattr(cli, "_generate", parsed.append)
     assert cli.main(words[words.index("tqcompressor") + 1 :]) == 0
     assert len(parsed) == 1
 

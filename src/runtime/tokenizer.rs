@@ -1,0 +1,240 @@
+//! The tokenizer that lies beside the weights.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use tokenizers::AddedToken;
+use tokenizers::models::bpe::BPE;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+use crate::error::{Error, Result};
+
+/// The fast tokenizer, whole.
+const WHOLE_FILE: &str = "tokenizer.json";
+
+/// What byte-level byte pair encoding is made of, in old checkpoints.
+const PARTS: [&str; 2] = ["vocab.json", "merges.txt"];
+
+/// Where special tokens are named; the first that names one is right.
+const NAMES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
+
+/// What a GPT-2 tokenizer begins and ends texts with where no file says so.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// Text to tokens and back, as transformers does it with the same files.
+pub struct Tokenizer {
+    path: PathBuf,
+    tokenizer: tokenizers::Tokenizer,
+    begin: Option<u32>,
+    end: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of the checkpoint in `directory`: `tokenizer.json`, or else `vocab.json` and `merges.txt`.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is none, or with what is wrong with it; [`Error::Io`].
+    pub fn load(directory: &Path) -> Result<Self> {
+        let problem = |path: PathBuf| move |problem: String| Error::Checkpoint { path, problem };
+        let mut named = Vec::new();
+        for file in NAMES {
+            let path = directory.join(file);
+            if let Some(bytes) = read(&path)? {
+                let names: Map<String, Value> = serde_json::from_slice(&bytes)
+                    .map_err(|error| problem(path)(format!("not a JSON object: {error}")))?;
+                named.push(names);
+            }
+        }
+        let given = |key: &str| named.iter().find_map(|names| names.get(key)).filter(|value| !value.is_null());
+
+        let path = directory.join(WHOLE_FILE);
+        let mut tokenizer = match read(&path)? {
+            Some(bytes) => tokenizers::Tokenizer::from_bytes(bytes)
+                .map_err(|error| problem(path)(format!("not a tokenizer: {error}")))?,
+            None => {
+                let space = given("add_prefix_space").and_then(Value::as_bool).unwrap_or(false);
+                byte_pairs(directory, space)?
+            }
+        };
+        let failed = |error: tokenizers::Error| problem(directory.to_owned())(format!("tokenizer: {error}"));
+        // A caller's text is never cut or filled up, whatever it was last saved with.
+        tokenizer.with_truncation(None).map_err(failed)?;
+        tokenizer.with_padding(None);
+
+        let class = given("tokenizer_class").and_then(Value::as_str).unwrap_or("GPT2Tokenizer");
+        let default = class.starts_with("GPT2Tokenizer").then_some(END_OF_TEXT);
+        let mut special = |key: &str| {
+            let token = match named.iter().any(|names| names.contains_key(key)) {
+                // A token's properties may be written beside it.
+                true => given(key).map(|value| value.get("content").unwrap_or(value)).and_then(Value::as_str),
+                false => default,
+            };
+            let Some((token, id)) = token.and_then(|token| Some((token, tokenizer.token_to_id(token)?))) else {
+                return Ok(None);
+            };
+            if !tokenizer.get_added_tokens_decoder().contains_key(&id) {
+                tokenizer.add_special_tokens([AddedToken::from(token, true)]).map_err(failed)?;
+            }
+            Ok(Some(id))
+        };
+        let (begin, end) = (special("bos_token")?, special("eos_token")?);
+        for key in ["unk_token", "pad_token"] {
+            special(key)?;
+        }
+        Ok(Self { path: directory.to_owned(), tokenizer, begin, end })
+    }
+
+    /// The tokens of a text, with none added before or behind it.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the tokenizer has no tokens for it.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| self.problem(&error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of tokens, without special tokens if they are to be skipped. Bytes that are no UTF-8, such as those of a
+    /// character's beginning, become U+FFFD; a token that only fills a model's vocabulary up stands for nothing.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the tokenizer cannot tell.
+    pub fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String> {
+        self.tokenizer.decode(tokens, skip_special_tokens).map_err(|error| self.problem(&error))
+    }
+
+    /// How many tokens there are, special ones included.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// The token that texts begin with, `bos_token`.
+    #[must_use]
+    pub fn begin_token(&self) -> Option<u32> {
+        self.begin
+    }
+
+    /// The token that texts end with, `eos_token`.
+    #[must_use]
+    pub fn end_token(&self) -> Option<u32> {
+        self.end
+    }
+
+    fn problem(&self, error: &tokenizers::Error) -> Error {
+        Error::Checkpoint { path: self.path.clone(), problem: format!("tokenizer: {error}") }
+    }
+}
+
+/// A file's contents; none if there is no such file.
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path)(error)),
+    }
+}
+
+/// GPT-2's tokenizer from its two files.
+fn byte_pairs(directory: &Path, prefix_space: bool) -> Result<tokenizers::Tokenizer> {
+    let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
+    if let Some(missing) = PARTS.iter().find(|file| !directory.join(file).is_file()) {
+        return Err(problem(format!("no tokenizer: there is neither '{WHOLE_FILE}' nor '{missing}'")));
+    }
+    let [Some(vocabulary), Some(merges)] = PARTS.map(|file| directory.join(file).to_str().map(str::to_owned)) else {
+        return Err(problem("the tokenizer's files have a name that is not UTF-8".into()));
+    };
+    let model = BPE::from_file(&vocabulary, &merges).build();
+    let model = model.map_err(|error| problem(format!("'{}' and '{}': {error}", PARTS[0], PARTS[1])))?;
+    let mut tokenizer = tokenizers::Tokenizer::new(model);
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(prefix_space, true, true)));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    Ok(tokenizer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn tiny() -> Tokenizer {
+        Tokenizer::load(Path::new("tests/data/tiny-gpt2")).unwrap()
+    }
+
+    /// The two files of an old checkpoint, made from `tokenizer.json`.
+    fn write_parts(directory: &Path) {
+        let whole: Value = serde_json::from_slice(&fs::read("tests/data/tiny-gpt2/tokenizer.json").unwrap()).unwrap();
+        fs::write(directory.join("vocab.json"), whole["model"]["vocab"].to_string()).unwrap();
+        let merge = |merge: &Value| match merge {
+            Value::String(pair) => pair.clone(),
+            pair => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        };
+        let merges: Vec<_> = whole["model"]["merges"].as_array().unwrap().iter().map(merge).collect();
+        fs::write(directory.join("merges.txt"), format!("#version: 0.2\n{}\n", merges.join("\n"))).unwrap();
+    }
+
+    #[test]
+    fn the_two_files_of_old_checkpoints_give_the_same_tokens() {
+        let directory = tempfile::tempdir().unwrap();
+        write_parts(directory.path());
+        let (parts, whole) = (Tokenizer::load(directory.path()).unwrap(), tiny());
+        let text = fs::read_to_string("tests/data/tiny-gpt2/heldout.txt").unwrap() + "<|endoftext|>\u{1F600}  end";
+        assert_eq!(parts.encode(&text).unwrap(), whole.encode(&text).unwrap());
+        assert_eq!((parts.begin_token(), parts.end_token()), (Some(0), Some(0)));
+        assert_eq!(parts.vocabulary(), whole.vocabulary());
+    }
+
+    #[test]
+    fn special_tokens_are_named_as_strings_or_objects_in_either_file() {
+        let directory = tempfile::tempdir().unwrap();
+        write_parts(directory.path());
+        let write = |file: &str, text: &str| fs::write(directory.path().join(file), text).unwrap();
+        let tokens = || {
+            let tokenizer = Tokenizer::load(directory.path()).unwrap();
+            (tokenizer.begin_token(), tokenizer.end_token())
+        };
+        write(NAMES[1], r#"{"bos_token": "!", "eos_token": {"content": "\"", "lstrip": false}}"#);
+        assert_eq!(tokens(), (Some(1), Some(2)));
+        write(NAMES[0], r#"{"bos_token": "none such", "eos_token": null}"#);
+        assert_eq!(tokens(), (None, None));
+        write(NAMES[0], r#"{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "$"}"#);
+        assert_eq!(tokens(), (Some(1), Some(4)));
+        fs::remove_file(directory.path().join(NAMES[1])).unwrap();
+        assert_eq!(tokens(), (None, Some(4)));
+    }
+
+    #[test]
+    fn special_tokens_can_be_skipped() {
+        let tokenizer = tiny();
+        let tokens = tokenizer.encode("One<|endoftext|> two").unwrap();
+        assert!(tokens.contains(&0));
+        assert_eq!(tokenizer.decode(&tokens, false).unwrap(), "One<|endoftext|> two");
+        assert_eq!(tokenizer.decode(&tokens, true).unwrap(), "One two");
+        assert_eq!(tokenizer.decode(&[1, 8192], true).unwrap(), "!");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let message = || Tokenizer::load(directory.path()).map(|_| ()).unwrap_err().to_string();
+        assert!(message().contains("neither 'tokenizer.json' nor 'vocab.json'"), "{}", message());
+        fs::write(directory.path().join("vocab.json"), r#"{"a": 0}"#).unwrap();
+        assert!(message().contains("'merges.txt'"), "{}", message());
+        fs::write(directory.path().join("merges.txt"), "a b\n").unwrap();
+        assert!(message().contains("'vocab.json' and 'merges.txt'"), "{}", message());
+        fs::write(directory.path().join(WHOLE_FILE), "{}").unwrap();
+        assert!(message().contains("tokenizer.json: not a tokenizer"), "{}", message());
+        fs::write(directory.path().join(NAMES[0]), "[]").unwrap();
+        assert!(message().contains("tokenizer_config.json: not a JSON object"), "{}", message());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_comes_back(text: String) {
+            let tokenizer = tiny();
+            let tokens = tokenizer.encode(&text).unwrap();
+            prop_assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text);
+        }
+    }
+}
