@@ -261,6 +261,16 @@ class Runtime:
     ) -> list[list[int]]:
         """The new tokens of each prompt; `on_tokens` is called with `(number of prompt, token)`, about every 50 ms."""
 
+    @property
+    def tied(self) -> bool: ...
+    def linear_layers(self) -> list[tuple[str, int]]:
+        """The linear layers by their names in configs, and the inputs of each; the head is "lm_head"."""
+
+    def input_moments(
+        self, sequences: Sequence[Sequence[int]], names: Sequence[str], progress: _ProgressCallback | None
+    ) -> list[_Float32Array]:
+        """`E[xᵀx]` of the inputs of the named layers, over all tokens."""
+
 @final
 class Tokenizer:
     """The tokenizer of a checkpoint."""

@@ -23,6 +23,7 @@ from .errors import ConfigError, ConvergenceError, MissingDependencyError, Stora
 from .training_config import DistillConfig, TrainingConfig
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .evaluate import ModelScore
 
 
@@ -92,18 +93,45 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
+    found = (_calibrate_native if _is_native(options) else _calibrate_in_torch)(options)
+    found.save(options.out)
+    if options.json:
+        fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
+        shapes = {name: list(moment.shape) for name, moment in found.moments.items()}
+        print(json.dumps({**fields_of, "model_type": found.model_type, "moments": shapes}, indent=2))
+    else:
+        print(f"{found}\nwritten to {options.out}")
+
+
+def _calibrate_native(options: argparse.Namespace) -> Calibration:
+    from .runtime import NativeModel
+
+    if not options.no_sensitivity:
+        print("tqcompressor: the native engine measures inputs only: gradients need torch", file=sys.stderr)
+    return NativeModel.from_pretrained(options.model, threads=options.threads).calibrate(
+        [Path(text) for text in options.texts],
+        blocks=options.blocks,
+        block_length=options.block_length,
+        seed=options.seed,
+    )
+
+
+def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
     try:
+        import torch
         import transformers
 
         from .moment_hooks import calibrate
     except ImportError as error:
-        raise MissingDependencyError(f'calibrate needs {error.name}: pip install "tqcompressor[hf]"') from error
+        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     _quiet_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     # Encoders have no head that tells what they say, and decoders have: the class that the checkpoint was saved from.
     config = transformers.AutoConfig.from_pretrained(options.model)
     cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    found = calibrate(
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return calibrate(
         cls.from_pretrained(options.model, dtype=options.dtype).to(options.device),
         tokenizer,
         [Path(text) for text in options.texts],
@@ -112,13 +140,6 @@ def _calibrate(options: argparse.Namespace) -> None:
         sensitivity=not options.no_sensitivity,
         seed=options.seed,
     )
-    found.save(options.out)
-    if options.json:
-        fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
-        shapes = {name: list(moment.shape) for name, moment in found.moments.items()}
-        print(json.dumps({**fields_of, "model_type": found.model_type, "moments": shapes}, indent=2))
-    else:
-        print(f"{found}\nwritten to {options.out}")
 
 
 def _distill(options: argparse.Namespace) -> None:
@@ -200,7 +221,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _is_native(options: argparse.Namespace) -> bool:
-    """Whether the native engine evaluates; refuses options that it does not follow."""
+    """Whether the native engine computes; refuses options that it does not follow."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if options.engine == "torch" or (options.engine == "auto" and not missing):
         return False
@@ -208,7 +229,7 @@ def _is_native(options: argparse.Namespace) -> bool:
     for option, value, only in (
         ("--device", options.device, "cpu"),
         ("--dtype", options.dtype, "float32"),
-        ("--batch-size", options.batch_size, None),
+        ("--batch-size", getattr(options, "batch_size", None), None),
     ):
         if value is not None and value != only:
             allowed = "chosen by itself" if only is None else f"{only} only"

@@ -109,7 +109,7 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         parents=[common],
-        help="measure on a text what --calibration takes; needs torch",
+        help="measure on a text what --calibration takes",
         description="Measure the second moments of a model's activations, and of its gradients, on a text.",
     )
     calibrate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
@@ -125,11 +125,14 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
         help="tokens of a block (default: 128, or the context if shorter)",
     )
     calibrate.add_argument(
-        "--no-sensitivity", action="store_true", help="activations only: half the time, but no objective sensitivity"
+        "--no-sensitivity",
+        action="store_true",
+        help="activations only, as --engine native always: half the time, but no objective sensitivity",
     )
     calibrate.add_argument("--seed", type=int, default=0, help="of the blocks and of the gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_engine(calibrate)
 
 
 def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -142,17 +145,21 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--lambada", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
     evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
-    evaluate.add_argument(
+    _add_engine(evaluate)
+    group = evaluate.add_argument_group("engine torch")
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
+    group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
+    group.add_argument("--device", help="torch device (default: cpu)")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--engine",
         choices=ENGINES,
         default="auto",
         help="native computes GPT-2 without torch, on the CPU and in float32 (default: torch if it is installed)",
     )
-    evaluate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
-    group = evaluate.add_argument_group("engine torch")
-    group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
-    group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
-    group.add_argument("--device", help="torch device (default: cpu)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
 
 def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:

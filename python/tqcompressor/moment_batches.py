@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import TokenBlocks, token_blocks
 from .errors import ConfigError, TextError
-from .token_stream import BLOCK_LENGTH, Encoder, block_choice, encoded
+from .token_stream import BLOCK_LENGTH, Encoder, block_choice, drawn_blocks, encoded, split_document
 
 Batch: TypeAlias = dict[str, torch.Tensor]
 
@@ -72,22 +71,13 @@ def _from_text(
     documents = [text] if isinstance(text, str) else text
     if isinstance(documents, Sequence) and all(isinstance(document, str) for document in documents):
         encoder = Encoder(tokenizer)
-        parts = (part for document in documents for part in _split(document, encoder.end_text) if part.strip())
+        parts = (part for document in documents for part in split_document(document, encoder.end_text) if part.strip())
         chunks = [ids for ids, _ in encoded(parts, encoder, None)]
-        tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
-        count = len(tokens) // inner
-        rows = np.stack(
-            [tokens[index * inner : (index + 1) * inner] for index in block_choice(count, blocks, inner, len(tokens), seed)]
-        )
-        drawn = torch.from_numpy(rows.astype(np.int64))
+        drawn = torch.from_numpy(drawn_blocks(chunks, inner, blocks, seed))
     else:
         drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), blocks, seed)
     edges = [torch.tensor(ids, dtype=torch.int64).expand(len(drawn), -1) for ids in (before, after)]
     return torch.cat([edges[0], drawn, edges[1]], dim=1)
-
-
-def _split(document: str, end_text: str | None) -> list[str]:
-    return document.split(end_text) if end_text else [document]
 
 
 def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:

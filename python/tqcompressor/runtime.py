@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
+from .calibration import Calibration
 from .checkpoint import StrPath, local_directory
 from .errors import ShapeError, TextError
 from .progress import ProgressOption, reporter
 from .results import LastWordResult, ModelScore, PerplexityResult, exponential
+from .runtime_moments import draw_blocks, measure
 from .runtime_tokens import Stream, TextStreams, batches, checked_tokens, integers, whole_number
 from .scoring_rules import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
 
@@ -325,6 +327,47 @@ class NativeModel:
                 if report is not None:
                     report(done, len(items))
         return LastWordResult(right / done, exponential(total / done), done, time.perf_counter() - start)
+
+    def calibrate(
+        self,
+        text: Any,
+        *,
+        blocks: int = 128,
+        block_length: int | None = None,
+        seed: int = 0,
+        max_memory: int = 2 << 30,
+        progress: ProgressOption = None,
+    ) -> Calibration:
+        """Measures on a text what compressing in the norm of the layers' inputs needs: `E[xᵀx]` of each.
+
+        What `tqcompressor.calibrate` measures with `sensitivity=False`, on the same blocks of the same text, without
+        torch. Gradients, which say how much the model minds its outputs, need torch.
+
+        Args:
+            text: A string is the text itself, a list of strings are documents, and everything else is read as
+                `token_blocks` does: a `pathlib.Path` or a list of them.
+            blocks: How many blocks are drawn from the text.
+            block_length: Tokens of a block. Default: 128, or the model's context if that is shorter.
+            seed: Of the blocks that are drawn.
+            max_memory: Bytes that the sums may take. What needs more is measured in several passes over the text.
+            progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+        Raises:
+            TextError: The text has fewer blocks than asked for, or a file is not text.
+            ConfigError: An argument is out of its range, or one layer alone needs more than `max_memory`.
+            NonFiniteError: The model computes NaN or an infinity.
+            CheckpointError: As `encode`.
+
+        Cost: a forward pass over the blocks, and `m²` multiplications a token and layer of `m` inputs.
+
+        Example:
+            >>> calibration = model.calibrate(pathlib.Path("books/train.txt"))  # doctest: +SKIP
+            >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+
+        Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
+        """
+        drawn = draw_blocks(self._runtime, self._tokenizer, text, blocks, block_length, seed)
+        return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
 
     def score(
         self,

@@ -132,7 +132,12 @@ def documents(source: Any, end_text: str | None) -> Iterator[str]:
     """
     texts = (read_text(path) for path in source) if isinstance(source, list) else _rows(source)
     for text in texts:
-        yield from (part for part in (text.split(end_text) if end_text else [text]) if part.strip())
+        yield from (part for part in split_document(text, end_text) if part.strip())
+
+
+def split_document(text: str, end_text: str | None) -> list[str]:
+    """What stands between the end-of-text tokens."""
+    return text.split(end_text) if end_text else [text]
 
 
 def _rows(dataset: Any) -> Iterator[str]:
@@ -224,3 +229,11 @@ def block_choice(available: int, wanted: int, length: int, tokens: int, seed: in
         raise TextError(f"expected {wanted} blocks of {length} tokens, got a text of {tokens:,} tokens: {available}")
     chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)
     return [int(index) for index in np.sort(chosen)]
+
+
+def drawn_blocks(chunks: list[Tokens], length: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Blocks `(wanted, length)` drawn from tokens that follow one another; the end that fills no block is left out."""
+    tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+    count = len(tokens) // length
+    chosen = block_choice(count, wanted, length, len(tokens), seed)
+    return tokens[: count * length].reshape(count, length)[chosen].astype(np.int64)

@@ -153,6 +153,36 @@ impl Runtime {
         };
         jobs::run_watched(py, |py, _| tell(py), job)
     }
+
+    /// Whether the head is the token embedding.
+    #[getter]
+    fn tied(&self) -> bool {
+        self.model.tied()
+    }
+
+    fn linear_layers(&self) -> Vec<(String, usize)> {
+        self.model.linear_layers()
+    }
+
+    fn input_moments<'py>(
+        &self,
+        py: Python<'py>,
+        sequences: Vec<Vec<u32>>,
+        names: Vec<String>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
+        let workers = jobs::workers(self.threads)?;
+        let moments = jobs::run(py, progress, |progress| {
+            let workers = workers;
+            let sequences: Vec<_> = sequences.iter().map(Vec::as_slice).collect();
+            self.model.input_moments(&sequences, &names, &workers, progress)
+        })?;
+        let square = |moment: Vec<f32>| {
+            let size = moment.len().isqrt();
+            shaped(py, (size, size), moment)
+        };
+        Ok(moments.into_iter().map(square).collect())
+    }
 }
 
 /// Parameters of a model, and the bytes of all that is read of its checkpoint, permutations included.

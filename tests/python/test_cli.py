@@ -174,16 +174,16 @@ def test_a_budget_needs_no_torch(calibration, tmp_path):
     assert f"{report['parameters_after']:,}" in line_of(run.stdout.partition("budget")[0], "total")
 
 
-def test_calibrate_without_torch_says_what_to_install(tmp_path):
+def test_calibrate_in_torch_without_torch_says_what_to_install(tmp_path):
     # A None in sys.modules is what an absent package looks like to an import.
-    command = ["calibrate", str(TINY), str(TINY / "heldout.txt"), "--out", str(tmp_path / "out")]
+    command = ["calibrate", str(TINY), str(TINY / "heldout.txt"), "--out", str(tmp_path / "out"), "--engine", "torch"]
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from tqcompressor.cli import main; "
         f"sys.exit(main({command!r}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
-    assert run.stderr.startswith("tqcompressor: error: calibrate needs ") and "tqcompressor[hf]" in run.stderr
+    assert run.stderr.startswith("tqcompressor: error: engine torch needs ") and "tqcompressor[hf]" in run.stderr
     assert not list(tmp_path.iterdir())
 
 
