@@ -187,7 +187,12 @@ def test_the_public_names_load_nothing_but_what_they_need():
 
 
 @pytest.mark.parametrize(
-    "command", [["inspect", str(TINY)], ["compress", str(TINY), "--recipe", "tq-81m", "--effort", "fast"]]
+    "command",
+    [
+        ["inspect", str(TINY)],
+        ["compress", str(TINY), "--recipe", "tq-81m", "--effort", "fast"],
+        ["generate", str(TINY), "--prompt", "He", "--max-new-tokens", "3"],
+    ],
 )
 def test_the_command_line_needs_no_torch(command, tmp_path):
     if command[0] == "compress":

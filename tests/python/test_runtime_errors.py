@@ -133,7 +133,7 @@ def test_files_that_are_not_there_or_not_whole(tmp_path):
 VALUES = st.sampled_from([None, True, 0, -1, 1, 2, 3, 5, 2**31, 2**63, 1e400, 0.5, "x", [], [0], {}, {"rank": 1}])
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_is_changed_there_is_a_model_or_a_typed_error(compressed, data, tmp_path_factory):
     configuration, tensors = copy.deepcopy(compressed[0]), dict(compressed[1])
@@ -257,7 +257,7 @@ SCRIPT = """
     model = NativeModel.from_pretrained(sys.argv[1])
     try:
         if sys.argv[2] == "generate":
-            model.generate_tokens([[1]], max_new_tokens=4000, end_tokens=[], on_tokens=on_tokens)
+            model.generate_tokens([[1]], max_new_tokens=3_999, end_tokens=[], on_tokens=on_tokens)
         else:
             thread.start()
             for _ in range(100):
