@@ -1,6 +1,8 @@
 """The native runtime against transformers: logits, greedy tokens, sampling, scores, for checkpoints of every kind."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import transformers
 from helpers.models import tiny_model
 from helpers.native import HEAD_SPECS, PROMPTS, SPECS, TEXT, TINY, compressed, reference
-from tqcompressor import NativeModel, errors, evaluate
+from tqcompressor import NativeModel, _core, errors, evaluate
 from tqcompressor.runtime_tokens import TextStreams
 
 CONTEXT = 256
@@ -194,6 +196,41 @@ def test_tokens_are_those_of_transformers(trained):
     assert trained.decode(tokens) == text == tokenizer.decode(tokens)
     skipped = tokenizer.decode(tokens, skip_special_tokens=True)
     assert trained.decode(tokens, skip_special_tokens=True) == skipped
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ("whole", None),
+        ("whole", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        (
+            "whole",
+            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"__type": "AddedToken", "content": "the"}},
+        ),
+        ("whole", {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "bos_token": "!", "pad_token": '"'}),
+        ("parts", None),
+        ("parts", {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "bos_token": "!", "pad_token": '"'}),
+    ],
+    ids=str,
+)
+def test_the_files_of_a_tokenizer_mean_what_they_mean_to_transformers(tmp_path, files, named):
+    whole = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    if files == "whole":
+        shutil.copy(TINY / "tokenizer.json", tmp_path)
+    else:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"]]
+        (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]), encoding="utf-8")
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    if named is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    ours = _core.Tokenizer.load(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = TEXT[:2000] + "<|endoftext|>the end!"
+    assert ours.encode(text) == theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for token, expected in ((ours.begin_token, theirs.bos_token_id), (ours.end_token, theirs.eos_token_id)):
+        # What transformers adds to the vocabulary has no row in the model.
+        assert token == (None if expected is None or expected >= len(whole["model"]["vocab"]) else expected)
 
 
 def test_streams_give_whole_characters_and_all_of_the_text(trained):
