@@ -76,6 +76,7 @@ PYTHON = [
     "results",
     "scoring_rules",
     "runtime_tokens",
+    "runtime_model",
     "runtime_moments",
     "runtime",
     "scoring",
