@@ -4,11 +4,13 @@
 //! * [`float`]: the floating dtypes, and conversion to and from `f32`.
 //! * [`header`]: the header of a safetensors file, validated.
 //! * [`expected`]: the tensors that `config.json` promises.
+//! * [`files`]: the files of a directory that hold it.
 //! * [`read`]: a mapped checkpoint.
 //! * [`write`]: safetensors files written tensor by tensor, in any order.
 //! * [`stage`]: the hidden directory that becomes the destination in one step.
 
 pub mod expected;
+pub mod files;
 pub mod float;
 pub mod header;
 pub mod names;

@@ -1,8 +1,7 @@
 //! A GPT-2 checkpoint, mapped: opened and validated without reading a single weight.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
@@ -11,41 +10,11 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::expected::Geometry;
+use super::files::{WeightFiles, begin, check_shard, problem};
 use super::float::{Float, Layout, read_matrix};
 use super::header;
 use super::names::{self, Kind, Matrix};
 use crate::error::{Error, Result};
-
-/// The name of the weights' file when there is only one.
-pub const SINGLE_FILE: &str = "model.safetensors";
-
-/// The name of the file that says which shard holds which tensor.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
-
-/// Extensions of files that hold weights or pickles, in whatever framework.
-pub const WEIGHT_EXTENSIONS: [&str; 14] = [
-    "safetensors",
-    "bin",
-    "pt",
-    "pth",
-    "ckpt",
-    "pkl",
-    "pickle",
-    "h5",
-    "msgpack",
-    "ot",
-    "gguf",
-    "onnx",
-    "tflite",
-    "npz",
-];
-
-/// Whether a file's name says that it holds weights or pickles.
-#[must_use]
-pub fn is_weight_file(name: &str) -> bool {
-    let extension = Path::new(name).extension();
-    extension.is_some_and(|found| WEIGHT_EXTENSIONS.iter().any(|known| found.eq_ignore_ascii_case(known)))
-}
 
 /// One stored tensor.
 #[derive(Clone, Debug)]
@@ -258,34 +227,6 @@ impl Checkpoint {
     }
 }
 
-fn problem(path: &Path, problem: impl Into<String>) -> Error {
-    Error::Checkpoint { path: path.to_owned(), problem: problem.into() }
-}
-
-/// Reads a file that must hold one JSON object.
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = match fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(problem(path, "no such file")),
-        other => other.map_err(Error::io(path))?,
-    };
-    serde_json::from_slice(&text).map_err(|error| problem(path, format!("expected a JSON object: {error}")))
-}
-
-/// The files of a checkpoint and its `config.json`.
-fn begin(directory: &Path) -> Result<(WeightFiles, Map<String, Value>)> {
-    match fs::metadata(directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(problem(directory, "no such directory"));
-        }
-        Err(error) => return Err(Error::io(directory)(error)),
-        Ok(metadata) if !metadata.is_dir() => {
-            return Err(problem(directory, "expected a directory with config.json and model.safetensors, got a file"));
-        }
-        Ok(_) => {}
-    }
-    Ok((weight_files(directory)?, read_object(&directory.join("config.json"))?))
-}
-
 fn check_model_type(config: &Map<String, Value>) -> Result<(), String> {
     match config.get("model_type") {
         Some(Value::String(name)) if name == "gpt2" => Ok(()),
@@ -304,71 +245,6 @@ fn check_dense(config: &Map<String, Value>) -> Result<(), String> {
             Some(method) => Err(format!("already quantized by {method}: give the original")),
             None => Err("already quantized: give the original".into()),
         },
-    }
-}
-
-/// The weight files and, for shards, the tensors that the index puts in them.
-type WeightFiles = Vec<(PathBuf, Option<Vec<String>>)>;
-
-fn weight_files(directory: &Path) -> Result<WeightFiles> {
-    let single = directory.join(SINGLE_FILE);
-    if single.exists() {
-        return Ok(vec![(single, None)]);
-    }
-    let index = directory.join(INDEX_FILE);
-    if !index.exists() {
-        return Err(problem(directory, no_weights(directory)?));
-    }
-    let object = read_object(&index)?;
-    let weight_map = object.get("weight_map").and_then(Value::as_object).filter(|map| !map.is_empty());
-    let weight_map = weight_map.ok_or_else(|| problem(&index, "expected a \"weight_map\" from tensors to shards"))?;
-    let mut shards: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    for (tensor, shard) in weight_map {
-        // A shard is a file beside the index; anything else could reach outside the checkpoint.
-        let shard = shard.as_str().filter(|shard| Path::new(shard).file_name().is_some_and(|name| name == *shard));
-        let shard = shard.ok_or_else(|| problem(&index, format!("tensor '{tensor}': its shard is not a file name")))?;
-        shards.entry(shard).or_default().push(tensor.clone());
-    }
-    shards
-        .into_iter()
-        .map(|(shard, tensors)| {
-            let path = directory.join(shard);
-            if path.exists() {
-                return Ok((path, Some(tensors)));
-            }
-            let first = tensors.first().map_or("", String::as_str);
-            Err(problem(&path, format!("this shard is missing; the index puts tensor '{first}' in it")))
-        })
-        .collect()
-}
-
-fn check_shard(indexed: &[String], entries: &[header::Entry]) -> Result<(), String> {
-    let indexed: std::collections::BTreeSet<_> = indexed.iter().map(String::as_str).collect();
-    let found: std::collections::BTreeSet<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
-    if let Some(name) = indexed.difference(&found).next() {
-        return Err(format!("tensor '{name}' is missing; the index puts it here"));
-    }
-    match found.difference(&indexed).next() {
-        Some(name) => Err(format!("tensor '{name}' is here, but the index does not say so")),
-        None => Ok(()),
-    }
-}
-
-/// What to tell about a directory without the files that are read.
-fn no_weights(directory: &Path) -> Result<String> {
-    let expected = format!("expected {SINGLE_FILE} or {INDEX_FILE}");
-    let mut names = Vec::new();
-    for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
-        names.push(entry.map_err(Error::io(directory))?.file_name().to_string_lossy().into_owned());
-    }
-    names.sort_unstable();
-    match names.iter().find(|name| is_weight_file(name)) {
-        None => Ok(format!("{expected}, found no weights")),
-        Some(name) if name.ends_with(".safetensors") => Ok(format!("{expected}, found only {name}")),
-        Some(name) => Ok(format!(
-            "only safetensors is read, found {name}. Convert it with \
-             transformers.AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(NEW)"
-        )),
     }
 }
 

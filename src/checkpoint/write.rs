@@ -15,8 +15,8 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
+use super::files::{INDEX_FILE, SINGLE_FILE};
 use super::float::Float;
-use super::read::{INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 
 /// Values converted between two writes.

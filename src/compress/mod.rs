@@ -22,9 +22,10 @@ pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use place::Place;
 pub use report::{MatrixPlace, MatrixReport, Report};
 
+use crate::checkpoint::files::is_weight_file;
 use crate::checkpoint::float::Float;
 use crate::checkpoint::names::{Kind, Matrix, TIED_HEAD, TOKEN_EMBEDDING, bare};
-use crate::checkpoint::read::{Checkpoint, Tensor, is_weight_file};
+use crate::checkpoint::read::{Checkpoint, Tensor};
 use crate::checkpoint::stage::{Destination, Stage};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};

@@ -1,5 +1,8 @@
 use serde_json::json;
 
+use std::fs;
+
+use super::super::files::INDEX_FILE;
 use super::super::testing::Source;
 use super::*;
 
