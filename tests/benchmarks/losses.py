@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from measuring import fresh_process
+from measuring import fresh_process, resident, restart_peak
 
 LOGITS, QUICK_LOGITS = (512, 50257), (16, 503)
 HEAD, QUICK_HEAD = (2048, 768, 50257), (16, 8, 503)
@@ -129,18 +129,9 @@ def extra_memory(case: str, threads: int, quick: bool, method: str) -> float:
     if method == "torch.compile":
         # Compiling takes more than running.
         function()
-    # Sets the peak back to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = resident("VmRSS")
+    before = restart_peak()
     function()
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise LookupError(field)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all benchmarks share: facts of the machine, interleaved timing, runs of a fresh process with its peak memory."""
+"""What all benchmarks share: facts of the machine, interleaved timing, a process's memory, runs of a fresh one."""
 
 import importlib.metadata
 import os
@@ -66,3 +66,17 @@ def fresh_process(arguments: Sequence[str], threads: int | None = None) -> tuple
     if process.returncode:
         sys.exit(f"{' '.join(arguments)} failed with status {process.returncode}")
     return seconds, usage.ru_maxrss / 1024, output
+
+
+def restart_peak() -> float:
+    """Sets this process's peak memory back to what is resident now, which it returns in MB."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> float:
+    """MB that this process holds (`VmRSS`), or held at most since the peak was restarted (`VmHWM`)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise LookupError(field)

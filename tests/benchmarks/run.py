@@ -11,6 +11,7 @@ from pathlib import Path
 
 import distillation
 import import_time
+import inference
 import kernels
 import losses
 import quality
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "kernels": kernels,
     "losses": losses,
     "checkpoint": whole_checkpoint,
+    "inference": inference,
     "distillation": distillation,
     "quality": quality,
     "import": import_time,

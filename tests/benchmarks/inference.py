@@ -1,0 +1,151 @@
+"""Decode and prefill of GPT-2 small, dense, compressed and of 6 layers: native runtime, torch, torch.compile; layers.
+
+Weights are random (`GPT2Config()`, seed 0, float32): times and memory are real, texts mean nothing. Decode is greedy,
+batch 1, timed from the second new token on; prefill reads a text and takes the logits of its last token. torch runs a
+bare loop, which is quicker than transformers' `generate`. Each engine and model gets a fresh process, in turns over
+repetitions; times are the best, memory is the largest peak beyond the process before loading. The bandwidth limit is
+that of numpy's sum or copy, whichever moves more; `of limit` is the bytes of weights that a token needs, times
+tokens/s, over it. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import inference_engines
+import inference_layers
+from measuring import fresh_process
+from whole_checkpoint import COMPRESS, MAKE, headers, weights_size
+
+MODELS = ("dense", "compressed", "6 layers")
+ENGINES = tuple(inference_engines.ENGINES)
+FLOATS = ("F32", "F16", "BF16")
+Measured = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repetitions", type=int, default=3, help="fresh processes for each model and engine")
+    parser.add_argument("--passes", type=int, default=2, help="runs in each process")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument(
+        "--layers", nargs="*", choices=list(inference_layers.LAYERS), default=list(inference_layers.LAYERS)
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N")
+    parser.add_argument(
+        "--compile-limit", type=int, default=300, metavar="SECONDS", help="for a compiled model's process"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+
+
+def run(options: argparse.Namespace) -> Iterator[dict]:
+    lengths = {"prompt": 8, "new": options.new_tokens, "prefill": 32 if options.quick else 512}
+    with tempfile.TemporaryDirectory() as folder:
+        # What is compiled is kept from one process to the next, but not beyond this run, unless the caller says where.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
+        models = make_models(Path(folder), options.models, options.quick)
+        limits: list[dict[str, float]] = []
+        runs: dict[tuple[str, str], list[Measured]] = {}
+        for _ in range(options.repetitions):
+            limits.append(
+                child(inference_layers, {"bandwidth": options.threads, "quick": options.quick}, options.threads)
+            )
+            for model in options.models:
+                for engine in options.engines:
+                    earlier = runs.setdefault((model, engine), [])
+                    if any("failed" in result for result in earlier):
+                        continue
+                    task = {
+                        "engine": engine,
+                        "folder": str(models[model]),
+                        "threads": options.threads,
+                        "lengths": lengths,
+                    }
+                    task |= {"passes": options.passes, "compile_limit": options.compile_limit}
+                    earlier.append(child(inference_engines, task, options.threads))
+        bandwidth = {name: max(limit[name] for limit in limits) for name in limits[0]}
+        for name, bytes_per_second in bandwidth.items():
+            yield {"bandwidth": name, "threads": options.threads, "GB/s": bytes_per_second / 1e9}
+        best = {key: best_of(results) for key, results in runs.items()}
+        for (model, engine), result in best.items():
+            yield row(model, engine, result, models[model], lengths["prefill"], max(bandwidth.values()))
+        yield from ratios(best)
+    if options.layers:
+        task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
+        yield from child(inference_layers, task | {"threads": options.threads}, options.threads)
+
+
+def make_models(folder: Path, wanted: Sequence[str], quick: bool) -> dict[str, Path]:
+    width, layers, vocabulary = (96, 2, 512) if quick else (768, 12, 50257)
+    depths = {"dense": layers, "6 layers": layers // 2}
+    models = {name: folder / name for name in MODELS}
+    for name in depths.keys() & {"dense" if name == "compressed" else name for name in wanted}:
+        fresh_process(["-c", MAKE, str(models[name]), str(width), str(depths[name]), str(vocabulary)])
+    if "compressed" in wanted:
+        arguments = ["--recipe", "tq-81m", "--effort", "fast", "--out", str(models["compressed"]), "--json"]
+        fresh_process(["-c", COMPRESS, "compress", str(models["dense"]), *arguments])
+    return models
+
+
+def child(module: Any, task: Mapping[str, Any], threads: int) -> Any:
+    """What the last line says that the module prints when it is run with the task."""
+    return json.loads(fresh_process([module.__file__, json.dumps(task)], threads)[2].splitlines()[-1])
+
+
+def best_of(results: list[Measured]) -> Measured:
+    """The least times and the largest peaks of all processes, or the failure of one."""
+    failed = [result for result in results if "failed" in result]
+    if failed:
+        return failed[0]
+    if any(result["generated"] != results[0]["generated"] for result in results):
+        raise SystemExit("the generated tokens differ from run to run")
+    worst = ("decode MB", "prefill MB", "first calls seconds")
+    best = {name: min(result[name] for result in results) for name in ("decode seconds", "prefill seconds")}
+    return best | {name: max(result[name] for result in results) for name in worst}
+
+
+def weights_read(folder: Path) -> int:
+    """Bytes of weights that one token needs: all but the positions', the tied embedding once, as the head."""
+    tensors = [item for header in headers(folder) for item in header.items() if item[0] != "__metadata__"]
+    spans = [
+        tensor["data_offsets"] for name, tensor in tensors if tensor["dtype"] in FLOATS and ".wpe." not in f".{name}"
+    ]
+    return sum(end - begin for begin, end in spans)
+
+
+def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, limit: float) -> dict:
+    head = {"model": model, "engine": engine}
+    if "failed" in result:
+        return head | {"failed": result["failed"]}
+    bytes_per_second = weights_read(folder) / result["decode seconds"]
+    return head | {
+        "decode tokens/s": 1 / result["decode seconds"],
+        "ms/token": 1000 * result["decode seconds"],
+        "of limit": bytes_per_second / limit,
+        "prefill tokens/s": prefill / result["prefill seconds"],
+        "prefill seconds": result["prefill seconds"],
+        "decode MB": result["decode MB"],
+        "prefill MB": result["prefill MB"],
+        "weights MB": weights_size(folder) / 2**20,
+        "compile seconds": result["first calls seconds"] if engine == "torch compiled" else 0.0,
+    }
+
+
+def ratios(best: Mapping[tuple[str, str], Measured]) -> Iterator[dict]:
+    """Tokens/s of the compressed model over others' in one engine, and of the native runtime over torch's."""
+    pairs = [(("compressed", engine), (other, engine)) for other in ("dense", "6 layers") for engine in ENGINES]
+    pairs += [((model, "native"), (model, other)) for other in ENGINES if other != "native" for model in MODELS]
+    for ours, theirs in pairs:
+        if all(key in best and "failed" not in best[key] for key in (ours, theirs)):
+            times = {name: best[theirs][name] / best[ours][name] for name in ("decode seconds", "prefill seconds")}
+            yield {
+                "tokens/s of": ", ".join(ours),
+                "over": ", ".join(theirs),
+                "decode": times["decode seconds"],
+                "prefill": times["prefill seconds"],
+            }

@@ -1,0 +1,206 @@
+"""One model in one engine, measured in a process of its own: the child of the benchmark `inference`."""
+
+import gc
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measuring import resident, restart_peak
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model: `generate(prompt, count)` is greedy, and `prefill(tokens)` may tell the token that follows."""
+
+    generate: Callable[[Tokens, int], Tokens]
+    prefill: Callable[[Tokens], int | None]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What is run, in tokens."""
+
+    prompt: int
+    new: int
+    prefill: int
+
+
+def native(folder: Path, threads: int, _: Lengths) -> Engine:
+    """The runtime of this package, without torch."""
+    from tqcompressor import _core
+
+    runtime = _core.Runtime.load(folder, threads, None)
+
+    def generate(prompt: Tokens, count: int) -> Tokens:
+        return runtime.generate([prompt], count, 0.0, 0, 1.0, 0, [], None)[0]
+
+    def prefill(tokens: Tokens) -> None:
+        # Scoring one more token reads all before it and takes the logits of the last, as `prefill` of torch does.
+        runtime.score([[*tokens, tokens[0]]], [1])
+
+    return Engine(generate, prefill)
+
+
+def eager(folder: Path, threads: int, _: Lengths) -> Engine:
+    """transformers' model as it is."""
+    from transformers import DynamicCache
+
+    model = torch_model(folder, threads)
+
+    def generate(prompt: Tokens, count: int) -> Tokens:
+        cache = DynamicCache(config=model.config)
+        return greedy(model, model, cache, prompt, count)
+
+    def prefill(tokens: Tokens) -> int:
+        return greedy(model, model, DynamicCache(config=model.config), tokens, 1)[0]
+
+    return Engine(generate, prefill)
+
+
+def compiled(folder: Path, threads: int, lengths: Lengths) -> Engine:
+    """`torch.compile` of the model, with caches of fixed sizes; a short prompt is read uncompiled."""
+    import torch
+    from transformers import StaticCache
+
+    model = torch_model(folder, threads)
+    step = torch.compile(model, dynamic=False)
+
+    def cache(length: int) -> Any:
+        made = StaticCache(config=model.config, max_cache_len=length)
+        heads = model.config.num_attention_heads
+        size = model.config.hidden_size // heads
+        made.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
+        return made
+
+    # Made once: a new cache may mean to compile anew.
+    short, long = cache(lengths.prompt + lengths.new), cache(lengths.prefill)
+
+    def generate(prompt: Tokens, count: int) -> Tokens:
+        short.reset()
+        return greedy(model, step, short, prompt, count)
+
+    def prefill(tokens: Tokens) -> int:
+        long.reset()
+        return greedy(step, step, long, tokens, 1)[0]
+
+    return Engine(generate, prefill)
+
+
+ENGINES = {"torch eager": eager, "torch compiled": compiled, "native": native}
+
+
+def torch_model(folder: Path, threads: int) -> Any:
+    import torch
+    import tqcompressor  # noqa: F401  registers compressed checkpoints
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+
+def greedy(first: Callable, then: Callable, cache: Any, prompt: Tokens, count: int) -> Tokens:
+    """The bare loop, which takes less time than transformers' `generate` around the same model."""
+    import torch
+
+    with torch.inference_mode():
+        new, forward = torch.tensor([prompt]), first
+        tokens = []
+        for _ in range(count):
+            logits = forward(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            new, forward = logits[:, -1].argmax(-1, keepdim=True), then
+            tokens.append(int(new))
+        return tokens
+
+
+def warm_up(engine: str) -> None:
+    """What an engine imports and allocates once, whatever the model: not counted as the memory of one."""
+    if engine == "native":
+        from tqcompressor import _core  # noqa: F401
+
+        return
+    import torch
+    import tqcompressor  # noqa: F401
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=2, n_layer=1, n_head=1, vocab_size=2, n_positions=2))
+    with torch.inference_mode():
+        model(torch.tensor([[0]]))
+        if engine == "torch compiled":
+            torch.compile(lambda x: x + 1)(torch.zeros(2))
+
+
+def measure(engine: str, folder: Path, threads: int, lengths: Lengths, passes: int) -> dict[str, Any]:
+    """The least seconds of `passes` runs, and peaks of memory in MB beyond that before loading.
+
+    A token's seconds are the difference between generating `new` tokens and one, over the tokens from the second on.
+    """
+    import numpy as np
+
+    warm_up(engine)
+    gc.collect()
+    before = restart_peak()
+    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    tokens = np.random.default_rng(0).integers(vocabulary, size=max(lengths.prompt, lengths.prefill)).tolist()
+    prompt, text = tokens[: lengths.prompt], tokens[: lengths.prefill]
+
+    model = ENGINES[engine](folder, threads, lengths)
+    _, first_decode = timed(lambda: model.generate(prompt, 3))
+    ones, whole = [], []
+    for _ in range(passes):
+        # Several, as a slow one would make decoding look fast.
+        ones += [timed(lambda: model.generate(prompt, 1))[1] for _ in range(3)]
+        generated, seconds = timed(lambda: model.generate(prompt, lengths.new))
+        whole.append(seconds)
+    one = min(ones)
+    decode_peak = resident("VmHWM") - before
+    gc.collect()
+    restart_peak()
+    _, first_prefill = timed(lambda: model.prefill(text))
+    prefill = min(timed(lambda: model.prefill(text))[1] for _ in range(passes))
+    return {
+        "decode seconds": (min(whole) - one) / (lengths.new - 1),
+        "prefill seconds": prefill,
+        "decode MB": decode_peak,
+        "prefill MB": resident("VmHWM") - before,
+        # The first calls, less what a call takes: compiling, or next to nothing.
+        "first calls seconds": first_decode + first_prefill - one - prefill,
+        "generated": generated,
+    }
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    value = function()
+    return value, time.perf_counter() - start
+
+
+def main(arguments: Sequence[str]) -> None:
+    task = json.loads(arguments[0])
+    limit = task.pop("compile_limit")
+    task |= {"folder": Path(task["folder"]), "lengths": Lengths(**task["lengths"])}
+    if task["engine"] != "torch compiled":
+        print(json.dumps(measure(**task)))
+        assert task["engine"] != "native" or "torch" not in sys.modules, "torch was imported"
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {limit} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    # Whatever the compiler fails of is a result.
+    try:
+        print(json.dumps(measure(**task)))
+    except Exception as error:
+        print(json.dumps({"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
