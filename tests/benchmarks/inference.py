@@ -11,6 +11,7 @@ tokens/s, over it. Layers are timed within one process, medians of turns; a sing
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,9 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                     }
                     task |= {"passes": options.passes, "compile_limit": options.compile_limit}
                     earlier.append(child(inference_engines, task, options.threads))
+                    # At once, as the best of all is known only in the end.
+                    shown = {name: value for name, value in earlier[-1].items() if name != "generated"}
+                    print(f"{model}, {engine}: {json.dumps(shown)}", file=sys.stderr, flush=True)
         bandwidth = {name: max(limit[name] for limit in limits) for name in limits[0]}
         for name, bytes_per_second in bandwidth.items():
             yield {"bandwidth": name, "threads": options.threads, "GB/s": bytes_per_second / 1e9}
