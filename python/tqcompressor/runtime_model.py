@@ -98,16 +98,22 @@ class TokenModel:
         mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         if mask.shape != ids.shape:
             raise ShapeError(f"attention_mask: expected the shape of input_ids, {ids.shape}, got {mask.shape}")
-        starts = np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1
-        if (starts.sum(1) > 1).any():
+        begins = np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1
+        if (begins.sum(1) > 1).any():
             raise ShapeError("attention_mask: expected the tokens of a row side by side, got padding between them")
         result = np.zeros((*ids.shape, self.vocabulary), np.float32)
-        rows = [row for row in range(len(ids)) if mask[row].any()]
-        for batch in batches(rows, lambda row: int(mask[row].sum())):
-            sequences = [checked_tokens(ids[row, mask[row]], self.vocabulary) for row in batch]
-            ends = np.cumsum([len(sequence) for sequence in sequences])
-            for row, values in zip(batch, np.split(self._runtime.logits(sequences), ends[:-1]), strict=True):
-                result[row, mask[row]] = values
+        if not ids.size:
+            return result
+        starts, lengths = mask.argmax(1), mask.sum(1)
+        rows = np.flatnonzero(lengths).tolist()
+        for batch in batches(rows, lambda row: int(lengths[row])):
+            found = self._runtime.logits([checked_tokens(ids[row, mask[row]], self.vocabulary) for row in batch])
+            if len(found) == ids.size:
+                # All that there is: a copy would take as long as a small model.
+                return found.reshape(result.shape)
+            ends = np.cumsum(lengths[batch])
+            for row, values in zip(batch, np.split(found, ends[:-1]), strict=True):
+                result[row, starts[row] : starts[row] + lengths[row]] = values
         return result
 
     def generate_tokens(
