@@ -3,6 +3,7 @@
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
+use super::kernels::largest;
 use super::model::{Cache, Gpt2};
 use super::workers::Workers;
 use crate::error::{Error, Result};
@@ -142,13 +143,8 @@ fn last_states(hidden: &[f32], sequences: &[&[u32]], width: usize) -> Vec<f32> {
 
 /// The first of the largest.
 pub(super) fn most_probable(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = token;
-        }
-    }
-    best
+    let most = largest(logits);
+    logits.iter().position(|&logit| logit == most).unwrap_or(0)
 }
 
 fn choose(logits: &[f32], sampling: &Sampling, random: &mut Xoshiro256PlusPlus) -> u32 {

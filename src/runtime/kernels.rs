@@ -75,14 +75,7 @@ dispatched! {
 dispatched! {
     /// Turns a row of scores into probabilities, `softmax(scale · scores)`, in place.
     pub(super) fn softmax(scores: &mut [f32], scale: f32) {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let (blocks, rest) = scores.as_chunks::<LANES>();
-        for block in blocks {
-            for lane in 0..LANES {
-                lanes[lane] = if block[lane] > lanes[lane] { block[lane] } else { lanes[lane] };
-            }
-        }
-        let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &value| most.max(value));
+        let largest = largest(scores);
         let factor = scale * LOG2_E;
         for score in scores.iter_mut() {
             *score = power_of_two((*score - largest) * factor);
@@ -98,6 +91,30 @@ dispatched! {
         for score in scores.iter_mut() {
             *score *= inverse;
         }
+    }
+}
+
+dispatched! {
+    /// `Σ e^(value − largest)`; no value may be larger.
+    pub(super) fn sum_of_exponentials(values: &[f32], largest: f32) -> f64 {
+        // Few enough for f32, many enough that adding them in f64 costs nothing.
+        const TILE: usize = 1024;
+        let tile = |tile: &[f32]| f64::from(total(tile, |value| power_of_two((value - largest) * LOG2_E)));
+        values.chunks(TILE).map(tile).sum()
+    }
+}
+
+dispatched! {
+    /// The largest value, and −∞ of none.
+    pub(super) fn largest(values: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (blocks, rest) = values.as_chunks::<LANES>();
+        for block in blocks {
+            for lane in 0..LANES {
+                lanes[lane] = if block[lane] > lanes[lane] { block[lane] } else { lanes[lane] };
+            }
+        }
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &value| most.max(value))
     }
 }
 

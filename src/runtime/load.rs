@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use half::slice::HalfFloatSliceExt as _;
+use half::{bf16, f16};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -19,6 +21,7 @@ use crate::checkpoint::float::Float;
 use crate::checkpoint::names;
 use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
+use crate::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::TQConfig;
 use crate::progress::Progress;
@@ -304,12 +307,25 @@ impl<'a> Source<'a> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let (stored, tensor) = self.found(name, shape)?;
         self.checkpoint.check_finite(stored)?;
-        let dtype = match Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(stored))? {
-            Float::F32 => DType::F32,
-            Float::F16 => DType::F16,
-            Float::Bf16 => DType::BF16,
+        let (bytes, count) = (self.checkpoint.bytes(tensor), tensor.elements());
+        // On huge pages, which are read a third faster.
+        let read = match Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(stored))? {
+            Float::F32 => {
+                let mut values = zeros::<f32>(count);
+                bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
+                Tensor::from_vec(values, shape, &Device::Cpu)
+            }
+            Float::F16 => {
+                let mut values = zeros::<f16>(count);
+                bytemuck::cast_slice_mut(values.reinterpret_cast_mut()).copy_from_slice(bytes);
+                Tensor::from_vec(values, shape, &Device::Cpu)
+            }
+            Float::Bf16 => {
+                let mut values = zeros::<bf16>(count);
+                bytemuck::cast_slice_mut(values.reinterpret_cast_mut()).copy_from_slice(bytes);
+                Tensor::from_vec(values, shape, &Device::Cpu)
+            }
         };
-        let read = Tensor::from_raw_buffer(self.checkpoint.bytes(tensor), dtype, shape, &Device::Cpu);
         self.checkpoint.release(tensor);
         read.map_err(|error| self.problem(format!("tensor '{stored}': {error}")))
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::slice::HalfFloatSliceExt as _;
@@ -12,6 +12,7 @@ use super::order::Order;
 use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::loss::Values;
+use crate::memory::zeros;
 
 /// Up to so many vectors the rows are read once for all of them, without being packed for a matrix product first.
 const FEW: usize = 2 * TOGETHER;
@@ -35,7 +36,7 @@ impl Rows {
     pub fn new(tensor: &Tensor) -> Result<Self> {
         let unexpected = |error: candle_core::Error| Error::Config(format!("weights: {error}"));
         let (rows, length) = tensor.dims2().map_err(unexpected)?;
-        let tensor = tensor.contiguous().map_err(unexpected)?;
+        let tensor = if tensor.is_contiguous() { tensor.clone() } else { packed(tensor).map_err(unexpected)? };
         if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) || !matches!(tensor.device(), Device::Cpu) {
             return Err(Error::Dtype { expected: "F32, F16 or BF16".into(), got: format!("{:?}", tensor.dtype()) });
         }
@@ -121,6 +122,33 @@ impl Rows {
                 dot_rows(rows, self.length, x, count, out);
             }
         });
+    }
+}
+
+/// A matrix of any strides as a contiguous one.
+fn packed(tensor: &Tensor) -> candle_core::Result<Tensor> {
+    fn copy<T: Copy + Default>(values: &[T], layout: &Layout) -> Vec<T> {
+        // A block is read and written within the first-level cache.
+        const BLOCK: usize = 32;
+        let (&[rows, length], &[down, along]) = (layout.dims(), layout.stride()) else { unreachable!("a matrix") };
+        let mut packed = zeros(rows * length);
+        for first in (0..rows).step_by(BLOCK) {
+            for start in (0..length).step_by(BLOCK) {
+                for i in first..rows.min(first + BLOCK) {
+                    for j in start..length.min(start + BLOCK) {
+                        packed[i * length + j] = values[layout.start_offset() + i * down + j * along];
+                    }
+                }
+            }
+        }
+        packed
+    }
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
+        Storage::Cpu(CpuStorage::F16(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
+        Storage::Cpu(CpuStorage::BF16(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
+        _ => tensor.contiguous(),
     }
 }
 

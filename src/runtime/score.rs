@@ -1,6 +1,7 @@
 //! How probable a model finds texts.
 
 use super::generate::most_probable;
+use super::kernels::sum_of_exponentials;
 use super::model::Gpt2;
 use super::workers::Workers;
 use crate::error::{Error, Result};
@@ -65,9 +66,8 @@ impl Gpt2 {
             let logits = self.logits(states, workers);
             let score = |(row, &target): (&[f32], &u32)| {
                 let best = most_probable(row);
-                let largest = f64::from(row[best]);
-                let sum: f64 = row.iter().map(|&logit| (f64::from(logit) - largest).exp()).sum();
-                let log_likelihood = f64::from(row[target as usize]) - largest - sum.ln();
+                let difference = f64::from(row[target as usize]) - f64::from(row[best]);
+                let log_likelihood = difference - sum_of_exponentials(row, row[best]).ln();
                 TokenScore { log_likelihood, most_probable: best == target as usize }
             };
             let first = scores.len();
