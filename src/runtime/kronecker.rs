@@ -42,14 +42,15 @@ impl Kronecker {
             let (j1, j2) = (at / n2, at % n2);
             if exchanged { j1 * shape.n1 + j2 } else { j2 * shape.n1 + j1 }
         });
-        let rows = if shape.a_first() {
-            a.transpose(1, 2).and_then(|a| a.reshape((shape.rank * shape.n1, shape.m1)))
+        let KroneckerShape { m1, n1, rank, .. } = shape;
+        let a = if shape.a_first() {
+            Rows::of_three_dimensions(&a.transpose(1, 2).expect("three dimensions"), rank * n1, m1)
         } else {
-            a.permute((2, 0, 1)).and_then(|a| a.reshape((shape.n1, shape.rank * shape.m1)))
+            Rows::of_three_dimensions(&a.permute((2, 0, 1)).expect("three dimensions"), n1, rank * m1)
         };
         let b = b.to_dtype(DType::F32).and_then(|b| b.flatten_all()?.to_vec1());
         Ok(Self {
-            a: Rows::new(&rows.expect("factors of this shape"))?,
+            a: a?,
             b: b.expect("factors of this shape"),
             input: Order::new(input),
             output: Order::new(output),

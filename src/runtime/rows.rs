@@ -34,9 +34,18 @@ pub(super) struct Rows {
 impl Rows {
     /// Takes a tensor of two dimensions, copied if it is not contiguous.
     pub fn new(tensor: &Tensor) -> Result<Self> {
-        let unexpected = |error: candle_core::Error| Error::Config(format!("weights: {error}"));
         let (rows, length) = tensor.dims2().map_err(unexpected)?;
-        let tensor = if tensor.is_contiguous() { tensor.clone() } else { packed(tensor).map_err(unexpected)? };
+        let contiguous = if tensor.is_contiguous() { tensor.clone() } else { packed(tensor).map_err(unexpected)? };
+        Self::checked(contiguous, rows, length)
+    }
+
+    /// Copies a tensor of three dimensions into `(rows, length)`, in the order of its indices.
+    pub fn of_three_dimensions(tensor: &Tensor, rows: usize, length: usize) -> Result<Self> {
+        let packed = packed(tensor).and_then(|packed| packed.reshape((rows, length)));
+        Self::checked(packed.map_err(unexpected)?, rows, length)
+    }
+
+    fn checked(tensor: Tensor, rows: usize, length: usize) -> Result<Self> {
         if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) || !matches!(tensor.device(), Device::Cpu) {
             return Err(Error::Dtype { expected: "F32, F16 or BF16".into(), got: format!("{:?}", tensor.dtype()) });
         }
@@ -96,10 +105,8 @@ impl Rows {
             2..=FEW => {
                 let mut columns = vec![0.0; y.len()];
                 self.few(values, x, count, &mut columns, workers);
-                for (i, column) in columns.chunks_exact(count).enumerate() {
-                    for (t, &value) in column.iter().enumerate() {
-                        y[t * self.rows + i] = value;
-                    }
+                for (t, y) in y.chunks_exact_mut(self.rows).enumerate() {
+                    y.iter_mut().zip(columns.chunks_exact(count)).for_each(|(y, column)| *y = column[t]);
                 }
             }
             _ => {
@@ -125,18 +132,28 @@ impl Rows {
     }
 }
 
-/// A matrix of any strides as a contiguous one.
+fn unexpected(error: candle_core::Error) -> Error {
+    Error::Config(format!("weights: {error}"))
+}
+
+/// A tensor of two or three dimensions and any strides as a contiguous one, on huge pages, which are read a third faster.
 fn packed(tensor: &Tensor) -> candle_core::Result<Tensor> {
     fn copy<T: Copy + Default>(values: &[T], layout: &Layout) -> Vec<T> {
         // A block is read and written within the first-level cache.
         const BLOCK: usize = 32;
-        let (&[rows, length], &[down, along]) = (layout.dims(), layout.stride()) else { unreachable!("a matrix") };
-        let mut packed = zeros(rows * length);
-        for first in (0..rows).step_by(BLOCK) {
-            for start in (0..length).step_by(BLOCK) {
-                for i in first..rows.min(first + BLOCK) {
-                    for j in start..length.min(start + BLOCK) {
-                        packed[i * length + j] = values[layout.start_offset() + i * down + j * along];
+        let (dims, strides) = (layout.dims(), layout.stride());
+        let ([.., rows, length], [.., down, along]) = (dims, strides) else { unreachable!("a matrix or several") };
+        let (rows, length, down, along) = (*rows, *length, *down, *along);
+        let between = if dims.len() == 3 { strides[0] } else { 0 };
+        let mut packed = zeros(layout.shape().elem_count());
+        for (matrix, packed) in packed.chunks_exact_mut((rows * length).max(1)).enumerate() {
+            let values = &values[layout.start_offset() + matrix * between..];
+            for first in (0..rows).step_by(BLOCK) {
+                for start in (0..length).step_by(BLOCK) {
+                    for i in first..rows.min(first + BLOCK) {
+                        for j in start..length.min(start + BLOCK) {
+                            packed[i * length + j] = values[i * down + j * along];
+                        }
                     }
                 }
             }
