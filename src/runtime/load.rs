@@ -48,17 +48,13 @@ impl Gpt2 {
         source.check(geometry)?;
         progress.expect(geometry.layers as u64 + 2);
         let (d, vocabulary) = (geometry.width, geometry.vocabulary);
+        // First and by themselves: until they are copied, the largest tensors are in memory twice.
+        let tokens = source.embedding("wte", vocabulary, d)?;
+        let positions = source.embedding("wpe", geometry.positions, d)?;
+        let head = if geometry.tied { None } else { source.head(vocabulary, d)? };
         let blocks = (0..geometry.layers).into_par_iter().map(|layer| source.block(layer, geometry));
-        let embeddings = || {
-            let tokens = source.embedding("wte", vocabulary, d)?;
-            let positions = source.embedding("wpe", geometry.positions, d)?;
-            let head = if geometry.tied { None } else { source.head(vocabulary, d)? };
-            Ok::<_, Error>((tokens, positions, head))
-        };
         // Collected first, so that of several faults the first in the model is reported.
-        let (embeddings, blocks) = rayon::join(embeddings, || blocks.collect::<Vec<_>>());
-        let (tokens, positions, head) = embeddings?;
-        let blocks = blocks.into_iter().collect::<Result<_>>()?;
+        let blocks = blocks.collect::<Vec<_>>().into_iter().collect::<Result<_>>()?;
         let last_norm = source.norm("ln_f", d)?;
         progress.finish();
         Ok(Self { config, tokens, positions, blocks, last_norm, head })
