@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -35,6 +36,19 @@ _UNITS = {
 _NARROWEST = 16
 # Embeddings whose rows are positions or kinds of tokens: small, and every row is used all the time.
 _NOT_TOKENS = re.compile(r"wpe|position|token_type")
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A budget, and how it is to be spent: what `plan` takes, and explains."""
+
+    budget: Budget
+    calibration: Calibration | None = None
+    objective: str = "auto"
+    matrices: Sequence[str] | None = None
+    max_multiplies: float | None = None
+    effort: str = "fast"
+    seed: int = 0
 
 
 def meaning(budget: Budget) -> str:
@@ -112,17 +126,13 @@ def every_matrix(patterns: Sequence[str] | None) -> str:
     return TQConfig(specs).to_json()
 
 
-def eligible(
-    listed: Sequence[Mapping[str, Any]],
-    patterns: Sequence[str] | None,
-    calibration: Calibration | None,
-    objective: str,
-) -> dict[str, Moments]:
+def eligible(listed: Sequence[Mapping[str, Any]], spending: Spending) -> dict[str, Moments]:
     """The matrices of a listing that a budget is spent on, by name, with their moments.
 
     What the user did not name must be worth it: no positions, nothing narrow, and with a calibration nothing that it
     never saw in use.
     """
+    patterns, calibration = spending.matrices, spending.calibration
     _check_model(calibration, listed)
     chosen: dict[str, Moments] = {}
     for entry in listed:
@@ -132,7 +142,7 @@ def eligible(
         # A model may have more than the text went through: a pooler, a head.
         if patterns is None and calibration is not None and _unused(calibration, name):
             continue
-        chosen[name] = _moments(calibration, objective, name, shape)
+        chosen[name] = _moments(calibration, spending.objective, name, shape)
     if not chosen:
         raise ConfigError("budget: no matrix to spend it on")
     return chosen

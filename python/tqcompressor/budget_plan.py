@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .budget import Budget, calibrated, cap_of, eligible, meaning, target_of
-from .calibration import Calibration
+from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, target_of
 from .config import TQConfig, split_part
 from .errors import ConfigError
 from .objective import Moments
@@ -142,21 +141,14 @@ def plan_with(
     choose: Choose,
     listed: Sequence[Mapping[str, Any]],
     model: tuple[int, float],
-    budget: Budget,
-    *,
-    calibration: Calibration | None,
-    objective: str,
-    matrices: Sequence[str] | None,
-    max_multiplies: float | None,
-    effort: str,
-    seed: int,
+    spending: Spending,
 ) -> BudgetPlan:
-    """The plan that `choose` makes of a listing of the matrices that match `matrices`.
+    """The plan that `choose` makes of a listing of the matrices that match `spending.matrices`.
 
     `model` are the parameters of the whole model before, and the bytes that each takes when done.
     """
-    cap = cap_of(max_multiplies)
-    chosen = eligible(listed, matrices, calibration, objective)
+    budget, cap = spending.budget, cap_of(spending.max_multiplies)
+    chosen = eligible(listed, spending)
     entries = [entry for entry in listed if entry["name"] in chosen]
     before, bytes_each = model
     spendable = sum(entry["parameters_before"] for entry in entries)
@@ -173,9 +165,9 @@ def plan_with(
     if not specs:
         raise ConfigError(f"budget {budget}: {meaning(budget)}, which the model has as it is: nothing to compress")
     after = before - sum(matrix.parameters_before - matrix.parameters for matrix in planned)
-    config = TQConfig(specs, effort=effort, seed=seed)
-    in_its_norm = calibrated(calibration, objective)
-    return BudgetPlan(budget, config, tuple(planned), before, after, objective, in_its_norm, cap)
+    config = TQConfig(specs, effort=spending.effort, seed=spending.seed)
+    in_its_norm = calibrated(spending.calibration, spending.objective)
+    return BudgetPlan(budget, config, tuple(planned), before, after, spending.objective, in_its_norm, cap)
 
 
 def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:

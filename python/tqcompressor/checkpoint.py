@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import _core
-from .budget import (
-    Budget,
-    calibrated,
-    check_options,
-    every_matrix,
-    moments_of,
-)
+from .budget import Budget, Spending, calibrated, check_options, every_matrix, moments_of
 from .budget_plan import BudgetPlan, Choice, plan_with
 from .calibration import Calibration, load_calibration
 from .config import QUANT_METHOD, TQConfig, resolve_config
@@ -115,19 +109,8 @@ def compress_checkpoint(
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
     else:
-        resolved = plan_checkpoint(
-            directory,
-            budget,
-            calibration=known,
-            objective=objective,
-            matrices=matrices,
-            max_multiplies=max_multiplies,
-            effort=effort or "fast",
-            seed=seed or 0,
-            threads=threads,
-            progress=progress,
-            dtype=stored,
-        ).config
+        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        resolved = plan_checkpoint(directory, spending, threads=threads, progress=progress, dtype=stored).config
     moments = []
     if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
         planned = json.loads(_core.plan_checkpoint(directory, resolved.to_json()))["matrices"]
@@ -149,14 +132,8 @@ def compress_checkpoint(
 
 def plan_checkpoint(
     source: StrPath,
-    budget: Budget,
+    spending: Spending,
     *,
-    calibration: Calibration | None = None,
-    objective: str = "auto",
-    matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
-    effort: str = "fast",
-    seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
     dtype: str | None = None,
@@ -177,7 +154,7 @@ def plan_checkpoint(
         with reporter(progress, "plan") as report_progress:
             choices = _core.choose_specs_of_checkpoint(
                 directory,
-                TQConfig(specs, effort=effort, seed=seed).to_json(),
+                TQConfig(specs, effort=spending.effort, seed=spending.seed).to_json(),
                 list(moments.items()),
                 target,
                 cap,
@@ -187,22 +164,11 @@ def plan_checkpoint(
         found = dict(choices)
         return [found[entry["name"]] for entry in entries]
 
-    listed = json.loads(_core.plan_checkpoint(directory, every_matrix(matrices)))
+    listed = json.loads(_core.plan_checkpoint(directory, every_matrix(spending.matrices)))
     before = listed["parameters_before"]
     # An unknown dtype is refused by name when it is written.
     bytes_each = _BYTES.get(dtype or "", listed["bytes_before"] / max(before, 1))
-    return plan_with(
-        choose,
-        listed["matrices"],
-        (before, bytes_each),
-        budget,
-        calibration=calibration,
-        objective=objective,
-        matrices=matrices,
-        max_multiplies=max_multiplies,
-        effort=effort,
-        seed=seed,
-    )
+    return plan_with(choose, listed["matrices"], (before, bytes_each), spending)
 
 
 def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:

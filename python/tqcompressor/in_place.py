@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import _core, architecture
-from .budget import Budget, calibrated, check_options, moments_of
+from .budget import Budget, Spending, calibrated, check_options, moments_of
 from .calibration import Calibration, load_calibration
 from .config import TQConfig, resolve_config
 from .corpus import TokenBlocks
@@ -104,18 +104,8 @@ def compress(
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     if budget is not None:
-        config = plan_budget(
-            model,
-            budget,
-            calibration=known,
-            objective=objective,
-            matrices=matrices,
-            max_multiplies=max_multiplies,
-            effort=effort or "fast",
-            seed=seed or 0,
-            threads=threads,
-            progress=progress,
-        ).config
+        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        config = plan_budget(model, spending, threads=threads, progress=progress).config
     config = resolve_config(config, effort=effort, seed=seed)
     parameters = model.num_parameters()
     plan = plan_model(model, config)

@@ -13,9 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _core, architecture
-from .budget import Budget, every_matrix
+from .budget import Spending, every_matrix
 from .budget_plan import BudgetPlan, Choice, plan_with
-from .calibration import Calibration
 from .config import TQConfig
 from .errors import ConfigError, DtypeError
 from .objective import Moments
@@ -77,14 +76,8 @@ def matrix_of(model: PreTrainedModel, entry: Mapping[str, Any]) -> NDArray[np.fl
 
 def plan_budget(
     model: PreTrainedModel,
-    budget: Budget,
+    spending: Spending,
     *,
-    calibration: Calibration | None = None,
-    objective: str = "auto",
-    matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
-    effort: str = "fast",
-    seed: int = 0,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
@@ -104,27 +97,16 @@ def plan_budget(
                 list(moments.values()),
                 target,
                 cap,
-                effort,
-                seed,
+                spending.effort,
+                spending.seed,
                 threads,
                 report_progress,
             )
 
-    listed = plan_model(model, TQConfig.from_json(every_matrix(matrices)))["matrices"]
+    listed = plan_model(model, TQConfig.from_json(every_matrix(spending.matrices)))["matrices"]
     before = model.num_parameters()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return plan_with(
-        choose,
-        listed,
-        (before, size / max(before, 1)),
-        budget,
-        calibration=calibration,
-        objective=objective,
-        matrices=matrices,
-        max_multiplies=max_multiplies,
-        effort=effort,
-        seed=seed,
-    )
+    return plan_with(choose, listed, (before, size / max(before, 1)), spending)
 
 
 def _usages(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .budget import Budget
+from .budget import Budget, Spending
 from .budget_plan import BudgetPlan
 from .calibration import Calibration, load_calibration
 from .checkpoint import StrPath, plan_checkpoint
@@ -72,20 +72,9 @@ def plan(
         >>> print(found)  # doctest: +SKIP
         >>> compress_checkpoint("gpt2", "gpt2-small", found.config)  # doctest: +SKIP
     """
-    known = load_calibration(calibration)
+    spending = Spending(budget, load_calibration(calibration), objective, matrices, max_multiplies, effort, seed)
     if isinstance(model_or_dir, str | os.PathLike):
-        find: Callable[..., BudgetPlan] = plan_checkpoint
-    else:
-        from .planning import plan_budget as find
-    return find(
-        model_or_dir,
-        budget,
-        calibration=known,
-        objective=objective,
-        matrices=matrices,
-        max_multiplies=max_multiplies,
-        effort=effort,
-        seed=seed,
-        threads=threads,
-        progress=progress,
-    )
+        return plan_checkpoint(model_or_dir, spending, threads=threads, progress=progress)
+    from .planning import plan_budget
+
+    return plan_budget(model_or_dir, spending, threads=threads, progress=progress)
