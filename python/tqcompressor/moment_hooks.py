@@ -14,6 +14,7 @@ from torch import nn
 from .calibration import Calibration, merge_tied
 from .corpus import StrPath, TokenBlocks
 from .errors import ConfigError, TextError
+from .groups import measured_together
 from .moment_batches import Batch, batches_of, mask_of
 from .moment_pass import ReadingPass
 from .moment_sums import Unit, units
@@ -140,7 +141,7 @@ def measure(
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
         raise TextError("there is no token that is not padding")
-    groups = list(_groups(wanted, sensitivity, max_memory))
+    groups = measured_together(wanted, lambda unit: unit.bytes(sensitivity), lambda unit: unit.name, max_memory)
     scale = _HALF_SCALE if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
     moments: Moments = {}
     done, total = 0, len(groups) * len(batches)
@@ -160,23 +161,6 @@ def measure(
         if unit.tied_to is not None:
             merge_tied(moments, unit.tied_to, unit.name)
     return moments
-
-
-def _groups(wanted: Sequence[Unit], sensitivity: bool, max_memory: int) -> Iterator[list[Unit]]:
-    """Units that are measured in one pass, in order."""
-    group: list[Unit] = []
-    room = max_memory
-    for unit in wanted:
-        needed = unit.bytes(sensitivity)
-        if needed > max_memory:
-            raise ConfigError(f"max_memory: expected at least {needed:,} bytes, for {unit.name}, got {max_memory:,}")
-        if needed > room:
-            yield group
-            group, room = [], max_memory
-        group.append(unit)
-        room -= needed
-    if group:
-        yield group
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from . import _core
 from .calibration import Calibration, merge_tied
 from .errors import ConfigError, TextError
+from .groups import measured_together
 from .progress import ProgressOption, reporter
 from .token_stream import BLOCK_LENGTH, documents, drawn_blocks, encoded, open_texts, split_document, token_dtype
 
@@ -63,10 +64,14 @@ def measure(
     if tokens == 0:
         raise TextError("there is no token")
     sequences = blocks.tolist()
-    groups = list(_groups(runtime.linear_layers(), max_memory))
+    layers = runtime.linear_layers()
+    groups = measured_together(
+        layers, lambda layer: _BYTES_PER_ENTRY * layer[1] ** 2, lambda layer: layer[0], max_memory
+    )
     moments: dict[str, NDArray[np.float32]] = {}
     with reporter(progress, "calibrate") as report:
-        for index, names in enumerate(groups):
+        for index, group in enumerate(groups):
+            names = [name for name, _ in group]
 
             def tell(done: int, total: int, index: int = index) -> None:
                 if report is not None:
@@ -84,20 +89,3 @@ def measure(
         # What was measured of a head is of the embedding then; without a head there is nothing to merge.
         merge_tied(moments, "wte", "lm_head")
     return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2")
-
-
-def _groups(layers: Sequence[tuple[str, int]], max_memory: int) -> Iterator[list[str]]:
-    """Layers that are measured in one pass, in order."""
-    group: list[str] = []
-    room = max_memory
-    for name, inputs in layers:
-        needed = _BYTES_PER_ENTRY * inputs**2
-        if needed > max_memory:
-            raise ConfigError(f"max_memory: expected at least {needed:,} bytes, for {name}, got {max_memory:,}")
-        if needed > room:
-            yield group
-            group, room = [], max_memory
-        group.append(name)
-        room -= needed
-    if group:
-        yield group

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import ConfigError, DtypeError, ShapeError
+from .groups import fitting
 
 # Called with the number of a prompt and the text that is new behind it.
 Stream: TypeAlias = Callable[[int, str], object]
@@ -50,16 +51,7 @@ class TextStreams:
 
 def batches(items: Sequence[_Item], length: Callable[[_Item], int]) -> Iterator[list[_Item]]:
     """The items, in order, as many at a time as a forward pass takes."""
-    batch: list[_Item] = []
-    tokens = 0
-    for item in items:
-        if batch and tokens + length(item) > _TOKENS_PER_PASS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(item)
-        tokens += length(item)
-    if batch:
-        yield batch
+    return fitting(items, length, _TOKENS_PER_PASS)
 
 
 def integers(name: str, values: ArrayLike) -> NDArray[Any]:

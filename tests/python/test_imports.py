@@ -32,6 +32,7 @@ RUST = [
 ]
 PYTHON = [
     "errors",
+    "groups",
     "_core",
     "progress",
     "tables",
