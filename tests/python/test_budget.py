@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers.calibrations import made_calibration, measured_model, saved
 from helpers.checkpoints import read_safetensors
+from helpers.families import bert_config
 from helpers.models import agree, first_output, some_ids, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -257,11 +258,8 @@ def test_what_the_calibration_never_saw_stays_dense_unless_it_is_named(measured)
 
 
 def test_a_models_unused_parts_stay_dense():
-    config = transformers.BertConfig(
-        vocab_size=104, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
-    )
     torch.manual_seed(0)
-    model = transformers.BertModel(config).eval()
+    model = transformers.BertModel(bert_config(num_hidden_layers=1)).eval()
     # The embedding of a text is its tokens' mean: nothing depends on the pooler.
     calibration = calibrate(model, [some_ids()])
     names = {matrix.name for matrix in plan(model, 0.8, calibration=calibration, effort="fast").matrices}

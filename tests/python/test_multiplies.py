@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.calibrations import saved
+from helpers.families import bert_config
 from helpers.models import some_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqcompressor import KroneckerSpec, MixedSpec, compress, compress_checkpoint, plan
@@ -37,16 +38,8 @@ def counted(spec, rows, columns):
 
 
 def bert():
-    config = transformers.BertConfig(
-        vocab_size=104,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
     torch.manual_seed(0)
-    return transformers.BertForMaskedLM(config).eval()
+    return transformers.BertForMaskedLM(bert_config(num_hidden_layers=1)).eval()
 
 
 @pytest.mark.parametrize("make", [tiny_model, lambda: tiny_model("GPT2Model"), bert], ids=["tied", "no head", "bert"])

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.families import bert_config
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertModel, GPT2Config, GPT2LMHeadModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARES = (0.5, 0.65, 0.8)
@@ -174,14 +175,7 @@ def small_subject(data, kind):
     """A random model of three blocks with random calibration ids, the shorter ones padded."""
     torch.manual_seed(0)
     if kind == "bert":
-        config = BertConfig(
-            vocab_size=120,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=16,
-        )
+        config = bert_config(vocab_size=120, num_hidden_layers=3, max_position_embeddings=16, initializer_range=0.02)
         model, prefix, word = BertModel(config).eval(), "encoder.layer", "embeddings.word_embeddings"
         parts = "attention.self.query attention.self.key attention.self.value"
         others = ("attention.output.dense", "intermediate.dense", "output.dense")

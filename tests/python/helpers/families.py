@@ -25,7 +25,8 @@ _SIZES = {
 }
 
 
-def _bert(**changes):
+def bert_config(**changes):
+    """The config of a BERT of two small layers."""
     return transformers.BertConfig(**{**_SIZES, "intermediate_size": 64, "initializer_range": 0.3, **changes})
 
 
@@ -64,12 +65,12 @@ _LLAMA = {"embed_tokens": KRONECKER, "layers.0.self_attn.*": LOW_RANK, "layers.*
 
 # Name: (class, the Auto class that loads it, config, specs).
 FAMILIES = {
-    "bert": ("BertModel", "AutoModel", _bert(), _BERT),
-    "bert-tied": ("BertForMaskedLM", "AutoModelForMaskedLM", _bert(), _BERT),
+    "bert": ("BertModel", "AutoModel", bert_config(), _BERT),
+    "bert-tied": ("BertForMaskedLM", "AutoModelForMaskedLM", bert_config(), _BERT),
     "bert-untied": (
         "BertForMaskedLM",
         "AutoModelForMaskedLM",
-        _bert(tie_word_embeddings=False),
+        bert_config(tie_word_embeddings=False),
         {**_BERT, "cls.predictions.decoder": LOW_RANK},
     ),
     "opt-tied": ("OPTForCausalLM", "AutoModelForCausalLM", _opt(), _OPT),
