@@ -1,19 +1,16 @@
 //! `Runtime`: a GPT-2 that computes without torch.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use numpy::{PyArray1, PyArray2};
 use pyo3::prelude::*;
-use safetensors::Dtype;
 
 use super::arrays::shaped;
 use super::jobs;
-use crate::checkpoint::names;
-use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::runtime::{self, Continuation, Gpt2, Sampling};
+use crate::runtime::{self, Continuation, Gpt2, Sampling, Workers};
 
 /// Logits that are computed between two looks for Ctrl-C: 16 MB.
 const LOGITS: usize = 1 << 22;
@@ -28,8 +25,6 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 struct Runtime {
     model: Gpt2,
     threads: Option<usize>,
-    parameters: usize,
-    bytes: usize,
 }
 
 /// `(log-likelihoods, whether each token was the most probable one)`.
@@ -40,21 +35,18 @@ impl Runtime {
     #[staticmethod]
     fn load(py: Python<'_>, directory: PathBuf, threads: Option<usize>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
         let pool = jobs::pool(threads)?;
-        let (model, (parameters, bytes)) = jobs::run(py, progress, |progress| {
-            let model = pool.install(|| Gpt2::load(&directory, progress))?;
-            Ok((model, size(&directory)?))
-        })?;
-        Ok(Self { model, threads, parameters, bytes })
+        let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load(&directory, progress)))?;
+        Ok(Self { model, threads })
     }
 
     #[getter]
     fn parameters(&self) -> usize {
-        self.parameters
+        self.model.size().parameters
     }
 
     #[getter]
     fn bytes(&self) -> usize {
-        self.bytes
+        self.model.size().bytes
     }
 
     #[getter]
@@ -78,19 +70,17 @@ impl Runtime {
     }
 
     fn logits<'py>(&self, py: Python<'py>, sequences: Vec<Vec<u32>>) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let workers = jobs::workers(self.threads)?;
-        let logits = jobs::run(py, None, |progress| {
-            let workers = workers;
-            let sequences: Vec<_> = sequences.iter().map(Vec::as_slice).collect();
+        let logits = self.run(py, None, |workers, progress| {
+            let sequences = slices(&sequences);
             let caches = sequences.iter().map(|tokens| self.model.cache(tokens.len()));
             let mut caches = caches.collect::<Result<Vec<_>>>()?;
             let mut caches: Vec<_> = caches.iter_mut().collect();
-            let hidden = self.model.forward(&sequences, &mut caches, None, &workers, progress)?;
+            let hidden = self.model.forward(&sequences, &mut caches, None, workers, progress)?;
             let config = self.model.config();
             let mut logits = Vec::with_capacity(hidden.len() / config.width * config.vocabulary);
             for hidden in hidden.chunks((LOGITS / config.vocabulary).max(1) * config.width) {
                 progress.check()?;
-                logits.extend(self.model.logits(hidden, &workers));
+                logits.extend(self.model.logits(hidden, workers));
             }
             Ok(logits)
         })?;
@@ -99,10 +89,8 @@ impl Runtime {
     }
 
     fn score<'py>(&self, py: Python<'py>, sequences: Vec<Vec<u32>>, scored: Vec<usize>) -> PyResult<Scores<'py>> {
-        let workers = jobs::workers(self.threads)?;
-        let scores = jobs::run(py, None, |progress| {
-            let workers = workers;
-            let sequences: Vec<_> = sequences.iter().map(Vec::as_slice).collect();
+        let scores = self.run(py, None, |workers, progress| {
+            let sequences = slices(&sequences);
             if sequences.len() != scored.len() {
                 return Err(Error::Config(format!(
                     "scored: expected one number for each of {} sequences, got {}",
@@ -110,7 +98,7 @@ impl Runtime {
                     scored.len()
                 )));
             }
-            self.model.score(&sequences, &scored, &workers, progress)
+            self.model.score(&sequences, &scored, workers, progress)
         })?;
         let likelihoods = scores.iter().map(|score| score.log_likelihood).collect();
         let right = scores.iter().map(|score| score.most_probable).collect();
@@ -143,13 +131,12 @@ impl Runtime {
         };
         let job = |progress: &Progress| {
             let workers = workers;
-            let prompts: Vec<_> = prompts.iter().map(Vec::as_slice).collect();
             let keep = |prompt: usize, token: u32| {
                 if on_tokens.is_some() {
                     fresh.lock().expect("no thread panicked").push((prompt, token));
                 }
             };
-            self.model.generate(&prompts, &continuation, keep, &workers, progress)
+            self.model.generate(&slices(&prompts), &continuation, keep, &workers, progress)
         };
         jobs::run_watched(py, |py, _| tell(py), job)
     }
@@ -171,11 +158,8 @@ impl Runtime {
         names: Vec<String>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
-        let workers = jobs::workers(self.threads)?;
-        let moments = jobs::run(py, progress, |progress| {
-            let workers = workers;
-            let sequences: Vec<_> = sequences.iter().map(Vec::as_slice).collect();
-            self.model.input_moments(&sequences, &names, &workers, progress)
+        let moments = self.run(py, progress, |workers, progress| {
+            self.model.input_moments(&slices(&sequences), &names, workers, progress)
         })?;
         let square = |moment: Vec<f32>| {
             let size = moment.len().isqrt();
@@ -185,22 +169,25 @@ impl Runtime {
     }
 }
 
-/// Parameters of a model, and the bytes of all that is read of its checkpoint, permutations included.
-fn size(directory: &Path) -> Result<(usize, usize)> {
-    let checkpoint = Checkpoint::open_any(directory)?;
-    let tied = checkpoint.geometry().tied;
-    let belongs = |name: &str| {
-        let bare = names::bare(name);
-        let own = ["wte.", "wpe.", "h.", "ln_f."].iter().any(|module| bare.starts_with(module));
-        own || bare.starts_with("lm_head.") && !tied
-    };
-    let mut size = (0, 0);
-    // A compressed weight leaves a byte in its place, which no model holds.
-    for (_, tensor) in checkpoint.tensors().iter().filter(|(name, tensor)| belongs(name) && tensor.dtype != Dtype::U8) {
-        size.0 += tensor.parameters();
-        size.1 += checkpoint.bytes(tensor).len();
+impl Runtime {
+    /// As [`jobs::run`], with the threads of a forward pass.
+    fn run<T: Send>(
+        &self,
+        py: Python<'_>,
+        callback: Option<Py<PyAny>>,
+        job: impl FnOnce(&Workers, &Progress) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        let workers = jobs::workers(self.threads)?;
+        jobs::run(py, callback, |progress| {
+            // All of them, and not a reference: only one thread at a time may call them.
+            let workers = workers;
+            job(&workers, progress)
+        })
     }
-    Ok(size)
+}
+
+fn slices(sequences: &[Vec<u32>]) -> Vec<&[u32]> {
+    sequences.iter().map(Vec::as_slice).collect()
 }
 
 /// The tokenizer of a checkpoint.

@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-use candle_core::{DType, Device, Tensor};
-use half::slice::HalfFloatSliceExt as _;
+use bytemuck::Pod;
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use indexmap::IndexMap;
 use rayon::prelude::*;
@@ -13,7 +14,7 @@ use serde_json::Value;
 
 use super::config::Gpt2Config;
 use super::linear::{Kronecker, Linear, LowRank, Part, Term};
-use super::model::{Block, Gpt2, LayerNorm};
+use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
 use super::rows::Rows;
 use crate::checkpoint::expected::Geometry;
@@ -57,7 +58,8 @@ impl Gpt2 {
         let blocks = blocks.collect::<Vec<_>>().into_iter().collect::<Result<_>>()?;
         let last_norm = source.norm("ln_f", d)?;
         progress.finish();
-        Ok(Self { config, tokens, positions, blocks, last_norm, head })
+        let size = source.read.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Self { config, tokens, positions, blocks, last_norm, head, size })
     }
 }
 
@@ -86,6 +88,8 @@ struct Source<'a> {
     tensors: IndexMap<&'a str, (&'a str, &'a Stored)>,
     specs: &'a IndexMap<String, MatrixSpec>,
     progress: &'a Progress,
+    /// Of the tensors that were asked for.
+    read: Mutex<Size>,
 }
 
 /// Whether `W` or `Wᵀ` is the map that is applied.
@@ -100,7 +104,8 @@ enum Direction {
 impl<'a> Source<'a> {
     fn new(checkpoint: &'a Checkpoint, specs: &'a IndexMap<String, MatrixSpec>, progress: &'a Progress) -> Self {
         let bare = |(name, tensor): (&'a String, &'a Stored)| (names::bare(name), (name.as_str(), tensor));
-        Self { checkpoint, tensors: checkpoint.tensors().iter().map(bare).collect(), specs, progress }
+        let tensors = checkpoint.tensors().iter().map(bare).collect();
+        Self { checkpoint, tensors, specs, progress, read: Mutex::default() }
     }
 
     fn problem(&self, problem: String) -> Error {
@@ -288,6 +293,7 @@ impl<'a> Source<'a> {
         Ok(values.expect("a tensor of floats"))
     }
 
+    /// A tensor that is about to be read, with the name that it is stored under.
     fn found(&self, name: &str, shape: &[usize]) -> Result<(&'a str, &'a Stored)> {
         let Some(&(stored, tensor)) = self.tensors.get(name) else {
             return Err(self.problem(format!("tensor '{name}' is missing (config.json asks for it, shape {shape:?})")));
@@ -296,6 +302,9 @@ impl<'a> Source<'a> {
             let got = &tensor.shape;
             return Err(self.problem(format!("tensor '{stored}': config.json asks for shape {shape:?}, got {got:?}")));
         }
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.parameters += tensor.parameters();
+        read.bytes += self.checkpoint.bytes(tensor).len();
         Ok((stored, tensor))
     }
 
@@ -303,24 +312,17 @@ impl<'a> Source<'a> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let (stored, tensor) = self.found(name, shape)?;
         self.checkpoint.check_finite(stored)?;
-        let (bytes, count) = (self.checkpoint.bytes(tensor), tensor.elements());
-        // On huge pages, which are read a third faster.
+        /// On huge pages, which are read a third faster.
+        fn copied<T: WithDType + Pod + Default>(bytes: &[u8], shape: &[usize]) -> candle_core::Result<Tensor> {
+            let mut values = zeros::<T>(bytes.len() / size_of::<T>());
+            bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        }
+        let bytes = self.checkpoint.bytes(tensor);
         let read = match Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(stored))? {
-            Float::F32 => {
-                let mut values = zeros::<f32>(count);
-                bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
-                Tensor::from_vec(values, shape, &Device::Cpu)
-            }
-            Float::F16 => {
-                let mut values = zeros::<f16>(count);
-                bytemuck::cast_slice_mut(values.reinterpret_cast_mut()).copy_from_slice(bytes);
-                Tensor::from_vec(values, shape, &Device::Cpu)
-            }
-            Float::Bf16 => {
-                let mut values = zeros::<bf16>(count);
-                bytemuck::cast_slice_mut(values.reinterpret_cast_mut()).copy_from_slice(bytes);
-                Tensor::from_vec(values, shape, &Device::Cpu)
-            }
+            Float::F32 => copied::<f32>(bytes, shape),
+            Float::F16 => copied::<f16>(bytes, shape),
+            Float::Bf16 => copied::<bf16>(bytes, shape),
         };
         self.checkpoint.release(tensor);
         read.map_err(|error| self.problem(format!("tensor '{stored}': {error}")))

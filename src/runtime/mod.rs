@@ -23,7 +23,7 @@ mod workers;
 
 pub use config::{Activation, Gpt2Config};
 pub use generate::{Continuation, Sampling};
-pub use model::{Cache, Gpt2, Observer};
+pub use model::{Cache, Gpt2, Observer, Size};
 pub use score::TokenScore;
 pub use tokenizer::Tokenizer;
 pub use workers::Workers;

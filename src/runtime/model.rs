@@ -26,6 +26,16 @@ pub struct Gpt2 {
     pub(super) last_norm: LayerNorm,
     /// None if it is the token embedding.
     pub(super) head: Option<Linear>,
+    pub(super) size: Size,
+}
+
+/// How large a model is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// Elements of the floating-point tensors, a tied head counted once.
+    pub parameters: usize,
+    /// Stored bytes of all tensors, the permutations included.
+    pub bytes: usize,
 }
 
 /// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
@@ -77,6 +87,12 @@ impl Gpt2 {
     #[must_use]
     pub fn config(&self) -> &Gpt2Config {
         &self.config
+    }
+
+    /// How large it is.
+    #[must_use]
+    pub fn size(&self) -> Size {
+        self.size
     }
 
     /// An empty cache for a sequence of up to `capacity` tokens.
