@@ -3,13 +3,13 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::kernels::{add_scaled, dot_rows, softmax};
+use super::kernels::{dot_rows, softmax, weighted_sum};
 use super::workers::Workers;
 
 /// Queries that are worked on together.
 const QUERIES: usize = 64;
 /// Multiplications below which sharing them takes longer than the work.
-const SEQUENTIAL: usize = 1 << 17;
+const SEQUENTIAL: usize = 1 << 15;
 
 /// Keys and values of one layer for one sequence, each `(heads, capacity, head width)`.
 #[derive(Clone, Debug)]
@@ -111,9 +111,7 @@ fn attend_head(heads: Heads, qkv: &[f32], head: usize, span: Span, memory: &Memo
         let mut scores = vec![0.0; before + 1];
         dot_rows(keys, width, query, 1, &mut scores);
         softmax(&mut scores, scale);
-        for (&score, value) in scores.iter().zip(values.chunks_exact(width)) {
-            add_scaled(out, score, value);
-        }
+        weighted_sum(out, &scores, values);
         return;
     }
     let queries = MatRef::from_row_major_slice(qkv, tokens, 3 * d).subcols(head * width, width);

@@ -73,6 +73,35 @@ dispatched! {
 }
 
 dispatched! {
+    /// `out = Σ_t weights[t] · rows[t]` for rows one behind the other.
+    pub(super) fn weighted_sum(out: &mut [f32], weights: &[f32], rows: &[f32]) {
+        const WIDE: usize = 4 * LANES;
+        let width = out.len();
+        if width == 0 {
+            return;
+        }
+        let wide = width / WIDE * WIDE;
+        let (blocks, rest) = out.as_chunks_mut::<WIDE>();
+        for (b, block) in blocks.iter_mut().enumerate() {
+            let mut sums = [0.0_f32; WIDE];
+            for (&weight, row) in weights.iter().zip(rows.chunks_exact(width)) {
+                let row = row[b * WIDE..].first_chunk::<WIDE>().expect("as long as the sum");
+                for lane in 0..WIDE {
+                    sums[lane] += weight * row[lane];
+                }
+            }
+            *block = sums;
+        }
+        rest.fill(0.0);
+        for (&weight, row) in weights.iter().zip(rows.chunks_exact(width)) {
+            for (out, &value) in rest.iter_mut().zip(&row[wide..]) {
+                *out += weight * value;
+            }
+        }
+    }
+}
+
+dispatched! {
     /// Turns a row of scores into probabilities, `softmax(scale · scores)`, in place.
     pub(super) fn softmax(scores: &mut [f32], scale: f32) {
         let largest = largest(scores);
