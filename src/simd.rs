@@ -111,11 +111,11 @@ pub fn dot<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usiz
 #[allow(clippy::needless_range_loop)]
 unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
     use std::arch::x86_64::{
-        _MM_HINT_T0, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
+        _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
         _mm512_reduce_add_ps, _mm512_setzero_ps,
     };
     // What the processor's own prefetching, which stops at the ends of pages, is helped by.
-    const AHEAD: usize = 2048;
+    const AHEAD: usize = 1024;
     let mut sums = [[[_mm512_setzero_ps(); CHAINS]; R]; N];
     let (rows, x) = (rows.as_ptr(), x.as_ptr());
     let mut i = 0;
@@ -125,7 +125,7 @@ unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], le
             for chain in 0..CHAINS {
                 let at = i + chain * LANES;
                 for n in 0..N {
-                    _mm_prefetch::<_MM_HINT_T0>(rows.wrapping_add(n * length + at + AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(rows.wrapping_add(n * length + at + AHEAD).cast());
                     let values = _mm512_loadu_ps(rows.add(n * length + at));
                     for r in 0..R {
                         let product = _mm512_mul_ps(values, _mm512_loadu_ps(x.add(r * length + at)));

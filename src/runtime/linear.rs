@@ -170,6 +170,16 @@ impl Linear {
         }
     }
 
+    /// All its weights, in the order in which they are read.
+    pub fn matrices(&mut self) -> impl Iterator<Item = &mut Rows> {
+        self.parts.iter_mut().flat_map(|part| &mut part.terms).flat_map(|term| match term {
+            Term::Dense(rows) | Term::Kronecker(Kronecker { a: rows, .. }) => vec![rows],
+            Term::LowRank(LowRank::OnRows { left, right, .. } | LowRank::OnColumns { left, right, .. }) => {
+                vec![left, right]
+            }
+        })
+    }
+
     /// How often a vector is put into another order on its way through.
     pub fn gathers(&self) -> usize {
         let gathers = |term: &Term| match term {

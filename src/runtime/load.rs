@@ -16,7 +16,7 @@ use super::config::Gpt2Config;
 use super::linear::{Kronecker, Linear, LowRank, Part, Term};
 use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
-use super::rows::Rows;
+use super::rows::{Rows, move_together};
 use crate::checkpoint::expected::Geometry;
 use crate::checkpoint::float::Float;
 use crate::checkpoint::names;
@@ -157,7 +157,7 @@ impl<'a> Source<'a> {
             hidden_order = expansion.keep_output_order();
             projection.take_inputs_from(&hidden_order);
         }
-        let block = Block {
+        let mut block = Block {
             attention_norm: self.norm(&name("ln_1"), d)?,
             query_key_value: self.linear(&name("attn.c_attn"), d, 3 * d, &[".q", ".k", ".v"])?,
             attention_projection: self.linear(&name("attn.c_proj"), d, d, &[])?,
@@ -166,6 +166,9 @@ impl<'a> Source<'a> {
             hidden_order,
             projection,
         };
+        let Block { query_key_value, attention_projection, expansion, projection, .. } = &mut block;
+        let maps = [query_key_value, attention_projection, expansion, projection];
+        move_together(&mut maps.into_iter().flat_map(Linear::matrices).collect::<Vec<_>>())?;
         self.progress.advance(1);
         Ok(block)
     }

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor, WithDType};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::slice::HalfFloatSliceExt as _;
+use half::{bf16, f16};
 
 use super::kernels::{TOGETHER, dot_rows};
 use super::order::Order;
@@ -17,7 +18,7 @@ use crate::memory::zeros;
 /// Up to so many vectors the rows are read once for all of them, without being packed for a matrix product first.
 const FEW: usize = 2 * TOGETHER;
 /// Values of rows that a thread takes at a time.
-const TASK: usize = 1 << 15;
+const TASK: usize = 1 << 16;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
 
@@ -130,6 +131,33 @@ impl Rows {
             }
         });
     }
+}
+
+/// Moves matrices one behind the other, in the order in which they are read: one by one most are too small to lie on huge
+/// pages from end to end.
+pub(super) fn move_together(matrices: &mut [&mut Rows]) -> Result<()> {
+    fn of_dtype<T: WithDType + Default>(matrices: &mut [&mut Rows]) -> candle_core::Result<()> {
+        let mut matrices: Vec<_> = matrices.iter_mut().filter(|matrix| matrix.tensor.dtype() == T::DTYPE).collect();
+        let count = matrices.iter().map(|matrix| matrix.rows * matrix.length).sum();
+        let mut values = zeros::<T>(count);
+        let mut rest = values.as_mut_slice();
+        for matrix in &matrices {
+            let (storage, layout) = matrix.tensor.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { unreachable!("checked when it was made") };
+            let (place, others) = rest.split_at_mut(matrix.rows * matrix.length);
+            place.copy_from_slice(&T::cpu_storage_as_slice(storage)?[layout.start_offset()..][..place.len()]);
+            rest = others;
+        }
+        let (values, mut first) = (Tensor::from_vec(values, count, &Device::Cpu)?, 0);
+        for matrix in &mut matrices {
+            let length = matrix.rows * matrix.length;
+            matrix.tensor = values.narrow(0, first, length)?.reshape((matrix.rows, matrix.length))?;
+            first += length;
+        }
+        Ok(())
+    }
+    let moved = of_dtype::<f32>(matrices).and_then(|()| of_dtype::<f16>(matrices));
+    moved.and_then(|()| of_dtype::<bf16>(matrices)).map_err(unexpected)
 }
 
 fn unexpected(error: candle_core::Error) -> Error {
