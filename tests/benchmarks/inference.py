@@ -5,7 +5,8 @@ batch 1, timed from the second new token on; prefill reads a text and takes the 
 bare loop, which is quicker than transformers' `generate`. Each engine and model gets a fresh process, in turns over
 repetitions; times are the best, memory is the largest peak beyond the process before loading. The bandwidth limit is
 that of numpy's sum or copy, whichever moves more; `of limit` is the bytes of weights that a token needs, times
-tokens/s, over it. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
+tokens/s, over it, `of read` the same over that of the sum. Layers are timed within one process, medians of turns; a
+single row finds their weights in memory.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
             yield {"bandwidth": name, "threads": options.threads, "GB/s": bytes_per_second / 1e9}
         best = {key: best_of(results) for key, results in runs.items()}
         for (model, engine), result in best.items():
-            yield row(model, engine, result, models[model], lengths["prefill"], max(bandwidth.values()))
+            yield row(model, engine, result, models[model], lengths["prefill"], bandwidth)
         yield from ratios(best)
     if options.layers:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
@@ -122,7 +123,7 @@ def weights_read(folder: Path) -> int:
     return sum(end - begin for begin, end in spans)
 
 
-def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, limit: float) -> dict:
+def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, bandwidth: Mapping[str, float]) -> dict:
     head = {"model": model, "engine": engine}
     if "failed" in result:
         return head | {"failed": result["failed"]}
@@ -130,7 +131,8 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, l
     return head | {
         "decode tokens/s": 1 / result["decode seconds"],
         "ms/token": 1000 * result["decode seconds"],
-        "of limit": bytes_per_second / limit,
+        "of limit": bytes_per_second / max(bandwidth.values()),
+        "of read": bytes_per_second / bandwidth["read"],
         "prefill tokens/s": prefill / result["prefill seconds"],
         "prefill seconds": result["prefill seconds"],
         "decode MB": result["decode MB"],
