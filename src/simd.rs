@@ -4,7 +4,12 @@
 //! ([`LANES`] accumulators), which the compiler turns into vector instructions of whatever width it may use; the
 //! order of additions, and so the result, is the same on every instruction set.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{self, __m512};
 use std::sync::OnceLock;
+
+use half::slice::HalfFloatSliceExt as _;
+use half::{bf16, f16};
 
 /// Accumulators per loop: one AVX-512 register of `f32`, two AVX2, four SSE2.
 pub const LANES: usize = 16;
@@ -85,6 +90,67 @@ macro_rules! dispatched {
 }
 pub(crate) use dispatched;
 
+/// A dtype that weights are stored in. Making it f32 changes no value.
+pub trait Weight: Copy + Sync {
+    /// The values as f32: themselves, or written into `scratch`.
+    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
+
+    /// The values at `at` as f32, and zeros where `mask` has none.
+    ///
+    /// # Safety
+    /// Needs AVX-512 F, BW and VL; values that `mask` has must be readable.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(at: *const Self, mask: u16) -> __m512;
+}
+
+impl Weight for f32 {
+    fn widened<'a>(values: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        values
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(at: *const Self, mask: u16) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { x86_64::_mm512_maskz_loadu_ps(mask, at) }
+    }
+}
+
+impl Weight for f16 {
+    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(values.len(), 0.0);
+        values.convert_to_f32_slice(scratch);
+        scratch
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(at: *const Self, mask: u16) -> __m512 {
+        // SAFETY: the caller's.
+        x86_64::_mm512_cvtph_ps(unsafe { x86_64::_mm256_maskz_loadu_epi16(mask, at.cast()) })
+    }
+}
+
+impl Weight for bf16 {
+    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(values.len(), 0.0);
+        values.convert_to_f32_slice(scratch);
+        scratch
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(at: *const Self, mask: u16) -> __m512 {
+        // The upper half of an f32.
+        // SAFETY: the caller's.
+        let bits = x86_64::_mm512_cvtepu16_epi32(unsafe { x86_64::_mm256_maskz_loadu_epi16(mask, at.cast()) });
+        x86_64::_mm512_castsi512_ps(x86_64::_mm512_slli_epi32::<16>(bits))
+    }
+}
+
 /// Sums of a dot product that do not wait for each other, each of [`LANES`] lanes.
 const CHAINS: usize = 2;
 
@@ -92,25 +158,25 @@ const CHAINS: usize = 2;
 ///
 /// Each product is added up in the same order whatever `N` and `R` are, and on every instruction set.
 #[inline]
-pub fn dot<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
+pub fn dot<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
     match instruction_set() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `instruction_set` says Avx512 only where the processor has it, and the lengths were compared.
-        InstructionSet::Avx512 => unsafe { dot_avx512::<N, R>(rows, x, length, out) },
-        _ => dot_portable::<N, R>(rows, x, length, out),
+        InstructionSet::Avx512 => unsafe { dot_avx512::<T, N, R>(rows, x, length, out) },
+        _ => dot_portable::<N, R>(T::widened(rows, &mut Vec::new()), x, length, out),
     }
 }
 
 /// Written by hand, because compilers keep so many sums in memory and not in registers; loops over indices are unrolled.
 ///
 /// # Safety
-/// Needs AVX-512 F; `rows` holds `N` rows and `x` `R` vectors of `length` values.
+/// Needs AVX-512 F, BW and VL; `rows` holds `N` rows and `x` `R` vectors of `length` values.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(clippy::needless_range_loop)]
-unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
-    use std::arch::x86_64::{
+unsafe fn dot_avx512<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+    use x86_64::{
         _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
         _mm512_reduce_add_ps, _mm512_setzero_ps,
     };
@@ -127,7 +193,7 @@ unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], le
                 let at = i + chain * LANES;
                 for n in 0..N {
                     _mm_prefetch::<_MM_HINT_T1>(rows.wrapping_add(n * length + at + AHEAD).cast());
-                    let values = _mm512_loadu_ps(rows.add(n * length + at));
+                    let values = T::load(rows.add(n * length + at), u16::MAX);
                     for r in 0..R {
                         let product = _mm512_mul_ps(values, _mm512_loadu_ps(x.add(r * length + at)));
                         sums[n][r][chain] = _mm512_add_ps(sums[n][r][chain], product);
@@ -141,7 +207,7 @@ unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], le
             if at < length {
                 let mask = ((1_u32 << (length - at).min(LANES)) - 1) as u16;
                 for n in 0..N {
-                    let values = _mm512_maskz_loadu_ps(mask, rows.add(n * length + at));
+                    let values = T::load(rows.add(n * length + at), mask);
                     for r in 0..R {
                         let product = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, x.add(r * length + at)));
                         sums[n][r][chain] = _mm512_add_ps(sums[n][r][chain], product);
@@ -153,9 +219,8 @@ unsafe fn dot_avx512<const N: usize, const R: usize>(rows: &[f32], x: &[f32], le
     for n in 0..N {
         for r in 0..R {
             let [a, b] = sums[n][r];
-            let lanes = _mm512_add_ps(a, b);
             // Halves are added to halves, as in `dot_portable`.
-            out[n * R + r] = _mm512_reduce_add_ps(lanes);
+            out[n * R + r] = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
         }
     }
 }
@@ -223,22 +288,26 @@ mod tests {
 
     #[test]
     fn dot_products_are_exact_enough_and_the_same_for_any_number_of_vectors_and_instruction_set() {
-        for length in [0, 1, 15, 16, 17, 63, 64, 65, 200, 768, 3071] {
-            let (row, x) = (noise(length, 1), noise(4 * length, 2));
-            let mut together = [0.0; 4];
-            dot::<1, 4>(&row, &x, length, &mut together);
-            let mut swapped = [0.0; 4];
-            dot::<4, 1>(&x, &row, length, &mut swapped);
-            assert_eq!(together, swapped);
-            for (r, &found) in together.iter().enumerate() {
-                let vector = &x[r * length..][..length];
-                let [mut alone, mut portable] = [[f32::NAN]; 2];
-                dot::<1, 1>(&row, vector, length, &mut alone);
-                dot_portable::<1, 1>(&row, vector, length, &mut portable);
-                let exact: f64 = row.iter().zip(vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-                assert_eq!((found, found), (alone[0], portable[0]), "{length}");
-                assert!((f64::from(found) - exact).abs() < 1e-6 * (1.0 + length as f64), "{length}");
+        fn check<T: Weight>(stored: impl Fn(f32) -> T) {
+            for length in [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200, 768, 3071] {
+                let rows: Vec<T> = noise(2 * length, 1).into_iter().map(&stored).collect();
+                let (mut scratch, x) = (Vec::new(), noise(4 * length, 2));
+                let wide = T::widened(&rows, &mut scratch);
+                let mut together = [0.0; 8];
+                dot::<T, 2, 4>(&rows, &x, length, &mut together);
+                for (at, &found) in together.iter().enumerate() {
+                    let (row, vector) = (at / 4 * length..(at / 4 + 1) * length, &x[at % 4 * length..][..length]);
+                    let [mut alone, mut portable] = [[f32::NAN]; 2];
+                    dot::<T, 1, 1>(&rows[row.clone()], vector, length, &mut alone);
+                    dot_portable::<1, 1>(&wide[row.clone()], vector, length, &mut portable);
+                    let exact: f64 = wide[row].iter().zip(vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                    assert_eq!((found, found), (alone[0], portable[0]), "{length}");
+                    assert!((f64::from(found) - exact).abs() < 1e-6 * (1.0 + length as f64), "{length}");
+                }
             }
         }
+        check(|value| value);
+        check(f16::from_f32);
+        check(bf16::from_f32);
     }
 }

@@ -3,22 +3,22 @@
 use std::f32::consts::LOG2_E;
 
 use crate::loss::exponential::power_of_two;
-use crate::simd::{LANES, dispatched, dot};
+use crate::simd::{LANES, Weight, dispatched, dot};
 
 /// Vectors of one call of [`dot`]: as many as leave all sums in registers.
 pub(super) const TOGETHER: usize = 4;
 
 /// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in the
 /// same order whatever their numbers.
-pub(super) fn dot_rows(rows: &[f32], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
+pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
     }
     match count {
-        1 => each_group::<1>(rows, length, x, out),
-        2 => each_group::<2>(rows, length, x, out),
-        3 => each_group::<3>(rows, length, x, out),
-        4 => each_group::<4>(rows, length, x, out),
+        1 => each_group::<T, 1>(rows, length, x, out),
+        2 => each_group::<T, 2>(rows, length, x, out),
+        3 => each_group::<T, 3>(rows, length, x, out),
+        4 => each_group::<T, 4>(rows, length, x, out),
         _ => {
             for (row, out) in rows.chunks_exact(length).zip(out.chunks_exact_mut(count)) {
                 for (x, out) in x.chunks(TOGETHER * length).zip(out.chunks_mut(TOGETHER)) {
@@ -29,16 +29,16 @@ pub(super) fn dot_rows(rows: &[f32], length: usize, x: &[f32], count: usize, out
     }
 }
 
-fn each_group<const R: usize>(rows: &[f32], length: usize, x: &[f32], out: &mut [f32]) {
+fn each_group<T: Weight, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
     // From two places at a time memory gives more than from one or from four.
     const N: usize = 2;
     let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));
     for (rows, out) in groups.zip(places) {
-        dot::<N, R>(rows, x, length, out);
+        dot::<T, N, R>(rows, x, length, out);
     }
     let done = rows.len() / (N * length) * N;
     for (row, out) in rows[done * length..].chunks_exact(length).zip(out[done * R..].chunks_exact_mut(R)) {
-        dot::<1, R>(row, x, length, out);
+        dot::<T, 1, R>(row, x, length, out);
     }
 }
 

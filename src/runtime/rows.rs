@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor, WithDType};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
-use half::slice::HalfFloatSliceExt as _;
+use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
 use half::{bf16, f16};
 
 use super::kernels::{TOGETHER, dot_rows};
@@ -14,6 +14,7 @@ use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::loss::Values;
 use crate::memory::zeros;
+use crate::simd::Weight;
 
 /// Up to so many vectors the rows are read once for all of them, without being packed for a matrix product first.
 const FEW: usize = 2 * TOGETHER;
@@ -102,10 +103,10 @@ impl Rows {
             return y;
         }
         self.with(|values| match count {
-            1 => self.few(values, x, 1, &mut y, workers),
+            1 => few(values, self.length, x, 1, &mut y, workers),
             2..=FEW => {
                 let mut columns = vec![0.0; y.len()];
-                self.few(values, x, count, &mut columns, workers);
+                few(values, self.length, x, count, &mut columns, workers);
                 for (t, y) in y.chunks_exact_mut(self.rows).enumerate() {
                     y.iter_mut().zip(columns.chunks_exact(count)).for_each(|(y, column)| *y = column[t]);
                 }
@@ -118,18 +119,21 @@ impl Rows {
         });
         y
     }
+}
 
-    /// As `times`, but `out` is `(rows, count)`.
-    fn few(&self, values: Values<'_>, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
-        let at_a_time = (TASK / self.length.max(1)).next_multiple_of(TOGETHER);
+/// As [`Rows::times`] of few vectors, but `out` is `(rows, count)`.
+fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
+    fn of_dtype<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
+        let at_a_time = (TASK / length.max(1)).next_multiple_of(TOGETHER);
         workers.for_each(out.chunks_mut(at_a_time * count).enumerate(), |(task, out)| {
-            let (first, mut scratch) = (task * at_a_time, Vec::new());
-            for (group, out) in out.chunks_mut(TOGETHER * count).enumerate() {
-                let first = first + group * TOGETHER;
-                let rows = values.rows(first..first + out.len() / count, self.length, &mut scratch);
-                dot_rows(rows, self.length, x, count, out);
-            }
+            let first = task * at_a_time;
+            dot_rows(&rows[first * length..][..out.len() / count * length], length, x, count, out);
         });
+    }
+    match rows {
+        Values::F32(rows) => of_dtype(rows, length, x, count, out, workers),
+        Values::F16(rows) => of_dtype::<f16>(rows.reinterpret_cast(), length, x, count, out, workers),
+        Values::Bf16(rows) => of_dtype::<bf16>(rows.reinterpret_cast(), length, x, count, out, workers),
     }
 }
 
