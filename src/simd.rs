@@ -268,6 +268,29 @@ fn added_up(sums: [[f32; LANES]; CHAINS]) -> f32 {
     lanes[0]
 }
 
+dispatched! {
+    /// `out += Σ_k factors[k] · rows[k]`, written once.
+    pub fn add_combination(out: &mut [f32], factors: &[f32], rows: &[&[f32]]) {
+        let (blocks, rest) = out.as_chunks_mut::<LANES>();
+        let done = blocks.len() * LANES;
+        for (b, block) in blocks.iter_mut().enumerate() {
+            let mut sum = *block;
+            for (&factor, row) in factors.iter().zip(rows) {
+                let row = row[b * LANES..].first_chunk::<LANES>().expect("as long as the sum");
+                for lane in 0..LANES {
+                    sum[lane] += factor * row[lane];
+                }
+            }
+            *block = sum;
+        }
+        for (&factor, row) in factors.iter().zip(rows) {
+            for (out, &value) in rest.iter_mut().zip(&row[done..]) {
+                *out += factor * value;
+            }
+        }
+    }
+}
+
 /// Asks for the cache line of `value`, without waiting for it.
 #[inline(always)]
 pub fn prefetch<T>(value: &T) {

@@ -118,6 +118,11 @@ def choose_specs_of_checkpoint(
 def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """The dense `(m, n)` matrix that the factors stand for, permutations undone."""
 
+def expand(
+    a: _Float32Array, b: _Float32Array, rows: _Int64Array | None, columns: _Int64Array | None, threads: int
+) -> _Float32Array:
+    """`K[rows][:, columns]` for `K = Σ_k A_k ⊗ B_k`, in float32; rows and columns are permutations."""
+
 def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
 

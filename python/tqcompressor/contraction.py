@@ -25,14 +25,14 @@ def multiplies(block: tuple[int, int], rank: int, rows: int, columns: int) -> tu
 def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, columns: int) -> bool:
     """Whether many rows at a time are multiplied faster by the matrix, made once, than by its factors.
 
-    Making it costs as much as multiplying some 128 rows by it; the factored products move so much data between them
-    that one of their multiplications takes as long as 1.3 of a dense product. Measured forward and backward on two
-    cores: 2048 rows, 768 × 3072, block (2, 4), rank 4: 251 ms by the factors, 111 ms by the matrix, and 11.8 ms against
-    18.5 ms for 128 rows; at rank 1, which takes a quarter of the multiplications, 56 ms against 108 ms.
+    Making it costs as much as multiplying some 240 rows by it; the factored products move so much data between them
+    that one of their multiplications takes as long as 1.4 of a dense product. Measured on two cores, 768 × 3072, block
+    (2, 4), rank 4: 256 rows take 4.0 ms dense, 5.0 ms by the factors and 6.6 ms by the matrix, 1024 rows 14.5, 20.5 and
+    18.9 ms; 2048 rows forward and backward 90, 225 and 98 ms.
     """
     dense = rows * columns
     factored = min(multiplies(block, rank, rows, columns))
-    return tokens * (1.3 * factored - dense) > 128 * dense
+    return tokens * (1.4 * factored - dense) > 240 * dense
 
 
 def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .contraction import kronecker_matmul
-from .factors import TiedFactors, add_bias, gathered, inverse
+from .factors import TiedFactors, add_bias, inverse
 from .modules import KroneckerFactors
 
 
@@ -101,7 +101,7 @@ class KroneckerEmbedding(KroneckerFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in the dtype of the factors."""
-        return gathered(self._expand(), self.input_permutation, self.output_permutation).to(self.A.dtype)
+        return self._matrix(self.input_permutation, self.output_permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -134,8 +134,7 @@ class KroneckerHead(TiedFactors, KroneckerFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
-        weight = gathered(self._expand(), self.output_permutation, inverse(self.input_permutation))
-        return weight.to(self.A.dtype).transpose(0, 1)
+        return self._matrix(self.output_permutation, inverse(self.input_permutation)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

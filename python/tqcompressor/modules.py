@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .contraction import kronecker_matmul, prefers_dense, without_autocast
+from .contraction import kronecker_matmul, prefers_dense
 from .errors import ShapeError
-from .factors import Factors, Term, add_bias, copied_bias, draw_bias, gathered, inverse, new_bias, the_one_term
+from .expansion import kronecker_matrix
+from .factors import Factors, Term, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
 from .specs import KroneckerSpec
 
 
@@ -103,14 +104,9 @@ class KroneckerFactors(Factors):
         permutations = {"input_permutation": self._input_indices(p), "output_permutation": np.argsort(q)}
         self._copy({"A": a, "B": b, **permutations}, dtype, device)
 
-    def _expand(self) -> torch.Tensor:
-        """The Kronecker sum as a matrix, still permuted, in at least single precision."""
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        # The sum over the rank as one matrix product, which autocast would round.
-        with without_autocast(self.A):
-            blocks = self.A.to(wide).flatten(1).t() @ self.B.to(wide).flatten(1)
-        (m1, n1), (m2, n2) = self.A.shape[1:], self.B.shape[1:]
-        return blocks.view(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
+    def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+        """The Kronecker sum as a matrix, its sides gathered, in the dtype of the factors."""
+        return kronecker_matrix(self.A, self.B, rows, columns).to(self.A.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -214,8 +210,7 @@ class KroneckerLinear(KroneckerFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `W (in_features, out_features)` that the factors stand for, in the dtype of the factors."""
-        weight = gathered(self._expand(), inverse(self.input_permutation), self.output_permutation)
-        return weight.to(self.A.dtype)
+        return self._matrix(inverse(self.input_permutation), self.output_permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""

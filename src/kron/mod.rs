@@ -2,6 +2,7 @@
 
 mod apply;
 mod decompose;
+mod expand;
 mod gram;
 mod view;
 
@@ -9,5 +10,6 @@ mod view;
 mod tests;
 
 pub use decompose::{KroneckerSum, lost_energy, nearest_kronecker_sum};
+pub use expand::expand;
 pub use gram::{block_gram, eigenvectors, top_eigenvectors};
 pub use view::MatrixView;

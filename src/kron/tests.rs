@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::shape::KroneckerShape;
 use crate::testing::noise;
 
@@ -47,6 +47,31 @@ proptest! {
         prop_assert!((sum.lost_energy - least).abs() < 1e-9);
         let view = MatrixView::new(&w, shape.rows(), shape.columns()).unwrap();
         prop_assert!((lost_energy(view, shape, &Progress::default()).unwrap() - least).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_matrix_is_the_sum_in_the_order_asked_for(shape in shapes(), seed in any::<u64>(), given in any::<[bool; 2]>()) {
+        let order = |length: usize, step: u64| {
+            let mut order: Vec<usize> = (0..length).collect();
+            let keys = noise(length, seed ^ step);
+            order.sort_by(|&i, &j| keys[i].total_cmp(&keys[j]));
+            order
+        };
+        let (rows, columns) = (order(shape.rows(), 1), order(shape.columns(), 2));
+        let a = noise(shape.rank * shape.blocks(), seed);
+        let b = noise(shape.rank * shape.block_entries(), !seed);
+        let side = |given: bool, order: &Vec<usize>| given.then(|| order.clone());
+        let (some_rows, some_columns) = (side(given[0], &rows), side(given[1], &columns));
+        let parallelism = if seed % 2 == 0 { Parallelism::Sequential } else { Parallelism::Rayon };
+        let found = expand(shape, &a, &b, some_rows.as_deref(), some_columns.as_deref(), parallelism, &Progress::default()).unwrap();
+        let dense = KroneckerSum { shape, a, b, lost_energy: 0.0 }.to_dense();
+        for (i, row) in found.chunks_exact(shape.columns()).enumerate() {
+            for (j, value) in row.iter().enumerate() {
+                let i = if given[0] { rows[i] } else { i };
+                let j = if given[1] { columns[j] } else { j };
+                prop_assert!((value - dense[i * shape.columns() + j]).abs() < 1e-5);
+            }
+        }
     }
 
     #[test]

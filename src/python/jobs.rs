@@ -9,7 +9,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use crate::error::Result;
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::runtime::Workers;
 
 /// How often the calling thread looks for Ctrl-C and reports progress.
@@ -95,6 +95,20 @@ pub(super) fn run_watched<T: Send>(
 pub(super) fn run_here<T: Send>(py: Python<'_>, job: impl FnOnce(&Progress) -> Result<T> + Send) -> PyResult<T> {
     let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| job(&Progress::default()))));
     Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??)
+}
+
+/// Runs a job on the calling thread if it is small, else on `threads` threads of its own.
+pub(super) fn run_by_size<T: Send>(
+    py: Python<'_>,
+    small: bool,
+    threads: Option<usize>,
+    job: impl FnOnce(Parallelism, &Progress) -> Result<T> + Send,
+) -> PyResult<T> {
+    if small {
+        return run_here(py, |progress| job(Parallelism::Sequential, progress));
+    }
+    let pool = pool(threads)?;
+    run(py, None, |progress| pool.install(|| job(Parallelism::Rayon, progress)))
 }
 
 /// A panic is a bug of ours; it reaches Python as an exception that says so.

@@ -1,4 +1,4 @@
-//! `nearest_kronecker_sum`, `find_permutation`, `reconstruct` and `apply`.
+//! `nearest_kronecker_sum`, `find_permutation`, `reconstruct`, `expand` and `apply`.
 
 use numpy::{PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
@@ -7,7 +7,7 @@ use super::arrays::{contiguous, factor_arrays, factor_shape, indices, matrix, pe
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::kron::{KroneckerSum, MatrixView};
-use crate::permute::{self, Decomposition, Effort};
+use crate::permute::{self, Decomposition, Effort, Permutation};
 use crate::progress::Parallelism;
 use crate::shape::{KroneckerShape, Permute};
 
@@ -15,10 +15,15 @@ use crate::shape::{KroneckerShape, Permute};
 type NearestSum<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>, f64);
 /// `(p, q, lost_energy)`.
 type FoundOrders<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, f64);
+
+/// Entries of a matrix that the calling thread makes by itself, in some milliseconds.
+const SMALL: usize = 1 << 22;
+
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(nearest_kronecker_sum, module)?)?;
     module.add_function(wrap_pyfunction!(find_permutation, module)?)?;
     module.add_function(wrap_pyfunction!(reconstruct, module)?)?;
+    module.add_function(wrap_pyfunction!(expand, module)?)?;
     module.add_function(wrap_pyfunction!(apply, module)?)
 }
 
@@ -97,6 +102,30 @@ fn reconstruct<'py>(
     let shape = decomposition.sum.shape;
     let dense = jobs::run(py, None, |_| Ok(decomposition.to_dense()))?;
     Ok(shaped(py, (shape.rows(), shape.columns()), dense))
+}
+
+#[pyfunction]
+fn expand<'py>(
+    py: Python<'py>,
+    a: PyReadonlyArray3<'py, f32>,
+    b: PyReadonlyArray3<'py, f32>,
+    rows: Option<PyReadonlyArray1<'py, i64>>,
+    columns: Option<PyReadonlyArray1<'py, i64>>,
+    threads: usize,
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let shape = factor_shape(&a, &b)?;
+    let order = |indices: Option<PyReadonlyArray1<'py, i64>>, length| {
+        indices.map(|indices| permutation(&indices, length)).transpose()
+    };
+    let (rows, columns) = (order(rows, shape.rows())?, order(columns, shape.columns())?);
+    let (a, b) = (contiguous(a.as_slice().ok(), "A")?, contiguous(b.as_slice().ok(), "B")?);
+    let (rows, columns) = (rows.as_ref().map(Permutation::as_slice), columns.as_ref().map(Permutation::as_slice));
+    // torch's threads, which go on turning for a while after a product, would be in the way of others.
+    let small = shape.rows() * shape.columns() <= SMALL;
+    let matrix = jobs::run_by_size(py, small, Some(threads), |parallelism, progress| {
+        crate::kron::expand(shape, a, b, rows, columns, parallelism, progress)
+    })?;
+    Ok(shaped(py, (shape.rows(), shape.columns()), matrix))
 }
 
 #[pyfunction]

@@ -71,19 +71,14 @@ fn objective(temperature: f64, divergence: f64, cross_entropy: f64, reverse: boo
     Objective::new(temperature, divergence, cross_entropy, direction)
 }
 
-/// Runs a loss on the calling thread if it is small, else on `threads` threads of its own. It borrows the arrays, whose
-/// copies would take more memory than everything else.
+/// Runs a loss. It borrows the arrays, whose copies would take more memory than everything else.
 fn run<T: Send>(
     py: Python<'_>,
     size: usize,
     threads: Option<usize>,
     job: impl FnOnce(Parallelism, &Progress) -> Result<T> + Send,
 ) -> PyResult<T> {
-    if size <= SMALL {
-        return jobs::run_here(py, |progress| job(Parallelism::Sequential, progress));
-    }
-    let pool = jobs::pool(threads)?;
-    jobs::run(py, None, |progress| pool.install(|| job(Parallelism::Rayon, progress)))
+    jobs::run_by_size(py, size <= SMALL, threads, job)
 }
 
 fn to_python(py: Python<'_>, values: OwnedValues, shape: [usize; 2]) -> Bound<'_, PyAny> {

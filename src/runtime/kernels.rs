@@ -52,29 +52,6 @@ dispatched! {
 }
 
 dispatched! {
-    /// `out += Σ_k factors[k] · rows[k]`, written once.
-    pub(super) fn add_combination(out: &mut [f32], factors: &[f32], rows: &[&[f32]]) {
-        let (blocks, rest) = out.as_chunks_mut::<LANES>();
-        let done = blocks.len() * LANES;
-        for (b, block) in blocks.iter_mut().enumerate() {
-            let mut sum = *block;
-            for (&factor, row) in factors.iter().zip(rows) {
-                let row = row[b * LANES..].first_chunk::<LANES>().expect("as long as the sum");
-                for lane in 0..LANES {
-                    sum[lane] += factor * row[lane];
-                }
-            }
-            *block = sum;
-        }
-        for (&factor, row) in factors.iter().zip(rows) {
-            for (out, &value) in rest.iter_mut().zip(&row[done..]) {
-                *out += factor * value;
-            }
-        }
-    }
-}
-
-dispatched! {
     /// `out = Σ_t weights[t] · rows[t]` for rows one behind the other.
     pub(super) fn weighted_sum(out: &mut [f32], weights: &[f32], rows: &[f32]) {
         const WIDE: usize = 4 * LANES;

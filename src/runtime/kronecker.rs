@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use candle_core::{DType, Tensor};
 
-use super::kernels::{add_combination, add_scaled};
+use super::kernels::add_scaled;
 use super::linear::Kronecker;
 use super::order::Order;
 use super::rows::{Rows, product_by_panels};
@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::loss::Values;
 use crate::permute::Permutation;
 use crate::shape::KroneckerShape;
+use crate::simd::add_combination;
 
 /// What one multiplication in a product of few columns costs, in those of a large matrix product.
 const COMBINED: f64 = 8.0;

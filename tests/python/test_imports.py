@@ -58,6 +58,7 @@ PYTHON = [
     "losses",
     "contraction",
     "factors",
+    "expansion",
     "modules",
     "embeddings",
     "low_rank",
