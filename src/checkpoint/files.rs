@@ -53,6 +53,14 @@ pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&text).map_err(|error| problem(path, format!("expected a JSON object: {error}")))
 }
 
+/// The object in a file that must hold one, if there is such a file.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if it holds anything else; [`Error::Io`].
+pub fn read_object_if_any(path: &Path) -> Result<Option<Map<String, Value>>> {
+    if path.exists() { read_object(path).map(Some) } else { Ok(None) }
+}
+
 /// The files of a checkpoint and its `config.json`.
 pub(super) fn begin(directory: &Path) -> Result<(WeightFiles, Map<String, Value>)> {
     match fs::metadata(directory) {

@@ -1,23 +1,25 @@
 //! `Runtime`: a GPT-2 that computes without torch.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
-use numpy::{PyArray1, PyArray2};
+use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
 
-use super::arrays::shaped;
+use super::arrays::{contiguous, factor_shape, matrix, permutation, shaped};
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::runtime::{self, Continuation, Gpt2, Sampling, Workers};
+use crate::runtime::{self, Continuation, Gpt2, Sampling, Way, Workers};
 
 /// Logits that are computed between two looks for Ctrl-C: 16 MB.
 const LOGITS: usize = 1 << 22;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Runtime>()?;
-    module.add_class::<Tokenizer>()
+    module.add_class::<Tokenizer>()?;
+    module.add_class::<Layer>()?;
+    module.add_class::<Threads>()
 }
 
 /// A model in memory, and the threads that it computes with.
@@ -222,5 +224,66 @@ impl Tokenizer {
 
     fn decode(&self, py: Python<'_>, tokens: Vec<u32>, skip_special_tokens: bool) -> PyResult<String> {
         jobs::run_here(py, |_| self.0.decode(&tokens, skip_special_tokens))
+    }
+}
+
+/// Threads that are kept between calls.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct Threads(Mutex<Workers>);
+
+#[pymethods]
+impl Threads {
+    #[new]
+    fn new(threads: usize) -> PyResult<Self> {
+        Ok(Self(Mutex::new(jobs::workers(Some(threads))?)))
+    }
+}
+
+/// A linear layer by itself.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct Layer(runtime::Layer);
+
+#[pymethods]
+impl Layer {
+    #[staticmethod]
+    fn dense(py: Python<'_>, w: PyReadonlyArray2<'_, f32>) -> PyResult<Self> {
+        let (w, (m, n)) = matrix(&w)?;
+        Ok(Self(jobs::run_here(py, |_| runtime::Layer::dense(w, m, n))?))
+    }
+
+    #[staticmethod]
+    fn kronecker(
+        py: Python<'_>,
+        a: PyReadonlyArray3<'_, f32>,
+        b: PyReadonlyArray3<'_, f32>,
+        p: PyReadonlyArray1<'_, i64>,
+        q: PyReadonlyArray1<'_, i64>,
+    ) -> PyResult<Self> {
+        let shape = factor_shape(&a, &b)?;
+        let (p, q) = (permutation(&p, shape.rows())?, permutation(&q, shape.columns())?);
+        let (a, b) = (contiguous(a.as_slice().ok(), "A")?, contiguous(b.as_slice().ok(), "B")?);
+        Ok(Self(jobs::run_here(py, |_| runtime::Layer::kronecker(shape, a, b, &p, &q))?))
+    }
+
+    fn times<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyReadonlyArray2<'py, f32>,
+        way: &str,
+        threads: &Threads,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let (x, (count, _)) = matrix(&x)?;
+        let way = match way {
+            "factors" => Way::Factors,
+            "matrix" => Way::Matrix,
+            "cheapest" => Way::Cheapest,
+            other => {
+                return Err(Error::Config(format!("way: expected factors, matrix or cheapest, got {other}")).into());
+            }
+        };
+        let y = jobs::run_here(py, |_| {
+            self.0.times(x, count, way, &threads.0.lock().unwrap_or_else(PoisonError::into_inner))
+        })?;
+        Ok(shaped(py, (count, self.0.shape().1), y))
     }
 }

@@ -58,7 +58,7 @@ pub struct Gpt2Config {
     pub language_model: bool,
     /// `bos_token_id`
     pub begin_token: Option<u32>,
-    /// `eos_token_id`, where generation stops
+    /// `eos_token_id`, where generation stops: that of `generation_config.json` where there is one
     pub end_tokens: Vec<u32>,
 }
 
@@ -76,10 +76,6 @@ impl Gpt2Config {
             given(key).map_or(Ok(default), |value| {
                 value.as_bool().ok_or_else(|| format!("{key}: expected true or false, got {value}"))
             })
-        };
-        let token = |key: &str, value: &Value| {
-            let token = value.as_u64().and_then(|token| u32::try_from(token).ok());
-            token.ok_or_else(|| format!("{key}: expected a token, got {value}"))
         };
         let heads = match given("n_head") {
             None => 12,
@@ -111,13 +107,21 @@ impl Gpt2Config {
             scale_scores: flag("scale_attn_weights", true)?,
             scale_by_layer: flag("scale_attn_by_inverse_layer_idx", false)?,
             begin_token: given("bos_token_id").map(|value| token("bos_token_id", value)).transpose()?,
-            end_tokens: match given("eos_token_id") {
-                None => Vec::new(),
-                Some(Value::Array(all)) => {
-                    all.iter().map(|value| token("eos_token_id", value)).collect::<Result<_, _>>()?
-                }
-                Some(value) => vec![token("eos_token_id", value)?],
-            },
+            end_tokens: end_tokens(config)?,
         })
     }
+}
+
+/// `eos_token_id`, a token or several, of a `config.json` or a `generation_config.json`.
+pub(super) fn end_tokens(config: &Map<String, Value>) -> Result<Vec<u32>, String> {
+    match config.get("eos_token_id") {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(all)) => all.iter().map(|value| token("eos_token_id", value)).collect(),
+        Some(value) => Ok(vec![token("eos_token_id", value)?]),
+    }
+}
+
+fn token(key: &str, value: &Value) -> Result<u32, String> {
+    let token = value.as_u64().and_then(|token| u32::try_from(token).ok());
+    token.ok_or_else(|| format!("{key}: expected a token, got {value}"))
 }

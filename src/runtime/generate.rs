@@ -4,7 +4,7 @@ use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use super::kernels::largest;
-use super::model::{Cache, Gpt2};
+use super::model::{Cache, Gpt2, fitting};
 use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -61,7 +61,7 @@ impl Gpt2 {
     /// [`Error::Cancelled`].
     ///
     /// # Cost
-    /// One pass over the prompts, then one pass over the weights for a token of all of them. The caches hold
+    /// One pass over the prompts, some at a time, then one pass over the weights for a token of all of them. The caches hold
     /// `2·layers·width` values a token.
     pub fn generate(
         &self,
@@ -98,10 +98,17 @@ impl Gpt2 {
             caches.into_iter().enumerate().map(|(i, cache)| Active { index: i, cache, random: random(i) }).collect();
         let mut next: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.to_vec()).collect();
         while !active.is_empty() {
-            let sequences: Vec<_> = next.iter().map(Vec::as_slice).collect();
             let mut caches: Vec<_> = active.iter_mut().map(|active| &mut active.cache).collect();
-            let hidden = self.forward(&sequences, &mut caches, None, workers, progress)?;
-            let logits = self.logits(&last_states(&hidden, &sequences, self.config.width), workers);
+            let sequences: Vec<_> = next.iter().map(Vec::as_slice).collect();
+            let (mut states, mut read) = (Vec::new(), 0);
+            while read < sequences.len() {
+                let range = read..read + fitting(&sequences[read..]);
+                let (sequences, caches) = (&sequences[range.clone()], &mut caches[range.clone()]);
+                let hidden = self.forward(sequences, caches, None, workers, progress)?;
+                states.extend(last_states(&hidden, sequences, self.config.width));
+                read = range.end;
+            }
+            let logits = self.logits(&states, workers);
             progress.check()?;
             let rows = logits.chunks_exact(self.config.vocabulary);
             next = active
@@ -132,13 +139,13 @@ struct Active {
 }
 
 /// The last hidden state of every sequence.
-fn last_states(hidden: &[f32], sequences: &[&[u32]], width: usize) -> Vec<f32> {
+fn last_states(hidden: &[f32], sequences: &[&[u32]], width: usize) -> impl Iterator<Item = f32> {
     let mut end = 0;
-    let states = sequences.iter().flat_map(|sequence| {
+    let states = sequences.iter().flat_map(move |sequence| {
         end += sequence.len();
         &hidden[(end - 1) * width..end * width]
     });
-    states.copied().collect()
+    states.copied()
 }
 
 /// The first of the largest.

@@ -20,6 +20,17 @@ const COMBINED: f64 = 8.0;
 /// What one entry of one term of the matrix costs to make, in multiplications of a large matrix product.
 const EXPANDED: f64 = 4.0;
 
+/// How a Kronecker sum multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By its factors.
+    Factors,
+    /// By its matrix, made for the occasion.
+    Matrix,
+    /// Whichever is expected to take less time.
+    Cheapest,
+}
+
 impl Kronecker {
     /// The map `y = x W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`: `a : (rank, m1, n1)`, `b : (rank, m2, n2)`, `input` is `p` and
     /// `output` the inverse of `q`.
@@ -60,9 +71,9 @@ impl Kronecker {
     }
 
     /// The product of `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    pub fn times(&self, x: &[f32], count: usize, workers: &Workers) -> (Vec<f32>, Cow<'_, Order>) {
+    pub fn times(&self, x: &[f32], count: usize, way: Way, workers: &Workers) -> (Vec<f32>, Cow<'_, Order>) {
         let x = self.input.gather(x, workers);
-        if self.expands(count) {
+        if way == Way::Matrix || way == Way::Cheapest && self.expands(count) {
             return (self.expand_and_multiply(&x, count, workers), Cow::Owned(Order::default()));
         }
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use super::kernels::add_scaled;
+use super::kronecker::Way;
 use super::order::Order;
 use super::rows::Rows;
 use super::workers::Workers;
@@ -79,12 +80,17 @@ impl Linear {
     /// # Cost
     /// For few vectors every factor is read once; for many, a Kronecker sum is formed if that is the cheaper way.
     pub fn forward(&self, x: &[f32], count: usize, workers: &Workers) -> Vec<f32> {
+        self.forward_by(x, count, Way::Cheapest, workers)
+    }
+
+    /// As [`forward`](Self::forward), Kronecker sums in a given way.
+    pub fn forward_by(&self, x: &[f32], count: usize, way: Way, workers: &Workers) -> Vec<f32> {
         debug_assert_eq!(x.len(), count * self.rows);
         let mut y = Vec::new();
         let mut first = 0;
         for Part { columns, terms } in &self.parts {
             for term in terms {
-                let (product, output) = term.times(x, count, workers);
+                let (product, output) = term.times(x, count, way, workers);
                 if y.is_empty() && *columns == self.columns {
                     y = output.gather(product, workers).into_owned();
                     continue;
@@ -197,10 +203,10 @@ impl Linear {
 
 impl Term {
     /// The product `(count, n)` with `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    fn times<'a>(&'a self, x: &[f32], count: usize, workers: &Workers) -> (Vec<f32>, Cow<'a, Order>) {
+    fn times<'a>(&'a self, x: &[f32], count: usize, way: Way, workers: &Workers) -> (Vec<f32>, Cow<'a, Order>) {
         match self {
             Self::Dense(rows) => (rows.times(x, count, workers), Cow::Owned(Order::default())),
-            Self::Kronecker(kronecker) => kronecker.times(x, count, workers),
+            Self::Kronecker(kronecker) => kronecker.times(x, count, way, workers),
             Self::LowRank(LowRank::OnRows { left, right, input }) => {
                 let x = input.gather(x, workers);
                 let vectors = x.chunks_exact(left.rows + left.length).map(|x| x.split_at(left.rows));

@@ -9,6 +9,7 @@ mod config;
 mod generate;
 mod kernels;
 mod kronecker;
+mod layer;
 mod linear;
 mod load;
 mod model;
@@ -23,6 +24,8 @@ mod workers;
 
 pub use config::{Activation, Gpt2Config};
 pub use generate::{Continuation, Sampling};
+pub use kronecker::Way;
+pub use layer::Layer;
 pub use model::{Cache, Gpt2, Observer, Size};
 pub use score::TokenScore;
 pub use tokenizer::Tokenizer;

@@ -12,6 +12,20 @@ use crate::progress::Progress;
 /// Values that a thread works on at a time where every value is by itself.
 const PIECE: usize = 1 << 14;
 
+/// Tokens of one forward pass where there are more sequences: enough for full matrix products, and few enough for sums of
+/// their products in f32.
+const TOKENS: usize = 2048;
+
+/// How many of the first sequences, one at least, are read in one forward pass.
+pub(super) fn fitting(sequences: &[&[u32]]) -> usize {
+    let mut tokens = 0;
+    let fits = sequences.iter().take_while(|sequence| {
+        tokens += sequence.len();
+        tokens <= TOKENS
+    });
+    fits.count().max(1)
+}
+
 /// A GPT-2 with a language-model head, dense or compressed, in memory.
 ///
 /// Weights stay in the dtype that they are stored in; everything is computed in f32.

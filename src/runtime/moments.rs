@@ -3,13 +3,11 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::model::{Block, Gpt2};
+use super::model::{Block, Gpt2, fitting};
 use super::workers::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-/// Tokens of one forward pass, at least one sequence. Products of so many are summed in f32 before f64 takes over.
-const TOKENS: usize = 2048;
 /// Rows of a moment that a thread works on at a time.
 const PANEL: usize = 192;
 
@@ -78,12 +76,7 @@ impl Gpt2 {
         progress.expect(tokens as u64);
         let mut rest = sequences;
         while !rest.is_empty() {
-            let mut length = 0;
-            let fits = rest.iter().take_while(|sequence| {
-                length += sequence.len();
-                length <= TOKENS
-            });
-            let (batch, others) = rest.split_at(fits.count().max(1));
+            let (batch, others) = rest.split_at(fitting(rest));
             let mut caches = batch.iter().map(|tokens| self.cache(tokens.len())).collect::<Result<Vec<_>>>()?;
             let mut observe = |name: &str, x: &[f32]| {
                 progress.check()?;

@@ -4,11 +4,12 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
+use crate::checkpoint::files::read_object_if_any;
 use crate::error::{Error, Result};
 
 /// The fast tokenizer, whole.
@@ -40,12 +41,7 @@ impl Tokenizer {
         let problem = |path: PathBuf| move |problem: String| Error::Checkpoint { path, problem };
         let mut named = Vec::new();
         for file in NAMES {
-            let path = directory.join(file);
-            if let Some(bytes) = read(&path)? {
-                let names: Map<String, Value> = serde_json::from_slice(&bytes)
-                    .map_err(|error| problem(path)(format!("not a JSON object: {error}")))?;
-                named.push(names);
-            }
+            named.extend(read_object_if_any(&directory.join(file))?);
         }
         let given = |key: &str| named.iter().find_map(|names| names.get(key)).filter(|value| !value.is_null());
 
@@ -226,7 +222,7 @@ mod tests {
         fs::write(directory.path().join(WHOLE_FILE), "{}").unwrap();
         assert!(message().contains("tokenizer.json: not a tokenizer"), "{}", message());
         fs::write(directory.path().join(NAMES[0]), "[]").unwrap();
-        assert!(message().contains("tokenizer_config.json: not a JSON object"), "{}", message());
+        assert!(message().contains("tokenizer_config.json: expected a JSON object"), "{}", message());
     }
 
     proptest! {

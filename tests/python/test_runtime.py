@@ -129,6 +129,20 @@ def test_generation_ends_after_an_end_token(trained):
     assert [len(tokens) for tokens in trained.generate_tokens([[5] * 120, [5]], end_tokens=[])] == [8, 8]
 
 
+@pytest.mark.parametrize(("generation", "expected"), [({}, [7]), ({"eos_token_id": [3, 9]}, [3, 9])], ids=str)
+def test_generation_config_says_where_texts_end(tmp_path, generation, expected):
+    tiny_model(eos_token_id=7).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    assert NativeModel.from_pretrained(tmp_path)._runtime.end_tokens == expected
+
+
+def test_prompts_that_are_too_many_for_one_pass_continue_as_alone(trained):
+    # 2,400 tokens, and a pass reads 2,048.
+    prompts = np.random.default_rng(0).integers(8192, size=(20, 120)).tolist()
+    found = trained.generate_tokens(prompts, max_new_tokens=3, end_tokens=[])
+    assert found == [trained.generate_tokens([prompt], max_new_tokens=3, end_tokens=[])[0] for prompt in prompts]
+
+
 def test_sampling_depends_on_the_seed_alone(trained):
     options = {"max_new_tokens": 30, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
     prompts = [trained.encode(text) for text in ("He looked", "The", "It was a dark night")]

@@ -75,6 +75,16 @@ def test_a_config_that_lies(tmp_path, changes, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "expected a JSON object"), ('{"eos_token_id": "x"}', "eos_token_id: expected a token")]
+)
+def test_a_generation_config_that_is_none(tmp_path, text, message):
+    folder = Checkpoint().write(tmp_path / "in")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(errors.CheckpointError, match=rf"generation_config\.json: {message}"):
+        NativeModel.from_pretrained(folder)
+
+
 def without(source):
     del source.tensors[C_FC]
 
