@@ -6,7 +6,8 @@ bare loop, which is quicker than transformers' `generate`. Each engine and model
 repetitions; times are the best, memory is the largest peak beyond the process before loading. The bandwidth limit is
 that of numpy's sum or copy, whichever moves more; `of limit` is the bytes of weights that a token needs, times
 tokens/s, over it, `of read` the same over that of the sum. Layers are timed within one process, medians of turns; a
-single row finds their weights in memory.
+single row finds their weights in memory. Native layers are timed by the factors, by the matrix, and by what the cost
+model chooses of the two.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import inference_engines
 import inference_layers
+import inference_native_layers
 from measuring import fresh_process
 from whole_checkpoint import COMPRESS, MAKE, headers, weights_size
 
@@ -82,7 +84,8 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         yield from ratios(best)
     if options.layers:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
-        yield from child(inference_layers, task | {"threads": options.threads}, options.threads)
+        for module in (inference_layers, inference_native_layers):
+            yield from child(module, task | {"threads": options.threads}, options.threads)
 
 
 def make_models(folder: Path, wanted: Sequence[str], quick: bool) -> dict[str, Path]:

@@ -22,10 +22,7 @@ WEIGHTS, ARRAY, QUICK = 1 << 29, 1 << 30, 1 << 20
 
 
 def methods(layer: str, shape: tuple[int, int]) -> dict[str, Callable[[], "torch.nn.Module"]]:
-    """What makes the dense layer, first, and the compressed ones, with random factors and permutations.
-
-    Only torch's modules: the native runtime has no call for a single layer, and is compared by whole models.
-    """
+    """What makes torch's dense layer, first, and the compressed ones, with random factors and permutations."""
     import torch
     from peers import pifa_rank_within
     from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead

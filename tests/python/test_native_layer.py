@@ -17,7 +17,9 @@ def drawn(m1, n1, m2, n2, rank, seed):
     return a, b, rng.permutation(m1 * m2), rng.permutation(n1 * n2)
 
 
-@given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.sampled_from([1, 2, 5, 40]), st.integers(1, 3), st.integers(0, 9))
+@given(
+    sizes, sizes, sizes, sizes, st.integers(1, 3), st.sampled_from([1, 2, 5, 40]), st.integers(1, 3), st.integers(0, 9)
+)
 def test_every_way_is_the_dense_product(m1, n1, m2, n2, rank, rows, threads, seed):
     factors = drawn(m1, n1, m2, n2, min(rank, m1 * n1, m2 * n2), seed)
     w = _core.reconstruct(*factors)
@@ -32,7 +34,7 @@ def test_every_way_is_the_dense_product(m1, n1, m2, n2, rank, rows, threads, see
 def test_what_does_not_fit_is_refused():
     a, b, p, q = drawn(3, 2, 2, 2, 1, 0)
     layer, workers = _core.Layer.kronecker(a, b, p, q), _core.Threads(1)
-    with pytest.raises(ShapeError, match="2 rows of 6 values.*10 values"):
+    with pytest.raises(ShapeError, match=r"2 rows of 6 values.*10 values"):
         layer.times(np.ones((2, 5), np.float32), "factors", workers)
     with pytest.raises(ConfigError, match="way"):
         layer.times(np.ones((2, 6), np.float32), "quickly", workers)
