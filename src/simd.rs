@@ -8,7 +8,7 @@
 use std::arch::x86_64::{self, __m512};
 use std::sync::OnceLock;
 
-use half::slice::HalfFloatSliceExt as _;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// Accumulators per loop: one AVX-512 register of `f32`, two AVX2, four SSE2.
@@ -119,9 +119,7 @@ impl Weight for f32 {
 
 impl Weight for f16 {
     fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        scratch.resize(values.len(), 0.0);
-        values.convert_to_f32_slice(scratch);
-        scratch
+        converted(values, scratch)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -135,9 +133,7 @@ impl Weight for f16 {
 
 impl Weight for bf16 {
     fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        scratch.resize(values.len(), 0.0);
-        values.convert_to_f32_slice(scratch);
-        scratch
+        converted(values, scratch)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -149,6 +145,15 @@ impl Weight for bf16 {
         let bits = x86_64::_mm512_cvtepu16_epi32(unsafe { x86_64::_mm256_maskz_loadu_epi16(mask, at.cast()) });
         x86_64::_mm512_castsi512_ps(x86_64::_mm512_slli_epi32::<16>(bits))
     }
+}
+
+fn converted<'a, T>(values: &[T], scratch: &'a mut Vec<f32>) -> &'a [f32]
+where
+    [T]: HalfFloatSliceExt,
+{
+    scratch.resize(values.len(), 0.0);
+    values.convert_to_f32_slice(scratch);
+    scratch
 }
 
 /// Sums of a dot product that do not wait for each other, each of [`LANES`] lanes.

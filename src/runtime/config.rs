@@ -63,12 +63,13 @@ pub struct Gpt2Config {
 }
 
 impl Gpt2Config {
-    /// Reads a `config.json`; `geometry` is what shapes follow from.
+    /// Reads a `config.json`, and a `generation_config.json` if there is one; `geometry` is what shapes follow from.
     ///
     /// # Errors
     /// The key whose value is of the wrong type or unknown, in words.
     pub(super) fn new(
         config: &Map<String, Value>,
+        generation: Option<&Map<String, Value>>,
         geometry: &crate::checkpoint::expected::Geometry,
     ) -> Result<Self, String> {
         let given = |key: &str| config.get(key).filter(|value| !value.is_null());
@@ -107,13 +108,18 @@ impl Gpt2Config {
             scale_scores: flag("scale_attn_weights", true)?,
             scale_by_layer: flag("scale_attn_by_inverse_layer_idx", false)?,
             begin_token: given("bos_token_id").map(|value| token("bos_token_id", value)).transpose()?,
-            end_tokens: end_tokens(config)?,
+            end_tokens: match generation.filter(|generation| generation.contains_key("eos_token_id")) {
+                Some(generation) => {
+                    end_tokens(generation).map_err(|words| format!("generation_config.json: {words}"))?
+                }
+                None => end_tokens(config)?,
+            },
         })
     }
 }
 
 /// `eos_token_id`, a token or several, of a `config.json` or a `generation_config.json`.
-pub(super) fn end_tokens(config: &Map<String, Value>) -> Result<Vec<u32>, String> {
+fn end_tokens(config: &Map<String, Value>) -> Result<Vec<u32>, String> {
     match config.get("eos_token_id") {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::Array(all)) => all.iter().map(|value| token("eos_token_id", value)).collect(),

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::config::{Gpt2Config, end_tokens};
+use super::config::Gpt2Config;
 use super::linear::{Kronecker, Linear, LowRank, Part, Term};
 use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
@@ -44,12 +44,8 @@ impl Gpt2 {
         let checkpoint = Checkpoint::open_any(directory)?;
         let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
         let geometry = checkpoint.geometry();
-        let mut config = Gpt2Config::new(checkpoint.config(), geometry).map_err(problem)?;
-        let generation = directory.join("generation_config.json");
-        if let Some(defaults) = read_object_if_any(&generation)?.filter(|object| object.contains_key("eos_token_id")) {
-            let problem = |problem| Error::Checkpoint { path: generation, problem };
-            config.end_tokens = end_tokens(&defaults).map_err(problem)?;
-        }
+        let generation = read_object_if_any(&directory.join("generation_config.json"))?;
+        let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry).map_err(problem)?;
         let specs = specs(&checkpoint).map_err(problem)?;
         let source = Source::new(&checkpoint, &specs, progress);
         source.check(geometry)?;
