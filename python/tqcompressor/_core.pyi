@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Layer",
     "Runtime",
+    "Threads",
     "Tokenizer",
     "__version__",
     "apply",
@@ -20,6 +22,7 @@ __all__ = [
     "compress_checkpoint",
     "distillation_loss",
     "distillation_loss_in_place",
+    "expand",
     "find_permutation",
     "fit_many",
     "fit_within",
