@@ -67,10 +67,7 @@ pub(super) fn run_watched<T: Send>(
             // The receiver lives as long as this scope.
             let _ = sender.send(outcome);
         };
-        std::thread::Builder::new()
-            .name("tqcompressor".into())
-            .spawn_scoped(scope, work)
-            .map_err(|error| PyRuntimeError::new_err(format!("cannot start a thread: {error}")))?;
+        std::thread::Builder::new().name("tqcompressor".into()).spawn_scoped(scope, work).map_err(no_thread)?;
         loop {
             match py.detach(|| receive(TICK)) {
                 Ok(outcome) => {
@@ -89,6 +86,31 @@ pub(super) fn run_watched<T: Send>(
             }
         }
     })
+}
+
+/// As [`run`], for a job that cannot be cancelled: after Ctrl-C it goes on by itself until it ends, and nobody waits.
+pub(super) fn run_detached<T: Send + 'static>(
+    py: Python<'_>,
+    job: impl FnOnce() -> Result<T> + Send + 'static,
+) -> PyResult<T> {
+    let (sender, receiver) = channel();
+    let receiver = Mutex::new(receiver);
+    let work = move || {
+        // Nobody listens after Ctrl-C.
+        let _ = sender.send(catch_unwind(AssertUnwindSafe(job)));
+    };
+    std::thread::Builder::new().name("tqcompressor".into()).spawn(work).map_err(no_thread)?;
+    loop {
+        match py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(TICK)) {
+            Ok(outcome) => return Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??),
+            Err(RecvTimeoutError::Disconnected) => return Err(PyRuntimeError::new_err("the worker thread died")),
+            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+        }
+    }
+}
+
+fn no_thread(error: std::io::Error) -> PyErr {
+    PyRuntimeError::new_err(format!("cannot start a thread: {error}"))
 }
 
 /// Runs a job that takes no longer than a few milliseconds on the calling thread, without the GIL.

@@ -1,7 +1,7 @@
 //! `Runtime`: a GPT-2 that computes without torch.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
@@ -194,13 +194,13 @@ fn slices(sequences: &[Vec<u32>]) -> Vec<&[u32]> {
 
 /// The tokenizer of a checkpoint.
 #[pyclass(frozen, module = "tqcompressor._core")]
-struct Tokenizer(runtime::Tokenizer);
+struct Tokenizer(Arc<runtime::Tokenizer>);
 
 #[pymethods]
 impl Tokenizer {
     #[staticmethod]
     fn load(py: Python<'_>, directory: PathBuf) -> PyResult<Self> {
-        Ok(Self(jobs::run(py, None, |_| runtime::Tokenizer::load(&directory))?))
+        Ok(Self(Arc::new(jobs::run(py, None, |_| runtime::Tokenizer::load(&directory))?)))
     }
 
     #[getter]
@@ -218,8 +218,9 @@ impl Tokenizer {
         self.0.end_token()
     }
 
-    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
-        jobs::run(py, None, |_| self.0.encode(text))
+    fn encode(&self, py: Python<'_>, text: String) -> PyResult<Vec<u32>> {
+        let tokenizer = Arc::clone(&self.0);
+        jobs::run_detached(py, move || tokenizer.encode(&text))
     }
 
     fn decode(&self, py: Python<'_>, tokens: Vec<u32>, skip_special_tokens: bool) -> PyResult<String> {

@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 from helpers.checkpoints import Checkpoint, config, decode, encode, read_safetensors, write_safetensors
+from helpers.native import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqcompressor import NativeModel, compress_checkpoint, errors
@@ -268,6 +269,10 @@ SCRIPT = """
     try:
         if sys.argv[2] == "generate":
             model.generate_tokens([[1]], max_new_tokens=3_999, end_tokens=[], on_tokens=on_tokens)
+        elif sys.argv[2] == "encode":
+            thread.start()
+            # Some seconds' worth.
+            model.encode("The old man looked at it. " * 200_000)
         else:
             thread.start()
             for _ in range(100):
@@ -278,10 +283,11 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("action", ["generate", "logits"])
+@pytest.mark.parametrize("action", ["generate", "logits", "encode"])
 def test_ctrl_c_acts_soon(tmp_path, action):
     source = Checkpoint(width=256, vocabulary=20_000, positions=4_000)
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(source.write(tmp_path / "in")), action]
+    folder = TINY if action == "encode" else source.write(tmp_path / "in")
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), action]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 130, run.stderr
     # 100 ms is asked for; a loaded machine with fewer cores than threads gets some slack.
