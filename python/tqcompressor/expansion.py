@@ -21,7 +21,7 @@ def kronecker_matrix(
 
     Cost: `rank` multiplications an entry. 768 × 3072, rank 4, both sides permuted: 2.7 ms on one core.
     """
-    if a.dtype == b.dtype == torch.float32 and a.device.type == "cpu":
+    if _rust_makes_it(a, b):
         matrix: torch.Tensor = _in_rust(a, b, rows, columns)
         return matrix
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -30,6 +30,12 @@ def kronecker_matrix(
         blocks = a.to(wide).flatten(1).t() @ b.to(wide).flatten(1)
     (m1, n1), (m2, n2) = a.shape[1:], b.shape[1:]
     return gathered(blocks.view(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2), rows, columns)
+
+
+def _rust_makes_it(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # The transforms of torch.func take no operator that has a backward pass of its own.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and not transformed
 
 
 @torch.library.custom_op(

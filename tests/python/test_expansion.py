@@ -69,6 +69,7 @@ def test_bad_factors_and_orders_are_refused():
 
 
 def test_many_rows_compile_whole_with_equal_gradients():
+    torch.manual_seed(0)
     module = KroneckerLinear(32, 64, (2, 4), 4)
     x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
     found = []
@@ -79,3 +80,20 @@ def test_many_rows_compile_whole_with_equal_gradients():
         found.append((y.detach(), module.A.grad.clone(), module.B.grad.clone()))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(eager, compiled)
+
+
+def test_the_transforms_of_torch_func_see_through_many_rows():
+    torch.manual_seed(0)
+    module = KroneckerLinear(32, 64, (2, 4), 4)
+    parameters = dict(module.named_parameters())
+    x = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+
+    def loss(parameters):
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        assert (gradients[name] - parameter.grad).abs().max() < 1e-5 * parameter.grad.abs().max()
+    two = torch.func.vmap(lambda a: loss(parameters | {"A": a}))(torch.stack([module.A, 2 * module.A]))
+    torch.testing.assert_close(two[0], loss(parameters), rtol=1e-4, atol=0)
