@@ -3,15 +3,17 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from measuring import interleaved_medians
 
 if TYPE_CHECKING:
     import torch
+
+Layer = TypeVar("Layer")
 
 # (inputs, outputs) of GPT-2 small; the head is tied to the embedding.
 LAYERS = {"c_fc": (768, 3072), "c_proj": (3072, 768), "head": (768, 50257)}
@@ -64,7 +66,7 @@ def measure_layers(layers: list[str], repeats: int, threads: int, quick: bool) -
         shape = (QUICK_LAYERS if quick else LAYERS)[layer]
         for rows in ROWS:
             x = torch.randn(rows, shape[0])
-            made = {name: copies(make, rows, quick) for name, make in methods(layer, shape).items()}
+            made = {name: copies(make, weights, rows, quick) for name, make in methods(layer, shape).items()}
             with torch.inference_mode():
                 times = interleaved_medians({name: all_of(modules, x) for name, modules in made.items()}, repeats)
             seconds = {name: times[name] / len(modules) for name, modules in made.items()}
@@ -79,17 +81,17 @@ def measure_layers(layers: list[str], repeats: int, threads: int, quick: bool) -
                 }
 
 
-def copies(make: Callable[[], "torch.nn.Module"], rows: int, quick: bool) -> list["torch.nn.Module"]:
+def copies(make: Callable[[], Layer], size: Callable[[Layer], int], rows: int, quick: bool) -> list[Layer]:
     """For one row as many layers as leave none in the caches until its turn comes again, as in a whole model."""
     first = make()
-    more = (QUICK if quick else WEIGHTS) // weights(first) if rows == 1 else 0
+    more = (QUICK if quick else WEIGHTS) // size(first) if rows == 1 else 0
     return [first, *(make() for _ in range(more))]
 
 
-def all_of(modules: list["torch.nn.Module"], x: "torch.Tensor") -> Callable[[], None]:
+def all_of(layers: Sequence[Callable[[Any], object]], x: Any) -> Callable[[], None]:
     def run() -> None:
-        for module in modules:
-            module(x)
+        for layer in layers:
+            layer(x)
 
     return run
 
