@@ -71,7 +71,7 @@ pub(super) fn run_watched<T: Send>(
         loop {
             match py.detach(|| receive(TICK)) {
                 Ok(outcome) => {
-                    let result = outcome.map_err(|panic| internal_error(panic.as_ref()))??;
+                    let result = result_of(outcome)?;
                     report(py, &progress)?;
                     return Ok(result);
                 }
@@ -102,7 +102,7 @@ pub(super) fn run_detached<T: Send + 'static>(
     std::thread::Builder::new().name("tqcompressor".into()).spawn(work).map_err(no_thread)?;
     loop {
         match py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(TICK)) {
-            Ok(outcome) => return Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??),
+            Ok(outcome) => return result_of(outcome),
             Err(RecvTimeoutError::Disconnected) => return Err(PyRuntimeError::new_err("the worker thread died")),
             Err(RecvTimeoutError::Timeout) => py.check_signals()?,
         }
@@ -115,8 +115,7 @@ fn no_thread(error: std::io::Error) -> PyErr {
 
 /// Runs a job that takes no longer than a few milliseconds on the calling thread, without the GIL.
 pub(super) fn run_here<T: Send>(py: Python<'_>, job: impl FnOnce(&Progress) -> Result<T> + Send) -> PyResult<T> {
-    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| job(&Progress::default()))));
-    Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??)
+    result_of(py.detach(|| catch_unwind(AssertUnwindSafe(|| job(&Progress::default())))))
 }
 
 /// Runs a job on the calling thread if it is small, else on `threads` threads of its own.
@@ -131,6 +130,10 @@ pub(super) fn run_by_size<T: Send>(
     }
     let pool = pool(threads)?;
     run(py, None, |progress| pool.install(|| job(Parallelism::Rayon, progress)))
+}
+
+fn result_of<T>(outcome: std::thread::Result<Result<T>>) -> PyResult<T> {
+    Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??)
 }
 
 /// A panic is a bug of ours; it reaches Python as an exception that says so.
