@@ -1,7 +1,7 @@
-"""Compress GPT-2 checkpoints by Kronecker decomposition improved by permutations.
+"""Compress transformers by Kronecker decomposition improved by permutations, by low rank, and by sums of both.
 
 A weight `W` of shape (in, out) is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with row and column permutations `p` and
-`q` searched so that little energy is lost.
+`q` searched so that little energy is lost, by a product of low rank, or by a sum of both.
 
 Importing this package needs numpy alone. It also makes transformers load compressed checkpoints, whichever of the two
 is imported first. What needs torch is imported when it is first used.
@@ -10,113 +10,113 @@ is imported first. What needs torch is imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _import_hook
 from ._core import __version__
-from .budget_plan import BudgetPlan
-from .calibration import Calibration
-from .checkpoint import compress_checkpoint, inspect
-from .config import RECIPES, TQConfig
-from .decomposed import KroneckerDecomposition, LowRankDecomposition, MixedDecomposition
-from .decomposition import decompose, find_permutation, nearest_kronecker_sum
-from .errors import TQError
-from .plans import plan
-from .report import CompressionReport
-from .runtime import NativeModel
-from .specs import KroneckerSpec, LowRankSpec, MixedSpec
-from .stages import STAGED_RECIPES, Stage, StagedRecipe
-from .training_config import DistillConfig, TrainingConfig
+from .calibration.calibration import Calibration
+from .compression.budget_plan import BudgetPlan
+from .compression.checkpoint import compress_checkpoint, inspect
+from .compression.plan import plan
+from .compression.report import CompressionReport
+from .config.recipes import RECIPES
+from .config.specs import KroneckerSpec, LowRankSpec, MixedSpec
+from .config.tq_config import TQConfig
+from .decomposition.decompose import decompose, find_permutation, nearest_kronecker_sum
+from .decomposition.results import KroneckerDecomposition, LowRankDecomposition, MixedDecomposition
+from .distillation.config import DistillConfig, TrainingConfig
+from .distillation.stages import STAGED_RECIPES, Stage, StagedRecipe
+from .errors import MissingDependencyError, TQError
+from .integrations import import_hook
+from .native.model import NativeModel
 
 if TYPE_CHECKING:
-    from .corpus import token_blocks
-    from .embeddings import KroneckerEmbedding, KroneckerHead
-    from .in_place import compress, compress_again
-    from .low_rank import LowRankLinear
-    from .low_rank_embedding import LowRankEmbedding, LowRankHead
-    from .mixed import MixedEmbedding, MixedHead, MixedLinear
-    from .modules import FusedKroneckerLinear, KroneckerLinear
-    from .moment_hooks import calibrate
-    from .peft_integration import merge_lora, register_lora
-    from .staged_distillation import distill
-    from .trainer import DistillTrainer
+    from . import evaluate, losses, modules, plots
+    from .calibration.calibrate import calibrate
+    from .compression.model import compress, compress_again
+    from .data.token_blocks import token_blocks
+    from .distillation.runner import distill
+    from .distillation.teacher_cache import CachedTeacher, TaughtBlocks, cache_teacher
+    from .distillation.trainer import DistillTrainer
+    from .evaluate.comparison import compare
+    from .evaluate.scoring import perplexity
+    from .integrations.peft import merge_lora, register_lora
 
 __all__ = [
     "RECIPES",
     "STAGED_RECIPES",
     "BudgetPlan",
+    "CachedTeacher",
     "Calibration",
     "CompressionReport",
     "DistillConfig",
     "DistillTrainer",
-    "FusedKroneckerLinear",
     "KroneckerDecomposition",
-    "KroneckerEmbedding",
-    "KroneckerHead",
-    "KroneckerLinear",
     "KroneckerSpec",
     "LowRankDecomposition",
-    "LowRankEmbedding",
-    "LowRankHead",
-    "LowRankLinear",
     "LowRankSpec",
     "MixedDecomposition",
-    "MixedEmbedding",
-    "MixedHead",
-    "MixedLinear",
     "MixedSpec",
     "NativeModel",
     "Stage",
     "StagedRecipe",
     "TQConfig",
     "TQError",
+    "TaughtBlocks",
     "TrainingConfig",
     "__version__",
+    "cache_teacher",
     "calibrate",
+    "compare",
     "compress",
     "compress_again",
     "compress_checkpoint",
     "decompose",
     "distill",
+    "evaluate",
     "find_permutation",
     "inspect",
+    "losses",
     "merge_lora",
+    "modules",
     "nearest_kronecker_sum",
+    "perplexity",
     "plan",
+    "plots",
     "register_lora",
     "token_blocks",
 ]
 
-# What needs torch, transformers or peft, or serves only with them, and the module that has it.
-_ON_DEMAND = {
-    "DistillTrainer": "trainer",
-    "FusedKroneckerLinear": "modules",
-    "KroneckerEmbedding": "embeddings",
-    "KroneckerHead": "embeddings",
-    "KroneckerLinear": "modules",
-    "LowRankEmbedding": "low_rank_embedding",
-    "LowRankHead": "low_rank_embedding",
-    "LowRankLinear": "low_rank",
-    "MixedEmbedding": "mixed",
-    "MixedHead": "mixed",
-    "MixedLinear": "mixed",
-    "calibrate": "moment_hooks",
-    "compress": "in_place",
-    "compress_again": "in_place",
-    "distill": "staged_distillation",
-    "merge_lora": "peft_integration",
-    "register_lora": "peft_integration",
-    "token_blocks": "corpus",
+# Names that need torch, transformers or peft, or serve only with them, and the module that each is in.
+_LAZY_NAMES = {
+    "CachedTeacher": "distillation.teacher_cache",
+    "DistillTrainer": "distillation.trainer",
+    "TaughtBlocks": "distillation.teacher_cache",
+    "cache_teacher": "distillation.teacher_cache",
+    "calibrate": "calibration.calibrate",
+    "compare": "evaluate.comparison",
+    "compress": "compression.model",
+    "compress_again": "compression.model",
+    "distill": "distillation.runner",
+    "merge_lora": "integrations.peft",
+    "perplexity": "evaluate.scoring",
+    "register_lora": "integrations.peft",
+    "token_blocks": "data.token_blocks",
 }
+# Folders and modules that are loaded when they are first used.
+_LAZY_MODULES = ("evaluate", "losses", "modules", "plots")
 
-_import_hook.install()
+import_hook.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_DEMAND:
+    if name not in _LAZY_NAMES and name not in _LAZY_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        value = getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
+        if name in _LAZY_MODULES:
+            return import_module(f".{name}", __name__)
+        value = getattr(import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"tqcompressor.{name} needs {error.name}: pip install 'tqcompressor[hf]'") from error
+        raise MissingDependencyError(
+            f"tqcompressor.{name} needs {error.name}: pip install 'tqcompressor[hf]'"
+        ) from error
     globals()[name] = value
     return value
 

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .budget_plan import BudgetPlan
+from .compression.budget_plan import BudgetPlan
+from .compression.report import CompressionReport
+from .config.specs import KroneckerSpec, LowRankSpec, MatrixSpec
 from .errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
-from .report import CompressionReport
-from .specs import KroneckerSpec, LowRankSpec, MatrixSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_block_energy", "plot_frontier", "plot_lost_energy", "plot_plan"]
-
 LostEnergies: TypeAlias = Mapping[str, float] | CompressionReport | BudgetPlan
-
 _MARKERS = "osD^vP*X"
 # Colours that stay apart for the colour-blind too (Okabe and Ito), for what a matrix of a plan becomes.
 _KINDS = {"stays dense": "#999999", "low rank": "#0072B2", "Kronecker sum": "#E69F00", "mixed sum": "#009E73"}

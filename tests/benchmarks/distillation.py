@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from measuring import ROOT, fresh_process
 from tqcompressor import KroneckerSpec, TQConfig, compress, token_blocks
+from tqcompressor.distillation.config import DistillConfig, TrainingConfig
+from tqcompressor.distillation.runner import distill
+from tqcompressor.distillation.stages import STAGED_RECIPES, Stage, StagedRecipe
+from tqcompressor.distillation.trainer import DistillTrainer
+from tqcompressor.distillation.training import training_arguments
 from tqcompressor.evaluate import perplexity, read_text
-from tqcompressor.stage_training import training_arguments
-from tqcompressor.staged_distillation import distill
-from tqcompressor.stages import STAGED_RECIPES, Stage, StagedRecipe
-from tqcompressor.trainer import DistillTrainer
-from tqcompressor.training_config import DistillConfig, TrainingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, PrinterCallback
 
 TEACHER = ROOT / "tests" / "data" / "tiny-gpt2"

@@ -122,8 +122,6 @@ def greedy(first: Callable, then: Callable, cache: Any, prompt: Tokens, count: i
 def warm_up(engine: str) -> None:
     """What an engine imports and allocates once, whatever the model: not counted as the memory of one."""
     if engine == "native":
-        from tqcompressor import _core  # noqa: F401
-
         return
     import torch
     import tqcompressor  # noqa: F401

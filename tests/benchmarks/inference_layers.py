@@ -27,9 +27,7 @@ def methods(layer: str, shape: tuple[int, int]) -> dict[str, Callable[[], "torch
     """What makes torch's dense layer, first, and the compressed ones, with random factors and permutations."""
     import torch
     from peers import pifa_rank_within
-    from tqcompressor.embeddings import KroneckerEmbedding, KroneckerHead
-    from tqcompressor.low_rank import LowRankLinear
-    from tqcompressor.modules import KroneckerLinear
+    from tqcompressor.modules import KroneckerEmbedding, KroneckerHead, KroneckerLinear, LowRankLinear
     from transformers.pytorch_utils import Conv1D
 
     inputs, outputs = shape

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from quality_data import collect_inputs, matrix, minilm
 from search import GPT2_ATTENTION, lost_energy, matrices
 from tqcompressor import KroneckerSpec, MixedSpec, decompose
-from tqcompressor.specs import MatrixSpec
+from tqcompressor.config.specs import MatrixSpec
 
 SHARE = 0.5
 

@@ -18,7 +18,7 @@ import quality
 import search
 import whole_checkpoint
 from measuring import machine
-from tqcompressor.tables import format_table
+from tqcompressor.utils.tables import format_table
 
 BENCHMARKS = {
     "search": search,

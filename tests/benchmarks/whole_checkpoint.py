@@ -48,7 +48,7 @@ print(seconds, (kilobytes("VmHWM") - before) / 1024)
 """
 COMPRESS = """
 import sys
-from tqcompressor.cli import main
+from tqcompressor.cli.main import main
 status = main(sys.argv[1:])
 assert "torch" not in sys.modules, "torch was imported"
 sys.exit(status)

@@ -1,6 +1,7 @@
 """Settings of the whole suite, disks that are small, and what several files read or load."""
 
 import os
+import signal
 import subprocess
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 
 # The models here are so small that a second thread of torch only waits, on a busy machine for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts the tests in the background has SIGINT ignored, in what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples at every run, and no failure because the machine is busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -53,12 +57,12 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def tokenised(monkeypatch):
     """The documents that were tokenised since the test began."""
-    from tqcompressor import token_stream
+    from tqcompressor.data import tokenize
 
     seen = []
-    encode = token_stream.Encoder.__call__
+    encode = tokenize.Encoder.__call__
     monkeypatch.setattr(
-        token_stream.Encoder, "__call__", lambda self, documents: seen.extend(documents) or encode(self, documents)
+        tokenize.Encoder, "__call__", lambda self, documents: seen.extend(documents) or encode(self, documents)
     )
     return seen
 
@@ -68,7 +72,7 @@ def checkpoints(tmp_path_factory):
     """A directory with checkpoints `dense`, `compressed` (tied), `untied`, `base` (no head), and what they give."""
     import torch
     from helpers.models import CONFIG, first_output, some_ids, tiny_model
-    from tqcompressor.in_place import compress
+    from tqcompressor.compression.model import compress
 
     directory = tmp_path_factory.mktemp("checkpoints")
     model = tiny_model()

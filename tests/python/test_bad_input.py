@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.checkpoints import Checkpoint, config, decode, encode, listing, write_safetensors
 from tqcompressor import errors
-from tqcompressor.checkpoint import compress_checkpoint, inspect
+from tqcompressor.compression.checkpoint import compress_checkpoint, inspect
 
 C_FC = "transformer.h.1.mlp.c_fc.weight"
 SPECS = {"wte": ((1, 4), 2, "columns"), "h.1.mlp.c_fc": ((2, 4), 4, "both")}

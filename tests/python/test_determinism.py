@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 from helpers.checkpoints import Checkpoint, config, listing
-from tqcompressor.checkpoint import compress_checkpoint
+from tqcompressor.compression.checkpoint import compress_checkpoint
 
 SPECS = {
     "wte": ((1, 4), 1, "columns"),

@@ -30,79 +30,25 @@ RUST = [
     "runtime",
     "python",
 ]
-PYTHON = [
-    "errors",
-    "groups",
-    "_core",
-    "progress",
-    "tables",
-    "specs",
-    "report",
-    "config",
-    "stages",
-    "decomposed",
-    "objective",
-    "whole_file",
-    "calibration",
-    "budget",
-    "budget_plan",
-    "decomposition",
-    "checkpoint",
-    "loss_arrays",
-    "torch_formulas",
-    "torch_arrays",
-    "torch_losses",
-    "torch_topk_loss",
-    "topk_loss",
-    "factored_head",
-    "losses",
-    "contraction",
-    "factors",
-    "expansion",
-    "modules",
-    "embeddings",
-    "low_rank",
-    "low_rank_embedding",
-    "mixed",
-    "architecture",
-    "planning",
-    "transformers_integration",
-    "_import_hook",
-    "plans",
-    "peft_integration",
-    "texts",
-    "whole_folder",
-    "token_stream",
-    "corpus",
-    "model_files",
-    "results",
-    "scoring_rules",
-    "runtime_tokens",
-    "runtime_model",
-    "runtime_moments",
-    "runtime",
-    "scoring",
-    "moment_batches",
-    "moment_sums",
-    "moment_pass",
-    "moment_hooks",
-    "sequential",
-    "in_place",
-    "teacher_file",
-    "teacher_cache",
-    "evaluate",
-    "training_config",
-    "trainer",
-    "training_report",
-    "stage_training",
-    "staged_distillation",
-    "plots",
-    "cli_options",
-    "cli",
-    "__init__",
-]
-# `from_pretrained(..., quantization_config=TQConfig())` runs the one above from within a hook of the one below.
-UPWARDS = {("transformers_integration", "in_place")}
+# Each folder (or file at the top) of the Python package, and what it may import; CONTRIBUTING.md shows the same rows.
+PYTHON = {
+    "errors": "",
+    "utils": "errors",
+    "losses": "errors _core",
+    "config": "errors",
+    "data": "errors utils",
+    "evaluate": "errors utils data",
+    "decomposition": "errors _core utils config",
+    "modules": "errors _core utils config",
+    "models": "errors config modules",
+    "calibration": "errors utils config data models",
+    "compression": "errors _core utils config data decomposition modules models calibration",
+    "native": "errors _core utils data evaluate calibration",
+    "distillation": "errors _core utils losses config data evaluate models compression",
+    "integrations": "errors config modules models compression",
+    "plots": "errors config decomposition compression evaluate",
+    "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",
+}
 # What only some machines have, and what takes long to import: never at the price of `import tqcompressor`.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "matplotlib", "scipy", "tqdm"}
 
@@ -116,12 +62,22 @@ def without_comments(source):
 
 
 RUST_FILES = sorted(path for path in (ROOT / "src").rglob("*.rs") if path.name != "lib.rs")
-PYTHON_FILES = sorted((ROOT / "python" / "tqcompressor").glob("*.py"))
+PACKAGE = ROOT / "python" / "tqcompressor"
+PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_the_tables_name_every_module():
     assert {rust_module(path) for path in RUST_FILES} == set(RUST)
-    assert {path.stem for path in PYTHON_FILES} | {"_core"} == set(PYTHON)
+    assert {python_module(path).partition(".")[0] for path in PYTHON_FILES} - {"", "__main__"} == set(PYTHON)
+
+
+def test_the_top_of_the_package_holds_few_files():
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".so"}
+    assert files == {"__init__.py", "__main__.py", "_core.pyi", "errors.py", "plots.py", "py.typed"}
+    # Each folder says what it owns, and what it may import.
+    for folder in set(PYTHON) - {"errors", "plots"}:
+        docstring = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")))
+        assert "May import" in docstring, folder
 
 
 @pytest.mark.parametrize("path", RUST_FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -145,30 +101,75 @@ def test_only_the_boundary_knows_python(path):
         assert not re.findall(r"\b(?:pyo3|numpy)::", without_comments(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.name)
-def test_python_imports_point_downwards(path):
-    own = PYTHON.index(path.stem)
-    allowed = {above for below, above in UPWARDS if below == path.stem}
-    above = sorted(name for name in imported(path) - allowed if PYTHON.index(name) >= own)
-    assert not above, f"{path.name} imports {above}"
+def python_module(path):
+    """The dotted name of a file, below the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path):
-    """The package's own modules that a file imports, anywhere in it."""
+    """The package's own modules that a file imports, anywhere in it, by dotted names below the package."""
+    package = ["tqcompressor", *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "tqcompressor" if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names = [f"{module}.{alias.name}" if module == "tqcompressor" else module for alias in node.names]
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package == "tqcompressor":
-                found.add(rest.split(".")[0] if rest.split(".")[0] in PYTHON else "__init__")
-    return found
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # What is imported is a module where there is one of that name, and a name of the module otherwise.
+            for alias in node.names:
+                name = f"{module}.{alias.name}"
+                names.append(name if name.removeprefix("tqcompressor.") in MODULES else module)
+        found |= {name.removeprefix("tqcompressor").removeprefix(".") for name in names if is_ours(name)}
+    return found - {python_module(path)}
+
+
+def is_ours(name):
+    return name.partition(".")[0] == "tqcompressor"
+
+
+MODULES = {python_module(path) for path in PYTHON_FILES} | {"_core"}
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_folder_imports_only_what_its_row_allows(path):
+    folder = python_module(path).partition(".")[0]
+    if folder in ("", "__main__"):
+        return
+    allowed = {folder, *PYTHON[folder].split()}
+    wrong = sorted(name for name in imported(path) if name.partition(".")[0] not in allowed)
+    assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
+
+
+def test_no_python_module_is_in_a_circle():
+    graph = {python_module(path): imported(path) for path in PYTHON_FILES}
+    assert not circle(graph)
+    assert not circle({folder: set(row.split()) for folder, row in PYTHON.items()})
+
+
+def circle(graph):
+    """A path through the graph that comes back to where it began, or nothing."""
+    done, path = set(), []
+
+    def visit(node):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        path.append(node)
+        found = next((found for after in sorted(graph.get(node, ())) if (found := visit(after))), None)
+        path.pop()
+        done.add(node)
+        return found
+
+    return next((found for node in sorted(graph) if (found := visit(node))), None)
+
+
+def test_circles_are_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
 
 
 def loaded_by(code):
@@ -200,11 +201,14 @@ def test_the_public_names_load_nothing_but_what_they_need():
 def test_the_command_line_needs_no_torch(command, tmp_path):
     if command[0] == "compress":
         command = [*command, "--out", str(tmp_path / "compressed")]
-    loaded = loaded_by(f"from tqcompressor.cli import main; assert main({command!r}) == 0")
+    loaded = loaded_by(f"from tqcompressor.cli.main import main; assert main({command!r}) == 0")
     assert not loaded & (HEAVY - {"tqdm", "huggingface_hub"})
 
 
 def test_contributing_shows_these_tables():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for table in (RUST, PYTHON):
-        assert " ".join(f"`{name}`" for name in table) in text
+    assert " ".join(f"`{name}`" for name in RUST) in text
+    for folder, row in PYTHON.items():
+        assert re.search(
+            rf"^\| `{folder}` \|.*\| {' '.join(f'`{name}`' for name in row.split())} ?\|$", text, re.MULTILINE
+        )

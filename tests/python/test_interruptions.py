@@ -10,13 +10,13 @@ import time
 import pytest
 from helpers.checkpoints import Checkpoint, config
 from tqcompressor import errors
-from tqcompressor.checkpoint import compress_checkpoint
+from tqcompressor.compression.checkpoint import compress_checkpoint
 
 LONG = config({"h.*.mlp.*": ((2, 4), 4, "both"), "h.*.attn.*": ((2, 4), 4, "both")}, effort="best")
 SCRIPT = """
     import json, os, signal, sys, threading, time
     from pathlib import Path
-    from tqcompressor.checkpoint import compress_checkpoint
+    from tqcompressor import compress_checkpoint
 
     source, destination, config, action = sys.argv[1:]
     partial = Path(destination).parent / f".{Path(destination).name}.tqcompressor-partial"
@@ -78,7 +78,7 @@ def test_two_runs_at_once_do_not_mix(tmp_path):
     source = Checkpoint(layers=4, width=128, vocabulary=300).write(tmp_path / "in")
     script = """
         import json, sys
-        from tqcompressor.checkpoint import compress_checkpoint
+        from tqcompressor import compress_checkpoint
 
         compress_checkpoint(*sys.argv[1:3], json.loads(sys.argv[3]))
     """

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tqcompressor import KroneckerSpec, LowRankSpec, MixedSpec, TQConfig, decompose, plots
-from tqcompressor.budget_plan import BudgetPlan, PlannedMatrix
+from tqcompressor.compression.budget_plan import BudgetPlan, PlannedMatrix
+from tqcompressor.compression.report import CompressionReport
 from tqcompressor.errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
-from tqcompressor.report import CompressionReport
 
 pytest.importorskip("matplotlib")
 

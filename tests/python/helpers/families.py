@@ -5,7 +5,7 @@ import copy
 import torch
 import transformers
 from tqcompressor.config import TQConfig
-from tqcompressor.specs import KroneckerSpec, LowRankSpec, MixedSpec
+from tqcompressor.config.specs import KroneckerSpec, LowRankSpec, MixedSpec
 
 from .models import VOCABULARY, tiny_config
 

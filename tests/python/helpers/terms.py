@@ -1,7 +1,7 @@
 """Random terms of every kind, as decompositions give them, and the dense matrices that they stand for by definition."""
 
 import numpy as np
-from tqcompressor.specs import KroneckerSpec, LowRankSpec
+from tqcompressor.config.specs import KroneckerSpec, LowRankSpec
 
 
 def random_term(spec, rows, columns, rng, integers=False):

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from test_distillation import RECIPE
 from tqcompressor import TrainingConfig, distill
+
+from helpers.distillation import RECIPE
 
 
 def train(folder, out, batch_size):

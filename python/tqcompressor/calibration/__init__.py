@@ -1,0 +1,8 @@
+"""Second moments of a model's activations and gradients on a text, and their file.
+
+May import `errors`, `utils`, `config`, `data` and `models`. The file is read and written without torch.
+"""
+
+from .calibration import Calibration
+
+__all__ = ["Calibration"]

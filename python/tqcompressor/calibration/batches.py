@@ -1,0 +1,132 @@
+"""What a model reads while its moments are measured: blocks of tokens drawn from a text, or the caller's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data.token_blocks import TokenBlocks, token_blocks
+from ..data.tokenize import BLOCK_LENGTH, Encoder, block_choice, drawn_blocks, encoded, split_document
+from ..errors import ConfigError, TextError
+
+Batch: TypeAlias = dict[str, torch.Tensor]
+# Of one batch: what the backward pass keeps of a GPT-2 small is then about half a gigabyte, and the logits of a wide
+# vocabulary at most 128 MB.
+_TOKENS_PER_BATCH = 1 << 10
+_LOGITS_PER_BATCH = 1 << 25
+
+
+def batches_of(
+    model: nn.Module, source: Any, text: Any, *, blocks: int, block_length: int | None, seed: int
+) -> list[Batch]:
+    """The batches that `calibrate` describes, on the CPU: each has `input_ids` and may have `attention_mask`.
+
+    Raises `TextError` and `ConfigError` as `calibrate` says.
+    """
+    if isinstance(source, PreTrainedTokenizerBase):
+        if text is None:
+            raise ConfigError("text: a tokenizer needs a text to tokenise, got None")
+        rows = _from_text(model, source, text, blocks, block_length, seed)
+        return _batched(model, rows)
+    if text is not None:
+        raise ConfigError(f"text: expected with a tokenizer, got it with {type(source).__name__}")
+    if isinstance(source, TokenBlocks):
+        return _batched(model, _drawn(source, blocks, seed))
+    if isinstance(source, str | Mapping) or not isinstance(source, Iterable):
+        raise ConfigError(f"expected a tokenizer, TokenBlocks or batches, got {type(source).__name__}")
+    batches = [_checked(number, batch) for number, batch in enumerate(source)]
+    if not batches:
+        raise TextError("there are no batches")
+    vocabulary = _vocabulary(model)
+    for number, batch in enumerate(batches):
+        if vocabulary is not None and int(batch["input_ids"].max()) >= vocabulary:
+            raise ConfigError(
+                f"batch {number}: expected tokens below {vocabulary}, got {int(batch['input_ids'].max())}"
+            )
+    return batches
+
+
+def mask_of(batch: Batch) -> torch.Tensor:
+    """Of a batch `(rows, positions)`: 1 where a token is, 0 where padding is."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else (mask != 0).long()
+
+
+def _from_text(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Any, blocks: int, block_length: int | None, seed: int
+) -> torch.Tensor:
+    """Blocks drawn from a text, with the special tokens around each that the tokenizer puts around an input."""
+    longest = min(_positions(model), tokenizer.model_max_length)
+    length = min(longest, BLOCK_LENGTH) if block_length is None else block_length
+    before, after = _special_tokens(tokenizer)
+    inner = length - len(before) - len(after)
+    if inner < 2 or length > longest:
+        least = 2 + len(before) + len(after)
+        raise ConfigError(f"block_length: expected {least} to {longest} (the model's positions), got {length}")
+    documents = [text] if isinstance(text, str) else text
+    if isinstance(documents, Sequence) and all(isinstance(document, str) for document in documents):
+        encoder = Encoder(tokenizer)
+        parts = (part for document in documents for part in split_document(document, encoder.end_text) if part.strip())
+        chunks = [ids for ids, _ in encoded(parts, encoder, None)]
+        drawn = torch.from_numpy(drawn_blocks(chunks, inner, blocks, seed))
+    else:
+        drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), blocks, seed)
+    edges = [torch.tensor(ids, dtype=torch.int64).expand(len(drawn), -1) for ids in (before, after)]
+    return torch.cat([edges[0], drawn, edges[1]], dim=1)
+
+
+def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:
+    chosen = block_choice(len(blocks), count, blocks.block_size, blocks.tokens, seed)
+    return torch.stack([blocks[index]["input_ids"] for index in chosen])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a single text, such as [CLS] and [SEP]."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    for begin in range(len(full) - len(bare) + 1):
+        if full[begin : begin + len(bare)] == bare:
+            return full[:begin], full[begin + len(bare) :]
+    return [], []
+
+
+def _batched(model: nn.Module, rows: torch.Tensor) -> list[Batch]:
+    vocabulary = _vocabulary(model)
+    if vocabulary is not None and int(rows.max()) >= vocabulary:
+        raise ConfigError(f"the model knows {vocabulary:,} tokens, the text has token {int(rows.max())}")
+    length = rows.shape[1]
+    size = min(_TOKENS_PER_BATCH // length, _LOGITS_PER_BATCH // (length * (vocabulary or 1)))
+    return [{"input_ids": part} for part in torch.split(rows, max(1, size))]
+
+
+def _checked(number: int, batch: Any) -> Batch:
+    tensors = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+    if not isinstance(tensors, Mapping) or not isinstance(tensors.get("input_ids"), torch.Tensor):
+        raise ConfigError(f'batch {number}: expected a tensor "input_ids", got {type(batch).__name__}')
+    # With labels, models compute a loss that nobody reads.
+    found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name != "labels"}
+    found = {name: value[None] if value.ndim == 1 else value for name, value in found.items()}
+    shape = tuple(found["input_ids"].shape)
+    if len(shape) != 2 or 0 in shape or found["input_ids"].dtype not in (torch.int32, torch.int64):
+        raise ConfigError(
+            f"batch {number}: expected input_ids (rows, positions) of integers, got {found['input_ids'].dtype} {shape}"
+        )
+    mask = found.get("attention_mask")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ConfigError(f"batch {number}: expected an attention_mask {shape}, got {tuple(mask.shape)}")
+    return found
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "vocab_size", None)
+
+
+def _positions(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else 1 << 30

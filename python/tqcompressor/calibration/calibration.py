@@ -1,0 +1,271 @@
+"""What is known of a model's activations and gradients: the second moments of every matrix, and their file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config.tq_config import split_part
+from ..errors import CheckpointError, MomentError, NonFiniteError, ShapeError
+from ..utils.atomic_io import WholeFile, storage_errors
+
+Moment: TypeAlias = NDArray[np.float32]
+_FORMAT = 1
+# The bytes of a moment that are checked or written at a time.
+_CHUNK = 1 << 24
+# A longer header than safetensors itself accepts is damage.
+_LONGEST_HEADER = 100_000_000
+
+
+class Calibration:
+    """Second moments of a model's activations and gradients: what `calibrate` measures, and compressing weighs by.
+
+    For a matrix `W` (m, n) in × out, `y = x W`:
+
+    - `input(matrix)` is `E[xᵀx]`, float32 `(m, m)`: the mean over tokens of the outer product of the layer's input;
+    - `output(matrix)` is `E[gᵀg]`, float32 `(n, n)`: the same of `g`, the gradient at the layer's output of what the
+      model says (see `calibrate`), or None where `sensitivity` is False.
+
+    Either is `(m,)` or `(n,)` where only the diagonal is kept. For an embedding, `(vocabulary, dimension)`, the input
+    moment is that of one-hot rows: the relative frequency of each token. One that is tied to the head stands for both
+    uses. Together they are the two-sided norm `tr(C_in Δ C_out Δᵀ)` of an error `Δ = W − Ŵ`.
+
+    The file is safetensors: `input.<module>` and `output.<matrix>`, named without the base prefix as in configs, and
+    the other fields as metadata.
+
+    Example:
+        >>> calibration = calibrate(model, tokenizer, text)  # doctest: +SKIP
+        >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+        >>> Calibration.load("calibration.safetensors").input("h.0.attn.c_attn.q").shape  # doctest: +SKIP
+        (768, 768)
+
+    Source: the two-sided norm is the Kronecker-factored curvature of Martens & Grosse, *Optimizing Neural Networks
+    with Kronecker-factored Approximate Curvature*, arXiv 1503.05671.
+    """
+
+    moments: dict[str, Moment]
+    """All of them, by their names in the file, sorted."""
+    tokens: int
+    """Tokens that the means are over."""
+    seed: int
+    """Of the blocks and of the sampled gradients."""
+    sensitivity: bool
+    """Whether gradients were measured, too."""
+    model_type: str | None
+    """The `model_type` of the model's config."""
+
+    def __init__(
+        self,
+        moments: Mapping[str, NDArray[Any]],
+        tokens: int,
+        seed: int = 0,
+        sensitivity: bool = True,
+        model_type: str | None = None,
+    ) -> None:
+        """Takes `moments` as float32, without a copy where they are that already.
+
+        Raises:
+            ShapeError: A moment is neither square nor one-dimensional, or is empty.
+            NonFiniteError: A moment holds NaN, or what is infinite in float32.
+            MomentError: A moment is not symmetric or has a negative diagonal, its name says neither `input.` nor
+                `output.`, or `tokens` is not positive.
+
+        Cost: reads every moment once.
+        """
+        if tokens < 1:
+            raise MomentError(f"tokens: expected at least 1, got {tokens}")
+        self.moments = {name: _checked(name, moments[name]) for name in sorted(moments)}
+        self.tokens, self.seed, self.sensitivity, self.model_type = tokens, seed, sensitivity, model_type
+
+    def input(self, matrix: str) -> Moment | None:
+        """The moment of the input of `matrix`, which a part of a fused one shares; None where there is none."""
+        found = self.moments.get(f"input.{matrix}")
+        return self.moments.get(f"input.{split_part(matrix)[0]}") if found is None else found
+
+    def output(self, matrix: str) -> Moment | None:
+        """The moment of the gradient at the output of `matrix`, or None."""
+        return self.moments.get(f"output.{matrix}")
+
+    def check(self, matrix: str, rows: int, columns: int) -> None:
+        """Raises `ShapeError` where the moments of `matrix` are not of a `(rows, columns)` matrix."""
+        for side, moment, expected in (
+            ("input", self.input(matrix), rows),
+            ("output", self.output(matrix), columns),
+        ):
+            if moment is not None and len(moment) != expected:
+                raise ShapeError(
+                    f"{side}.{matrix}: expected the moment of {expected} {side}s, as {matrix} ({rows}, {columns}) has "
+                    f"them, got one of {len(moment)}: it is of another model"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file at `path`, whole or not at all; equal contents make equal bytes.
+
+        Raises:
+            StorageError: It cannot be written; what was at `path` is still there.
+        """
+        metadata = {
+            "format_version": str(_FORMAT),
+            "tokens": str(self.tokens),
+            "seed": str(self.seed),
+            "sensitivity": "true" if self.sensitivity else "false",
+        }
+        if self.model_type is not None:
+            metadata["model_type"] = self.model_type
+        entries: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, moment in self.moments.items():
+            begin, end = end, end + moment.nbytes
+            entries[name] = {"dtype": "F32", "shape": moment.shape, "data_offsets": [begin, end]}
+        text = json.dumps(entries).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        with WholeFile(path) as file:
+            file.reserve(8 + len(text) + end)
+            file.write(len(text).to_bytes(8, "little") + text)
+            for moment in self.moments.values():
+                for part in _chunks(moment):
+                    file.write(part.astype("<f4").tobytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Maps the file at `path`; the moments stay on the disk until they are used.
+
+        Raises:
+            CheckpointError: It is no such file, is truncated or damaged, or is of a newer version.
+            ShapeError, NonFiniteError, MomentError: As for the constructor, the message beginning with the path.
+            StorageError: It cannot be read.
+
+        Cost: reads every moment once, to check it.
+        """
+        path = Path(path)
+        with storage_errors(path), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise CheckpointError(f"{path}: truncated, or not a safetensors file")
+            text = file.read(length)
+        try:
+            header = json.loads(text)
+            metadata = header.pop("__metadata__")
+            version = int(metadata["format_version"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: no calibration, or its header is damaged") from error
+        if version > _FORMAT:
+            raise CheckpointError(
+                f"{path}: written by a newer tqcompressor (format {version}, this one reads {_FORMAT})"
+            )
+        try:
+            fields: dict[str, Any] = {
+                "tokens": int(metadata["tokens"]),
+                "seed": int(metadata["seed"]),
+                "sensitivity": {"true": True, "false": False}[metadata["sensitivity"]],
+                "model_type": metadata.get("model_type"),
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: the metadata of the calibration is damaged: {metadata}") from error
+        moments = {name: _mapped(path, name, *part) for name, part in _parts(path, header, size - 8 - length).items()}
+        try:
+            return cls(moments, **fields)
+        except (ShapeError, NonFiniteError, MomentError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    def __repr__(self) -> str:
+        sides = "inputs and output gradients" if self.sensitivity else "inputs"
+        of = "" if self.model_type is None else f" of a {self.model_type}"
+        return f"Calibration({len(self.moments)} moments of {sides}{of}, over {self.tokens:,} tokens)"
+
+
+def _checked(name: str, moment: NDArray[Any]) -> Moment:
+    if not name.startswith(("input.", "output.")):
+        raise MomentError(f'{name}: expected a name that begins with "input." or "output."')
+    moment = np.asarray(moment)
+    if moment.size == 0 or moment.ndim not in (1, 2) or (moment.ndim == 2 and moment.shape[0] != moment.shape[1]):
+        raise ShapeError(f"{name}: expected a square matrix or its diagonal, got the shape {moment.shape}")
+    with np.errstate(over="ignore"):
+        moment = np.require(moment, np.float32, ["C", "A"])
+    if not all(np.isfinite(part).all() for part in _chunks(moment)):
+        raise NonFiniteError(f"{name}: holds NaN or an infinity")
+    if (lowest := float((moment if moment.ndim == 1 else moment.diagonal()).min())) < 0:
+        raise MomentError(f"{name}: expected a diagonal that is not negative, got {lowest:g}")
+    if moment.ndim == 2:
+        # In blocks: the transpose of a whole large matrix is slow to read.
+        step = 512
+        for row in range(0, len(moment), step):
+            for column in range(0, row + 1, step):
+                block = moment[row : row + step, column : column + step]
+                other = moment[column : column + step, row : row + step].T
+                if not np.array_equal(block, other):
+                    i, j = np.argwhere(block != other)[0]
+                    raise MomentError(
+                        f"{name}: expected a symmetric matrix, got {block[i, j]:g} at ({row + i}, {column + j}) "
+                        f"and {other[i, j]:g} at ({column + j}, {row + i})"
+                    )
+    return moment
+
+
+def _chunks(moment: Moment) -> Iterator[Moment]:
+    flat = moment.reshape(-1)
+    for begin in range(0, len(flat), _CHUNK // 4):
+        yield flat[begin : begin + _CHUNK // 4]
+
+
+def _parts(path: Path, header: Any, size: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    """`(shape, first byte from the end of the file)` of every tensor: together they must be the whole data."""
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, begin, end]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: {name}: the header of the tensor is damaged") from error
+        if dtype != "F32":
+            raise CheckpointError(f"{path}: {name}: expected the dtype F32, got {dtype}")
+        if not all(type(number) is int and number >= 0 for number in numbers) or end - begin != 4 * math.prod(shape):
+            raise CheckpointError(f"{path}: {name}: expected bytes for the shape {shape}, got {begin} to {end}")
+        spans.append((begin, end, name))
+        found[name] = (tuple(shape), size - begin)
+    expected = 0
+    for begin, end, name in sorted(spans):
+        if begin != expected:
+            raise CheckpointError(f"{path}: {name}: expected to begin at byte {expected}, got {begin}")
+        expected = end
+    if expected != size:
+        raise CheckpointError(f"{path}: truncated or damaged: expected {expected:,} bytes of tensors, got {size:,}")
+    return found
+
+
+def _mapped(path: Path, name: str, shape: tuple[int, ...], from_end: int) -> NDArray[Any]:
+    if math.prod(shape) == 0:
+        # Nothing to map; refused with the others' shapes.
+        return np.empty(shape, "<f4")
+    with storage_errors(path):
+        return np.memmap(path, "<f4", "r", os.stat(path).st_size - from_end, shape)
+
+
+def load_calibration(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
+    """The calibration that any entry point was given: itself, or the path of its file."""
+    return Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
+
+
+def merge_tied(moments: dict[str, Moment], embedding: str, head: str) -> None:
+    """Replaces the moments of an embedding and its tied head by those of the matrix that both are."""
+    rows, columns = moments.get(f"input.{embedding}"), moments.pop(f"input.{head}", None)
+    gradients, logits = moments.get(f"output.{embedding}"), moments.pop(f"output.{head}", None)
+    if rows is None or columns is None:
+        return
+    d1, c2 = rows.astype(np.float64), columns.astype(np.float64)
+    c1 = np.eye(len(c2)) if gradients is None else gradients.astype(np.float64)
+    d2 = np.ones(len(d1)) if logits is None else logits.astype(np.float64)
+    trace1, trace2 = np.trace(c1), np.trace(c2)
+    total = d1.sum() * trace1 + d2.sum() * trace2
+    if total > 0:
+        moments[f"input.{embedding}"] = ((d1 * trace1 + d2 * trace2) / total).astype(np.float32)
+        moments[f"output.{embedding}"] = (d1.sum() * c1 + d2.sum() * c2).astype(np.float32)

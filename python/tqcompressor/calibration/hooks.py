@@ -1,0 +1,207 @@
+"""One reading of a text by a live model, with hooks that sum what goes into its layers and what comes back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ConfigError, NonFiniteError
+from .accumulators import Sums, Unit, outer_products, token_counts
+from .batches import Batch, mask_of
+
+# Random vectors for each text whose embedding is the output.
+_EMBEDDING_SAMPLES = 8
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is of no interest."""
+
+
+class ReadingPass:
+    """Hooks on some units of a model, and what they have seen.
+
+    `samples` random gradients are drawn for each text; None stands for 1 of logits and 8 of embeddings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Sequence[Unit],
+        sensitivity: bool,
+        samples: int | None,
+        stop_behind: nn.Module | None,
+    ) -> None:
+        self._model, self._group, self._sensitivity, self._stop = model, group, sensitivity, stop_behind
+        self._samples = samples
+        self._device = next(model.parameters()).device
+        self._takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self.sums: dict[str, Sums] = {}
+        # Layers that share an input are called one after the other: it is multiplied once.
+        self._last: tuple[torch.Tensor, int, list[tuple[torch.Tensor, int]]] | None = None
+        self._mask = torch.empty(0)
+
+    def __enter__(self) -> ReadingPass:
+        self._stack = ExitStack()
+        lookups: dict[int, Unit] = {}
+        try:
+            for unit in self._group:
+                weight = getattr(unit.module, "weight", None)
+                if unit.embedding and isinstance(unit.module, nn.Embedding) and weight is not None:
+                    # Its ids may be computed within its subclass, as OPT's positions are.
+                    lookups.setdefault(id(weight), unit)
+                    continue
+                handle = unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
+                self._stack.callback(handle.remove)
+            if self._stop is not None and not self._sensitivity:
+                self._stack.callback(self._stop.register_forward_hook(self._end).remove)
+        except BaseException:
+            self._stack.close()
+            raise
+        self._lookups = _Lookups(lookups, self._looked_up)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._last = None
+
+    def read(self, batch: Batch, generator: torch.Generator, scale: float) -> None:
+        """Runs the model on a batch, forward and, where gradients are measured, backward."""
+        self._mask = mask_of(batch).to(self._device)
+        inputs: dict[str, Any] = {name: value.to(self._device) for name, value in batch.items()}
+        if self._takes_cache:
+            inputs["use_cache"] = False
+        try:
+            with self._lookups:
+                outputs = self._model(**inputs)
+        except _Stop:
+            return
+        finally:
+            self._last = None
+        if self._sensitivity:
+            self._backward(outputs, generator, scale)
+
+    def _backward(self, outputs: Any, generator: torch.Generator, scale: float) -> None:
+        logits = getattr(outputs, "logits", None)
+        hidden = getattr(outputs, "last_hidden_state", None)
+        if isinstance(logits, torch.Tensor):
+            target, samples = logits, self._samples or 1
+        elif isinstance(hidden, torch.Tensor):
+            mask = self._mask.unsqueeze(-1).float()
+            pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+            target, samples = nn.functional.normalize(pooled, dim=-1), self._samples or _EMBEDDING_SAMPLES
+        else:
+            raise ConfigError(
+                f"{type(self._model).__name__} returns neither .logits nor .last_hidden_state: calibrate it with "
+                "sensitivity=False"
+            )
+        for sample in range(samples):
+            gradient = self._gradient(target, target is logits, generator)
+            if not target.requires_grad:
+                return
+            gradient = gradient if scale == 1 else gradient * scale
+            more = sample < samples - 1
+            target.backward(gradient.to(target.dtype), retain_graph=more)  # type: ignore[no-untyped-call]
+
+    def _gradient(self, target: torch.Tensor, logits: bool, generator: torch.Generator) -> torch.Tensor:
+        """A random gradient of what the model says, which must be finite; a single logit is a regression's."""
+        if logits and target.shape[-1] > 1:
+            gradient = _sampled_gradient(target.detach(), generator)
+            # A softmax spreads what is not finite over its row; a logit itself may be minus infinity.
+            checked = gradient[..., 0]
+        else:
+            # Of unit variance.
+            gradient = torch.randn(target.shape, generator=generator).to(target.device)
+            checked = target.detach()
+        if not bool(checked.isfinite().all()):
+            raise NonFiniteError(f"{type(self._model).__name__} returns NaN or an infinity")
+        if logits and tuple(target.shape[:2]) == tuple(self._mask.shape) and not bool(self._mask.all()):
+            gradient *= self._mask.unsqueeze(-1)
+        return gradient
+
+    def _hook(self, unit: Unit) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            if unit.embedding:
+                return self._looked_up(unit, x, output)
+            weights = self._weights(tuple(x.shape[:-1]))
+            if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+                with torch.no_grad():
+                    self._last = x, x._version, outer_products(x, weights)
+            self._sums_of(unit).add_inputs(self._last[2])
+            return self._watched(unit, output)
+
+        return hook
+
+    def _looked_up(self, unit: Unit, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        weights = self._weights(tuple(ids.shape))
+        self._sums_of(unit).add_inputs(token_counts(ids, weights, unit.inputs))
+        return self._watched(unit, rows)
+
+    def _sums_of(self, unit: Unit) -> Sums:
+        if unit.name not in self.sums:
+            self.sums[unit.name] = Sums(unit, self._device, self._sensitivity)
+        return self.sums[unit.name]
+
+    def _watched(self, unit: Unit, output: torch.Tensor) -> torch.Tensor:
+        """The output of a unit, whose gradient will be seen."""
+        if not self._sensitivity:
+            return output
+        if not output.requires_grad:
+            # The graph begins here; not with the leaf itself, which the model must not change in place.
+            output = output.requires_grad_().clone()
+        weights = self._weights(tuple(output.shape[:-1]))
+
+        def seen(gradient: torch.Tensor) -> None:
+            with torch.no_grad():
+                self._sums_of(unit).add_gradient(gradient, weights)
+
+        output.register_hook(seen)  # type: ignore[no-untyped-call]
+        return output
+
+    def _weights(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """For how many tokens each row of an array `(*shape, features)` stands, as one dimension."""
+        rows, positions = self._mask.shape
+        if shape in ((rows, positions), (rows * positions,)):
+            return self._mask.reshape(-1)
+        if shape == (1, positions):
+            # Positions, which all rows of the batch share.
+            return self._mask.sum(0)
+        return self._mask.new_ones(int(np.prod(shape)))
+
+    def _end(self, *_: object) -> None:
+        raise _Stop
+
+
+class _Lookups(TorchFunctionMode):
+    """Sees every lookup in the weights it is given, by whatever code it is made."""
+
+    def __init__(
+        self, watched: dict[int, Unit], looked_up: Callable[[Unit, torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self._watched, self._looked_up = watched, looked_up
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is nn.functional.embedding and len(args) > 1 and (unit := self._watched.get(id(args[1]))):
+            return self._looked_up(unit, args[0], found)
+        return found
+
+
+def _sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Of the summed cross-entropy with labels drawn from the softmax: `softmax(logits) − one-hot(label)`, float32."""
+    classes = logits.shape[-1]
+    probabilities = logits.float().softmax(-1).reshape(-1, classes)
+    # By the inverse of the distribution function: one random number a token, the same on every device.
+    cumulative = probabilities.cumsum(-1)
+    levels = torch.rand((len(probabilities), 1), generator=generator).to(logits.device) * cumulative[:, -1:]
+    labels = torch.searchsorted(cumulative, levels, right=True).clamp_(max=classes - 1)
+    probabilities.scatter_add_(1, labels, torch.full_like(levels, -1.0))
+    return probabilities.view(logits.shape)

@@ -1,0 +1,316 @@
+"""The command line: `tqcompressor compress`, `calibrate`, `distill`, `inspect`, `evaluate` and `generate`.
+
+Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
+2 for wrong usage or input that cannot be followed, 130 after Ctrl-C, and 1 for any other failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.recipes import recipe, resolve_config
+from ..config.tq_config import TQConfig
+from ..distillation.config import DistillConfig, TrainingConfig
+from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
+from .options import parser
+
+if TYPE_CHECKING:
+    from ..calibration.calibration import Calibration
+    from ..evaluate.results import ModelScore
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    options = parser().parse_args(arguments)
+    run = {
+        "compress": _compress,
+        "calibrate": _calibrate,
+        "distill": _distill,
+        "inspect": _inspect,
+        "evaluate": _evaluate,
+        "generate": _generate,
+    }[options.command]
+    try:
+        run(options)
+        # Here and not at interpreter exit, where a closed pipe could no longer be caught.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("tqcompressor: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has had enough. The interpreter must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"tqcompressor: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if _is_bad_input(error) else 1
+    return 0
+
+
+def _config(options: argparse.Namespace) -> TQConfig | None:
+    if options.config is not None:
+        return resolve_config(Path(options.config))
+    return None if options.recipe is None else recipe(options.recipe)
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from ..compression.budget import meaning
+    from ..compression.checkpoint import compress_checkpoint
+
+    report = compress_checkpoint(
+        options.source,
+        options.out,
+        _config(options),
+        budget=options.budget,
+        calibration=options.calibration,
+        objective=options.objective,
+        matrices=options.matrices,
+        max_multiplies=options.max_multiplies,
+        effort=options.effort,
+        seed=options.seed,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        threads=options.threads,
+        max_shard_size=options.max_shard_size,
+    )
+    if options.json:
+        print(report.to_json())
+        return
+    print(report)
+    if options.budget is not None:
+        print(f"budget {options.budget}: {meaning(options.budget)}")
+    print(f"written to {options.out}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    found = (_calibrate_native if _is_native(options) else _calibrate_in_torch)(options)
+    found.save(options.out)
+    if options.json:
+        fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
+        shapes = {name: list(moment.shape) for name, moment in found.moments.items()}
+        print(json.dumps({**fields_of, "model_type": found.model_type, "moments": shapes}, indent=2))
+    else:
+        print(f"{found}\nwritten to {options.out}")
+
+
+def _calibrate_native(options: argparse.Namespace) -> Calibration:
+    from ..native.model import NativeModel
+
+    if not options.no_sensitivity:
+        print("tqcompressor: the native engine measures inputs only: gradients need torch", file=sys.stderr)
+    return NativeModel.from_pretrained(options.model, threads=options.threads).calibrate(
+        [Path(text) for text in options.texts],
+        blocks=options.blocks,
+        block_length=options.block_length,
+        seed=options.seed,
+    )
+
+
+def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
+    try:
+        import torch
+        import transformers
+
+        from ..calibration.calibrate import calibrate
+    except ImportError as error:
+        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
+    _quiet_transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    # Encoders have no head that tells what they say, and decoders have: the class that the checkpoint was saved from.
+    config = transformers.AutoConfig.from_pretrained(options.model)
+    cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return calibrate(
+        cls.from_pretrained(options.model, dtype=options.dtype).to(options.device),
+        tokenizer,
+        [Path(text) for text in options.texts],
+        blocks=options.blocks,
+        block_length=options.block_length,
+        sensitivity=not options.no_sensitivity,
+        seed=options.seed,
+    )
+
+
+def _distill(options: argparse.Namespace) -> None:
+    # What is wrong with them is said before torch is imported.
+    training = TrainingConfig(**{field.name: getattr(options, field.name) for field in fields(TrainingConfig)})
+    losses = DistillConfig(options.temperature, options.alpha, options.hidden_weight, options.hidden_kind)
+    try:
+        from ..distillation.runner import distill
+    except ImportError as error:
+        raise MissingDependencyError(f'distill needs {error.name}: pip install "tqcompressor[hf]"') from error
+    try:
+        report = distill(
+            options.teacher,
+            options.recipe,
+            texts=options.text,
+            out=options.out,
+            tokens=options.tokens,
+            heldout=options.heldout,
+            losses=losses,
+            training=training,
+            effort=options.effort,
+            seed=options.seed,
+            device=options.device,
+            dtype=options.dtype,
+            resume=options.resume,
+            threads=options.threads,
+        )
+    except KeyboardInterrupt:
+        print(f"tqcompressor: {options.out} holds what is done: go on with --resume", file=sys.stderr)
+        raise
+    # One of several processes speaks for all.
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from ..compression.checkpoint import inspect
+    from ..compression.plan import plan
+
+    only_plans = {
+        "--plan": options.plan,
+        "--calibration": options.calibration,
+        "--matrices": options.matrices,
+        "--max-multiplies": options.max_multiplies,
+    }
+    if options.budget is not None:
+        found = plan(
+            options.source,
+            options.budget,
+            calibration=options.calibration,
+            objective=options.objective,
+            matrices=options.matrices,
+            max_multiplies=options.max_multiplies,
+            effort=options.effort or "fast",
+            seed=options.seed or 0,
+            threads=options.threads,
+        )
+        print(found.to_json() if options.json else found)
+        return
+    for name, value in only_plans.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"{name} needs --budget")
+    report = inspect(options.source, _config(options))
+    print(report.to_json() if options.json else report)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ..data.text import read_passages, read_text
+    from ..evaluate.results import Comparison
+
+    native = _is_native(options)
+    # Before the models, which take seconds to load.
+    text = read_text(options.text)
+    passages = None if options.lambada is None else read_passages(options.lambada)
+    models = [name for name in (options.teacher, options.model) if name is not None]
+    # One at a time, so that memory holds one model.
+    score = _score_native if native else _score_in_torch
+    table = Comparison(tuple(score(name, text, passages, options) for name in models))
+    print(table.to_json() if options.json else table)
+
+
+def _is_native(options: argparse.Namespace) -> bool:
+    """Whether the native engine computes; refuses options that it does not follow."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if options.engine == "torch" or (options.engine == "auto" and not missing):
+        return False
+    why = f": {missing[0]} is not installed" if options.engine == "auto" else ""
+    for option, value, only in (
+        ("--device", options.device, "cpu"),
+        ("--dtype", options.dtype, "float32"),
+        ("--batch-size", getattr(options, "batch_size", None), None),
+    ):
+        if value is not None and value != only:
+            allowed = "chosen by itself" if only is None else f"{only} only"
+            raise ConfigError(f"{option} {value}: {allowed} with the native engine{why}")
+    return True
+
+
+def _score_native(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+    from ..native.model import NativeModel
+
+    model = NativeModel.from_pretrained(name, threads=options.threads)
+    return model.score(text, name=name, passages=passages, context=options.context, stride=options.stride)
+
+
+def _score_in_torch(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+    from ..evaluate.comparison import score
+
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
+    _quiet_transformers()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    device: Any = options.device or "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(device)
+    return score(
+        model,
+        tokenizer,
+        text,
+        name=name,
+        passages=passages,
+        context=options.context,
+        stride=options.stride,
+        batch_size=options.batch_size,
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from ..native.model import NativeModel
+
+    def show(prompt: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    text = NativeModel.from_pretrained(options.model, threads=options.threads).generate(
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stream=None if options.json else show,
+    )
+    print(json.dumps({"prompt": options.prompt, "text": text}, indent=2) if options.json else "")
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    # Its notes and bars would stand between the user and the table.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _is_bad_input(error: Exception) -> bool:
+    if isinstance(error, StorageError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return True
+    if isinstance(error, StorageError | ConvergenceError | MissingDependencyError):
+        return False
+    # transformers reports a directory that holds no model as a plain OSError.
+    return isinstance(error, TQError | OSError)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

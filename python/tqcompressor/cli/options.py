@@ -1,0 +1,237 @@
+"""What the command line understands: the parser of `tqcompressor`, each command with its options."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .._core import __version__
+from ..config.recipes import RECIPES
+from ..config.tq_config import EFFORTS
+from ..decomposition.norm import OBJECTIVES
+from ..distillation.config import PRECISIONS, DistillConfig, TrainingConfig
+from ..distillation.stages import STAGED_RECIPES
+
+DTYPES = ("float32", "float16", "bfloat16")
+ENGINES = ("auto", "torch", "native")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; `command` of what it returns is the name of the command."""
+    program = argparse.ArgumentParser(
+        prog="tqcompressor",
+        description="Compress models of transformers: by one budget, spent where it saves most, or by a recipe.",
+    )
+    program.add_argument("--version", action="version", version=f"tqcompressor {__version__}")
+    commands = program.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    compress = commands.add_parser("compress", parents=[common], help="compress a checkpoint into a new directory")
+    compress.add_argument("source", metavar="SRC", help="a checkpoint directory with safetensors files, or a hub id")
+    _add_config(compress, required=True)
+    _add_calibration(compress)
+    compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
+    _add_search(compress)
+    compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
+    compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
+
+    _add_distill(commands, common)
+
+    inspect = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="show what a recipe or a budget would do to a checkpoint, or what was done to a compressed one",
+    )
+    inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
+    _add_config(inspect, required=False)
+    inspect.add_argument("--plan", action="store_true", help="how --budget is spent; reads the weights")
+    _add_calibration(inspect)
+    _add_search(inspect)
+
+    _add_calibrate(commands, common)
+
+    _add_evaluate(commands, common)
+    _add_generate(commands, common)
+    return program
+
+
+def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
+    training, losses = TrainingConfig(), DistillConfig()
+    distill = commands.add_parser(
+        "distill",
+        parents=[common],
+        help="compress a checkpoint stage by stage, and let it learn from its teacher after each",
+        description="Compress a checkpoint stage by stage, and let it learn from its teacher after each stage. "
+        "A run that was killed goes on with --resume. Several processes: torchrun -m tqcompressor.cli distill ...",
+    )
+    names = ", ".join((*STAGED_RECIPES, *RECIPES))
+    distill.add_argument("--teacher", metavar="DIR", required=True, help="a dense checkpoint directory, or a hub id")
+    distill.add_argument("--recipe", metavar="NAME", default="tq-81m-staged", help=f"{names}, or a JSON file")
+    distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to learn from")
+    distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
+    distill.add_argument("--resume", action="store_true", help="go on where a run with the same options was killed")
+    distill.add_argument("--tokens", type=_positive, metavar="N", help="to train on in all (default: all of the text)")
+    distill.add_argument("--heldout", metavar="FILE", help="measures perplexity (default: the end of the text)")
+    group = distill.add_argument_group("training")
+    group.add_argument("--block-size", type=_positive, metavar="N", help="tokens of a block (default: the context)")
+    group.add_argument("--batch-size", type=_positive, metavar="N", default=training.batch_size, help="blocks per step")
+    group.add_argument(
+        "--gradient-accumulation-steps",
+        type=_positive,
+        metavar="N",
+        default=training.gradient_accumulation_steps,
+        help="batches per step",
+    )
+    group.add_argument("--learning-rate", type=float, metavar="X", default=training.learning_rate)
+    group.add_argument("--warmup", type=float, metavar="X", default=training.warmup, help="share of the steps")
+    group.add_argument("--weight-decay", type=float, metavar="X", default=training.weight_decay)
+    group.add_argument("--precision", choices=PRECISIONS, default=training.precision, help="of the forward pass")
+    group.add_argument(
+        "--checkpoints", type=_positive, metavar="N", default=training.checkpoints, help="of a stage, to resume from"
+    )
+    group.add_argument("--device", choices=("cpu",), help="train on the CPU though there is a GPU")
+    group.add_argument("--seed", type=int, default=training.seed, help="of the search and of the order of the text")
+    group = distill.add_argument_group("loss: alpha·T²·KL(teacher‖student at T) + (1 − alpha)·CE + hidden_weight·H")
+    group.add_argument("--temperature", type=float, metavar="T", default=losses.temperature)
+    group.add_argument("--alpha", type=float, metavar="X", default=losses.alpha)
+    group.add_argument("--hidden-weight", type=float, metavar="X", default=losses.hidden_weight)
+    group.add_argument("--hidden-kind", choices=("mse", "cosine"), default=losses.hidden_kind)
+    group = distill.add_argument_group("compression")
+    group.add_argument("--effort", choices=EFFORTS, help="how hard permutations are searched (default: the recipe's)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: float32)")
+
+
+def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[common],
+        help="measure on a text what --calibration takes",
+        description="Measure the second moments of a model's activations, and of its gradients, on a text.",
+    )
+    calibrate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
+    calibrate.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 files or globs")
+    calibrate.add_argument("--out", metavar="FILE", required=True, help="the safetensors file to write")
+    calibrate.add_argument(
+        "--blocks", type=_positive, metavar="N", default=128, help="drawn from the text (default: 128)"
+    )
+    calibrate.add_argument(
+        "--block-length",
+        type=_positive,
+        metavar="N",
+        help="tokens of a block (default: 128, or the context if shorter)",
+    )
+    calibrate.add_argument(
+        "--no-sensitivity",
+        action="store_true",
+        help="activations only, as --engine native always: half the time, but no objective sensitivity",
+    )
+    calibrate.add_argument("--seed", type=int, default=0, help="of the blocks and of the gradients (default: 0)")
+    calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
+    calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_engine(calibrate)
+
+
+def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", parents=[common], help="measure perplexity, beside the teacher's if given"
+    )
+    evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
+    evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
+    evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
+    evaluate.add_argument("--lambada", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
+    evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
+    evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    _add_engine(evaluate)
+    group = evaluate.add_argument_group("engine torch")
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
+    group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
+    group.add_argument("--device", help="torch device (default: cpu)")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="native computes GPT-2 without torch, on the CPU and in float32 (default: torch if it is installed)",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
+
+
+def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
+    generate = commands.add_parser(
+        "generate",
+        parents=[common],
+        help="continue a text; needs no torch",
+        description="Continue a text with a GPT-2, dense or compressed, as its tokens come. Needs no torch.",
+    )
+    generate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="what is continued")
+    generate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or what has room)")
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="what logits are divided by before a token is drawn (default: 0, the most probable one is taken)",
+    )
+    generate.add_argument("--top-k", type=_positive, metavar="K", default=0, help="draw from the K most probable only")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", default=1.0, help="draw from the most probable that have P together"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
+
+
+def _add_config(parser: argparse.ArgumentParser, required: bool) -> None:
+    choice = parser.add_mutually_exclusive_group(required=required)
+    choice.add_argument("--recipe", metavar="NAME", help=f"a named recipe: {', '.join(RECIPES)}")
+    choice.add_argument("--config", metavar="FILE", help="a TQConfig as JSON")
+    choice.add_argument(
+        "--budget",
+        metavar="B",
+        help='what is kept, spent where it saves most: a share of all parameters (0.65 or "65%%"), their number, '
+        'the size of the weights ("300MB"), or "lost_energy=0.1"',
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration", metavar="FILE", help="what `tqcompressor calibrate` wrote")
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="auto",
+        help="the norm of errors (default: all that --calibration has)",
+    )
+    parser.add_argument(
+        "--matrices", metavar="PATTERN", nargs="+", help="matrices that --budget is spent on (default: all worth it)"
+    )
+    parser.add_argument(
+        "--max-multiplies",
+        type=float,
+        metavar="X",
+        help="with --budget: multiplications for one token that these matrices may take, as a share of the dense ones'",
+    )
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    default = "default: the config's, or balanced; fast for a budget"
+    parser.add_argument("--effort", choices=EFFORTS, help=f"how hard is searched ({default})")
+    parser.add_argument("--seed", type=int, help="seed of the search (default: the config's, or 0)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+# What argparse calls the type in "invalid positive integer value: '0'".
+_positive.__name__ = "positive integer"

@@ -1,0 +1,140 @@
+"""What was done to a model, or would be: the report that `compress`, `compress_checkpoint` and `inspect` return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..config.specs import MatrixSpec, describe, planned_spec
+from ..utils.tables import format_table
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One compressed matrix, in × out."""
+
+    name: str
+    """Its name in a config: "wte", "h.0.attn.c_attn.q"."""
+    tensor: str
+    """The name of the tensor that it was stored in."""
+    shape: tuple[int, int]
+    """In features (or the vocabulary) and out features (or the dimension)."""
+    parameters_before: int
+    parameters_after: int
+    lost_energy: float | None = None
+    """`‖W − Ŵ‖² / ‖W‖²` of the float32 factors; None in a plan."""
+    seconds: float | None = None
+    """Wall-clock time; None in a plan."""
+    block: tuple[int, int] | None = None
+    """The block `(m2, n2)` of a Kronecker sum."""
+    rank: int | None = None
+    """The rank of a Kronecker sum, or of a low-rank matrix."""
+    permute: str | None = None
+    """Which sides of a Kronecker sum may be permuted."""
+    terms: tuple[Mapping[str, Any], ...] | None = None
+    """The specs of the terms, as in a config, where there are several."""
+
+    @property
+    def spec(self) -> MatrixSpec:
+        """What it became, as in a config."""
+        return planned_spec(vars(self))
+
+
+@dataclass(frozen=True)
+class UntouchedTensor:
+    """A tensor that stays as it is."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What was done to a model, or, when it comes from a plan, what would be.
+
+    `str()` is a table. `to_dict` and `to_json` give what `compression_report.json` holds.
+    """
+
+    version: str
+    """The version of tqcompressor."""
+    format_version: int
+    source: str | None
+    """Where the checkpoint came from; None for a model in memory."""
+    effort: str
+    seed: int
+    dtype: str | None
+    """The dtype that was asked for; None keeps every tensor's own."""
+    matrices: tuple[MatrixReport, ...]
+    """The compressed matrices, in model order."""
+    untouched: tuple[UntouchedTensor, ...]
+    """The other tensors, in model order."""
+    parameters_before: int
+    """Elements of all floating tensors; a tied head is the token embedding and does not count again."""
+    parameters_after: int
+    bytes_before: int | None = None
+    """Size of the weight files; None when there are none."""
+    bytes_after: int | None = None
+    seconds: float | None = None
+    """Wall-clock time of the whole job; None in a plan."""
+    calibrated: bool | None = None
+    """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompressionReport:
+        """The inverse of `to_dict`. Keys that a report does not have are left out, so it reads plans too."""
+        names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched"}
+        return cls(
+            version=data["tqcompressor"],
+            matrices=tuple(_read(MatrixReport, matrix) for matrix in data["matrices"]),
+            untouched=tuple(_read(UntouchedTensor, tensor) for tensor in data["untouched"]),
+            **{name: data[name] for name in names if name in data},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types; what is not known is left out."""
+        data = _known(asdict(self), keep=("source", "dtype"))
+        data["matrices"] = [_known(matrix) for matrix in data["matrices"]]
+        data["untouched"] = [_known(tensor) for tensor in data["untouched"]]
+        return {"tqcompressor": data.pop("version"), **data}
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """A table: one line per matrix, one for all other tensors, the total."""
+        done = self.seconds is not None
+        header = ["matrix", "shape", "becomes", "parameters", "after"]
+        rows = [header + ["lost energy", "seconds"] * done]
+        for matrix in self.matrices:
+            row = [matrix.name, _times(matrix.shape), describe(matrix.spec)]
+            row += [f"{matrix.parameters_before:,}", f"{matrix.parameters_after:,}"]
+            rows.append(row + [f"{matrix.lost_energy or 0:.4f}", f"{matrix.seconds or 0:.2f}"] * done)
+        kept = f"{sum(tensor.parameters for tensor in self.untouched):,}"
+        rows.append([f"{len(self.untouched)} other tensors", "", "", kept, kept, *[""] * (2 * done)])
+        total = ["total", "", "", f"{self.parameters_before:,}", f"{self.parameters_after:,}"]
+        rows.append(total + ["", f"{self.seconds or 0:.2f}"] * done)
+        share = 100 * self.parameters_after / max(self.parameters_before, 1)
+        summary = f"{share:.1f}% of the parameters {'are left' if done else 'would be left'}"
+        if self.bytes_before is not None and self.bytes_after is not None:
+            summary += f", in {self.bytes_after:,} of {self.bytes_before:,} bytes"
+        return f"{format_table(rows)}\n{summary}"
+
+
+def _read(cls: Any, data: Mapping[str, Any]) -> Any:
+    """Builds a dataclass from the keys that it knows; JSON arrays become tuples."""
+    known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+    return cls(**{name: tuple(value) if isinstance(value, list | tuple) else value for name, value in known.items()})
+
+
+def _known(data: dict[str, Any], keep: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The entries that are known, tuples as the lists that JSON has."""
+    known = {name: value for name, value in data.items() if value is not None or name in keep}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,67 @@
+"""Named configs, and how every entry point reads its `config` argument."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import ConfigError
+from .specs import KroneckerSpec
+from .tq_config import TQConfig
+
+DEFAULT_RECIPE = "tq-81m"
+RECIPES: Mapping[str, TQConfig] = MappingProxyType(
+    {
+        # The published 81M model (arXiv 2401.16367) in one shot: the embedding in a quarter of its width, and the
+        # feed-forward matrices of every odd block with half of their parameters.
+        "tq-81m": TQConfig(
+            {
+                "wte": KroneckerSpec(block=(1, 4), rank=1, permute="columns"),
+                "h.*[13579].mlp.c_fc": KroneckerSpec(block=(2, 4), rank=4),
+                "h.*[13579].mlp.c_proj": KroneckerSpec(block=(4, 2), rank=4),
+            }
+        ),
+    }
+)
+
+
+def recipe(name: str) -> TQConfig:
+    """The recipe of that name in `RECIPES`; raises `ConfigError` when there is none."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise ConfigError(f"no recipe is called {name!r}; there is {', '.join(RECIPES)}") from None
+
+
+def resolve_config(config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None, **changes: Any) -> TQConfig:
+    """The config that any entry point was given: a recipe's name, the path of a JSON file, a dict or a `TQConfig`.
+
+    None stands for the default. `changes` (`effort`, `seed`) override what the config says, unless they are None.
+    Raises `ConfigError` when the name is neither a recipe nor a file, or when its contents cannot be followed.
+    """
+    if config is None:
+        resolved = RECIPES[DEFAULT_RECIPE]
+    elif isinstance(config, TQConfig):
+        resolved = config
+    elif isinstance(config, Mapping):
+        resolved = TQConfig.from_dict(config)
+    elif isinstance(config, str | os.PathLike):
+        resolved = _named_config(config)
+    else:
+        raise ConfigError(f"a config is a recipe's name, a path, a dict or a TQConfig, got {type(config).__name__}")
+    return resolved.replace(**changes)
+
+
+def _named_config(name: str | os.PathLike[str]) -> TQConfig:
+    if isinstance(name, str) and name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"{os.fspath(name)!r} is neither a recipe ({', '.join(RECIPES)}) nor a file")
+    try:
+        return TQConfig.from_json(path.read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,262 @@
+"""What one matrix becomes: a Kronecker sum, a product of low rank, or a sum of such.
+
+Nothing here imports more than the errors: specs are plain values, in a config, in JSON and as arguments alike.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ..errors import ConfigError, ShapeError
+
+PERMUTES = ("none", "rows", "columns", "both")
+
+
+def integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
+    """`value` as an int; raises `ConfigError` unless it is an integer within the given limits."""
+    wanted = f"{name} must be an integer from {smallest}" + (" up" if largest is None else f" to {largest}")
+    try:
+        # True would pass as 1, and 4.0 as nothing at all: neither is meant as a count.
+        number = operator.index(value) if not isinstance(value, bool) else None
+    except TypeError:
+        number = None
+    if number is None or number < smallest or (largest is not None and number > largest):
+        raise ConfigError(f"{wanted}, got {value!r}")
+    return number
+
+
+def check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    """Raises `ConfigError` unless `data` is a mapping with all the required and none but the known keys."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"a {what} must be a JSON object, got {type(data).__name__}")
+    unknown = [str(key) for key in data if key not in known]
+    if unknown:
+        raise ConfigError(f"unknown key of a {what}: {', '.join(unknown)}; known are {', '.join(known)}")
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise ConfigError(f"a {what} needs {', '.join(missing)}")
+
+
+@dataclass(frozen=True)
+class KroneckerSpec:
+    """How one matrix becomes a Kronecker sum: `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, `k < rank`.
+
+    `W` has shape `(m, n)`, in × out; `block = (m2, n2)` is the shape of every `B_k` and must divide it, so that `A_k`
+    has shape `(m / m2, n / n2)`. The parameters are `rank · (m1·n1 + m2·n2)`. `permute` says which sides are searched
+    for a permutation: "none", "rows" (`p`), "columns" (`q`) or "both". `block = (1, n)` is a plain low-rank product.
+
+    >>> KroneckerSpec(block=(2, 4), rank=4).parameters(768, 3072)
+    1179680
+    """
+
+    block: tuple[int, int]
+    rank: int
+    permute: str = "both"
+
+    def __post_init__(self) -> None:
+        try:
+            rows, columns = self.block
+        except (TypeError, ValueError):
+            raise ConfigError(f"block must be two positive integers (m2, n2), got {self.block!r}") from None
+        block = (integer("block", rows, 1), integer("block", columns, 1))
+        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "rank", integer("rank", self.rank, 1))
+        if self.permute not in PERMUTES:
+            raise ConfigError(f"permute must be one of {', '.join(PERMUTES)}, got {self.permute!r}")
+
+    @property
+    def permutes_rows(self) -> bool:
+        """Whether the rows of `W` are permuted."""
+        return self.permute in ("rows", "both")
+
+    @property
+    def permutes_columns(self) -> bool:
+        """Whether the columns of `W` are permuted."""
+        return self.permute in ("columns", "both")
+
+    def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The shapes `(rank, m1, n1)` of A and `(rank, m2, n2)` of B for a `(rows, columns)` matrix.
+
+        Raises `ShapeError` when the block does not divide the matrix, or when the rank is larger than any matrix of
+        this shape can need, which is `min(m1·n1, m2·n2)`.
+        """
+        m2, n2 = self.block
+        if rows % m2 or columns % n2 or not rows or not columns:
+            raise ShapeError(f"block {self.block} does not divide a {rows} × {columns} matrix")
+        m1, n1 = rows // m2, columns // n2
+        if self.rank > min(m1 * n1, m2 * n2):
+            raise ShapeError(
+                f"rank {self.rank} is too large: block {self.block} of a {rows} × {columns} matrix "
+                f"allows at most {min(m1 * n1, m2 * n2)}"
+            )
+        return (self.rank, m1, n1), (self.rank, m2, n2)
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raises `ShapeError` unless a `(rows, columns)` matrix can have this spec."""
+        self.factor_shapes(rows, columns)
+
+    def parameters(self, rows: int, columns: int) -> int:
+        """The number of elements in the factors of a `(rows, columns)` matrix: `rank · (m1·n1 + m2·n2)`."""
+        (_, m1, n1), (_, m2, n2) = self.factor_shapes(rows, columns)
+        return self.rank * (m1 * n1 + m2 * n2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {"block": list(self.block), "rank": self.rank, "permute": self.permute}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KroneckerSpec:
+        """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
+        check_keys(data, "spec", known=("block", "rank", "permute"), required=("block", "rank"))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """How one matrix becomes a product of rank `k`, in the form that stores no entry that is known.
+
+    Some `k` rows of a matrix of rank `k` span all others, so that with a permutation that puts them first
+    `W[p] = [I; left] right`, `left (m − k, k)`, `right (k, n)`; where `m > n` the columns take that part:
+    `W[:, q] = left [I right]`, `left (m, k)`, `right (k, n − k)`. The parameters are `k · (m + n − k)` either way,
+    fewer than the `k · (m + n)` of a plain product, and every matrix of rank `k` has such a form.
+
+    Source: Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005.
+
+    >>> LowRankSpec(rank=128).parameters(768, 3072)
+    475136
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", integer("rank", self.rank, 1))
+
+    def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of `left` and `right` for a `(rows, columns)` matrix.
+
+        Raises `ShapeError` unless the rank is smaller than both sides: at full rank nothing is saved.
+        """
+        most = min(rows, columns) - 1
+        if self.rank > most:
+            raise ShapeError(
+                f"rank {self.rank} is too large: a {rows} × {columns} matrix allows at most {max(most, 0)}"
+            )
+        if rows <= columns:
+            return (rows - self.rank, self.rank), (self.rank, columns)
+        return (rows, self.rank), (self.rank, columns - self.rank)
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raises `ShapeError` unless a `(rows, columns)` matrix can have this spec."""
+        self.factor_shapes(rows, columns)
+
+    def parameters(self, rows: int, columns: int) -> int:
+        """The number of elements in the factors of a `(rows, columns)` matrix: `rank · (rows + columns − rank)`."""
+        self.check(rows, columns)
+        return self.rank * (rows + columns - self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {"rank": self.rank}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LowRankSpec:
+        """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
+        check_keys(data, "spec", known=("rank",), required=("rank",))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class MixedSpec:
+    """How one matrix becomes a sum of several kinds: `W ≈ Σ_t W_t`, each term of a spec of its own.
+
+    Two terms or more, each a [`KroneckerSpec`] or a [`LowRankSpec`], with permutations of its own.
+
+    >>> MixedSpec((LowRankSpec(rank=96), KroneckerSpec(block=(8, 8), rank=16))).parameters(768, 768)
+    286720
+    """
+
+    terms: tuple[KroneckerSpec | LowRankSpec, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.terms, str | Mapping):
+            raise ConfigError(f"terms must be a list of specs, got {self.terms!r}")
+        try:
+            given = tuple(self.terms)
+        except TypeError:
+            raise ConfigError(f"terms must be a list of specs, got {self.terms!r}") from None
+        if len(given) < 2:
+            raise ConfigError(f"terms must be at least two specs, got {len(given)}")
+        terms = []
+        for number, term in enumerate(given):
+            try:
+                spec = spec_from_dict(term) if isinstance(term, Mapping) else term
+            except ConfigError as error:
+                raise ConfigError(f"terms[{number}]: {error}") from None
+            if not isinstance(spec, KroneckerSpec | LowRankSpec):
+                raise ConfigError(f"terms[{number}] must be a KroneckerSpec or a LowRankSpec, got {term!r}")
+            terms.append(spec)
+        object.__setattr__(self, "terms", tuple(terms))
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raises `ShapeError` unless a `(rows, columns)` matrix can have this spec; names the term."""
+        for number, term in enumerate(self.terms):
+            try:
+                term.check(rows, columns)
+            except ShapeError as error:
+                raise ShapeError(f"terms[{number}]: {error}") from None
+
+    def parameters(self, rows: int, columns: int) -> int:
+        """The number of elements in the factors of all terms for a `(rows, columns)` matrix."""
+        self.check(rows, columns)
+        return sum(term.parameters(rows, columns) for term in self.terms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {"terms": [term.to_dict() for term in self.terms]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MixedSpec:
+        """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
+        check_keys(data, "spec", known=("terms",), required=("terms",))
+        return cls(**data)
+
+
+MatrixSpec: TypeAlias = KroneckerSpec | LowRankSpec | MixedSpec
+
+
+def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
+    """The spec that a JSON object means: with "terms" a sum, with "block" a Kronecker sum, else one of low rank.
+
+    Raises `ConfigError` for unknown or missing keys.
+
+    >>> spec_from_dict({"rank": 3})
+    LowRankSpec(rank=3)
+    """
+    if isinstance(data, Mapping) and "terms" in data:
+        return MixedSpec.from_dict(data)
+    # A Kronecker spec that lacks its block is recognised by what else only it has.
+    if isinstance(data, Mapping) and {"block", "permute"} & data.keys():
+        return KroneckerSpec.from_dict(data)
+    return LowRankSpec.from_dict(data)
+
+
+def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
+    """The spec among the keys of one matrix's entry in a plan or a report; keys that are None are not there.
+
+    >>> planned_spec({"name": "wte", "rank": 3, "block": None, "lost_energy": 0.1})
+    LowRankSpec(rank=3)
+    """
+    keys = ("block", "rank", "permute", "terms")
+    return spec_from_dict({key: entry[key] for key in keys if entry.get(key) is not None})
+
+
+def describe(spec: MatrixSpec) -> str:
+    """A spec in words: "block 2×4, rank 4", "low rank 224"."""
+    if isinstance(spec, MixedSpec):
+        return " + ".join(describe(term) for term in spec.terms)
+    if isinstance(spec, LowRankSpec):
+        return f"low rank {spec.rank}"
+    return f"block {spec.block[0]}×{spec.block[1]}, rank {spec.rank}, permute {spec.permute}"

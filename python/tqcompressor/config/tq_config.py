@@ -1,0 +1,150 @@
+"""What to compress and how: one spec per matrix, the effort and the seed of the search.
+
+A [`TQConfig`] is what `config.json` carries as `quantization_config`, what every entry point takes as `config`, and
+what `from_pretrained(..., quantization_config=...)` of transformers accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import ConfigError
+from .specs import KroneckerSpec, MatrixSpec, check_keys, integer, spec_from_dict
+
+QUANT_METHOD = "tqcompressor"
+# The newest format that is read. What the older one can say is written in it, so that older versions read it too.
+FORMAT_VERSION = 2
+_KRONECKER_ONLY = 1
+EFFORTS = ("fast", "balanced", "best")
+# What is GPT-2's alone: the queries, keys and values of a module of this name are matrices of their own.
+FUSED = "c_attn"
+# The search draws its random numbers from an unsigned 64-bit seed.
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class TQConfig:
+    """Which matrices of a model get which spec, and how hard their permutations are searched.
+
+    `specs` maps a glob pattern to a [`KroneckerSpec`], [`LowRankSpec`] or [`MixedSpec`]. A pattern is matched against
+    the name of a matrix ("wte", "h.1.mlp.c_fc", "h.0.attn.c_attn.q", "encoder.layer.0.output.dense") or of its module,
+    with or without the base model's prefix ("transformer.", "bert.") before and ".weight" behind it; `*` crosses dots,
+    `[13579]` is one of these characters. The first pattern that matches a matrix decides. `effort` is "fast",
+    "balanced" or "best". The result depends on the weights, the spec, the effort and the seed only.
+
+    Two configs are equal when their specs (in any order), effort and seed are.
+
+    Raises `ConfigError` for values that cannot be followed.
+
+    >>> config = TQConfig({"h.*.mlp.c_fc": KroneckerSpec(block=(2, 4), rank=4)}, effort="fast")
+    >>> TQConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    specs: Mapping[str, MatrixSpec]
+    effort: str = "balanced"
+    seed: int = 0
+
+    # Read by transformers, which picks the quantizer by it.
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.specs, Mapping):
+            raise ConfigError(f"specs must map patterns to specs, got {type(self.specs).__name__}")
+        if not self.specs:
+            raise ConfigError("specs is empty: name at least one matrix to compress")
+        checked = {}
+        for pattern, spec in self.specs.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise ConfigError(f"a pattern of specs must be a non-empty string, got {pattern!r}")
+            try:
+                checked[pattern] = spec if isinstance(spec, MatrixSpec) else spec_from_dict(spec)
+            except ConfigError as error:
+                raise ConfigError(f"specs[{pattern!r}]: {error}") from None
+        object.__setattr__(self, "specs", checked)
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+        object.__setattr__(self, "seed", integer("seed", self.seed, 0, _LARGEST_SEED))
+
+    def replace(self, **changes: Any) -> TQConfig:
+        """A copy with the given `specs`, `effort` or `seed`; arguments that are None change nothing."""
+        unknown = changes.keys() - {field.name for field in fields(self)}
+        if unknown:
+            raise ConfigError(f"a config has no {', '.join(sorted(unknown))}")
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    @property
+    def format_version(self) -> int:
+        """The oldest format that can say it: 1 while every spec is a Kronecker sum, else 2."""
+        only = all(isinstance(spec, KroneckerSpec) for spec in self.specs.values())
+        return _KRONECKER_ONLY if only else FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON types, as stored under `quantization_config` in `config.json`."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "specs": {pattern: spec.to_dict() for pattern, spec in self.specs.items()},
+            "effort": self.effort,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TQConfig:
+        """The inverse of `to_dict`; a missing `effort` or `seed` takes its default.
+
+        Raises `ConfigError` for unknown keys, another `quant_method`, or a `format_version` newer than this package.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config must be a JSON object, got {type(data).__name__}")
+        method = data.get("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ConfigError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
+        # Before the keys: a newer format may well have keys that this one does not know.
+        version = integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
+        if version > FORMAT_VERSION:
+            raise ConfigError(
+                f"written by a newer tqcompressor (format {version}), this one reads up to {FORMAT_VERSION}: upgrade"
+            )
+        own = tuple(field.name for field in fields(cls))
+        check_keys(data, "config", known=("quant_method", "format_version", *own), required=("specs",))
+        return cls(**{name: data[name] for name in own if name in data})
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The config as JSON text, also written to `path` when that is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> TQConfig:
+        """The inverse of `to_json`, from the text; raises `ConfigError` when it is not JSON."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"not JSON: {error}") from None
+        return cls.from_dict(data)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of `to_dict`: transformers reads a config that it may hold as a dict or as an object."""
+        return self.to_dict().get(key, default)
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Takes none of the arguments that transformers passes on from `from_pretrained`, and returns them all."""
+        return changes
+
+
+def split_part(matrix: str) -> tuple[str, str | None]:
+    """A matrix's module and the part of it that it is, if that is a fused one.
+
+    >>> split_part("h.0.attn.c_attn.q"), split_part("h.0.mlp.c_fc")
+    (('h.0.attn.c_attn', 'q'), ('h.0.mlp.c_fc', None))
+    """
+    module, _, part = matrix.rpartition(".")
+    return (module, part) if part in ("q", "k", "v") and module.endswith(FUSED) else (matrix, None)

@@ -1,0 +1,238 @@
+"""Documents of a corpus, and their tokens: read in order, tokenised in parallel, a bounded number ahead."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, TextError
+from .text import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
+# Short documents go to a thread together: its answer costs about as much as 10,000 characters.
+_BATCH_CHARACTERS = 1 << 16
+# Tokens of a block that is drawn for a calibration: more text at equal time tells more of a layer's input than longer
+# contexts do.
+BLOCK_LENGTH = 128
+# What is read before the first of it is written, per thread.
+_CHARACTERS_AHEAD = 1 << 20
+
+
+class Contents:
+    """What passed by: its digest and its size."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def watch(self, documents: Iterable[str]) -> Iterator[str]:
+        """Yields `documents`, each counted."""
+        for document in documents:
+            data = document.encode()
+            self._hash.update(len(data).to_bytes(8, "little"))
+            self._hash.update(data)
+            self.bytes += len(data)
+            yield document
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that tell apart other documents, another order, or other places of the cuts."""
+        return self._hash.hexdigest()
+
+
+class Encoder:
+    """A tokenizer as it is needed here: what identifies it, and the token ids of documents, from any thread."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Copies what is needed of `tokenizer`; the copy does not follow later changes of it."""
+        self.end_text, self.end = tokenizer.eos_token, tokenizer.eos_token_id
+        if self.end is None:
+            self.end_text, self.end = tokenizer.bos_token, tokenizer.bos_token_id
+        vocabulary = tokenizer.get_vocab()
+        # Not the number of tokens alone: ids may have gaps.
+        self.vocabulary = max(len(tokenizer), 1 + max(vocabulary.values()))
+        self.dtype = token_dtype(self.vocabulary)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            self._tokenizer, self._backend = tokenizer, None
+            state = f"{type(tokenizer).__qualname__} {sorted(vocabulary.items())}"
+        else:
+            # A copy, so that the caller's tokenizer keeps its settings and may be used meanwhile.
+            settings = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+            self._backend = type(backend).from_str(json.dumps(settings))
+            self._backend.encode_special_tokens = backend.encode_special_tokens
+            state = f"{backend.encode_special_tokens} {json.dumps(settings, sort_keys=True)}"
+        self.identity = digest(state, str(self.end_text), str(self.end))
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it works outside the interpreter's lock, in any number of threads."""
+        return self._backend is not None
+
+    def __call__(self, documents: list[str]) -> Tokens:
+        """The tokens of every document, each followed by the end-of-text token."""
+        if self._backend is not None:
+            rows = [row.ids for row in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
+        else:
+            rows = self._tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        end = [] if self.end is None else [self.end]
+        ids = np.array([token for row in rows if row for token in (*row, *end)], dtype=np.int64)
+        if len(ids) and ids.max() >= self.vocabulary:
+            raise ConfigError(f"the tokenizer gives token {ids.max()}, its vocabulary has {self.vocabulary:,}")
+        return ids.astype(self.dtype)
+
+
+def open_texts(texts: Any) -> Any:
+    """What `documents` reads: the list of files that `texts` names, or the dataset that it is.
+
+    Raises:
+        TextError: A glob matches no file, or `texts` names none.
+        ConfigError: The dataset has no column `"text"`.
+    """
+    columns = getattr(texts, "column_names", None)
+    if columns is not None:
+        if "text" not in columns or isinstance(columns, dict):
+            raise ConfigError(f'expected a dataset with a column "text", got the columns or splits {list(columns)}')
+        return texts.select_columns(["text"])
+    entries: list[Any] = [texts] if isinstance(texts, str | os.PathLike) else list(texts)
+    files: list[str] = []
+    for entry in [os.fspath(entry) for entry in entries]:
+        if os.path.exists(entry) or not glob.has_magic(entry):
+            files.append(entry)
+            continue
+        found = sorted(name for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
+        if not found:
+            raise TextError(f"{entry}: no file matches")
+        files += found
+    if not files:
+        raise TextError("there are no texts")
+    return files
+
+
+def documents(source: Any, end_text: str | None) -> Iterator[str]:
+    """Yields what stands between the end-of-text tokens of every file or row, but for mere white space.
+
+    Raises:
+        TextError: A file is not UTF-8, or a row is not text.
+        OSError: A file cannot be read.
+    """
+    texts = (read_text(path) for path in source) if isinstance(source, list) else _rows(source)
+    for text in texts:
+        yield from (part for part in split_document(text, end_text) if part.strip())
+
+
+def split_document(text: str, end_text: str | None) -> list[str]:
+    """What stands between the end-of-text tokens."""
+    return text.split(end_text) if end_text else [text]
+
+
+def _rows(dataset: Any) -> Iterator[str]:
+    number = 0
+    for rows in dataset.iter(batch_size=1000):
+        for text in rows["text"]:
+            if not isinstance(text, str):
+                raise TextError(f'row {number} of the dataset: expected a string as "text", got {type(text).__name__}')
+            yield text
+            number += 1
+
+
+def encoded(
+    documents: Iterable[str], encoder: Encoder, workers: int | None
+) -> Generator[tuple[Tokens, int], None, None]:
+    """Yields the tokens of a few documents at a time, in order, and the bytes of text that they come from."""
+    # A slow tokenizer runs under the interpreter's lock, and makes no promise about threads.
+    threads = (workers or len(os.sched_getaffinity(0))) if encoder.is_fast else 1
+    pending: deque[tuple[Future[Tokens], list[str], int]] = deque()
+    ahead = 0
+
+    def oldest() -> tuple[Tokens, int]:
+        nonlocal ahead
+        future, batch, characters = pending.popleft()
+        ahead -= characters
+        return future.result(), sum(len(document.encode()) for document in batch)
+
+    with _own_threads_only():
+        pool = ThreadPoolExecutor(threads)
+        try:
+            for batch in _batches(documents):
+                characters = sum(map(len, batch))
+                pending.append((pool.submit(encoder, batch), batch, characters))
+                ahead += characters
+                while ahead > threads * _CHARACTERS_AHEAD:
+                    yield oldest()
+            while pending:
+                yield oldest()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _own_threads_only() -> Iterator[None]:
+    """Keeps the tokenizers library from starting threads of its own.
+
+    They would take every processor whatever the number of workers, and stay; versions before 0.23 then print a warning
+    at every fork, such as a DataLoader's.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    """The narrowest dtype for tokens below `vocabulary`."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+def digest(*parts: str) -> str:
+    """32 hexadecimal digits that stand for `parts`."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def block_choice(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
+    """Different blocks, in the order of the text."""
+    if wanted < 1:
+        raise ConfigError(f"blocks: expected at least 1, got {wanted}")
+    if available < wanted:
+        raise TextError(f"expected {wanted} blocks of {length} tokens, got a text of {tokens:,} tokens: {available}")
+    chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)
+    return [int(index) for index in np.sort(chosen)]
+
+
+def drawn_blocks(chunks: list[Tokens], length: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Blocks `(wanted, length)` drawn from tokens that follow one another; the end that fills no block is left out."""
+    tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+    count = len(tokens) // length
+    chosen = block_choice(count, wanted, length, len(tokens), seed)
+    return tokens[: count * length].reshape(count, length)[chosen].astype(np.int64)

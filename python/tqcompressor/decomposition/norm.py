@@ -1,0 +1,55 @@
+"""The norm that an approximation is to be good in, from the moments that are known of a layer."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ConfigError, DtypeError, ShapeError
+
+OBJECTIVES = ("auto", "frobenius", "diagonal", "second_moment", "sensitivity")
+Moments: TypeAlias = tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]
+
+
+def moments_for(objective: str, input_moment: Any, output_moment: Any) -> Moments:
+    """The moments `(C_in, C_out)` that an objective takes into account.
+
+    The error of an approximation is `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`. "frobenius" takes neither, "diagonal" the
+    diagonal of the inputs' second moment, "second_moment" all of it, "sensitivity" that and the second moment of the
+    gradients at the outputs; "auto" takes all that there is. Raises `ConfigError` for another name, or where what an
+    objective needs is not there.
+    """
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if objective == "frobenius":
+        return None, None
+    missing = {"diagonal": input_moment is None, "second_moment": input_moment is None}
+    missing["sensitivity"] = input_moment is None or output_moment is None
+    if missing.get(objective, False):
+        needed = "input and output moments" if objective == "sensitivity" else "input moment"
+        raise ConfigError(f"objective {objective!r} needs the {needed}: give a calibration that has them")
+    if objective == "diagonal":
+        return (input_moment if input_moment.ndim == 1 else np.ascontiguousarray(np.diagonal(input_moment))), None
+    return input_moment, None if objective == "second_moment" else output_moment
+
+
+def as_moment(moment: ArrayLike | None, side: int, which: str) -> NDArray[np.float32] | None:
+    """A moment as the C-contiguous float32 array that the kernels read: `(side, side)`, or `(side,)` for a diagonal.
+
+    Raises `ShapeError` or `DtypeError`.
+    """
+    if moment is None:
+        return None
+    array = np.asarray(moment)
+    if array.shape not in ((side,), (side, side)):
+        raise ShapeError(f"{which}: expected shape ({side}, {side}), or ({side},) for a diagonal, got {array.shape}")
+    if array.dtype.kind != "f":
+        raise DtypeError(f"{which}: expected float16, float32 or float64, got {array.dtype}")
+    # Only its direction matters, and squares of large or small activations may be beyond float32.
+    largest = float(np.max(np.abs(array), initial=0.0))
+    if array.dtype == np.float64 and np.isfinite(largest) and largest > 0 and not 1e-20 < largest < 1e20:
+        array = array / largest
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32)

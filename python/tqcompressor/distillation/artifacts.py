@@ -1,0 +1,65 @@
+"""Models and JSON in the folders of a distillation, and which trainer checkpoints are complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..utils.atomic_io import WholeFile, storage_errors, sync, sync_folder
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The causal model of a folder, compressed or not, in float32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A checkpoint of the model with its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """32 hexadecimal digits: equal where names, dtypes, shapes and values of all tensors are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes `data` whole, or not at all."""
+    with WholeFile(path) as file:
+        file.write(json.dumps(data, indent=2).encode())
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Its presence says that all of a checkpoint folder was written.
+COMPLETE = "complete"
+
+
+def mark_complete(folder: Path) -> None:
+    """Says, durably, that everything in the folder is written."""
+    with storage_errors(folder):
+        sync_folder(folder)
+        (folder / COMPLETE).touch()
+        sync(folder / COMPLETE)
+        sync(folder)
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a `DistillTrainer` that was written to its end, or None."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

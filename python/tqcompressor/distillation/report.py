@@ -1,0 +1,143 @@
+"""What a staged distillation did: the report that `distill` returns and keeps as `training_report.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..utils.tables import format_table
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """A point of the loss curve: means over the steps since the point before."""
+
+    step: int
+    """Optimiser steps done in this stage."""
+    tokens: int
+    """Tokens trained on in this stage, over all processes."""
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A model of the ladder, scored on the held-out text."""
+
+    parameters: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage: what was compressed, and what training then made of it."""
+
+    name: str
+    compressed: ModelResult
+    """The student right after this stage's compression."""
+    trained: ModelResult
+    """The student at the end of the stage."""
+    lost_energy: Mapping[str, float]
+    """Of each matrix that this stage decomposed, against the student's weights at that time."""
+    tokens: int
+    """Trained on in this stage."""
+    steps: int
+    seconds: float
+    """Of training, from its last start: a resumed stage counts only what it did since."""
+    tokens_per_second: float
+    losses: Sequence[LossRecord]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StageResult:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(
+            **{
+                **data,
+                "compressed": ModelResult(**data["compressed"]),
+                "trained": ModelResult(**data["trained"]),
+                "losses": tuple(LossRecord(**record) for record in data["losses"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """The ladder from the teacher to the distilled student; `str()` is a table of it."""
+
+    version: str
+    """The version of tqcompressor."""
+    settings: Mapping[str, Any]
+    """All that the result depends on: teacher, recipe, text, losses, optimiser, seed."""
+    versions: Mapping[str, str]
+    """Of Python, torch and transformers."""
+    heldout_tokens: int
+    teacher: ModelResult
+    one_shot: ModelResult
+    """The teacher compressed to the final student's shapes at once, without training."""
+    stages: Sequence[StageResult]
+
+    @property
+    def tokens(self) -> int:
+        """Trained on in all stages together."""
+        return sum(stage.tokens for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        data = asdict(self)
+        data["stages"] = [{**stage, "losses": list(stage["losses"])} for stage in data["stages"]]
+        return {"tqcompressor": data.pop("version"), **data, "tokens": self.tokens}
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingReport:
+        """The inverse of `to_dict`."""
+        return cls(
+            version=data["tqcompressor"],
+            settings=data["settings"],
+            versions=data["versions"],
+            heldout_tokens=data["heldout_tokens"],
+            teacher=ModelResult(**data["teacher"]),
+            one_shot=ModelResult(**data["one_shot"]),
+            stages=tuple(StageResult.from_dict(stage) for stage in data["stages"]),
+        )
+
+    def rows(self) -> list[list[str]]:
+        """The ladder as cells, a header first."""
+        rows = [["model", "parameters", "perplexity", "tokens", "tokens/s", "final loss"]]
+
+        def add(name: str, model: ModelResult, *training: str) -> None:
+            rows.append([name, f"{model.parameters:,}", f"{model.perplexity:.2f}", *(training or ("", "", ""))])
+
+        add("teacher", self.teacher)
+        add("one-shot", self.one_shot)
+        for number, stage in enumerate(self.stages, 1):
+            final = f"{stage.losses[-1].loss:.4f}" if stage.losses else ""
+            add(f"stage {number}, {stage.name}: compressed", stage.compressed)
+            speed = f"{stage.tokens_per_second:,.0f}"
+            add(f"stage {number}, {stage.name}: trained", stage.trained, f"{stage.tokens:,}", speed, final)
+        return rows
+
+    def __str__(self) -> str:
+        share = 100 * self.stages[-1].trained.parameters / self.teacher.parameters
+        summary = f"{share:.1f}% of the teacher's parameters; {self.tokens:,} tokens trained on"
+        return f"{format_table(self.rows())}\n{summary}, {self.heldout_tokens:,} held out"
+
+    def model_card(self) -> str:
+        """The README of the student's folder, in Markdown."""
+        header, *rows = self.rows()
+        table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
+        return (
+            "---\nlibrary_name: transformers\ntags: [tqcompressor, kronecker, distillation]\n---\n\n"
+            "# A GPT-2 compressed with tqcompressor and distilled from its teacher\n\n"
+            "Load it with transformers after `pip install tqcompressor`:\n\n"
+            "```python\nimport tqcompressor\nfrom transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")\n```\n\n'
+            f"Perplexity of {self.heldout_tokens:,} held-out tokens; all settings are in `training_report.json`.\n\n"
+            f"{lines}\n"
+        )

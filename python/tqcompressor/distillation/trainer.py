@@ -1,0 +1,251 @@
+"""Training a student to imitate its teacher: `DistillTrainer`, a `transformers.Trainer` with another loss.
+
+Everything but the loss is transformers' own: logging, checkpoints and resuming, gradient accumulation, schedulers,
+mixed precision, several processes and hosts by `torchrun` or `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.data.data_collator import default_data_collator
+
+from ..errors import ConfigError, StorageError
+from ..losses.hidden import hidden_state_loss
+from ..losses.logits import cross_entropy, distillation_loss
+from ..losses.topk import topk_distillation_loss
+from ..models.matrices import compressed_modules
+from ..models.quantization_state import guard_name
+from ..utils.atomic_io import free_space
+from ..utils.torch_utils import move
+from .artifacts import mark_complete
+from .config import DistillConfig
+from .teacher_cache import CachedTeacher
+
+# What a training set of `teacher_cache` has besides the tokens.
+_CACHED = ("teacher_tokens", "teacher_probabilities")
+
+
+class DistillTrainer(Trainer):
+    """A `transformers.Trainer` whose loss is that of `DistillConfig`, computed by Rust on the CPU.
+
+    The teacher runs in evaluation and inference mode, on the student's device, in its own dtype or in that of the
+    mixed precision. With a training set of `teacher_cache.TaughtBlocks` it need not be given: what was cached takes
+    the place of its logits. The evaluation loss is the cross-entropy of the labels alone, whose exponential is the
+    perplexity.
+
+    Items of the datasets have "input_ids" and may have "attention_mask" and "labels"; without labels every token that
+    is attended to is one. Labels are shifted here, as for transformers' own causal models.
+
+    Args:
+        model: The student; compressed or not.
+        args: As for `transformers.Trainer`.
+        teacher: A causal model with the student's vocabulary, or None where nothing is learned from it.
+        distill: What to learn from.
+        teacher_tokenizer: If given along with `processing_class`, both must give equal ids to equal text.
+        **options: As for `transformers.Trainer`: `train_dataset`, `eval_dataset`, `callbacks`, `processing_class`, …
+
+    Raises `ConfigError` when teacher and student do not fit together: vocabularies, tokenizers, layers, widths.
+
+    Example:
+        >>> trainer = DistillTrainer(student, args, teacher=teacher, train_dataset=blocks)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531; hidden states: Sanh et al., arXiv 1910.01108.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        distill: DistillConfig | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
+        self.distill = distill or DistillConfig()
+        self.teacher = teacher
+        if teacher is None and self.distill.hidden_weight > 0:
+            raise ConfigError("hidden_weight: hidden states are learned from a teacher, and none is given")
+        self.hidden_pairs: tuple[tuple[int, int], ...] = ()
+        if teacher is not None:
+            require_same_vocabulary(model, teacher)
+            if self.distill.hidden_weight > 0:
+                self.hidden_pairs = _hidden_pairs(model, teacher, self.distill)
+        processing_class = options.get("processing_class")
+        if teacher_tokenizer is not None and processing_class is not None:
+            require_same_tokenizer(processing_class, teacher_tokenizer)
+        _check_cached(options.get("train_dataset"), model, self.distill)
+        # With a tokenizer at hand, transformers would choose one that pads.
+        options.setdefault("data_collator", default_data_collator)
+        super().__init__(model, args, **options)
+        # The loss is a mean over the tokens of each batch, so that the accumulated batches' must be averaged.
+        self.model_accepts_loss_kwargs = False
+        # Cached columns are not arguments of the model's forward pass, and must not be dropped for that.
+        self.args.remove_unused_columns = False
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            teacher.train(False)
+            move(teacher, self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch: that of the config in training, the cross-entropy in evaluation."""
+        inputs = dict(inputs)
+        cached = [inputs.pop(name, None) for name in _CACHED]
+        labels = _next_tokens(inputs.pop("labels", None), inputs)
+        wants_hidden = model.training and bool(self.hidden_pairs)
+        outputs = model(**inputs, use_cache=False, output_hidden_states=wants_hidden)
+        if not model.training or not self.distill.needs_teacher:
+            loss = cross_entropy(outputs.logits, labels)
+        else:
+            loss = self._distillation(outputs, inputs, labels, *cached)
+        return (loss, outputs) if return_outputs else loss
+
+    def _distillation(
+        self,
+        outputs: Any,
+        inputs: Mapping[str, Any],
+        labels: torch.Tensor,
+        tokens: torch.Tensor | None,
+        probabilities: torch.Tensor | None,
+    ) -> torch.Tensor:
+        weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
+        taught: Any = None
+        if self.teacher is not None and (tokens is None or self.hidden_pairs):
+            # Accelerate puts only the model that it prepares, the student, under the mixed precision.
+            with torch.inference_mode(), self.accelerator.autocast():
+                taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
+        loss: torch.Tensor
+        if tokens is not None and probabilities is not None:
+            loss = topk_distillation_loss(outputs.logits, tokens, probabilities, labels, **weights)
+        elif taught is not None:
+            loss = distillation_loss(outputs.logits, taught.logits, labels, **weights)
+        else:
+            raise ConfigError("there is no teacher, and the training set has no cached teacher probabilities")
+        if self.hidden_pairs:
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.bool()
+            distances = [
+                hidden_state_loss(
+                    outputs.hidden_states[ours],
+                    taught.hidden_states[theirs],
+                    kind=self.distill.hidden_kind,
+                    mask=mask,
+                )
+                for ours, theirs in self.hidden_pairs
+            ]
+            loss = loss + self.distill.hidden_weight * torch.stack(distances).mean()
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As `Trainer`'s, which computes no loss for batches that come without labels."""
+        if "labels" not in inputs:
+            inputs = {**inputs, "labels": _own_labels(inputs)}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # The libraries that write have an error each, and not all say which the system's was.
+            code = getattr(error, "errno", None) or (errno.EIO if free_space(folder) > 1 << 20 else errno.ENOSPC)
+            raise StorageError(code, f"the checkpoint is not written: {error}", str(folder)) from error
+        # A process that is killed while it writes leaves a folder that looks like a checkpoint.
+        if self.args.should_save and folder.is_dir():
+            mark_complete(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A compressed checkpoint has the guard tensor, and its tied head is not stored.
+        model: Any = self.model
+        if next(compressed_modules(model), None) is not None:
+            tied = set(model.all_tied_weights_keys)
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+            guard = guard_name(model)
+            load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if name != guard]
+        super()._issue_warnings_after_load(load_result)
+
+
+def _own_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    ids: torch.Tensor = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, -100)
+
+
+def _next_tokens(labels: torch.Tensor | None, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The token that each position predicts; the last one predicts none. The logits stay whole: cutting copies them."""
+    labels = _own_labels(inputs) if labels is None else labels
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], -100)], dim=-1)
+
+
+def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises `ConfigError` unless both models have equally many tokens."""
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise ConfigError(f"the student's vocabulary has {ours} tokens, the teacher's {theirs}: they must be the same")
+
+
+def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises `ConfigError` naming the first token that has not the same id in both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda token: ours.get(token, theirs.get(token, 0))):
+        if ours.get(token) != theirs.get(token):
+            raise ConfigError(
+                f"the tokenizers differ: token {token!r} is {ours.get(token)} for the student "
+                f"and {theirs.get(token)} for the teacher"
+            )
+
+
+def _check_cached(dataset: Any, student: PreTrainedModel, distill: DistillConfig) -> None:
+    """Raises `ConfigError` if what the training set has cached of a teacher is not what the student is to learn."""
+    cached = getattr(dataset, "teacher", None)
+    if not isinstance(cached, CachedTeacher):
+        return
+    if cached.vocabulary != student.config.vocab_size:
+        raise ConfigError(
+            f"the student's vocabulary has {student.config.vocab_size} tokens, the cached teacher's {cached.vocabulary}"
+        )
+    if cached.temperature != distill.temperature:
+        raise ConfigError(
+            f"temperature: expected {cached.temperature:g}, that of the cached teacher, got {distill.temperature:g}"
+        )
+
+
+def _hidden_pairs(
+    student: PreTrainedModel, teacher: PreTrainedModel, distill: DistillConfig
+) -> tuple[tuple[int, int], ...]:
+    ours, theirs = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    if student.config.hidden_size != teacher.config.hidden_size:
+        raise ConfigError(
+            f"hidden_weight: the student's hidden states have {student.config.hidden_size} values, the teacher's "
+            f"{teacher.config.hidden_size}; only equal widths can be compared"
+        )
+    if distill.hidden_layers is None:
+        if theirs % ours:
+            raise ConfigError(
+                f"hidden_layers: the student's {ours} blocks do not divide the teacher's {theirs}: name the pairs"
+            )
+        return tuple((block, block * theirs // ours) for block in range(1, ours + 1))
+    for our, their in distill.hidden_layers:
+        if not (0 <= our <= ours and 0 <= their <= theirs):
+            raise ConfigError(
+                f"hidden_layers: there is no pair ({our}, {their}): the student has states 0 to {ours}, "
+                f"the teacher 0 to {theirs}"
+            )
+    return distill.hidden_layers

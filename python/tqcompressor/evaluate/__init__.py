@@ -1,0 +1,27 @@
+"""Quality of a model: perplexity of a text, accuracy on last words, a table beside the teacher.
+
+Perplexities are comparable only under one convention. Here the text is preceded by the tokenizer's begin-of-text token,
+every token of the text is scored exactly once, and no window is longer than the context length. With
+`stride == context` this is lm-eval's `loglikelihood_rolling`.
+
+May import `errors`, `utils` and `data`. torch is imported inside the functions that use it.
+"""
+
+from ..data.text import read_passages, read_text
+from .comparison import compare, model_size, score
+from .results import Comparison, LastWordResult, ModelScore, PerplexityResult
+from .scoring import last_word_accuracy, perplexity
+
+__all__ = [
+    "Comparison",
+    "LastWordResult",
+    "ModelScore",
+    "PerplexityResult",
+    "compare",
+    "last_word_accuracy",
+    "model_size",
+    "perplexity",
+    "read_passages",
+    "read_text",
+    "score",
+]

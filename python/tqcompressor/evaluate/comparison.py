@@ -1,0 +1,96 @@
+"""A table of model sizes, perplexities and last-word accuracies: the student beside its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..utils.progress import ProgressOption
+from .results import Comparison, ModelScore
+from .scoring import last_word_accuracy, perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    name: str = "model",
+    passages: Sequence[str] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressOption = None,
+) -> ModelScore:
+    """One row of a `Comparison`: the model's size, its `perplexity` on `text` and, when there are `passages`, its
+    `last_word_accuracy` on them. Arguments and errors are those of these functions."""
+    parameters, size = model_size(model)
+    result = perplexity(
+        model, tokenizer, text, context=context, stride=stride, batch_size=batch_size, progress=progress
+    )
+    words = None
+    if passages is not None:
+        words = last_word_accuracy(model, tokenizer, passages, batch_size=batch_size, progress=progress)
+    return ModelScore(name, parameters, size, result, words)
+
+
+def compare(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    names: tuple[str, str] = ("teacher", "student"),
+    passages: Sequence[str] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressOption = None,
+) -> Comparison:
+    """What compression cost: both models scored on the same text, in one table.
+
+    Args:
+        teacher: The model that was compressed.
+        student: The compressed model. It shares the teacher's tokenizer.
+        tokenizer: The tokenizer of both.
+        text: What to compute the `perplexity` on.
+        names: What the rows are called.
+        passages: If given, `last_word_accuracy` is measured on them too.
+        context: As in `perplexity`.
+        stride: As in `perplexity`.
+        batch_size: As in `perplexity`.
+        progress: As in `perplexity`.
+
+    Example:
+        >>> print(compare(teacher, student, tokenizer, read_text("heldout.txt")))  # doctest: +SKIP
+    """
+    return Comparison(
+        tuple(
+            score(
+                model,
+                tokenizer,
+                text,
+                name=name,
+                passages=passages,
+                context=context,
+                stride=stride,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            for name, model in zip(names, (teacher, student), strict=True)
+        )
+    )
+
+
+def model_size(model: PreTrainedModel) -> tuple[int, int]:
+    """`(parameters, bytes)` of a live model.
+
+    Parameters are the elements of its floating-point tensors; bytes are those of everything that would be saved, the
+    integer permutations included. A tensor that several modules share counts once.
+    """
+    distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in model.state_dict().values()}
+    parameters = sum(tensor.numel() for tensor in distinct.values() if tensor.is_floating_point())
+    return parameters, sum(tensor.nbytes for tensor in distinct.values())

@@ -1,0 +1,87 @@
+"""What is scored given what, whichever engine computes: windows over a text, last words of passages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+from ..errors import ConfigError, TextError
+from .results import PerplexityResult
+
+# The tokens of a text, with no special tokens added.
+Encode: TypeAlias = Callable[[str], list[int]]
+
+
+def tokens_to_score(text: str, encode: Encode, begin: Sequence[int]) -> list[int]:
+    """The tokens of a text behind those in `begin`; raises `TextError` for fewer than 2."""
+    if not text.strip():
+        raise TextError("the text is empty")
+    tokens = encode(text)
+    if len(tokens) < 2:
+        raise TextError("the text has fewer than 2 tokens")
+    return [*begin, *tokens]
+
+
+def first_token(begin: int | None, end: int | None) -> list[int]:
+    """What a text begins with: the begin-of-text token, else the end-of-text token, else nothing."""
+    for token in (begin, end):
+        if token is not None:
+            return [int(token)]
+    return []
+
+
+def checked_window(longest: int, context: int | None, stride: int | None) -> tuple[int, int]:
+    """`context` and `stride` within their ranges, by default the `longest` input and half of the context."""
+    if context is None:
+        context = longest
+    elif not 1 <= context <= longest:
+        raise ConfigError(f"context: expected 1 to {longest} (the model's positions), got {context}")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ConfigError(f"stride: expected 1 to {context} (the context), got {stride}")
+    return context, stride
+
+
+def windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yields `(begin, end, scored)`: the input is `sequence[begin:end]`, its last `scored` positions are scored."""
+    end = 0
+    while end < targets:
+        scored = min(stride if end else context, targets - end)
+        end += scored
+        yield max(0, end - context), end, scored
+
+
+def perplexity_result(
+    text: str, total: float, tokens: int, context: int, stride: int, seconds: float
+) -> PerplexityResult:
+    """What came of scoring `tokens` tokens of a text, `total` nats together."""
+    return PerplexityResult(
+        negative_log_likelihood=total,
+        tokens=tokens,
+        words=len(text.split()),
+        bytes=len(text.encode()),
+        context=context,
+        stride=stride,
+        seconds=seconds,
+    )
+
+
+def last_word_items(passages: Sequence[str], encode: Encode, context: int) -> list[tuple[list[int], list[int]]]:
+    """For each passage its input tokens, and the tokens of its last word, which the last positions of the input
+    predict; the longest input first."""
+    if not passages:
+        raise TextError("there are no passages")
+    items = [_last_word_item(passage, number, encode, context) for number, passage in enumerate(passages, 1)]
+    return sorted(items, key=lambda item: -len(item[0]))
+
+
+def _last_word_item(passage: str, number: int, encode: Encode, context: int) -> tuple[list[int], list[int]]:
+    words = passage.rsplit(maxsplit=1)
+    if len(words) < 2:
+        raise TextError(f"passage {number} has no word before its last one")
+    head, word = words
+    tokens = encode(f"{head} {word}")
+    targets = tokens[len(encode(head)) :]
+    if len(targets) > context:
+        raise TextError(f"passage {number}: its last word has {len(targets)} tokens, the model's context is {context}")
+    return tokens[:-1][-context:], targets

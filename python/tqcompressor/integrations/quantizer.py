@@ -1,0 +1,150 @@
+"""What makes transformers load, save and undo compressed checkpoints: a quantizer registered under "tqcompressor".
+
+transformers' quantizer API is how a checkpoint of a stock architecture gets other modules: `config.json` keeps
+its `model_type`, and its `quantization_config.quant_method` picks the class below, whose hooks run within
+`from_pretrained` and `save_pretrained`. torch is imported inside the hooks: registering must not need it.
+
+A compressed checkpoint has one tensor more than the model, the *guard*: one byte under the name of the first compressed
+module's dense weight. Without this package transformers would ignore the config that it does not know and start from
+random weights with no more than a warning; the guard's shape makes it raise.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config.recipes import resolve_config
+from ..config.tq_config import QUANT_METHOD, TQConfig
+from ..models.quantization_state import attach, detach, guard_name, specs_of_model
+from ..models.stored import check_loaded, check_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def register() -> None:
+    """Makes transformers know the quantization method "tqcompressor". Calling it again does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(_ConfigReader)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(TQQuantizer)
+
+
+class _ConfigReader(QuantizationConfigMixin):
+    """Reads the `quantization_config` of a `config.json`.
+
+    transformers registers only subclasses of its own mixin, and `TQConfig` must work without transformers.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: Any = False, **kwargs: Any) -> Any:
+        config = TQConfig.from_dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+class TQQuantizer(HfQuantizer):
+    """Puts the modules of a compressed model in place before its weights are loaded, or compresses it afterwards.
+
+    With `pre_quantized` the checkpoint holds factors and the config says which; without, it is a dense one that
+    `from_pretrained(..., quantization_config=TQConfig(...))` compresses on the fly.
+    """
+
+    quantization_config: Any  # a TQConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        config: Any = resolve_config(quantization_config)
+        super().__init__(config, **kwargs)
+
+    def is_serializable(self) -> bool:
+        """Compressed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are plain parameters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The modules compile without graph breaks."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
+        from ..compression.model_plan import plan_model
+        from ..models.matrices import require_transformers_model
+        from ..models.surgery import empty_modules, swapped, tied_heads
+
+        require_transformers_model(model)
+        if not self.pre_quantized:
+            # Nothing is done yet, but a config that does not fit should fail before a large checkpoint is read.
+            plan_model(model, self.quantization_config)
+            return
+        specs = specs_of_model(model, self.quantization_config)
+        modules: dict[str, Any] = dict(empty_modules(model, specs))
+        modules |= tied_heads(model, modules)
+        with swapped(model, modules):
+            guard = guard_name(model)
+        # Stored with or without the base prefix, depending on the class that was saved.
+        prefix = f"{model.base_model_prefix}."
+        names = {guard, guard.removeprefix(prefix), prefix + guard}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
+        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
+            check_tensors(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+        from ..compression.model import compress
+        from ..models.surgery import tie_heads
+
+        if not self.pre_quantized:
+            # `compress` sets what this hook is expected to: it starts from a model that was never quantized.
+            detach(model)
+            compress(model, self.quantization_config)
+            return
+        # The permutations of tied heads are not in the checkpoint.
+        tie_heads(model)
+        check_loaded(model)
+        specs = specs_of_model(model, self.quantization_config)
+        attach(model, self.quantization_config.replace(specs=specs))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors to save: the model's and the guard. No metadata, so that equal models make equal files."""
+        import torch
+
+        state = dict(model.state_dict())
+        state[guard_name(model)] = torch.zeros(1, dtype=torch.uint8)
+        return state, {}
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replaces every compressed module by the stock one with the dense weight that the factors stand for.
+
+        The weights keep the dtype of the factors unless `dtype` is given, which then becomes that of the whole model.
+        """
+        model = self._dequantize(model, dtype=dtype)
+        detach(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from ..models.surgery import dense_modules, swapped
+
+        with swapped(model, dense_modules(model)):
+            model.tie_weights()
+        if dtype is not None:
+            model.to(dtype=dtype)  # type: ignore[call-arg]
+        return model
+
+
+register()

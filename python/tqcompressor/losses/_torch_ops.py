@@ -1,0 +1,426 @@
+"""The losses as torch operators: Rust for CPU tensors, the same formulas in torch for other devices and for float64.
+
+An operator computes its gradient along with the value, and keeps it for the backward pass. `tqcompressor.losses` has
+the public functions and their documentation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from .. import _core
+from ..errors import DtypeError, ShapeError
+from ._torch_reference import (
+    array,
+    check_on_cpu,
+    check_rows,
+    check_shape,
+    check_soft_labels,
+    computed_dtype,
+    counted_rows,
+    fake_loss,
+    flat,
+    flat_labels,
+    for_rust,
+    row_chunks,
+    rows_in_torch,
+    tensor_like,
+    thread_count,
+    topk_rows_in_torch,
+)
+
+if TYPE_CHECKING:
+    Objective: TypeAlias = tuple[float, float, float, bool, int]
+    Context: TypeAlias = Any
+
+# Of a chunk of rows, student and teacher together: the larger, the fewer passes over the gradient by the head.
+_LOGITS_BYTES = 40 << 20
+_OBJECTIVE = "float temperature, float divergence, float cross_entropy, bool reverse, int ignore_index"
+
+
+def logit_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    threads: int | None,
+) -> torch.Tensor:
+    """`distillation_loss`, `cross_entropy` and `kl_divergence` of `tqcompressor.losses`, for tensors."""
+    check_rows("student_logits", student)
+    if teacher is not None:
+        check_rows("teacher_logits", teacher)
+        check_shape("teacher_logits", student.shape, teacher.shape)
+        teacher = flat(teacher.detach())
+    if labels is not None:
+        labels = flat_labels(labels, student.shape[:-1])
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    loss: torch.Tensor = _distillation_loss(flat(student), teacher, labels, *objective, wanted, threads)[0]
+    return loss
+
+
+def hidden_state_loss(
+    student: torch.Tensor, teacher: torch.Tensor, kind: str, mask: torch.Tensor | None, threads: int | None
+) -> torch.Tensor:
+    """`tqcompressor.losses.hidden_state_loss`, for tensors."""
+    check_rows("student_hidden", student)
+    check_rows("teacher_hidden", teacher)
+    check_shape("teacher_hidden", student.shape, teacher.shape)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise DtypeError(f"mask: expected booleans, got {mask.dtype}")
+        check_shape("mask", student.shape[:-1], mask.shape)
+        mask = mask.reshape(-1)
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    loss: torch.Tensor = _hidden_state_loss(flat(student), flat(teacher.detach()), mask, kind, wanted, threads)[0]
+    return loss
+
+
+def head_loss(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    threads: int | None,
+) -> torch.Tensor:
+    """`tqcompressor.losses.head_distillation_loss`, for tensors."""
+    _check_head("student", student_hidden, student_head)
+    if teacher_hidden is not None and teacher_head is not None:
+        _check_head("teacher", teacher_hidden, teacher_head)
+        check_shape("rows of teacher_hidden", student_hidden.shape[:-1], teacher_hidden.shape[:-1])
+        check_shape("vocabulary of teacher_head", student_head.shape[:1], teacher_head.shape[:1])
+        teacher_hidden, teacher_head = flat(teacher_hidden.detach()), teacher_head.detach()
+    if labels is not None:
+        labels = flat_labels(labels, student_hidden.shape[:-1])
+    wanted = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
+    arguments = (flat(student_hidden), student_head, teacher_hidden, teacher_head, labels)
+    loss: torch.Tensor = _head_loss(*arguments, *objective, wanted, threads)[0]
+    return loss
+
+
+def _check_head(side: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
+    check_rows(f"{side}_hidden", hidden)
+    check_rows(f"{side}_head", head)
+    if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != hidden.shape[-1]:
+        expected = f"(vocabulary, {hidden.shape[-1]})"
+        raise ShapeError(f"{side}_head: expected the shape {expected}, got {tuple(head.shape)}")
+
+
+# Operators. First the value, in float32 (float64 for float64), then the gradients, empty if they are not wanted.
+
+
+@torch.library.custom_op(
+    "tqcompressor::distillation_loss",
+    mutates_args=(),
+    schema=f"(Tensor student, Tensor? teacher, Tensor? labels, {_OBJECTIVE}, bool gradient, int? threads)"
+    " -> (Tensor, Tensor)",
+)
+def _distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
+    if for_rust(student, teacher):
+        student_array, student_dtype = array(student)
+        teacher_array, teacher_dtype = (None, "") if teacher is None else array(teacher)
+        targets = None if labels is None else labels.contiguous().numpy()
+        arguments = (student_array, student_dtype, teacher_array, teacher_dtype, targets)
+        value, written = _core.distillation_loss(*arguments, *objective, gradient, thread_count(threads))
+        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
+    counted = counted_rows(student, labels, ignore_index)
+    check_on_cpu(student, teacher, labels, counted)
+    written_tensor = student.new_empty(student.shape if gradient else 0)
+    scale = counted.sum().clamp(min=1).to(computed_dtype(student)).reciprocal()
+    loss = student.new_zeros((), dtype=computed_dtype(student))
+    for rows in row_chunks(student.shape[0], student.shape[1]):
+        chunk = (student[rows], None if teacher is None else teacher[rows], None if labels is None else labels[rows])
+        value_tensor, by_logits = rows_in_torch(*chunk, counted[rows], objective, gradient)
+        loss += value_tensor * scale
+        if by_logits is not None:
+            written_tensor[rows] = by_logits.mul_(scale)
+    return loss, written_tensor
+
+
+@torch.library.custom_op(
+    "tqcompressor::hidden_state_loss",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor? mask, str kind, bool gradient, int? threads) -> (Tensor, Tensor)",
+)
+def _hidden_state_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    kind: str,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if for_rust(student, teacher):
+        flags = None if mask is None else mask.contiguous().numpy()
+        value, written = _core.hidden_state_loss(
+            *array(student), *array(teacher), flags, kind, gradient, thread_count(threads)
+        )
+        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
+    counted = torch.ones_like(student[:, 0], dtype=torch.bool) if mask is None else mask
+    check_on_cpu(student, teacher, None, counted, ("student_hidden", "teacher_hidden"))
+    s, t = student.to(computed_dtype(student)), teacher.to(computed_dtype(student))
+    if kind == "mse":
+        losses = (s - t).square().mean(-1)
+        by_states = 2 * (s - t) / s.shape[1]
+    else:
+        inner, squares = (s * t).sum(-1, keepdim=True), s.square().sum(-1, keepdim=True)
+        norms = squares.sqrt() * t.square().sum(-1, keepdim=True).sqrt()
+        cosine = torch.where(norms > 0, inner / norms, 0.0)
+        losses = (1 - cosine).squeeze(-1)
+        by_states = torch.where(norms > 0, cosine * s / squares - t / norms, 0.0)
+    count = counted.sum().clamp(min=1)
+    loss = torch.where(counted, losses, 0.0).sum() / count
+    if not gradient:
+        return loss, student.new_empty(0)
+    return loss, (torch.where(counted[:, None], by_states, 0.0) / count).to(student.dtype)
+
+
+@torch.library.custom_op(
+    "tqcompressor::head_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor head, Tensor? teacher_hidden, Tensor? teacher_head, Tensor? labels, "
+    f"{_OBJECTIVE}, bool gradient, int? threads) -> (Tensor, Tensor, Tensor)",
+)
+def _head_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    reverse: bool,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
+    if for_rust(hidden, head):
+        teacher = (teacher_hidden, teacher_head)
+        return _head_loss_on_cpu(hidden, head, *teacher, labels, objective, gradient, thread_count(threads))
+    counted = counted_rows(hidden, labels, ignore_index)
+    dtype = computed_dtype(hidden)
+    scale = counted.sum().clamp(min=1).to(dtype).reciprocal()
+    loss = hidden.new_zeros((), dtype=dtype)
+    by_hidden = hidden.new_empty(hidden.shape if gradient else 0)
+    sums = head.new_zeros(head.shape if gradient else 0, dtype=dtype)
+    for rows_of_chunk in row_chunks(hidden.shape[0], head.shape[0]):
+        states, targets = hidden[rows_of_chunk], None if labels is None else labels[rows_of_chunk]
+        logits, teacher_logits = (states @ head.to(hidden.dtype).T).to(dtype), None
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher_logits = teacher_hidden[rows_of_chunk] @ teacher_head.to(teacher_hidden.dtype).T
+        check_on_cpu(logits, teacher_logits, targets, counted[rows_of_chunk], first=rows_of_chunk.start)
+        value_of_chunk, by_logits = rows_in_torch(
+            logits, teacher_logits, targets, counted[rows_of_chunk], objective, gradient
+        )
+        loss += value_of_chunk * scale
+        if by_logits is not None:
+            by_logits.mul_(scale)
+            by_hidden[rows_of_chunk] = (by_logits @ head.to(dtype)).to(hidden.dtype)
+            sums += by_logits.T @ states.to(dtype)
+    return loss, by_hidden, sums.to(head.dtype)
+
+
+def _head_loss_on_cpu(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_head: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    gradient: bool,
+    threads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrix products by torch, whose BLAS is the fastest there is, and the loss by Rust, some rows at a time."""
+    states, weight = hidden.detach().float(), head.detach().float()
+    taught = None
+    if teacher_hidden is not None and teacher_head is not None and objective[1] > 0:
+        taught = teacher_hidden.float(), teacher_head.float()
+    rows, vocabulary = states.shape[0], weight.shape[0]
+    counted = rows if labels is None else int((labels != objective[-1]).sum())
+    models = 1 if taught is None else 2
+    size = max(1, min(rows, _LOGITS_BYTES // (4 * models * vocabulary)))
+    buffers = [states.new_empty(size, vocabulary) for _ in range(models)]
+    by_hidden = states.new_empty(states.shape if gradient else 0)
+    by_head = weight.new_zeros(weight.shape if gradient else 0)
+    total = 0.0
+    for first in range(0, rows, size):
+        chunk = slice(first, min(first + size, rows))
+        logits = torch.mm(states[chunk], weight.T, out=buffers[0][: chunk.stop - first])
+        teacher_logits = None
+        if taught is not None:
+            teacher_logits = torch.mm(taught[0][chunk], taught[1].T, out=buffers[1][: chunk.stop - first]).numpy()
+        targets = None if labels is None else labels[chunk].contiguous().numpy()
+        total += _core.distillation_loss_in_place(
+            logits.numpy(), teacher_logits, targets, *objective, first, 1 / max(counted, 1), gradient, threads
+        )
+        if gradient:
+            torch.mm(logits, weight, out=by_hidden[chunk])
+            by_head.addmm_(logits.T, states[chunk])
+    return hidden.new_tensor(total, dtype=torch.float32), by_hidden.to(hidden.dtype), by_head.to(head.dtype)
+
+
+@torch.library.custom_op(
+    "tqcompressor::scaled_gradient", mutates_args=(), schema="(Tensor gradient, Tensor by) -> Tensor"
+)
+def _scaled_gradient(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return (gradient * by.to(gradient.device)).to(gradient.dtype)
+
+
+# What torch must know of them to trace and to differentiate.
+
+
+@_distillation_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+@_hidden_state_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+@_head_loss.register_fake
+def _(hidden: torch.Tensor, head: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wanted = arguments[-2]
+    by_hidden = hidden.new_empty(hidden.shape if wanted else (0,))
+    return fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
+
+
+@_scaled_gradient.register_fake
+def _(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(gradient)
+
+
+def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    # Zeros for the gradients of the gradients would take as much memory as all the rest.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.unused = len(inputs) - len(output) + 1
+
+
+def _return_gradients(ctx: Context, by_value: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    gradients = [None if by_value is None else _scale(gradient, by_value) for gradient in ctx.saved_tensors]
+    return *gradients, *([None] * ctx.unused)
+
+
+def _scale(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    # Mostly the loss itself is differentiated, and a product with 1 would take a second gradient's memory. Traced
+    # tensors have no value to look at, and those of other devices none that is at hand.
+    at_hand = type(gradient) is torch.Tensor and type(by) is torch.Tensor and by.device.type == "cpu"
+    if at_hand and not torch.is_grad_enabled() and by.item() == 1:
+        # An output of the operator, it would drag the graph along.
+        return gradient.detach()
+    scaled: torch.Tensor = _scaled_gradient(gradient, by)
+    return scaled
+
+
+def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
+    raise RuntimeError("the losses of tqcompressor are not twice differentiable")
+
+
+def returns_gradients(operator: Any) -> None:
+    """Registers the backward pass of an operator whose outputs are a value and its gradients."""
+    operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
+
+
+for _operator in (_distillation_loss, _hidden_state_loss, _head_loss):
+    returns_gradients(_operator)
+
+
+_scaled_gradient.register_autograd(_refuse)
+
+
+def topk_loss(
+    student: torch.Tensor,
+    tokens: torch.Tensor,
+    probabilities: torch.Tensor,
+    labels: torch.Tensor | None,
+    objective: Objective,
+    threads: int | None,
+) -> torch.Tensor:
+    """`tqcompressor.losses.topk_distillation_loss`, for tensors."""
+    check_rows("student_logits", student)
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
+        raise DtypeError(f"teacher_tokens: expected integers, got {tokens.dtype}")
+    width = student.shape[-1]
+    if tokens.shape[:-1] != student.shape[:-1] or tokens.dim() != student.dim() or not 1 <= tokens.shape[-1] <= width:
+        expected = f"({', '.join(map(str, (*student.shape[:-1], f'1 to {width}')))})"
+        raise ShapeError(f"teacher_tokens: expected the shape {expected}, got {tuple(tokens.shape)}")
+    check_rows("teacher_probabilities", probabilities)
+    check_shape("teacher_probabilities", tokens.shape, probabilities.shape)
+    if labels is not None:
+        labels = flat_labels(labels, student.shape[:-1])
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    kept = probabilities.detach().to(computed_dtype(student))
+    temperature, divergence, cross_entropy, _, ignore_index = objective
+    numbers = (temperature, divergence, cross_entropy, ignore_index, wanted, threads)
+    loss: torch.Tensor = _topk_loss(flat(student), flat(tokens).long(), flat(kept), labels, *numbers)[0]
+    return loss
+
+
+@torch.library.custom_op(
+    "tqcompressor::topk_distillation_loss",
+    mutates_args=(),
+    schema="(Tensor student, Tensor tokens, Tensor probabilities, Tensor? labels, float temperature, float divergence, "
+    "float cross_entropy, int ignore_index, bool gradient, int? threads) -> (Tensor, Tensor)",
+)
+def _topk_loss(
+    student: torch.Tensor,
+    tokens: torch.Tensor,
+    probabilities: torch.Tensor,
+    labels: torch.Tensor | None,
+    temperature: float,
+    divergence: float,
+    cross_entropy: float,
+    ignore_index: int,
+    gradient: bool,
+    threads: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if for_rust(student, probabilities):
+        targets = None if labels is None else labels.contiguous().numpy()
+        named = (tokens.contiguous().numpy(), probabilities.contiguous().numpy())
+        objective = (temperature, divergence, cross_entropy)
+        value, written = _core.topk_distillation_loss(
+            *array(student), *named, targets, *objective, ignore_index, gradient, thread_count(threads)
+        )
+        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
+    counted = counted_rows(student, labels, ignore_index)
+    check_soft_labels(student.shape[-1], tokens, probabilities, counted)
+    check_on_cpu(student, None, labels, counted)
+    by_logits = student.new_empty(student.shape if gradient else 0)
+    scale = counted.sum().clamp(min=1).to(computed_dtype(student)).reciprocal()
+    loss = student.new_zeros((), dtype=computed_dtype(student))
+    weights = (temperature, divergence, cross_entropy, False, ignore_index)
+    for rows in row_chunks(student.shape[0], student.shape[1]):
+        targets_of_chunk = None if labels is None else labels[rows]
+        chunk = (student[rows], tokens[rows], probabilities[rows], targets_of_chunk, counted[rows])
+        value_of_chunk, gradient_of_chunk = topk_rows_in_torch(*chunk, weights, gradient)
+        loss += value_of_chunk * scale
+        if gradient_of_chunk is not None:
+            by_logits[rows] = gradient_of_chunk.mul_(scale)
+    return loss, by_logits
+
+
+@_topk_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+returns_gradients(_topk_loss)

@@ -1,0 +1,210 @@
+"""Swapping modules of a live model for compressed ones and back, tied heads included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..config.specs import MatrixSpec
+from ..config.tq_config import FUSED
+from ..errors import ConfigError, ShapeError
+from ..modules.build import CompressedModule, empty_embedding, empty_linear
+from ..modules.fused import FusedLinear
+from ..modules.mixed import FactoredEmbedding, FactoredHead, tied_head
+from .matrices import (
+    KINDS,
+    bare_name,
+    by_module,
+    compressed_modules,
+    factor_parameters,
+    linear_size,
+    module_name,
+    stock_model,
+    tied_parameters,
+    ties,
+    weight_owner,
+)
+
+# What is GPT-2's alone: this one is initialised from its parent, through a `weight` that it does not have any more when
+# compressed.
+_INITIALISED_BY_PARENT = "c_proj"
+
+
+def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> dict[str, CompressedModule]:
+    """Modules without values, on the meta device, for the matrices named in `specs`: full name to module.
+
+    Output layers tied to one of them are not among them: see `tied_heads`. Raises `ConfigError` for a name that the
+    model does not have or whose tying cannot be kept, and `ShapeError` for a spec that does not fit; both name the
+    matrix.
+    """
+    modules: dict[str, CompressedModule] = {}
+    tied = ties(model)
+    for bare, parts in by_module(specs).items():
+        name = module_name(model, bare)
+        dense = _find_dense(model, name, parts)
+        _check_ties(model, name, tied)
+        dtype = dense.weight.dtype
+        try:
+            if isinstance(dense, nn.Embedding):
+                size = (dense.num_embeddings, dense.embedding_dim)
+                modules[name] = empty_embedding(*size, specs[parts[None]], dtype)
+                continue
+            has_bias = dense.bias is not None
+            if None in parts:
+                modules[name] = empty_linear(*linear_size(dense), specs[parts[None]], has_bias, dtype)
+            else:
+                width, _ = linear_size(dense)
+                modules[name] = FusedLinear(
+                    {part: empty_linear(width, width, specs[parts[part]], False, dtype) for part in _parts_of(dense)},
+                    has_bias,
+                )
+        except ShapeError as error:
+            raise ShapeError(f"{', '.join(parts.values())}: {error}") from None
+    return modules
+
+
+def tied_heads(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, FactoredHead]:
+    """The output layers tied to those of `modules` that are embeddings, sharing their factors: full name to module."""
+    found = {}
+    for name, source in ties(model).items():
+        if source in modules:
+            dense: Any = model.get_submodule(name)
+            found[name] = tied_head(modules[source], dense.bias)
+    return found
+
+
+def tie_heads(model: PreTrainedModel) -> None:
+    """Gives every compressed tied head the factors and permutations that its embedding has now."""
+    for name, source in ties(model).items():
+        head, embedding = model.get_submodule(name), model.get_submodule(source)
+        if isinstance(head, FactoredHead) and isinstance(embedding, FactoredEmbedding):
+            tie: Any = head.tie
+            tie(embedding)
+
+
+def _parts_of(fused: Conv1D | nn.Linear) -> tuple[str, ...]:
+    """q, k and v of a fused `c_attn`; in cross-attention, whose query comes from elsewhere, k and v."""
+    rows, columns = linear_size(fused)
+    return ("q", "k", "v") if columns == 3 * rows else ("k", "v")
+
+
+def _find_dense(
+    model: PreTrainedModel, name: str, parts: Mapping[str | None, str]
+) -> Conv1D | nn.Linear | nn.Embedding:
+    matrices = ", ".join(parts.values())
+    try:
+        dense = model.get_submodule(name)
+    except AttributeError:
+        raise ConfigError(f"{type(model).__name__} has no matrix {matrices}") from None
+    if not isinstance(dense, Conv1D | nn.Linear | nn.Embedding) or type(dense) not in KINDS:
+        raise ConfigError(f"{matrices} is a {type(dense).__name__}, which cannot be compressed")
+    others = [other for other, module in model.named_modules(remove_duplicate=False) if module is dense]
+    if len(others) > 1:
+        raise ConfigError(f"{matrices} is one module under several names, {', '.join(others)}: leave it as it is")
+    expected: list[str | None] = [None]
+    if isinstance(dense, Conv1D) and name.endswith(FUSED):
+        expected = list(_parts_of(dense))
+    if set(parts) != set(expected):
+        wanted = ", ".join(name if part is None else f"{name}.{part}" for part in expected)
+        raise ConfigError(f"{wanted} must be compressed all or none, got {matrices}")
+    return dense
+
+
+def _check_ties(model: PreTrainedModel, name: str, tied: Mapping[str, str]) -> None:
+    """Raises `ConfigError` unless whatever is tied to the module can be tied to its factors."""
+    if name in tied:
+        raise ConfigError(f"{name} is tied to {tied[name]}: compressing that compresses both")
+    for target, source in tied.items():
+        other: Any = model.get_submodule(target)
+        followed = type(other) is nn.Linear and isinstance(model.get_submodule(name), nn.Embedding)
+        if source == name and not followed:
+            raise ConfigError(
+                f"{name} shares its weight with {target}, a {type(other).__name__}: "
+                "only an output layer can share factors, leave it as it is"
+            )
+
+
+@contextmanager
+def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Callable[..., None]]:
+    """Puts modules in the places of those with the same full names, and yields a function that swaps more of them.
+
+    An exception in the body puts all the old ones back.
+    """
+    tied = ties(model)
+    biases = {name: source for name, source in tied_parameters(model).items() if weight_owner(name) is None}
+    undo: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def swap(more: Mapping[str, nn.Module]) -> None:
+        for name, module in more.items():
+            parent_name, _, child = name.rpartition(".")
+            parent: Any = model.get_submodule(parent_name)
+            undo.append((parent, child, getattr(parent, child)))
+            module.train(getattr(parent, child).training)
+            setattr(parent, child, module)
+            if child == _INITIALISED_BY_PARENT:
+                parent._is_hf_initialized = True
+        if more:
+            retie(model, tied, biases)
+
+    try:
+        swap(modules)
+        yield swap
+    except BaseException:
+        for parent, child, old in reversed(undo):
+            setattr(parent, child, old)
+        if undo:
+            retie(model, tied, biases)
+        raise
+
+
+def retie(model: PreTrainedModel, tied: Mapping[str, str], biases: Mapping[str, str]) -> None:
+    """Makes the names of tied parameters, by which transformers ties, loads and saves, those of the heads there are.
+
+    `tied` are modules whose weights are tied, as `ties` gives them, and `biases` the other tied parameters, by name.
+    """
+    names = dict(biases)
+    for head, embedding in tied.items():
+        for name, _ in model.get_submodule(embedding).named_parameters():
+            names[f"{head}.{name}"] = f"{embedding}.{name}"
+    if any(isinstance(model.get_submodule(head), FactoredHead) for head in tied):
+        model._tied_weights_keys = names
+    else:
+        # The class has the same.
+        vars(model).pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = names
+
+
+def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None) -> dict[str, nn.Module]:
+    """The stock modules, holding dense weights, for the compressed ones: full name to module.
+
+    `matrices` are the modules that are wanted, named without the base prefix; None stands for all. A head that is tied
+    to the embedding comes with it.
+    """
+    # Tells which class each had: Conv1D and nn.Linear are laid out differently.
+    stock = stock_model(model)
+    tied = ties(model)
+    modules: dict[str, nn.Module] = {}
+    for name, compressed in compressed_modules(model):
+        source = tied.get(name, name)
+        if matrices is not None and bare_name(model, source) not in matrices:
+            continue
+        dense: Any = stock.get_submodule(name)
+        if not isinstance(compressed, FactoredHead):
+            with torch.no_grad():
+                weight = compressed.dense_weight()
+            weight = weight.t() if isinstance(dense, nn.Linear) else weight
+            dense.weight = nn.Parameter(weight.contiguous(), factor_parameters(compressed)[0].requires_grad)
+        if not isinstance(compressed, FactoredEmbedding):
+            dense.bias = compressed.bias
+        modules[name] = dense
+    for name, source in tied.items():
+        if name in modules and source in modules:
+            # The very parameter, as `tie_weights` would have it.
+            modules[name].weight = modules[source].weight
+    return modules

@@ -1,0 +1,26 @@
+"""The torch modules that hold factors in place of a dense weight.
+
+Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, or `left` and `right`, and persistent integer buffers
+`input_permutation` and `output_permutation` (gather indices of the forward pass; None where a side is not permuted). No
+module has a `weight`: code that looks for one must fail, not work on a copy. `dense_weight()` computes it on request.
+
+May import torch, `errors`, `_core`, `utils` and `config`; never transformers.
+"""
+
+from .fused import FusedLinear
+from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear
+from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from .mixed import MixedEmbedding, MixedHead, MixedLinear
+
+__all__ = [
+    "FusedLinear",
+    "KroneckerEmbedding",
+    "KroneckerHead",
+    "KroneckerLinear",
+    "LowRankEmbedding",
+    "LowRankHead",
+    "LowRankLinear",
+    "MixedEmbedding",
+    "MixedHead",
+    "MixedLinear",
+]

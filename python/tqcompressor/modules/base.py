@@ -1,0 +1,138 @@
+"""What the modules that hold factors share, of whatever kind: copies, biases, permutations and ties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..errors import ShapeError
+
+# One term of what a matrix became: ("kronecker", A, B, p, q) or ("low_rank", left, right, order).
+Term: TypeAlias = tuple[Any, ...]
+
+
+def the_one_term(terms: Sequence[Term], kind: str) -> tuple[NDArray[Any], ...]:
+    """The arrays of the only term, which must be of that kind; raises `ShapeError` otherwise."""
+    if len(terms) != 1 or terms[0][0] != kind:
+        raise ShapeError(f"expected one {kind} term, got {', '.join(str(term[0]) for term in terms) or 'none'}")
+    return tuple(terms[0][1:])
+
+
+def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`y + bias` in the dtype of `y`: under autocast that is narrower than the bias, and must stay so."""
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def copied_bias(
+    bias: torch.Tensor, size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Parameter:
+    """A parameter `(size,)` with the values of `bias`; raises `ShapeError` for another shape."""
+    if bias.shape != (size,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}, expected ({size},)")
+    return nn.Parameter(bias.detach().clone().to(device=device, dtype=dtype))
+
+
+def new_bias(bias: bool | torch.Tensor, size: int, like: torch.Tensor) -> nn.Parameter | None:
+    """The bias that an argument asks for: a copy of the given one, zeros where and as `like` is, or none."""
+    if isinstance(bias, torch.Tensor):
+        return copied_bias(bias, size)
+    return nn.Parameter(torch.zeros(size, device=like.device, dtype=like.dtype)) if bias else None
+
+
+def draw_bias(bias: torch.Tensor | None, in_features: int) -> None:
+    """Initialises a bias as `nn.Linear` does."""
+    if bias is not None:
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(bias, -bound, bound)
+
+
+def inverse(permutation: torch.Tensor | None) -> torch.Tensor | None:
+    """The inverse of a permutation; None, where a side is not permuted, is its own."""
+    return None if permutation is None else torch.argsort(permutation)
+
+
+def gathered(matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+    """`matrix[rows][:, columns]`, where None takes a side as it is."""
+    if rows is not None:
+        matrix = matrix.index_select(0, rows)
+    return matrix if columns is None else matrix.index_select(1, columns)
+
+
+class Factors(nn.Module):
+    """Two factors of a matrix, and the gather indices of its permuted sides."""
+
+    # The names of the parameters that hold the factors.
+    factors: ClassVar[tuple[str, str]]
+    input_permutation: torch.Tensor | None
+    output_permutation: torch.Tensor | None
+
+    def _copy(
+        self, tensors: Mapping[str, NDArray[Any]], dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
+        """Takes copies of the values of parameters and buffers, except of buffers that the module does not have.
+
+        Raises `ShapeError`, and changes nothing, for shapes that are not the module's.
+        """
+        kept = {name: values for name, values in tensors.items() if getattr(self, name) is not None}
+        for name, values in kept.items():
+            expected = tuple(getattr(self, name).shape)
+            if values.shape != expected:
+                raise ShapeError(f"{name} has shape {values.shape}, expected {expected}")
+        for name, values in kept.items():
+            current = getattr(self, name)
+            values = np.ascontiguousarray(values)
+            if isinstance(current, nn.Parameter):
+                copy = torch.tensor(values, dtype=dtype, device=device)
+                setattr(self, name, nn.Parameter(copy, current.requires_grad))
+            else:
+                setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
+
+    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The gather indices that the row permutation `p` means for this module's input."""
+        return p
+
+
+class Tied(nn.Module):
+    """An output layer whose factors are its embedding's, and which therefore takes no others."""
+
+    def set_terms(self, *_: object, **__: object) -> None:
+        """Refused, as it would untie the head: set the embedding's factors, then `tie` it again."""
+        raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
+
+
+class TiedFactors(Tied, Factors):
+    """The head of an embedding with `Factors`: its factors are the embedding's, its permutations follow from those."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: Any, bias: nn.Parameter | None = None) -> None:
+        # Not the constructor of a kind of factors, which would make its own.
+        nn.Module.__init__(self)
+        self.rank = embedding.rank
+        self.in_features = embedding.embedding_dim
+        self.out_features = embedding.num_embeddings
+        self.register_parameter("bias", bias)
+        self.register_buffer("input_permutation", None, persistent=False)
+        self.register_buffer("output_permutation", None, persistent=False)
+        self.tie(embedding)
+        embedding.register_load_state_dict_post_hook(self._follow)
+
+    def tie(self, embedding: Any) -> None:
+        """Takes over the embedding's factors and permutations."""
+        for name in self.factors:
+            setattr(self, name, getattr(embedding, name))
+        self._follow(embedding)
+
+    def set_factors(self, *_: object, **__: object) -> None:
+        """Refused as `set_terms` is."""
+        self.set_terms()
+
+    def _follow(self, embedding: Any, _incompatible_keys: object = None) -> None:
+        self.input_permutation = inverse(embedding.output_permutation)
+        self.output_permutation = embedding.input_permutation

@@ -1,0 +1,44 @@
+"""The module without values that a matrix becomes by its spec."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+
+from ..config.specs import KroneckerSpec, LowRankSpec, MatrixSpec
+from .fused import FusedLinear
+from .kronecker import KroneckerEmbedding, KroneckerLinear
+from .low_rank import LowRankEmbedding, LowRankLinear
+from .mixed import FactoredEmbedding, FactoredHead, FactoredLinear, MixedEmbedding, MixedLinear
+
+CompressedModule: TypeAlias = FactoredLinear | FusedLinear | FactoredEmbedding | FactoredHead
+
+
+def empty_linear(
+    rows: int, columns: int, spec: MatrixSpec, bias: bool = True, dtype: torch.dtype | None = None
+) -> FactoredLinear:
+    """The module without values, on the meta device, that a linear map `(rows, columns)`, in × out, becomes by `spec`.
+
+    Raises `ShapeError` for a spec that does not fit.
+    """
+    spec.check(rows, columns)
+    if isinstance(spec, KroneckerSpec):
+        sides = (spec.permutes_rows, spec.permutes_columns)
+        return KroneckerLinear(rows, columns, spec.block, spec.rank, bias, *sides, device="meta", dtype=dtype)
+    if isinstance(spec, LowRankSpec):
+        return LowRankLinear(rows, columns, spec.rank, bias, device="meta", dtype=dtype)
+    terms: list[Any] = [empty_linear(rows, columns, term, False, dtype) for term in spec.terms]
+    return MixedLinear(terms, bias)
+
+
+def empty_embedding(rows: int, columns: int, spec: MatrixSpec, dtype: torch.dtype | None = None) -> FactoredEmbedding:
+    """The same for an embedding `(rows, columns)`, vocabulary × dimension."""
+    spec.check(rows, columns)
+    if isinstance(spec, KroneckerSpec):
+        sides = (spec.permutes_rows, spec.permutes_columns)
+        return KroneckerEmbedding(rows, columns, spec.block, spec.rank, *sides, device="meta", dtype=dtype)
+    if isinstance(spec, LowRankSpec):
+        return LowRankEmbedding(rows, columns, spec.rank, device="meta", dtype=dtype)
+    terms: list[Any] = [empty_embedding(rows, columns, term, dtype) for term in spec.terms]
+    return MixedEmbedding(terms)

@@ -1,0 +1,344 @@
+"""The torch modules that hold Kronecker factors and permutations in place of a dense linear one's weight.
+
+Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers `input_permutation` and
+`output_permutation` (gather indices used in the forward pass; None where a side is not permuted). No module has a
+`weight`: code that looks for one must fail, not work on a copy. `dense_weight()` computes it on request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..config.specs import KroneckerSpec
+from .base import Factors, Term, TiedFactors, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
+from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
+
+
+class KroneckerFactors(Factors):
+    """What the modules share: the factors and permutations of a `(rows, columns)` matrix."""
+
+    factors = ("A", "B")
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        block: tuple[int, int],
+        rank: int,
+        input_size: int | None,
+        output_size: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        spec = KroneckerSpec(block, rank)
+        a_shape, b_shape = spec.factor_shapes(rows, columns)
+        self.block = spec.block
+        self.rank = spec.rank
+        self.A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
+        for name, size in (("input_permutation", input_size), ("output_permutation", output_size)):
+            self.register_buffer(name, None if size is None else torch.arange(size, device=device))
+
+    def reset_parameters(self, variance: float) -> None:
+        """Draws factors whose Kronecker sum has entries of the given variance."""
+        bound = math.sqrt(3 * math.sqrt(variance / self.rank))
+        nn.init.uniform_(self.A, -bound, bound)
+        nn.init.uniform_(self.B, -bound, bound)
+
+    @classmethod
+    def _from_factors(
+        cls,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        permute: str,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        **options: Any,
+    ) -> Any:
+        """A module of this class for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`; `options` are its constructor's own."""
+        (rank, m1, n1), (_, m2, n2) = a.shape, b.shape
+        spec = KroneckerSpec((m2, n2), rank, permute)
+        sides: dict[str, Any] = {
+            "input_permutation": spec.permutes_rows,
+            "output_permutation": spec.permutes_columns,
+        }
+        # Every subclass that is made from factors takes rows, columns, block and rank first.
+        module: Any = cls(m1 * m2, n1 * n2, spec.block, rank, device="meta", **sides, **options)
+        module.set_factors(a, b, p, q, dtype, device)
+        return module
+
+    def set_terms(
+        self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """`set_factors` from what a decomposition gave for the matrix, which is one Kronecker term."""
+        a, b, p, q = the_one_term(terms, "kronecker")
+        self.set_factors(a, b, p, q, dtype, device)
+
+    def set_factors(
+        self,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Takes copies of the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored.
+
+        Raises `ShapeError` for shapes that are not the module's.
+        """
+        permutations = {"input_permutation": self._input_indices(p), "output_permutation": np.argsort(q)}
+        self._copy({"A": a, "B": b, **permutations}, dtype, device)
+
+    def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+        """The Kronecker sum as a matrix, its sides gathered, in the dtype of the factors."""
+        return kronecker_matrix(self.A, self.B, rows, columns).to(self.A.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        sides = [name for name in ("input_permutation", "output_permutation") if getattr(self, name) is not None]
+        return f"block={self.block}, rank={self.rank}" + "".join(f", {side}=True" for side in sides)
+
+
+class KroneckerLinear(KroneckerFactors):
+    """`y = x W + bias` for `W[p][:, q] = Σ_k A_k ⊗ B_k`.
+
+    Shapes: `x (..., in_features)`, `y (..., out_features)`, `A (rank, in_features / m2, out_features / n2)`,
+    `B (rank, m2, n2)` with `block = (m2, n2)`, `bias (out_features,)`. `input_permutation` is `p` and
+    `output_permutation` is the inverse of `q`: `x[..., p]` goes in, `flat[..., inverse(q)]` comes out.
+
+    The cost of a row is the smaller of `rank · (m1·n1·m2 + n1·m2·n2)` and `rank · (m1·m2·n2 + m1·n1·n2)`
+    multiplications. Only where that saves nothing against the dense product and there are hundreds of rows, as in
+    training, `W` is formed for the duration of the call. Takes the place of `nn.Linear` and of transformers' `Conv1D`
+    alike.
+
+    Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block: tuple[int, int],
+        rank: int,
+        bias: bool = True,
+        input_permutation: bool = True,
+        output_permutation: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            block,
+            rank,
+            in_features if input_permutation else None,
+            out_features if output_permutation else None,
+            device,
+            dtype,
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", new_bias(bias, out_features, self.A))
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        permute: str = "both",
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerLinear:
+        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with the given, copied, factors.
+
+        A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
+        """
+        module: KroneckerLinear = cls._from_factors(a, b, p, q, permute, dtype, device, bias=bias is not None)
+        if bias is not None:
+            module.bias = copied_bias(bias, module.out_features, device, dtype)
+        return module
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: Any,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerLinear:
+        """The module for what `tqcompressor.decompose` returned for the matrix `W` (in × out)."""
+        d = decomposition
+        return cls.from_factors(d.a, d.b, d.row_permutation, d.column_permutation, d.spec.permute, bias, dtype, device)
+
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
+        super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
+        draw_bias(self.bias, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        tokens = x.numel() // self.in_features
+        if prefers_dense(tokens, self.block, self.rank, self.in_features, self.out_features):
+            return add_bias(torch.matmul(x, self.dense_weight()), self.bias)
+        if self.input_permutation is not None:
+            x = x.index_select(-1, self.input_permutation)
+        y = kronecker_matmul(x, self.A, self.B)
+        if self.output_permutation is not None:
+            y = y.index_select(-1, self.output_permutation)
+        return add_bias(y, self.bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `W (in_features, out_features)` that the factors stand for, in the dtype of the factors."""
+        return self._matrix(inverse(self.input_permutation), self.output_permutation)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {super().extra_repr()}, bias={self.bias is not None}"
+
+
+class KroneckerEmbedding(KroneckerFactors):
+    """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, each made when it is looked up.
+
+    Shapes: ids `(...)` to `(..., embedding_dim)`; `A (rank, num_embeddings / m2, embedding_dim / n2)`,
+    `B (rank, m2, n2)`. `input_permutation` is the inverse of `p` (token `i` is row `inverse(p)[i]` of the sum) and
+    `output_permutation` the inverse of `q`. A row costs `rank · embedding_dim` multiplications.
+
+    Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
+    """
+
+    # Read by code that expects an nn.Embedding.
+    padding_idx = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        block: tuple[int, int],
+        rank: int,
+        input_permutation: bool = False,
+        output_permutation: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            block,
+            rank,
+            num_embeddings if input_permutation else None,
+            embedding_dim if output_permutation else None,
+            device,
+            dtype,
+        )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        a: NDArray[np.float32],
+        b: NDArray[np.float32],
+        p: NDArray[np.int64],
+        q: NDArray[np.int64],
+        permute: str = "both",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KroneckerEmbedding:
+        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with the given, copied, factors.
+
+        A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
+        """
+        module: KroneckerEmbedding = cls._from_factors(a, b, p, q, permute, dtype, device)
+        return module
+
+    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Token `i` is looked up where row `i` went.
+        return np.argsort(p)
+
+    def reset_parameters(self, variance: float = 1.0) -> None:
+        """Initialises like `nn.Embedding`: entries of variance 1."""
+        super().reset_parameters(variance)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`(...)` token ids to `(..., embedding_dim)`."""
+        rows = ids.reshape(-1)
+        if self.input_permutation is not None:
+            # index_select refuses negative ids, as nn.Embedding does; indexing would wrap them round.
+            rows = self.input_permutation.index_select(0, rows)
+        table = self._rows(rows, 0)
+        for k in range(1, self.rank):
+            table = table + self._rows(rows, k)
+        out = table.reshape(*ids.shape, self.embedding_dim)
+        return out if self.output_permutation is None else out.index_select(-1, self.output_permutation)
+
+    def _rows(self, rows: torch.Tensor, k: int) -> torch.Tensor:
+        """Rows of `A_k ⊗ B_k`, `(T, n1, n2)`: row `i` is row `i div m2` of A_k times row `i mod m2` of B_k."""
+        m2, _ = self.block
+        if m2 == 1:
+            a, b = nn.functional.embedding(rows, self.A[k]), self.B[k]
+        else:
+            a = nn.functional.embedding(rows.div(m2, rounding_mode="floor"), self.A[k])
+            b = nn.functional.embedding(rows.remainder(m2), self.B[k])
+        # Not a matrix product, which autocast would round where nn.Embedding does not.
+        return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in the dtype of the factors."""
+        return self._matrix(self.input_permutation, self.output_permutation)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
+
+
+class KroneckerHead(TiedFactors, KroneckerFactors):
+    """The output layer tied to a `KroneckerEmbedding`: `logits = h Wᵀ` from the embedding's very own A and B.
+
+    Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. With `W[p][:, q] = Σ_k A_k ⊗ B_k`, h is gathered by
+    `q`, contracted with the transposed factors and gathered by the inverse of `p`. With block (1, 4) and rank 1 the
+    logits take a quarter of the dense multiplications. `bias (num_embeddings,)` is the replaced output layer's own.
+
+    Transformers ties parameters by name, so the head has `A` and `B` of its own that are the same tensors. Its
+    permutations follow from the embedding's: they are not saved, and are derived again when the embedding's change.
+    """
+
+    def __init__(self, embedding: KroneckerEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding, bias)
+        self.block = embedding.block
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
+        if self.input_permutation is not None:
+            hidden = hidden.index_select(-1, self.input_permutation)
+        logits = kronecker_matmul(hidden, self.A.transpose(1, 2), self.B.transpose(1, 2))
+        if self.output_permutation is not None:
+            logits = logits.index_select(-1, self.output_permutation)
+        return add_bias(logits, self.bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
+        return self._matrix(self.output_permutation, inverse(self.input_permutation)).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {super().extra_repr()}"

@@ -1,0 +1,280 @@
+"""Modules of low rank that store no entry that is known: some rows, or columns, of the matrix span all others.
+
+With a permutation that puts those first, a matrix `W (m, n)` of rank k is `W[p] = [I; left] right` or
+`W[:, q] = left [I right]`, of `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
+forward pass, only those of the side that the identity is on, and no module has a `weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..config.specs import LowRankSpec
+from ..utils.torch_utils import without_autocast
+from .base import (
+    Factors,
+    Term,
+    TiedFactors,
+    add_bias,
+    copied_bias,
+    draw_bias,
+    gathered,
+    inverse,
+    new_bias,
+    the_one_term,
+)
+from .functional import expand, low_rank_matmul
+
+
+class LowRankFactors(Factors):
+    """What the modules share: the factors and the permutation of a `(rows, columns)` matrix.
+
+    The identity, and so the permutation, is on the rows where there are not more rows than columns.
+    """
+
+    factors = ("left", "right")
+    left: nn.Parameter
+    right: nn.Parameter
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        rank: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        spec = LowRankSpec(rank)
+        left, right = spec.factor_shapes(rows, columns)
+        self.rank = spec.rank
+        self.left = nn.Parameter(torch.empty(left, device=device, dtype=dtype))
+        self.right = nn.Parameter(torch.empty(right, device=device, dtype=dtype))
+        order = torch.arange(min(rows, columns), device=device)
+        self.register_buffer("input_permutation", order if rows <= columns else None)
+        self.register_buffer("output_permutation", None if rows <= columns else order)
+
+    def reset_parameters(self, variance: float) -> None:
+        """Draws factors whose product, and what stands beside it in the matrix, has entries of the given variance."""
+        # The factor that the identity completes is multiplied by the other, whose entries the matrix has too.
+        weights, mixing = (self.right, self.left) if self.input_permutation is not None else (self.left, self.right)
+        for factor, of_entries in ((weights, variance), (mixing, 1 / self.rank)):
+            bound = math.sqrt(3 * of_entries)
+            nn.init.uniform_(factor, -bound, bound)
+
+    @classmethod
+    def _from_factors(
+        cls,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        **options: Any,
+    ) -> Any:
+        (height, rank), (_, width) = left.shape, right.shape
+        # Were they columns, there would be more rows than columns.
+        on_rows = height + rank <= width
+        rows, columns = (height + rank, width) if on_rows else (height, width + rank)
+        # Every subclass that is made from factors takes rows, columns and rank first.
+        module: Any = cls(rows, columns, rank, device="meta", **options)
+        module.set_factors(left, right, order, dtype, device)
+        return module
+
+    def set_terms(
+        self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """`set_factors` from what a decomposition gave for the matrix, which is one term of low rank."""
+        left, right, order = the_one_term(terms, "low_rank")
+        self.set_factors(left, right, order, dtype, device)
+
+    def set_factors(
+        self,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Takes copies of the factors of `W[p]`, or of `W[:, q]` where there are more rows than columns.
+
+        `order` is `p` or `q`, gather indices. Raises `ShapeError` for shapes that are not the module's.
+        """
+        # Of the two permutations, the module has the one of the side that the identity is on.
+        permutations = {"input_permutation": self._input_indices(order), "output_permutation": np.argsort(order)}
+        self._copy({"left": left, "right": right, **permutations}, dtype, device)
+
+
+class LowRankLinear(LowRankFactors):
+    """`y = x W + bias` for a matrix of rank k: `W[p] = [I; left] right`, or `W[:, q] = left [I right]`.
+
+    Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. With `in_features ≤ out_features`,
+    `left (in_features − k, k)`, `right (k, out_features)` and `input_permutation` is `p`; otherwise
+    `left (in_features, k)`, `right (k, out_features − k)` and `output_permutation` is the inverse of `q`. A row costs
+    `k · (in_features + out_features − k)` multiplications, which is less than the dense product at any rank.
+
+    Raises `ShapeError` unless the rank is smaller than both sides.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", new_bias(bias, out_features, self.left))
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankLinear:
+        """The module for the given, copied, factors; raises `ShapeError` for shapes that disagree."""
+        module: LowRankLinear = cls._from_factors(left, right, order, dtype, device, bias=bias is not None)
+        if bias is not None:
+            module.bias = copied_bias(bias, module.out_features, device, dtype)
+        return module
+
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
+        super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
+        draw_bias(self.bias, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        y = low_rank_matmul(x, self.left, self.right, self.input_permutation, self.output_permutation)
+        return add_bias(y, self.bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `W (in_features, out_features)` that the factors stand for, in their dtype."""
+        weight = expand(self.left, self.right, self.input_permutation is not None)
+        return gathered(weight, inverse(self.input_permutation), self.output_permutation).to(self.left.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class LowRankEmbedding(LowRankFactors):
+    """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, each made when looked up.
+
+    Shapes: ids `(...)` to `(..., embedding_dim)`. With `num_embeddings > embedding_dim`, `left (num_embeddings, k)`,
+    `right (k, embedding_dim − k)` and `output_permutation` is the inverse of `q`; otherwise
+    `left (num_embeddings − k, k)`, `right (k, embedding_dim)` and `input_permutation` is the inverse of `p` (where the
+    row of token `i` is). A row costs at most `k · embedding_dim` multiplications.
+
+    Raises `ShapeError` unless the rank is smaller than both sides.
+    """
+
+    # Read by code that expects an nn.Embedding.
+    padding_idx = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, rank, device, dtype)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        order: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LowRankEmbedding:
+        """The module for the given, copied, factors; raises `ShapeError` for shapes that disagree."""
+        module: LowRankEmbedding = cls._from_factors(left, right, order, dtype, device)
+        return module
+
+    def _input_indices(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Token `i` is looked up where row `i` went.
+        return np.argsort(order)
+
+    def reset_parameters(self, variance: float = 1.0) -> None:
+        """Initialises like `nn.Embedding`: entries of variance 1."""
+        super().reset_parameters(variance)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`(...)` token ids to `(..., embedding_dim)`."""
+        rows = ids.reshape(-1)
+        # Autocast would round where nn.Embedding does not.
+        with without_autocast(self.left):
+            if self.input_permutation is not None:
+                identity = torch.eye(self.rank, dtype=self.left.dtype, device=self.left.device)
+                # index_select refuses negative ids, as nn.Embedding does; indexing would wrap them round.
+                rows = self.input_permutation.index_select(0, rows)
+                table = nn.functional.embedding(rows, torch.cat([identity, self.left])) @ self.right
+            else:
+                known = nn.functional.embedding(rows, self.left)
+                table = torch.cat([known, known @ self.right], dim=1)
+        if self.output_permutation is not None:
+            table = table.index_select(1, self.output_permutation)
+        return table.reshape(*ids.shape, self.embedding_dim)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in their dtype."""
+        weight = expand(self.left, self.right, self.input_permutation is not None)
+        return gathered(weight, self.input_permutation, self.output_permutation).to(self.left.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+
+
+class LowRankHead(TiedFactors, LowRankFactors):
+    """The output layer tied to a `LowRankEmbedding`: `logits = h Wᵀ + bias` from the embedding's very own factors.
+
+    Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. The transpose of a matrix in interpolative form is in
+    interpolative form: `Wᵀ[q] = [I; rightᵀ] leftᵀ`, or `Wᵀ[:, p] = rightᵀ [I leftᵀ]`.
+
+    As in `KroneckerHead`, the parameters are the embedding's under names of its own, and the permutations, which are
+    not saved, follow from the embedding's.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
+        left, right = self.right.transpose(0, 1), self.left.transpose(0, 1)
+        return add_bias(
+            low_rank_matmul(hidden, left, right, self.input_permutation, self.output_permutation), self.bias
+        )
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
+        # The rows of the embedding's matrix are this module's outputs.
+        weight = expand(self.left, self.right, self.output_permutation is not None)
+        weight = gathered(weight, self.output_permutation, inverse(self.input_permutation))
+        return weight.to(self.left.dtype).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"

@@ -1,0 +1,148 @@
+"""Modules for sums of several kinds of terms, and the module that any spec means.
+
+The terms are modules of their own under `terms`, without a bias: "terms.0.A", "terms.1.left".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..errors import ShapeError
+from .base import Term, Tied, add_bias, new_bias
+from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear
+from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+
+
+class _Terms(nn.Module):
+    """What the modules share: the sum of the terms."""
+
+    def __init__(self, terms: Sequence[nn.Module], inputs: str, outputs: str) -> None:
+        super().__init__()
+        sizes = {(getattr(term, inputs), getattr(term, outputs)) for term in terms}
+        if len(sizes) != 1:
+            raise ShapeError(f"the terms of a sum must have one shape, got {sorted(sizes)}")
+        if any(getattr(term, "bias", None) is not None for term in terms):
+            raise ShapeError("the terms of a sum have no bias of their own")
+        self.terms = nn.ModuleList(terms)
+
+    def set_terms(
+        self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Takes copies of what a decomposition gave for the matrix, one term for each module, in their order.
+
+        Raises `ShapeError` for terms of another number, kind or shape than the module's.
+        """
+        if len(terms) != len(self.terms):
+            raise ShapeError(f"expected {len(self.terms)} terms, got {len(terms)}")
+        module: Any
+        for module, term in zip(self.terms, terms, strict=True):
+            module.set_terms([term], dtype=dtype, device=device)
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        first, *others = self.terms
+        total: torch.Tensor = first(x)
+        for term in others:
+            total = total + term(x)
+        return total
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix that the terms add up to, in the dtype of the factors; they are added in single precision."""
+        terms: list[Any] = list(self.terms)
+        dense = [term.dense_weight() for term in terms]
+        wide = torch.promote_types(dense[0].dtype, torch.float32)
+        return torch.stack([weight.to(wide) for weight in dense]).sum(0).to(dense[0].dtype)
+
+
+class MixedLinear(_Terms):
+    """`y = x (W_0 + W_1 + …) + bias`, each `W_t` a `KroneckerLinear` or `LowRankLinear` of the same size without bias.
+
+    Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. A row costs what its terms cost.
+
+    Raises `ShapeError` for terms that differ in size or have a bias of their own, and for a bias of another size.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, terms: Sequence[KroneckerLinear | LowRankLinear], bias: bool | torch.Tensor = True) -> None:
+        super().__init__(terms, "in_features", "out_features")
+        self.in_features = terms[0].in_features
+        self.out_features = terms[0].out_features
+        self.register_parameter("bias", new_bias(bias, self.out_features, next(terms[0].parameters())))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return add_bias(self._sum(x), self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class MixedEmbedding(_Terms):
+    """Rows of `W_0 + W_1 + …`, each `W_t` a `KroneckerEmbedding` or `LowRankEmbedding` of the same size.
+
+    Shapes: ids `(...)` to `(..., embedding_dim)`. Raises `ShapeError` for terms that differ in size.
+    """
+
+    # Read by code that expects an nn.Embedding.
+    padding_idx = None
+
+    def __init__(self, terms: Sequence[KroneckerEmbedding | LowRankEmbedding]) -> None:
+        super().__init__(terms, "num_embeddings", "embedding_dim")
+        self.num_embeddings = terms[0].num_embeddings
+        self.embedding_dim = terms[0].embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`(...)` token ids to `(..., embedding_dim)`."""
+        return self._sum(ids)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class MixedHead(Tied, _Terms):
+    """The output layer tied to a `MixedEmbedding`: `logits = h (W_0 + W_1 + …)ᵀ + bias`, each term tied to its own.
+
+    Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: MixedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__([tied_head(term) for term in embedding.terms], "in_features", "out_features")
+        self.in_features = embedding.embedding_dim
+        self.out_features = embedding.num_embeddings
+        self.register_parameter("bias", bias)
+
+    def tie(self, embedding: MixedEmbedding) -> None:
+        """Takes over the factors and permutations of all of the embedding's terms."""
+        own: Any
+        for own, term in zip(self.terms, embedding.terms, strict=True):
+            own.tie(term)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
+        return add_bias(self._sum(hidden), self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+FactoredLinear: TypeAlias = KroneckerLinear | LowRankLinear | MixedLinear
+FactoredEmbedding: TypeAlias = KroneckerEmbedding | LowRankEmbedding | MixedEmbedding
+FactoredHead: TypeAlias = KroneckerHead | LowRankHead | MixedHead
+
+
+def tied_head(embedding: Any, bias: nn.Parameter | None = None) -> FactoredHead:
+    """The output layer of the same kind as the embedding, with its very factors and the given bias."""
+    if isinstance(embedding, MixedEmbedding):
+        return MixedHead(embedding, bias)
+    if isinstance(embedding, LowRankEmbedding):
+        return LowRankHead(embedding, bias)
+    return KroneckerHead(embedding, bias)

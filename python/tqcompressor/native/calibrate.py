@@ -1,0 +1,91 @@
+"""Second moments of a GPT-2's inputs, measured by the native runtime: what compressing in their norm needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from ..calibration.calibration import Calibration, merge_tied
+from ..data.tokenize import BLOCK_LENGTH, documents, drawn_blocks, encoded, open_texts, split_document, token_dtype
+from ..errors import ConfigError, TextError
+from ..utils.batching import measured_together
+from ..utils.progress import ProgressOption, reporter
+
+# float64 sums, and float32 means of them.
+_BYTES_PER_ENTRY = 12
+
+
+class _Encoder:
+    """A native tokenizer, as `data.tokenize` needs one."""
+
+    # The extension module lets go of the interpreter's lock.
+    is_fast = True
+
+    def __init__(self, tokenizer: _core.Tokenizer, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self.end = tokenizer.begin_token if tokenizer.end_token is None else tokenizer.end_token
+        self.end_text = None if self.end is None else tokenizer.decode([self.end], False)
+        self.dtype = token_dtype(vocabulary)
+
+    def __call__(self, documents: list[str]) -> NDArray[Any]:
+        """The tokens of every document, each followed by the end-of-text token."""
+        rows = [self._tokenizer.encode(document) for document in documents]
+        end = [] if self.end is None else [self.end]
+        return np.array([token for row in rows if row for token in (*row, *end)], dtype=np.int64).astype(self.dtype)
+
+
+def draw_blocks(
+    runtime: _core.Runtime, tokenizer: _core.Tokenizer, text: Any, blocks: int, block_length: int | None, seed: int
+) -> NDArray[np.int64]:
+    """The blocks `(blocks, block_length)` that `calibrate` draws from the same text with the same seed."""
+    longest = runtime.context
+    length = min(longest, BLOCK_LENGTH) if block_length is None else block_length
+    if not 2 <= length <= longest:
+        raise ConfigError(f"block_length: expected 2 to {longest} (the model's positions), got {length}")
+    encoder: Any = _Encoder(tokenizer, runtime.vocabulary)
+    given = [text] if isinstance(text, str) else text
+    parts: Iterator[str]
+    if isinstance(given, Sequence) and all(isinstance(document, str) for document in given):
+        parts = (part for document in given for part in split_document(document, encoder.end_text) if part.strip())
+    else:
+        parts = documents(open_texts(text), encoder.end_text)
+    return drawn_blocks([tokens for tokens, _ in encoded(parts, encoder, None)], length, blocks, seed)
+
+
+def measure(
+    runtime: _core.Runtime, blocks: NDArray[np.int64], *, seed: int, max_memory: int, progress: ProgressOption
+) -> Calibration:
+    """The `Calibration` of the inputs that the layers see while the model reads `blocks`."""
+    tokens = blocks.size
+    if tokens == 0:
+        raise TextError("there is no token")
+    sequences = blocks.tolist()
+    layers = runtime.linear_layers()
+    groups = measured_together(
+        layers, lambda layer: _BYTES_PER_ENTRY * layer[1] ** 2, lambda layer: layer[0], max_memory
+    )
+    moments: dict[str, NDArray[np.float32]] = {}
+    with reporter(progress, "calibrate") as report:
+        for index, group in enumerate(groups):
+            names = [name for name, _ in group]
+
+            def tell(done: int, total: int, index: int = index) -> None:
+                if report is not None:
+                    report(index * total + done, len(groups) * total)
+
+            found = runtime.input_moments(sequences, names, None if report is None else tell)
+            moments |= {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
+    for name, ids, rows in (
+        ("wte", blocks, runtime.vocabulary),
+        ("wpe", np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape), runtime.context),
+    ):
+        counts = np.bincount(ids.ravel(), minlength=rows)
+        moments[f"input.{name}"] = (counts / tokens).astype(np.float32)
+    if runtime.tied:
+        # What was measured of a head is of the embedding then; without a head there is nothing to merge.
+        merge_tied(moments, "wte", "lm_head")
+    return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2")

@@ -1,0 +1,396 @@
+"""GPT-2 without torch: text continued and scored by the extension module's own runtime, numpy in and out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _core
+from ..calibration.calibration import Calibration
+from ..errors import ShapeError, TextError
+from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exponential
+from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
+from ..utils.hub import StrPath, local_directory
+from ..utils.progress import ProgressOption, reporter
+from .calibrate import draw_blocks, measure
+from .tokens import Stream, TextStreams, batches, checked_tokens, integers, whole_number
+
+# How many tokens `generate_tokens` adds at most by default.
+_NEW_TOKENS = 128
+
+
+class NativeModel:
+    """A GPT-2 checkpoint, dense or compressed, that computes on the CPU without torch and transformers.
+
+    Weights stay in the dtype that they are stored in, everything is computed in float32. Any number of threads gives
+    the same results, and Python threads may share a model.
+
+    Example:
+        >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2", threads=2)  # doctest: +SKIP
+        >>> model.generate("He looked at", max_new_tokens=20)  # doctest: +SKIP
+    """
+
+    def __init__(self, directory: str, runtime: _core.Runtime) -> None:
+        """Rather call `from_pretrained`."""
+        self._directory, self._runtime = directory, runtime
+
+    @classmethod
+    def from_pretrained(
+        cls, source: StrPath, *, threads: int | None = None, progress: ProgressOption = None
+    ) -> NativeModel:
+        """Loads a checkpoint.
+
+        Args:
+            source: A directory with `config.json` and safetensors files of a GPT-2, with or without its head, dense or
+                compressed by this package; or the id of a model on the hub, fetched by huggingface_hub if that is
+                installed. For text it needs the tokenizer too: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+            threads: Threads that compute. Default: one for every processor that this process may use.
+            progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+        Raises:
+            CheckpointError: There is no such directory, or what is wrong with it: a tensor that is missing, superfluous
+                or of another shape than `config.json` says, a truncated file, a config that cannot be followed.
+            NonFiniteError: A weight is NaN or infinite.
+            DtypeError: A weight is not float32, float16 or bfloat16.
+            ConfigError: `threads` is less than 1.
+            OSError: A file cannot be read.
+
+        Cost: the memory of the weights in their own dtype.
+        """
+        if threads is not None:
+            threads = whole_number("threads", threads, 1, 2**16)
+        directory = local_directory(source)
+        with reporter(progress, "load") as report:
+            return cls(directory, _core.Runtime.load(directory, threads, report))
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self._runtime.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens are below it."""
+        return self._runtime.vocabulary
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the floating-point tensors, a tied head counted once."""
+        return self._runtime.parameters
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all tensors, the permutations included."""
+        return self._runtime.bytes
+
+    def logits(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Logits of the next token at every position: float32 `(rows, positions, vocabulary)`.
+
+        Args:
+            input_ids: Tokens, `(rows, positions)`.
+            attention_mask: 1 for tokens, 0 for padding, of the same shape; the tokens of a row lie side by side, with
+                padding on the left or on the right of them. Positions count from a row's first token, and the logits
+                of padding are 0. Default: no padding.
+
+        Raises:
+            ShapeError: `input_ids` has not two dimensions, the mask another shape, or a row padding amid its tokens.
+            DtypeError: `input_ids` are not integers.
+            ConfigError: A token is out of range, or a row longer than the model's context.
+
+        Cost: one forward pass; the padding costs nothing. The result takes `4 · rows · positions · vocabulary` bytes.
+        """
+        ids = integers("input_ids", input_ids)
+        if ids.ndim != 2:
+            raise ShapeError(f"input_ids: expected two dimensions (rows, positions), got shape {ids.shape}")
+        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        if mask.shape != ids.shape:
+            raise ShapeError(f"attention_mask: expected the shape of input_ids, {ids.shape}, got {mask.shape}")
+        begins = np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1
+        if (begins.sum(1) > 1).any():
+            raise ShapeError("attention_mask: expected the tokens of a row side by side, got padding between them")
+        result = np.zeros((*ids.shape, self.vocabulary), np.float32)
+        if not ids.size:
+            return result
+        starts, lengths = mask.argmax(1), mask.sum(1)
+        rows = np.flatnonzero(lengths).tolist()
+        for batch in batches(rows, lambda row: int(lengths[row])):
+            found = self._runtime.logits([checked_tokens(ids[row, mask[row]], self.vocabulary) for row in batch])
+            if len(found) == ids.size:
+                # All that there is: a copy would take as long as a small model.
+                return found.reshape(result.shape)
+            ends = np.cumsum(lengths[batch])
+            for row, values in zip(batch, np.split(found, ends[:-1]), strict=True):
+                result[row, starts[row] : starts[row] + lengths[row]] = values
+        return result
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[ArrayLike],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        end_tokens: Sequence[int] | None = None,
+        on_tokens: Callable[[list[tuple[int, int]]], object] | None = None,
+    ) -> list[list[int]]:
+        """Continues token sequences in one batch, whatever their lengths: returns the new tokens of each.
+
+        Args:
+            prompts: Sequences of tokens, none empty, none padded.
+            max_new_tokens: How many are added at most, as far as the model's context reaches. Default: 128, or fewer
+                if the longest prompt leaves no room for them.
+            temperature: What logits are divided by before a token is drawn; 0 takes the most probable token.
+            top_k: Only so many of the most probable tokens are drawn from; 0 for all.
+            top_p: Only the most probable tokens that together have this probability are drawn from; 1 for all.
+            seed: Of the draws, from 0 to 2⁶⁴ − 1. Prompt `i` draws as it would alone with `seed + i`, so that it does
+                not depend on its company, nor on the number of threads.
+            end_tokens: A prompt is done after any of them. Default: those of the checkpoint's config (`eos_token_id`).
+            on_tokens: Called from this thread, about every 50 ms, with the new `(number of prompt, token)`.
+
+        Raises:
+            ConfigError: An option is out of its range, a prompt is empty or holds a token out of range, or it has no
+                room for `max_new_tokens` in the context.
+            DtypeError: A prompt's tokens are not integers.
+
+        Cost: one forward pass over the prompts, then for each token of all prompts one pass over the weights; and
+            `8 · layers · width` bytes for every token of a sequence.
+        """
+        sequences = [checked_tokens(prompt, self.vocabulary) for prompt in prompts]
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(_NEW_TOKENS, self.context - max(map(len, sequences), default=0)))
+        return self._runtime.generate(
+            sequences,
+            whole_number("max_new_tokens", max_new_tokens, 0, 2**63),
+            temperature,
+            whole_number("top_k", top_k, 0, 2**63),
+            top_p,
+            whole_number("seed", seed, 0, 2**64),
+            self._runtime.end_tokens if end_tokens is None else checked_tokens(end_tokens, self.vocabulary),
+            on_tokens,
+        )
+
+    @cached_property
+    def _tokenizer(self) -> _core.Tokenizer:
+        return _core.Tokenizer.load(self._directory)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text by the checkpoint's own tokenizer, with no special tokens added.
+
+        Raises:
+            CheckpointError: The checkpoint has no tokenizer, or a damaged one.
+            TextError: The text has lone surrogates.
+        """
+        try:
+            return self._tokenizer.encode(text)
+        except UnicodeEncodeError as error:
+            raise TextError(f"the text cannot be encoded as UTF-8: {error.reason} at {error.start}") from error
+
+    def decode(self, tokens: ArrayLike, *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens. Bytes that are no UTF-8, such as half a character's, become U+FFFD.
+
+        Raises:
+            CheckpointError: As `encode`.
+            ConfigError: A token is none of the model's.
+        """
+        return self._tokenizer.decode(checked_tokens(tokens, self.vocabulary), skip_special_tokens)
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # A str is a sequence of str, but is taken as one text.
+        self,
+        prompts: str,
+        *,
+        max_new_tokens: int | None = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stream: Stream | None = ...,
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int | None = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stream: Stream | None = ...,
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stream: Stream | None = None,
+    ) -> str | list[str]:
+        """Continues a text, or several in one batch: returns what comes after each, special tokens left out.
+
+        Args:
+            prompts: A text or several. An empty one begins with the begin-of-text token.
+            max_new_tokens: As in `generate_tokens`, and so are the others.
+            temperature: 0 for the most probable token each time.
+            top_k: 0 for all tokens.
+            top_p: 1 for all tokens.
+            seed: Of the draws.
+            stream: Called from this thread, about every 50 ms, with the number of a prompt and the text that is new
+                behind it; a character comes whole. What it raises ends the generation.
+
+        Errors are those of `encode` and `generate_tokens`.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = [self.encode(text) or self._begin() for text in texts]
+        streams = TextStreams(self._text, len(texts), stream)
+        generated = self.generate_tokens(
+            tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_tokens=None if stream is None else streams.add,
+        )
+        found = [self._text(continuation) for continuation in generated]
+        streams.finish(found)
+        return found[0] if isinstance(prompts, str) else found
+
+    def perplexity(
+        self,
+        text: str,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        progress: ProgressOption = None,
+    ) -> PerplexityResult:
+        """Sliding-window perplexity of `text`, by the convention of `evaluate.perplexity`.
+
+        `perplexity = exp(−(1/N) Σ_i ln p(t_i | the tokens before t_i in its window))`
+
+        Args:
+            text: The text as it is; see `evaluate.read_text` for files.
+            context: Longest input, in tokens. Default: the model's.
+            stride: Tokens by which the window moves, from 1 to `context`. Default: half of `context`.
+            progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+        Raises:
+            TextError: The text is empty or has fewer than 2 tokens.
+            ConfigError: `context` or `stride` is out of its range.
+            CheckpointError: As `encode`.
+
+        Cost: about `N · context / stride` token positions through the model.
+        """
+        start = time.perf_counter()
+        sequence = tokens_to_score(text, self.encode, self._begin())
+        context, stride = checked_window(self.context, context, stride)
+        parts = list(windows(len(sequence) - 1, context, stride))
+        total, done = 0.0, 0
+        with reporter(progress, "perplexity") as report:
+            for batch in batches(parts, lambda part: part[1] - part[0]):
+                sequences = [sequence[begin : end + 1] for begin, end, _ in batch]
+                likelihoods, _ = self._runtime.score(sequences, [scored for _, _, scored in batch])
+                total -= float(likelihoods.sum())
+                done += len(likelihoods)
+                if report is not None:
+                    report(done, len(sequence) - 1)
+        return perplexity_result(text, total, done, context, stride, time.perf_counter() - start)
+
+    def last_word_accuracy(self, passages: Sequence[str], *, progress: ProgressOption = None) -> LastWordResult:
+        """LAMBADA's task, by the rules of `evaluate.last_word_accuracy`: how well the model finds last words.
+
+        Args:
+            passages: Texts of two words or more; see `evaluate.read_passages` for files.
+            progress: As in `perplexity`.
+
+        Raises:
+            TextError: There are no passages, one has no word before its last, or a last word alone exceeds the context.
+            CheckpointError: As `encode`.
+        """
+        start = time.perf_counter()
+        items = last_word_items(passages, self.encode, self.context)
+        right, total, done = 0, 0.0, 0
+        with reporter(progress, "last words") as report:
+            for batch in batches(items, lambda item: len(item[0])):
+                sequences = [[*tokens, *targets[-1:]] for tokens, targets in batch]
+                counts = [len(targets) for _, targets in batch]
+                likelihoods, found = self._runtime.score(sequences, counts)
+                total -= float(likelihoods.sum())
+                right += sum(bool(word.all()) for word in np.split(found, np.cumsum(counts)[:-1]))
+                done += len(batch)
+                if report is not None:
+                    report(done, len(items))
+        return LastWordResult(right / done, exponential(total / done), done, time.perf_counter() - start)
+
+    def calibrate(
+        self,
+        text: Any,
+        *,
+        blocks: int = 128,
+        block_length: int | None = None,
+        seed: int = 0,
+        max_memory: int = 2 << 30,
+        progress: ProgressOption = None,
+    ) -> Calibration:
+        """Measures on a text what compressing in the norm of the layers' inputs needs: `E[xᵀx]` of each.
+
+        What `tqcompressor.calibrate` measures with `sensitivity=False`, on the same blocks of the same text, without
+        torch. Gradients, which say how much the model minds its outputs, need torch.
+
+        Args:
+            text: A string is the text itself, a list of strings are documents, and everything else is read as
+                `token_blocks` does: a `pathlib.Path` or a list of them.
+            blocks: How many blocks are drawn from the text.
+            block_length: Tokens of a block. Default: 128, or the model's context if that is shorter.
+            seed: Of the blocks that are drawn.
+            max_memory: Bytes that the sums may take. What needs more is measured in several passes over the text.
+            progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+        Raises:
+            TextError: The text has fewer blocks than asked for, or a file is not text.
+            ConfigError: An argument is out of its range, or one layer alone needs more than `max_memory`.
+            NonFiniteError: The model computes NaN or an infinity.
+            CheckpointError: As `encode`.
+
+        Cost: a forward pass over the blocks, and `m²` multiplications a token and layer of `m` inputs.
+
+        Example:
+            >>> calibration = model.calibrate(pathlib.Path("books/train.txt"))  # doctest: +SKIP
+            >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+
+        Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
+        """
+        drawn = draw_blocks(self._runtime, self._tokenizer, text, blocks, block_length, seed)
+        return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
+
+    def score(
+        self,
+        text: str,
+        *,
+        name: str = "model",
+        passages: Sequence[str] | None = None,
+        context: int | None = None,
+        stride: int | None = None,
+        progress: ProgressOption = None,
+    ) -> ModelScore:
+        """One row of a `Comparison`: the model's size, its `perplexity` on `text` and, when there are `passages`, its
+        `last_word_accuracy` on them. Arguments and errors are those of these methods."""
+        result = self.perplexity(text, context=context, stride=stride, progress=progress)
+        words = None if passages is None else self.last_word_accuracy(passages, progress=progress)
+        return ModelScore(name, self.parameters, self.bytes, result, words)
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, True)
+
+    def _begin(self) -> list[int]:
+        return first_token(self._tokenizer.begin_token, self._tokenizer.end_token)

@@ -1,0 +1,34 @@
+"""Local directories for checkpoints that are named by a path or by an id on the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TypeAlias
+
+from ..errors import CheckpointError
+
+StrPath: TypeAlias = str | os.PathLike[str]
+# "name" or "organisation/name", as the hub allows them.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def local_directory(source: StrPath) -> str:
+    """The local directory that `source` means; downloads a model of the hub."""
+    name = os.fspath(source)
+    if os.path.exists(name) or not isinstance(source, str):
+        return name
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such directory")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: no such directory (to fetch it from the hub, install huggingface_hub)"
+        ) from None
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "README.md"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: no such directory, and the hub does not give it: {reason}") from error

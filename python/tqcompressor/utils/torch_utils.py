@@ -1,0 +1,35 @@
+"""Small helpers around torch that know nothing of this package. torch is imported where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
+
+
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while, then the mode of every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
+    """A region in which autocast rounds nothing on the device of `like`; the meta device has no autocast."""
+    import torch
+
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+def move(model: Any, device: Any) -> None:
+    """`model.to(device)`, in place; the stubs of transformers do not know that a model has it."""
+    model.to(device)

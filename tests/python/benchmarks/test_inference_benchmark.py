@@ -1,0 +1,122 @@
+"""The benchmark of inference: its engines do the same work, and it counts and compares as it says."""
+
+import argparse
+import math
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tqcompressor import compress_checkpoint
+
+TESTS = Path(__file__).resolve().parents[2]
+DENSE = TESTS / "data" / "tiny-gpt2"
+SPECS = {"wte": {"block": [1, 4], "rank": 1}, "h.1.mlp.c_fc": {"block": [2, 4], "rank": 4}}
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Imports a module of the benchmarks by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TESTS / "benchmarks"))
+        yield import_module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    compressed = tmp_path_factory.mktemp("inference") / "compressed"
+    compress_checkpoint(DENSE, compressed, {"specs": SPECS}, effort="fast")
+    return {"dense": DENSE, "compressed": compressed}
+
+
+@pytest.mark.parametrize("model", ["dense", "compressed"])
+def test_engines_generate_and_read_alike(benchmark, folders, monkeypatch, model):
+    engines = benchmark("inference_engines")
+    # What is compiled is the compiler's matter; the caches of fixed sizes, which are filled twice, are ours.
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    text = np.random.default_rng(1).integers(8192, size=20).tolist()
+    generated, read = {}, {}
+    for name, engine in engines.ENGINES.items():
+        loaded = engine(folders[model], torch.get_num_threads(), engines.Lengths(prompt=5, new=12, prefill=20))
+        generated[name] = [loaded.generate(text[:5], 12) for _ in range(2)]
+        read[name] = [loaded.prefill(text) for _ in range(2)]
+    assert generated["native"] == generated["torch eager"] == generated["torch compiled"]
+    assert {len(tokens) for tokens in generated["native"]} == {12}
+    (following,) = engines.ENGINES["native"](folders[model], 1, None).generate(text, 1)
+    assert read["torch eager"] == read["torch compiled"] == [following] * 2
+
+
+def test_a_token_reads_all_weights_but_the_positions(benchmark, folders):
+    inference = benchmark("inference")
+    # 4 layers of width 256, a vocabulary of 8192 and 128 positions, in two bytes each.
+    block = 12 * 256**2 + 13 * 256
+    dense = 8192 * 256 + 4 * block + 2 * 256
+    assert inference.weights_read(folders["dense"]) == 2 * dense
+    embedding, layer = 8192 * 64 + 4, 4 * (128 * 256 + 2 * 4)
+    compressed = dense - 8192 * 256 + embedding - 256 * 1024 + layer
+    assert inference.weights_read(folders["compressed"]) == 2 * compressed
+
+
+def measured(decode, prefill, memory=1.0):
+    times = {"decode seconds": decode, "prefill seconds": prefill, "first calls seconds": 0.0}
+    return times | {"decode MB": memory, "prefill MB": memory, "generated": [1, 2]}
+
+
+def test_the_best_times_and_the_largest_memory_are_kept(benchmark):
+    inference = benchmark("inference")
+    best = inference.best_of([measured(2.0, 3.0, 5.0), measured(1.0, 4.0, 4.0)])
+    assert (best["decode seconds"], best["prefill seconds"], best["decode MB"]) == (1.0, 3.0, 5.0)
+    assert inference.best_of([measured(2.0, 3.0), {"failed": "so"}]) == {"failed": "so"}
+    with pytest.raises(SystemExit, match="differ"):
+        inference.best_of([measured(1.0, 1.0), measured(1.0, 1.0) | {"generated": [1, 3]}])
+
+
+def test_ratios_are_of_speeds_and_leave_failures_out(benchmark):
+    best = {
+        ("dense", "native"): measured(2.0, 2.0),
+        ("compressed", "native"): measured(1.0, 4.0),
+        ("compressed", "torch eager"): measured(3.0, 2.0),
+        ("compressed", "torch compiled"): {"failed": "so"},
+    }
+    rows = list(benchmark("inference").ratios(best))
+    assert [(row["tokens/s of"], row["over"], row["decode"], row["prefill"]) for row in rows] == [
+        ("compressed, native", "dense, native", 2.0, 0.5),
+        ("compressed, native", "compressed, torch eager", 3.0, 0.5),
+    ]
+
+
+def test_layers_and_bandwidth_are_measured(benchmark):
+    layers = benchmark("inference_layers")
+    rows = list(layers.measure_layers(list(layers.LAYERS), 1, torch.get_num_threads(), True))
+    assert len(rows) == 2 * (3 + 3 + 2)
+    dense = {(row["layer"], row["rows"]): row for row in rows if row["method"] == "dense"}
+    for row in rows:
+        own = dense[row["layer"], row["rows"]]
+        assert row["dense / method"] == pytest.approx(own["milliseconds"] / row["milliseconds"])
+        # A half, and the bias; a quarter of the head.
+        share = row["weights MB"] / own["weights MB"]
+        assert share == 1 if row is own else share == pytest.approx(0.25 if "head" in row["layer"] else 0.5, rel=0.02)
+    assert all(math.isfinite(speed) and speed > 0 for speed in layers.measure_bandwidth(2, True).values())
+
+
+def test_native_layers_are_measured(benchmark):
+    native = benchmark("inference_native_layers")
+    rows = list(native.measure_native_layers(["c_proj", "head"], 1, 2, True))
+    assert [row["rows"] for row in rows] == 2 * list(native.ROWS)
+    for row in rows:
+        better = min(row["factors ms"], row["matrix ms"])
+        assert row["chosen / better"] == pytest.approx(row["cheapest ms"] / better)
+        assert row["dense / chosen"] == pytest.approx(row["dense ms"] / row["cheapest ms"])
+
+
+def test_it_runs_in_fresh_processes(benchmark):
+    inference = benchmark("inference")
+    parser = argparse.ArgumentParser()
+    inference.add_options(parser)
+    arguments = "--quick --repetitions 2 --passes 1 --new-tokens 8 --engines native --models dense compressed --layers"
+    rows = list(inference.run(parser.parse_args(arguments.split())))
+    assert [row.get("bandwidth") for row in rows[:2]] == ["read", "copy"]
+    assert [(row["model"], row["engine"]) for row in rows[2:4]] == [("dense", "native"), ("compressed", "native")]
+    assert all(row["prefill tokens/s"] == pytest.approx(32 / row["prefill seconds"]) for row in rows[2:4])
+    assert [row["over"] for row in rows[4:]] == ["dense, native"]

@@ -1,0 +1,93 @@
+"""What a calibration reads: blocks of a text, batches, and those that it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.measured import gpt2
+from helpers.models import tiny_model
+from helpers.tokenizer import save_tokenizer
+from tokenizers import processors
+from tqcompressor import token_blocks
+from tqcompressor.calibration.batches import batches_of
+from tqcompressor.calibration.calibrate import calibrate
+from tqcompressor.errors import ConfigError, TextError
+
+TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
+
+
+def tiny_gpt2():
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32),
+        transformers.AutoTokenizer.from_pretrained(TINY),
+    )
+
+
+def test_blocks_of_a_text_are_drawn_by_the_seed(tmp_path):
+    model, tokenizer = tiny_gpt2()
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")[:5000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    whole = token_blocks(tmp_path / "text.txt", tokenizer, 8, cache=tmp_path)
+    rows = {tuple(whole[index]["input_ids"].tolist()) for index in range(len(whole))}
+
+    def drawn(source, text=None, **options):
+        found = batches_of(model, source, text, **{"blocks": 20, "block_length": 8, "seed": 1} | options)
+        return [tuple(row.tolist()) for batch in found for row in batch["input_ids"]]
+
+    one = drawn(tokenizer, text)
+    assert len(set(one)) == 20 and set(one) <= rows
+    assert one == drawn(tokenizer, [text]) == drawn(tokenizer, tmp_path / "text.txt") == drawn(whole)
+    assert one != drawn(tokenizer, text, seed=2)
+    assert len(set(drawn(whole, blocks=len(whole)))) == len(rows)
+    (longest,) = {len(row) for row in drawn(tokenizer, text, blocks=2, block_length=None)}
+    assert longest == 128
+
+
+def test_blocks_have_the_special_tokens_of_an_input(tmp_path):
+    tokenizer = save_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A <|endoftext|>", special_tokens=[("<unk>", 1), ("<|endoftext|>", 0)]
+    )
+    model = tiny_model()
+    (batch,) = batches_of(model, tokenizer, "letters " * 40, blocks=3, block_length=7, seed=0)
+    ids = batch["input_ids"]
+    assert ids.shape == (3, 7) and ids[:, 0].tolist() == [1] * 3 and ids[:, -1].tolist() == [0] * 3
+    assert ids[:, 1:-1].min() > 1
+    with pytest.raises(ConfigError, match="block_length: expected 4 to 32"):
+        calibrate(model, tokenizer, "letters " * 40, block_length=3)
+
+
+def test_errors_of_the_text(tmp_path):
+    model, tokenizer = tiny_gpt2()
+    for text, options, error, message in (
+        ("short", {}, TextError, r"expected 128 blocks of 128 tokens, got a text of \d+ tokens: 0"),
+        ("", {}, TextError, "expected 128 blocks"),
+        (None, {}, ConfigError, "text: a tokenizer needs a text"),
+        ("a" * 999, {"blocks": 0}, ConfigError, "blocks: expected at least 1, got 0"),
+        ("a" * 999, {"block_length": 1}, ConfigError, "block_length: expected 2 to 128"),
+        ("a" * 999, {"block_length": 129}, ConfigError, "block_length: expected 2 to 128"),
+    ):
+        with pytest.raises(error, match=message):
+            calibrate(model, tokenizer, text, **options)
+    with pytest.raises(ConfigError, match="the model knows 60 tokens, the text has token"):
+        calibrate(
+            gpt2(), tokenizer, (TINY / "heldout.txt").read_text(encoding="utf-8")[:5000], blocks=2, block_length=8
+        )
+
+
+def test_errors_of_batches():
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for source, error, message in (
+        ([], TextError, "there are no batches"),
+        (3, ConfigError, "expected a tokenizer, TokenBlocks or batches, got int"),
+        ("text", ConfigError, "got str"),
+        ([ids, {"attention_mask": ids}], ConfigError, 'batch 1: expected a tensor "input_ids"'),
+        ([ids.float()], ConfigError, "batch 0: expected input_ids .* of integers"),
+        ([ids[:, :0]], ConfigError, "batch 0: expected input_ids"),
+        ([ids, ids * 60], ConfigError, "batch 1: expected tokens below 60, got 60"),
+        ([{"input_ids": ids, "attention_mask": ids[:, :3]}], ConfigError, r"expected an attention_mask \(2, 5\)"),
+        ([{"input_ids": ids, "attention_mask": 0 * ids}], TextError, "no token that is not padding"),
+    ):
+        with pytest.raises(error, match=message):
+            calibrate(gpt2(), source)

@@ -1,0 +1,111 @@
+"""Moments that the native runtime measures: those of torch's hooks, and compressing by them without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tqcompressor
+from helpers.native import HEAD_SPECS, SPECS, compressed
+from helpers.tokenizer import save_tokenizer
+from tqcompressor import Calibration, NativeModel
+from tqcompressor.cli import main as cli
+from tqcompressor.errors import ConfigError, TextError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
+TEXT = TINY / "heldout.txt"
+
+
+def same(ours, theirs):
+    """Compares two calibrations, each moment relative to its largest entry."""
+    assert ours.moments.keys() == theirs.moments.keys()
+    assert (ours.tokens, ours.sensitivity, ours.model_type) == (theirs.tokens, theirs.sensitivity, theirs.model_type)
+    for name, moment in ours.moments.items():
+        largest = np.abs(theirs.moments[name]).max()
+        assert np.abs(moment - theirs.moments[name]).max() <= 1e-5 * largest, name
+
+
+def in_torch(folder, text, **options):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return tqcompressor.calibrate(model.float(), tokenizer, text, sensitivity=False, progress=False, **options)
+
+
+@pytest.mark.parametrize("text", [TEXT, TEXT.read_text(encoding="utf-8")], ids=["file", "text"])
+def test_moments_are_those_of_torch(text):
+    options = {"blocks": 12, "block_length": 50, "seed": 3}
+    ours = NativeModel.from_pretrained(TINY).calibrate(text, **options)
+    same(ours, in_torch(TINY, text, **options))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_of_compressed_models_are_those_of_torch(tmp_path, tied):
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=104, n_positions=64, tie_word_embeddings=tied, eos_token_id=0
+    )
+    specs = SPECS if tied else {"own head": HEAD_SPECS}
+    words, options = "a b c d e f g h " * 40, {"blocks": 5, "block_length": 30}
+    for folder in compressed(GPT2LMHeadModel(config), specs, tmp_path).values():
+        save_tokenizer(folder)
+        same(NativeModel.from_pretrained(folder).calibrate(words, **options), in_torch(folder, words, **options))
+
+
+def test_passes_and_threads_make_no_difference():
+    found = [
+        NativeModel.from_pretrained(TINY, threads=threads).calibrate(TEXT, blocks=5, max_memory=memory)
+        for threads, memory in ((1, 2 << 30), (3, 12 * 1024**2), (2, 13 * 1024**2))
+    ]
+    for other in found[1:]:
+        for name, moment in found[0].moments.items():
+            assert np.array_equal(moment, other.moments[name]), name
+
+
+def test_progress_ends_at_its_total():
+    seen = []
+    model = NativeModel.from_pretrained(TINY)
+    model.calibrate(TEXT, blocks=4, max_memory=12 * 1024**2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0 and seen == sorted(seen)
+
+
+def test_what_cannot_be_is_refused():
+    model = NativeModel.from_pretrained(TINY)
+    for options, error, words in (
+        ({"block_length": 129}, ConfigError, "2 to 128"),
+        ({"blocks": 0}, ConfigError, "blocks"),
+        ({"blocks": 100_000}, TextError, "100000 blocks"),
+        ({"max_memory": 1000}, ConfigError, "max_memory"),
+    ):
+        with pytest.raises(error, match=words):
+            model.calibrate(TEXT, **options)
+    with pytest.raises(FileNotFoundError):
+        model.calibrate(Path("no such file"))
+
+
+def test_a_budget_is_spent_by_what_was_measured_without_torch(tmp_path):
+    calibration, out = tmp_path / "calibration.safetensors", tmp_path / "out"
+    commands = [
+        ["calibrate", str(TINY), str(TEXT), "--out", str(calibration), "--blocks", "16"],
+        ["compress", str(TINY), "--budget", "0.6", "--calibration", str(calibration), "--out", str(out)],
+    ]
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "from tqcompressor.cli.main import main; "
+        f"sys.exit(max(main(command) for command in {commands!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "gradients need torch" in run.stderr
+    same(Calibration.load(calibration), in_torch(TINY, TEXT, blocks=16))
+    report = json.loads((out / "compression_report.json").read_text(encoding="utf-8"))
+    assert report["calibrated"]
+
+
+def test_the_native_engine_is_chosen_by_name_too(tmp_path, capsys):
+    out = tmp_path / "calibration.safetensors"
+    arguments = ["calibrate", str(TINY), str(TEXT), "--out", str(out), "--blocks", "4", "--no-sensitivity", "--json"]
+    assert cli.main([*arguments, "--engine", "native", "--threads", "1"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["sensitivity"] is False and "gradients" not in captured.err
+    assert cli.main([*arguments, "--engine", "native", "--dtype", "float16"]) == 2
