@@ -1,21 +1,49 @@
-//! From a budget to a spec for every matrix: spectra, allocation, and the best kind of approximation for each.
+//! From a budget to a fit for every matrix: spectra, allocation, and the best kind of approximation for each.
+//!
+//! A [`SpentBudget`] carries what planning computed, so that nothing is computed again when the plan is carried out:
+//! beyond the effort "fast" the fits themselves, and at "fast" the eigendecompositions, as far as [`KEPT_SPECTRA`] reaches.
 
 use std::borrow::Cow;
-use std::path::Path;
+use std::collections::HashSet;
 use std::sync::Mutex;
+use std::time::Instant;
 
+use super::fit_store::FitStore;
+use super::parallel::Timed;
 use super::place::Place;
 use super::queue::largest_first;
-use super::{Calibration, place};
-use crate::checkpoint::names::{Kind, Matrix, TOKEN_EMBEDDING, bare};
-use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};
-use crate::fit::{Limits, Norm, fit_within, spectrum};
+use crate::fit::{Fit, Limits, LowRank, Norm, Spectrum, Term, fit_within};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
-use crate::plan::{Candidate, Choice, Plan, TQConfig, Target, Weighting, allocate};
-use crate::progress::{Parallelism, Progress};
-use crate::spec::{MatrixSpec, Usage};
+use crate::plan::{Candidate, Choice, Target, Weighting, allocate};
+use crate::progress::Progress;
+use crate::spec::{MatrixSpec, TermSpec, Usage};
+
+/// Bytes of eigendecompositions that are kept between planning and fitting; beyond them they are computed again.
+pub const KEPT_SPECTRA: usize = 768 << 20;
+
+/// A matrix that a budget may be spent on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BudgetMatrix<'a> {
+    /// The matrix.
+    pub place: Place<'a>,
+    /// Its module. The parts of a fused weight have one module, and are compressed all or none.
+    pub module: String,
+    /// What is done with it for every token.
+    pub usage: Usage,
+}
+
+/// What a budget is, and how hard to look.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BudgetOptions {
+    /// How far to go.
+    pub target: Target,
+    /// A cap on the MACs for one token of all matrices together, as a share of those that they take dense.
+    pub max_macs: Option<f64>,
+    /// "fast" takes low rank; beyond it, each matrix takes the best of any kind with no more parameters.
+    pub effort: Effort,
+}
 
 /// What a matrix is to become.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,94 +52,234 @@ pub struct Planned {
     pub spec: Option<MatrixSpec>,
     /// Its parameters then.
     pub parameters: usize,
-    /// Its multiplies for one token while it is dense.
-    pub multiplies_before: usize,
-    /// Its multiplies for one token then.
-    pub multiplies: usize,
+    /// Its MACs for one token while it is dense.
+    pub macs_before: usize,
+    /// Its MACs for one token then.
+    pub macs: usize,
     /// The energy that it then loses, in its norm.
     pub lost_energy: f64,
     /// Its energies in descending order: rank `k` loses all but the first `k`.
     pub energies: Vec<f64>,
 }
 
-/// Spends one budget over matrices that `load` yields by their index, on the current rayon pool: the rank of each follows
-/// from spectra that are computed once, and, beyond the effort "fast", each matrix then takes the best approximation of
-/// any kind that has no more parameters.
-///
-/// `max_multiplies` caps the multiplies for one token of all matrices together, as a share of those that they take dense.
-/// What the ranks leave of it is shared out in proportion to what each takes, and no matrix's best may take more.
-///
-/// # Errors
-/// Those of `load`, of [`spectrum`] and [`fit_within`], in the matrix, and of [`allocate`].
-pub fn choose_specs<'a>(
-    matrices: &[(Place<'_>, Usage)],
-    target: Target,
-    max_multiplies: Option<f64>,
-    effort: Effort,
-    seed: u64,
-    progress: &Progress,
-    load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
-) -> Result<Vec<Planned>> {
-    let refine = effort != Effort::Fast;
-    let sizes: Vec<_> = matrices.iter().map(|(place, _)| place.size()).collect();
-    let all = sizes.iter().sum::<usize>() as u64;
-    progress.expect(if refine { all * (1 + REFINEMENT) } else { all });
-    // Gives each thread the matrix and its norm, and puts what comes of it in its place.
-    let on_each = |one: &(dyn Fn(usize, MatrixView<'_>, &Norm) -> Result<()> + Sync), units: u64| {
+/// A budget that was spent: a plan for every matrix, and what is needed to carry it out.
+pub struct SpentBudget {
+    planned: Vec<Planned>,
+    work: Vec<Mutex<Work>>,
+    fits: FitStore,
+}
+
+/// What planning left of the work on one matrix.
+enum Work {
+    /// The matrix stays dense, or its fit is in the store or was taken.
+    Nothing,
+    /// A low rank, to be fitted; with the eigendecomposition if that was kept.
+    LowRank(usize, Option<Spectrum>),
+}
+
+impl SpentBudget {
+    /// Spends one budget over matrices that `load` yields by their index, on the current rayon pool: the rank of each
+    /// follows from a spectrum that is computed once, and, beyond the effort "fast", each matrix then takes the best
+    /// approximation of any kind that has no more parameters.
+    ///
+    /// Where some parts of a fused weight are compressed, a part that would stay dense gets all but one of its ranks, which
+    /// has one parameter less and loses next to nothing. What the ranks leave of a cap on MACs is shared out in proportion
+    /// to what each takes, and no matrix's best may take more. With `keep`, [`fit_each`](Self::fit_each) can follow.
+    ///
+    /// # Errors
+    /// Those of `load`, of [`Spectrum::new`] and [`fit_within`], in the matrix, and of [`allocate`].
+    ///
+    /// # Cost
+    /// Memory: one matrix a thread; with `keep` up to [`KEPT_SPECTRA`], or [`FitStore`]'s bound, beside it.
+    pub fn spend<'a>(
+        matrices: &[BudgetMatrix<'_>],
+        options: BudgetOptions,
+        keep: bool,
+        progress: &Progress,
+        load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+    ) -> Result<Self> {
+        let refine = options.effort != Effort::Fast;
+        let sizes: Vec<_> = matrices.iter().map(|matrix| matrix.place.size()).collect();
+        let all = sizes.iter().sum::<usize>() as u64;
+        progress.expect(if refine { all * (1 + REFINEMENT) } else { all });
+        let kept = Kept::new(if keep || refine { KEPT_SPECTRA } else { 0 });
+        let results: Vec<Mutex<(Vec<f64>, Option<Spectrum>)>> = sizes.iter().map(|_| Mutex::default()).collect();
         largest_first(&sizes, progress, |i, _| {
-            matrices[i].0.with(&load(i)?, |view, norm| one(i, view, norm))?;
-            progress.advance(sizes[i] as u64 * units);
+            let result = matrices[i].place.with(&load(i)?, |view, norm| {
+                let spectrum = Spectrum::new(view, norm, progress)?;
+                Ok((spectrum.energies(), kept.keep(spectrum)))
+            })?;
+            *results[i].lock().expect("no thread panicked") = result;
+            progress.advance(sizes[i] as u64);
             Ok(())
-        })
-    };
-    let candidates: Vec<_> = matrices
-        .iter()
-        .map(|&(Place { rows, columns, .. }, usage)| Candidate { rows, columns, usage, energies: Vec::new() })
-        .map(Mutex::new)
-        .collect();
-    on_each(
-        &|i, view, norm| {
-            candidates[i].lock().expect("no thread panicked").energies = spectrum(view, norm, progress)?;
-            Ok(())
-        },
-        1,
-    )?;
-    let candidates: Vec<_> =
-        candidates.into_iter().map(|candidate| candidate.into_inner().expect("no thread panicked")).collect();
-    let sensitive = matrices.iter().all(|(place, _)| place.moments.output.is_some());
-    let weighting = if sensitive { Weighting::Absolute } else { Weighting::Relative };
-    let dense: usize = candidates.iter().map(Candidate::dense_multiplies).sum();
-    let most_multiplies = max_multiplies.map(|share| (share * dense as f64) as usize);
-    let choices = allocate(&candidates, weighting, target, most_multiplies)?;
-    let shares = most_multiplies.map(|most| shared_out(most, &choices));
-    let planned = candidates.into_iter().zip(&choices).map(|(candidate, choice)| {
-        let (spec, multiplies_before, energies) = (choice.spec(), candidate.dense_multiplies(), candidate.energies);
-        let &Choice { parameters, multiplies, lost_energy, .. } = choice;
-        Mutex::new(Planned { spec, parameters, multiplies_before, multiplies, lost_energy, energies })
-    });
-    let planned: Vec<_> = planned.collect();
-    if refine {
-        on_each(
-            &|i, view, norm| {
-                if choices[i].spec().is_none() {
-                    return Ok(());
-                }
-                let usage = matrices[i].1;
-                let multiplies = shares.as_ref().map(|shares| (shares[i], usage));
-                let limits = Limits { parameters: choices[i].parameters, multiplies };
-                let fit = fit_within(view, limits, norm, effort, seed, Parallelism::Sequential, progress)?;
-                let mut planned = planned[i].lock().expect("no thread panicked");
-                planned.parameters = fit.spec.parameters(view.rows(), view.columns())?;
-                planned.multiplies = fit.spec.multiplies(view.rows(), view.columns(), usage)?;
-                planned.lost_energy = fit.lost_energy;
-                planned.spec = Some(fit.spec);
-                Ok(())
-            },
-            REFINEMENT,
-        )?;
+        })?;
+        let (energies, spectra): (Vec<_>, Vec<_>) =
+            results.into_iter().map(|result| result.into_inner().expect("no thread panicked")).unzip();
+        let candidates: Vec<_> = matrices
+            .iter()
+            .zip(energies)
+            .map(|(BudgetMatrix { place, usage, .. }, energies)| Candidate {
+                rows: place.rows,
+                columns: place.columns,
+                usage: *usage,
+                energies,
+            })
+            .collect();
+        let sensitive = matrices.iter().all(|matrix| matrix.place.moments.output.is_some());
+        let weighting = if sensitive { Weighting::Absolute } else { Weighting::Relative };
+        let dense: usize = candidates.iter().map(Candidate::dense_macs).sum();
+        let most_macs = options.max_macs.map(|share| (share * dense as f64) as usize);
+        let mut choices = allocate(&candidates, weighting, options.target, most_macs)?;
+        fuse(matrices, &candidates, &mut choices)?;
+        let shares = most_macs.map(|most| shared_out(most, &choices));
+        let planned: Vec<_> = candidates
+            .into_iter()
+            .zip(&choices)
+            .map(|(candidate, choice)| {
+                let (spec, macs_before, energies) = (choice.spec(), candidate.dense_macs(), candidate.energies);
+                let &Choice { parameters, macs, lost_energy, .. } = choice;
+                Planned { spec, parameters, macs_before, macs, lost_energy, energies }
+            })
+            .collect();
+        let work = choices.iter().zip(spectra).map(|(choice, spectrum)| match choice.rank {
+            Some(rank) => Mutex::new(Work::LowRank(rank, spectrum)),
+            None => Mutex::new(Work::Nothing),
+        });
+        let mut spent = Self { planned, work: work.collect(), fits: FitStore::new(matrices.len()) };
+        if refine {
+            spent.refine(matrices, options.effort, &choices, shares.as_deref(), keep, progress, load)?;
+        }
+        progress.finish();
+        Ok(spent)
     }
-    progress.finish();
-    Ok(planned.into_iter().map(|planned| planned.into_inner().expect("no thread panicked")).collect())
+
+    /// Replaces the low rank of every matrix by the best of any kind within the same limits.
+    #[allow(clippy::too_many_arguments)]
+    fn refine<'a>(
+        &mut self,
+        matrices: &[BudgetMatrix<'_>],
+        effort: Effort,
+        choices: &[Choice],
+        shares: Option<&[usize]>,
+        keep: bool,
+        progress: &Progress,
+        load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+    ) -> Result<()> {
+        let sizes: Vec<_> = matrices.iter().map(|matrix| matrix.place.size()).collect();
+        let planned: Vec<_> = std::mem::take(&mut self.planned).into_iter().map(Mutex::new).collect();
+        let done = largest_first(&sizes, progress, |i, _| {
+            let BudgetMatrix { place, usage, .. } = &matrices[i];
+            let work = std::mem::replace(&mut *self.work[i].lock().expect("no thread panicked"), Work::Nothing);
+            if let Work::LowRank(_, spectrum) = work {
+                let start = Instant::now();
+                let limits =
+                    Limits { parameters: choices[i].parameters, macs: shares.map(|shares| (shares[i], *usage)) };
+                let fit = place.with(&load(i)?, |view, norm| {
+                    let spectrum = spectrum.map_or_else(|| Spectrum::new(view, norm, progress), Ok)?;
+                    fit_within(view, limits, norm, &spectrum, effort, progress)
+                })?;
+                let mut planned = planned[i].lock().expect("no thread panicked");
+                planned.parameters = fit.spec.parameters(place.rows, place.columns)?;
+                planned.macs = fit.spec.macs(place.rows, place.columns, *usage)?;
+                planned.lost_energy = fit.lost_energy;
+                planned.spec = Some(fit.spec.clone());
+                if keep {
+                    self.fits.put(i, Timed { fit, seconds: start.elapsed().as_secs_f64() })?;
+                }
+            }
+            progress.advance(sizes[i] as u64 * REFINEMENT);
+            Ok(())
+        });
+        self.planned = planned.into_iter().map(|planned| planned.into_inner().expect("no thread panicked")).collect();
+        done
+    }
+
+    /// What every matrix is to become, in the order in which they were given.
+    #[must_use]
+    pub fn planned(&self) -> &[Planned] {
+        &self.planned
+    }
+
+    /// Hands the fit of every matrix that is compressed to `finish`, on the current rayon pool, once: those that planning
+    /// found, and those of low rank that it only chose. `places` and `load` are those of [`spend`](Self::spend).
+    ///
+    /// # Errors
+    /// Those of `load` and of the fit, in the matrix, those of `finish`, and [`Error::Io`] of the [`FitStore`].
+    pub fn fit_each<'a>(
+        &self,
+        places: &[&Place<'_>],
+        progress: &Progress,
+        load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+        finish: impl Fn(usize, Timed) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let compressed: Vec<_> = (0..places.len()).filter(|&i| self.planned[i].spec.is_some()).collect();
+        let sizes: Vec<_> = compressed.iter().map(|&i| places[i].size()).collect();
+        progress.expect(sizes.iter().sum::<usize>() as u64);
+        largest_first(&sizes, progress, |at, _| {
+            let i = compressed[at];
+            let work = std::mem::replace(&mut *self.work[i].lock().expect("no thread panicked"), Work::Nothing);
+            let timed = match work {
+                Work::Nothing => self.fits.take(i)?,
+                Work::LowRank(rank, spectrum) => {
+                    let start = Instant::now();
+                    let term = low_rank(places[i], &load(i)?, rank, spectrum, progress)?;
+                    let (spec, lost_energy) = (MatrixSpec::low_rank(rank), term.lost_energy);
+                    let fit = Fit { spec, lost_energy, terms: vec![Term::LowRank(term)] };
+                    Timed { fit, seconds: start.elapsed().as_secs_f64() }
+                }
+            };
+            progress.advance(sizes[at] as u64);
+            finish(i, timed)
+        })?;
+        progress.finish();
+        Ok(())
+    }
+}
+
+fn low_rank(
+    place: &Place<'_>,
+    values: &[f32],
+    rank: usize,
+    spectrum: Option<Spectrum>,
+    progress: &Progress,
+) -> Result<LowRank> {
+    match spectrum {
+        // The norm is in the spectrum: preparing it again would cost as much as the rest.
+        Some(spectrum) => MatrixView::new(values, place.rows, place.columns)
+            .and_then(|view| spectrum.low_rank(view, rank, progress))
+            .map_err(|error| error.in_tensor(&place.name)),
+        None => place.with(values, |view, norm| Spectrum::new(view, norm, progress)?.low_rank(view, rank, progress)),
+    }
+}
+
+/// Eigendecompositions that are kept, as far as their memory reaches.
+struct Kept {
+    room: Mutex<usize>,
+}
+
+impl Kept {
+    fn new(room: usize) -> Self {
+        Self { room: Mutex::new(room) }
+    }
+
+    fn keep(&self, spectrum: Spectrum) -> Option<Spectrum> {
+        let mut room = self.room.lock().expect("no thread panicked");
+        *room = room.checked_sub(spectrum.bytes())?;
+        Some(spectrum)
+    }
+}
+
+/// Compresses those parts of a fused weight that would stay dense beside others that do not.
+fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [Choice]) -> Result<()> {
+    let compressed: HashSet<_> =
+        matrices.iter().zip(&*choices).filter(|(_, choice)| choice.rank.is_some()).map(|(matrix, _)| &matrix.module);
+    let compressed: HashSet<_> = compressed.collect();
+    for ((matrix, candidate), choice) in matrices.iter().zip(candidates).zip(choices.iter_mut()) {
+        if choice.rank.is_none() && compressed.contains(&matrix.module) {
+            *choice = candidate.choice_of_rank(candidate.rows.min(candidate.columns) - 1)?;
+        }
+    }
+    Ok(())
 }
 
 /// What each matrix may take of `most` multiplies: as many as its choice does, and of what all choices together leave a
@@ -127,38 +295,6 @@ fn shared_out(most: usize, choices: &[Choice]) -> Vec<usize> {
 
 /// How many times as long finding the best approximation takes as a spectrum does, roughly, for the progress bar.
 const REFINEMENT: u64 = 10;
-
-/// [`choose_specs`] for the matrices of a checkpoint that `config` names; what its specs say is of no account.
-///
-/// # Errors
-/// Those of [`Checkpoint::open`], [`Plan::for_checkpoint`] and [`choose_specs`].
-pub fn choose_specs_of_checkpoint(
-    source: &Path,
-    config: &TQConfig,
-    calibration: &Calibration<'_>,
-    target: Target,
-    max_multiplies: Option<f64>,
-    progress: &Progress,
-) -> Result<Vec<(String, Planned)>> {
-    let checkpoint = Checkpoint::open(source)?;
-    let plan = Plan::for_checkpoint(&checkpoint, config)?;
-    let matrices: Vec<_> =
-        plan.jobs.iter().map(|job| (place(&job.matrix, calibration), usage(&checkpoint, &job.matrix))).collect();
-    if matrices.is_empty() {
-        return Err(Error::Config("budget: no matrix to spend it on".into()));
-    }
-    let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
-    let planned = choose_specs(&matrices, target, max_multiplies, config.effort, config.seed, progress, load)?;
-    Ok(matrices.into_iter().map(|(place, _)| place.name).zip(planned).collect())
-}
-
-fn usage(checkpoint: &Checkpoint, matrix: &Matrix) -> Usage {
-    match matrix.kind {
-        Kind::Conv1d | Kind::Linear => Usage::Map,
-        Kind::Embedding if checkpoint.has_tied_head() && bare(&matrix.tensor) == TOKEN_EMBEDDING => Usage::TiedLookup,
-        Kind::Embedding => Usage::Lookup,
-    }
-}
 
 #[cfg(test)]
 mod tests {

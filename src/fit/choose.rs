@@ -1,6 +1,6 @@
 //! Approximating one matrix as its spec says, or as well as a number of parameters allows.
 
-use super::low_rank::low_rank;
+use super::low_rank::{Spectrum, low_rank};
 use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
 use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
@@ -77,7 +77,7 @@ impl Limits {
     }
 }
 
-/// The best approximation of `view` within `limits` that is found in `norm`.
+/// The best approximation of `view` within `limits` that is found in `norm`, in which `spectrum` is that of `view`.
 ///
 /// It is the low rank of the largest rank at effort [`Effort::Fast`]. Above, sums of low rank and a permuted Kronecker sum,
 /// and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
@@ -91,26 +91,24 @@ pub fn fit_within(
     view: MatrixView<'_>,
     limits: Limits,
     norm: &Norm,
+    spectrum: &Spectrum,
     effort: Effort,
-    seed: u64,
-    parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<Fit> {
     let (m, n) = (view.rows(), view.columns());
     let rank = largest_rank(m, n, limits)?;
     let low_rank = MatrixSpec::low_rank(rank);
+    let term = spectrum.low_rank(view, rank, progress)?;
+    let mut best = Fit { spec: low_rank, lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] };
     let mut candidates = candidates(m, n, limits.parameters, effort);
     let affordable = candidates.iter().map(|spec| limits.affords(spec, m, n)).collect::<Result<Vec<_>>>()?;
     let mut affordable = affordable.into_iter();
     candidates.retain(|_| affordable.next() == Some(true));
     if candidates.is_empty() {
-        return fit(view, &low_rank, norm, effort, seed, parallelism, progress);
+        return Ok(best);
     }
-    view.check_finite()?;
     let target = widened(view);
-    let shared = Shared::new(target.as_ref(), norm, progress)?;
-    let term = shared.low_rank(rank)?;
-    let mut best = Fit { spec: low_rank, lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] };
+    let shared = Shared { target: target.as_ref(), norm, spectrum, progress };
     let problems = candidates.iter().map(|spec| Problem::new(&shared, spec.terms())).collect::<Result<Vec<_>>>()?;
     let mut screened = Vec::with_capacity(problems.len());
     for (which, problem) in problems.iter().enumerate() {

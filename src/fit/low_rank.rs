@@ -45,27 +45,70 @@ pub struct LowRank {
 /// With the shorter side `s` and the longer `l`: an eigendecomposition of size `s` (two with a full weight on the shorter
 /// side) and `2·s²·l` multiplies, `s·l²` more with a full weight on the longer side.
 pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progress) -> Result<LowRank> {
-    view.check_finite()?;
-    let sides = Sides::new(Source::View(view), norm);
-    let roots = sides.roots()?;
-    low_rank_in(&sides, rank, &roots, &sides.whiten(&roots, progress)?, progress)
+    Spectrum::new(view, norm, progress)?.low_rank(view, rank, progress)
+}
+
+/// The eigendecomposition of a matrix in a norm, from which its nearest matrices of every rank follow: computed once,
+/// however many ranks are looked at.
+pub struct Spectrum {
+    pub(super) roots: Roots,
+    pub(super) whitened: Whitened,
+    scale: f64,
+}
+
+impl Spectrum {
+    /// Decomposes `view` in `norm`.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
+    ///
+    /// # Cost
+    /// As [`low_rank`], less half of the products.
+    pub fn new(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Self> {
+        view.check_finite()?;
+        let roots = Roots::new((view.rows(), view.columns()), norm)?;
+        let whitened = Sides::new(Source::View(view)).whiten(norm, &roots, progress)?;
+        Ok(Self { roots, whitened, scale: norm.scale })
+    }
+
+    /// The energies in descending order and in the units of the moments: the nearest matrix of rank `k` loses the sum of
+    /// all but the first `k`.
+    #[must_use]
+    pub fn energies(&self) -> Vec<f64> {
+        self.whitened.energies.iter().rev().map(|energy| energy * self.scale).collect()
+    }
+
+    /// The nearest matrix of rank `rank` to the same `view`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a rank that saves nothing, [`Error::Cancelled`].
+    pub fn low_rank(&self, view: MatrixView<'_>, rank: usize, progress: &Progress) -> Result<LowRank> {
+        low_rank_in(&Sides::new(Source::View(view)), rank, &self.roots, &self.whitened, progress)
+    }
+
+    /// Bytes of memory that it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let size = self.whitened.energies.len();
+        let matrices = 1 + [&self.roots.0, &self.roots.1].iter().filter(|root| matches!(root, Weight::Full(_))).count();
+        matrices * size * size * size_of::<f64>()
+    }
 }
 
 /// The spectrum of a finite matrix in f64, from which its nearest matrices of every rank follow.
 pub(super) fn whiten(target: MatRef<'_, f64>, norm: &Norm, roots: &Roots, progress: &Progress) -> Result<Whitened> {
-    Sides::new(Source::Dense(target), norm).whiten(roots, progress)
+    Sides::new(Source::Dense(target)).whiten(norm, roots, progress)
 }
 
 /// [`low_rank`] for a matrix in f64 that was whitened.
 pub(super) fn low_rank_of(
     target: MatRef<'_, f64>,
     rank: usize,
-    norm: &Norm,
     roots: &Roots,
     whitened: &Whitened,
     progress: &Progress,
 ) -> Result<LowRank> {
-    low_rank_in(&Sides::new(Source::Dense(target), norm), rank, roots, whitened, progress)
+    low_rank_in(&Sides::new(Source::Dense(target)), rank, roots, whitened, progress)
 }
 
 /// The two factors of the same matrix before it is brought into interpolative form: `a : (m, rank)` and `b : (n, rank)`
@@ -123,21 +166,6 @@ fn low_rank_in(
     Ok(LowRank { shape, left, right, order, lost_energy })
 }
 
-/// The energies of `view` in `norm`, in descending order and in the units of the moments: the nearest matrix of rank `k`
-/// loses the sum of all but the first `k`.
-///
-/// # Errors
-/// [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
-///
-/// # Cost
-/// As [`low_rank`], half of the products.
-pub fn spectrum(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Vec<f64>> {
-    view.check_finite()?;
-    let sides = Sides::new(Source::View(view), norm);
-    let energies = sides.whiten(&sides.roots()?, progress)?.energies;
-    Ok(energies.iter().rev().map(|energy| energy * norm.scale).collect())
-}
-
 fn lost_share(lost: &[f64], all: &[f64]) -> f64 {
     let total: f64 = all.iter().sum();
     if total > 0.0 { (lost.iter().sum::<f64>() / total).clamp(0.0, 1.0) } else { 0.0 }
@@ -155,8 +183,6 @@ struct Sides<'a> {
     source: Source<'a>,
     shape: (usize, usize),
     transposed: bool,
-    short_weight: &'a Weight,
-    long_weight: &'a Weight,
 }
 
 /// `(C^½, C^−½)` of the weight of the shorter side.
@@ -197,15 +223,12 @@ impl Whitened {
 }
 
 impl<'a> Sides<'a> {
-    fn new(source: Source<'a>, norm: &'a Norm) -> Self {
+    fn new(source: Source<'a>) -> Self {
         let shape = match source {
             Source::View(view) => (view.rows(), view.columns()),
             Source::Dense(matrix) => (matrix.nrows(), matrix.ncols()),
         };
-        let transposed = shape.0 > shape.1;
-        let (short_weight, long_weight) =
-            if transposed { (&norm.output, &norm.input) } else { (&norm.input, &norm.output) };
-        Self { source, shape, transposed, short_weight, long_weight }
+        Self { source, shape, transposed: shape.0 > shape.1 }
     }
 
     fn short(&self) -> usize {
@@ -214,11 +237,6 @@ impl<'a> Sides<'a> {
 
     fn long(&self) -> usize {
         self.shape.0.max(self.shape.1)
-    }
-
-    fn roots(&self) -> Result<Roots> {
-        let (root, inverse) = self.short_weight.roots()?;
-        Ok(Roots(root, inverse))
     }
 
     /// Calls `visit` with the place on the long side and the values, short × some of the long side.
@@ -259,21 +277,22 @@ impl<'a> Sides<'a> {
     }
 
     /// `W C Wᵀ` over the long side.
-    fn gram(&self, progress: &Progress) -> Result<Mat<f64>> {
+    fn gram(&self, norm: &Norm, progress: &Progress) -> Result<Mat<f64>> {
         let (short, long) = (self.short(), self.long());
-        if let Weight::Full(_) = self.long_weight {
+        let long_weight = if self.transposed { &norm.input } else { &norm.output };
+        if let Weight::Full(_) = long_weight {
             let mut whole = Mat::zeros(short, long);
             self.for_each_chunk(progress, |first, chunk| {
                 whole.as_mut().subcols_mut(first, chunk.ncols()).copy_from(chunk);
                 Ok(())
             })?;
-            let weighted = self.long_weight.times(whole.transpose());
+            let weighted = long_weight.times(whole.transpose());
             progress.check()?;
             return Ok(product(whole.as_ref(), weighted.as_ref()));
         }
         let mut gram = Mat::zeros(short, short);
         self.for_each_chunk(progress, |first, chunk| {
-            let weighted = match self.long_weight {
+            let weighted = match long_weight {
                 Weight::Diagonal(values) => {
                     Some(Mat::from_fn(chunk.nrows(), chunk.ncols(), |i, j| chunk[(i, j)] * values[first + j]))
                 }
@@ -286,9 +305,9 @@ impl<'a> Sides<'a> {
         Ok(gram)
     }
 
-    fn whiten(&self, roots: &Roots, progress: &Progress) -> Result<Whitened> {
+    fn whiten(&self, norm: &Norm, roots: &Roots, progress: &Progress) -> Result<Whitened> {
         progress.check()?;
-        let half = roots.0.times(self.gram(progress)?.as_ref());
+        let half = roots.0.times(self.gram(norm, progress)?.as_ref());
         let gram = roots.0.times(half.transpose());
         progress.check()?;
         let (mut energies, vectors) = eigenvectors(gram.as_ref())?;

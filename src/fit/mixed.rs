@@ -11,7 +11,7 @@ use faer::{Mat, MatRef};
 use super::Term;
 use super::descent::{left_to, residual};
 use super::factors::Factors;
-use super::low_rank::{LowRank, Roots, Whitened, low_rank_of, plain_factors, whiten};
+use super::low_rank::{Spectrum, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
 use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, widened};
 use crate::error::{Error, Result};
@@ -40,9 +40,9 @@ pub fn mixed(
     parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<(Vec<Term>, f64)> {
-    view.check_finite()?;
+    let spectrum = Spectrum::new(view, norm, progress)?;
     let target = widened(view);
-    let shared = Shared::new(target.as_ref(), norm, progress)?;
+    let shared = Shared { target: target.as_ref(), norm, spectrum: &spectrum, progress };
     let problem = Problem::new(&shared, terms)?;
     let turns = Turns::new(effort);
     let mut best: Option<(f64, Vec<Factors>)> = None;
@@ -67,13 +67,8 @@ pub fn mixed(
         return Err(Error::Config("terms: expected at least one, got none".into()));
     };
     problem.fill(&mut factors, ASSIGNMENTS)?;
-    let energy = problem.improve(&mut factors, turns)?;
-    // The way of `fit_within` as well, so that a spec that it chose loses no more than it found.
-    let (mut chosen_energy, mut chosen) = problem.screen()?;
-    for turns in [Turns::SECOND_SCREENING, turns] {
-        chosen_energy = problem.improve(&mut chosen, turns)?;
-    }
-    problem.finish(if chosen_energy < energy { chosen } else { factors })
+    problem.improve(&mut factors, turns)?;
+    problem.finish(factors)
 }
 
 /// Alternating assignments before a candidate is judged.
@@ -83,22 +78,8 @@ const SCREENING_ASSIGNMENTS: usize = 2;
 pub(super) struct Shared<'a> {
     pub target: MatRef<'a, f64>,
     pub norm: &'a Norm,
-    roots: Roots,
-    whitened: Whitened,
+    pub spectrum: &'a Spectrum,
     pub progress: &'a Progress,
-}
-
-impl<'a> Shared<'a> {
-    pub fn new(target: MatRef<'a, f64>, norm: &'a Norm, progress: &'a Progress) -> Result<Self> {
-        let roots = Roots::new((target.nrows(), target.ncols()), norm)?;
-        let whitened = whiten(target, norm, &roots, progress)?;
-        Ok(Self { target, norm, roots, whitened, progress })
-    }
-
-    /// The nearest matrix of some rank to the target itself.
-    pub fn low_rank(&self, rank: usize) -> Result<LowRank> {
-        low_rank_of(self.target, rank, self.norm, &self.roots, &self.whitened, self.progress)
-    }
 }
 
 /// A sum of terms for a matrix.
@@ -128,7 +109,8 @@ impl<'a> Problem<'a> {
 
     /// One term fitted to the target by itself.
     pub fn alone(&self, which: usize, turns: Turns) -> Result<Factors> {
-        let Shared { target, norm, roots, whitened, progress } = self.shared;
+        let Shared { target, norm, spectrum, progress } = self.shared;
+        let Spectrum { roots, whitened, .. } = spectrum;
         match &self.terms[which] {
             TermSpec::LowRank { rank } => Ok(balanced_low_rank(plain_factors(*target, *rank, roots, whitened))),
             TermSpec::Kronecker(spec) => {
@@ -141,7 +123,8 @@ impl<'a> Problem<'a> {
 
     /// Fits the terms that are still zero to what the others leave; `assignments` as in [`start`].
     pub fn fill(&self, factors: &mut [Factors], assignments: usize) -> Result<()> {
-        let Shared { target, norm, roots, progress, .. } = self.shared;
+        let Shared { target, norm, spectrum, progress } = self.shared;
+        let roots = &spectrum.roots;
         for (which, term) in self.terms.iter().enumerate() {
             if !factors[which].is_zero() {
                 continue;
@@ -177,7 +160,8 @@ impl<'a> Problem<'a> {
 
     /// The terms in f32, each low-rank one nearest to what the others leave, and the lost energy.
     pub fn finish(&self, mut factors: Vec<Factors>) -> Result<(Vec<Term>, f64)> {
-        let Shared { target, norm, roots, progress, .. } = self.shared;
+        let Shared { target, norm, spectrum, progress } = self.shared;
+        let roots = &spectrum.roots;
         let mut terms = Vec::with_capacity(factors.len());
         for (which, term) in self.terms.iter().enumerate() {
             terms.push(match term {
@@ -185,7 +169,7 @@ impl<'a> Problem<'a> {
                 TermSpec::LowRank { rank } => {
                     let left = left_to(which, &factors, *target);
                     let whitened = whiten(left.as_ref(), norm, roots, progress)?;
-                    let fitted = low_rank_of(left.as_ref(), *rank, norm, roots, &whitened, progress)?;
+                    let fitted = low_rank_of(left.as_ref(), *rank, roots, &whitened, progress)?;
                     // A later low-rank term is fitted to what this one really leaves.
                     let (a, b) = plain_factors(left.as_ref(), *rank, roots, &whitened);
                     factors[which] = Factors::low_rank(a, b);

@@ -13,7 +13,7 @@ mod weighted;
 mod weighted_permutation;
 
 pub use choose::{Limits, fit, fit_within};
-pub use low_rank::{LowRank, low_rank, spectrum};
+pub use low_rank::{LowRank, Spectrum, low_rank};
 pub use mixed::mixed;
 pub use moment::{Moment, Moments, Norm, Weight};
 pub use weighted::weighted_kronecker;

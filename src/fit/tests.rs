@@ -75,6 +75,11 @@ fn fitted(view: MatrixView<'_>, spec: &MatrixSpec, norm: &Norm) -> Result<Fit> {
     fit(view, spec, norm, Effort::Fast, 1, Parallelism::Sequential, &Progress::default())
 }
 
+fn within(view: MatrixView<'_>, limits: Limits, norm: &Norm, effort: Effort) -> Result<Fit> {
+    let progress = Progress::default();
+    fit_within(view, limits, norm, &Spectrum::new(view, norm, &progress)?, effort, &progress)
+}
+
 fn kronecker(block: (usize, usize), rank: usize, permute: Permute) -> TermSpec {
     TermSpec::Kronecker(KroneckerSpec { block, rank, permute })
 }
@@ -100,7 +105,7 @@ proptest! {
         let fit = fitted(view, &MatrixSpec::low_rank(rank), &norm).unwrap();
         prop_assert!((fit.lost_energy - tail).abs() < 1e-9);
         prop_assert!((lost(&norm, target.as_ref(), &fit.terms) - tail).abs() < 1e-5);
-        let energies = spectrum(view, &norm, &Progress::default()).unwrap();
+        let energies = Spectrum::new(view, &norm, &Progress::default()).unwrap().energies();
         let tail_of_spectrum = energies[rank..].iter().sum::<f64>() / energies.iter().sum::<f64>();
         prop_assert!((tail_of_spectrum - tail).abs() < 1e-9);
     }
@@ -213,7 +218,7 @@ proptest! {
         let low_rank = fitted(view, &MatrixSpec::low_rank(rank), &norm).unwrap();
         for effort in [Effort::Fast, Effort::Balanced, Effort::Best] {
             let within =
-                fit_within(view, limits, &norm, effort, 1, Parallelism::Sequential, &Progress::default()).unwrap();
+                within(view, limits, &norm, effort).unwrap();
             prop_assert!(fits(&within.spec));
             prop_assert!(within.lost_energy <= low_rank.lost_energy + 1e-9);
             prop_assert!((within.lost_energy - lost(&norm, widened(view).as_ref(), &within.terms)).abs() < 1e-5);
@@ -306,8 +311,7 @@ fn the_number_of_threads_changes_no_byte() {
                 let fits = specs()
                     .map(|spec| fit(view, &spec, &norm, Effort::Fast, 5, Parallelism::Rayon, &progress).unwrap());
                 let limits = Limits::of_parameters(100);
-                let within = fit_within(view, limits, &norm, Effort::Best, 5, Parallelism::Rayon, &progress).unwrap();
-                (fits, within)
+                (fits, within(view, limits, &norm, Effort::Best).unwrap())
             })
         };
         assert_eq!(run(1), run(3));
@@ -332,13 +336,12 @@ fn degenerate_moments_and_matrices_are_ordinary() {
             assert_eq!(fit.lost_energy, 0.0);
             assert!(fit.terms.iter().all(|term| term.to_dense().iter().all(|&value| value == 0.0)));
         }
-        let within = |w: &[f32]| {
+        let of = |w: &[f32]| {
             let view = MatrixView::new(w, m, n).unwrap();
-            let limits = Limits::of_parameters(90);
-            fit_within(view, limits, &norm, Effort::Balanced, 0, Parallelism::Sequential, &Progress::default())
+            within(view, Limits::of_parameters(90), &norm, Effort::Balanced).unwrap()
         };
-        assert_eq!(within(&zeros).unwrap().lost_energy, 0.0);
-        assert!(within(&w).unwrap().lost_energy < 1.0);
+        assert_eq!(of(&zeros).lost_energy, 0.0);
+        assert!(of(&w).lost_energy < 1.0);
     }
 }
 
@@ -350,7 +353,7 @@ fn what_cannot_be_fitted_is_refused() {
     let progress = Progress::default();
     let limited = |w: &[f32], limits| {
         let view = MatrixView::new(w, m, n).unwrap();
-        fit_within(view, limits, &norm, Effort::Balanced, 0, Parallelism::Sequential, &progress)
+        fit_within(view, limits, &norm, &Spectrum::new(view, &norm, &progress)?, Effort::Balanced, &progress)
     };
     let within = |w: &[f32], parameters| limited(w, Limits::of_parameters(parameters));
     assert!(matches!(within(&w, m + n - 2), Err(Error::Shape { operation: "parameters", .. })));

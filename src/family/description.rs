@@ -1,0 +1,302 @@
+//! The description of a family, and what it says of stored names.
+//!
+//! A *bare* name has no base prefix: `AutoModel` saves bare names, models with a head save prefixed ones.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::LazyLock;
+
+use indexmap::IndexMap;
+use serde::Deserialize;
+
+use super::matrix::{Kind, Matrix};
+use crate::error::{Error, Result};
+
+/// How the checkpoints of one `model_type` of transformers are laid out.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Family {
+    /// The prefix that models with a head put before the names of the base model: "transformer.".
+    pub base_prefix: String,
+    /// The module of the token embedding, bare: "wte".
+    pub token_embedding: String,
+    /// The output head, which may share its weight with the token embedding: "lm_head".
+    pub output_head: String,
+    /// What comes before the number of a layer: "h.".
+    layers: String,
+    /// Modules outside the layers that hold a matrix.
+    top: IndexMap<String, Kind>,
+    /// Modules of a layer that hold a matrix.
+    layer: IndexMap<String, Kind>,
+    /// Tensors of a layer that are no weights: causal masks that old versions of transformers stored among the weights.
+    /// Today's rebuild them and ignore the stored ones.
+    ignored: Vec<String>,
+    /// The order in which the model uses its tensors, by the beginnings of their names.
+    order: Order,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Order {
+    top: Vec<String>,
+    layer: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    /// Last component of a module's name → number of equal parts → their names.
+    fused: HashMap<String, BTreeMap<usize, Vec<String>>>,
+    /// `model_type` → description.
+    families: IndexMap<String, Family>,
+}
+
+static TABLE: LazyLock<Table> =
+    LazyLock::new(|| serde_json::from_str(include_str!("families.json")).expect("the table is well formed"));
+
+/// The names of the parts of a fused weight `(rows, columns)`, in × out: q, k and v of a `c_attn` of `d × 3d`, k and v in
+/// cross-attention, where it is `d × 2d`. `None` for a module that is not fused.
+///
+/// # Errors
+/// [`Error::Shape`] for a fused module of another shape.
+pub fn fused_parts(module: &str, kind: Kind, rows: usize, columns: usize) -> Result<Option<&'static [String]>> {
+    let last = module.rsplit('.').next().unwrap_or(module);
+    // Only GPT-2's relatives fuse so, and these store `Conv1D`; a linear layer of that name may be anything.
+    let Some(counts) = TABLE.fused.get(last).filter(|_| kind == Kind::Conv1d) else { return Ok(None) };
+    let parts = counts.iter().find(|&(&count, _)| rows > 0 && columns == count * rows);
+    parts.map(|(_, parts)| Some(parts.as_slice())).ok_or_else(|| Error::Shape {
+        operation: "fused weight",
+        expected: counts.keys().map(|count| format!("({rows}, {count}·{rows})")).collect::<Vec<_>>().join(" or "),
+        got: format!("({rows}, {columns})"),
+    })
+}
+
+/// The module of a matrix, and the part of it that the matrix is, if the module is fused:
+/// "h.0.attn.c_attn.q" is `("h.0.attn.c_attn", Some("q"))`.
+#[must_use]
+pub fn split_part(matrix: &str) -> (&str, Option<&str>) {
+    let Some((module, part)) = matrix.rsplit_once('.') else { return (matrix, None) };
+    let last = module.rsplit('.').next().unwrap_or(module);
+    let fused = TABLE.fused.get(last).is_some_and(|counts| counts.values().flatten().any(|known| known == part));
+    if fused { (module, Some(part)) } else { (matrix, None) }
+}
+
+impl Family {
+    /// The description of a `model_type`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the families that have one.
+    pub fn of(model_type: &str) -> Result<&'static Self> {
+        TABLE.families.get(model_type).ok_or_else(|| {
+            let known = TABLE.families.keys().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+            Error::Config(format!("model_type: expected {known}, got \"{model_type}\""))
+        })
+    }
+
+    /// A stored name without the base prefix.
+    #[must_use]
+    pub fn bare<'a>(&self, stored: &'a str) -> &'a str {
+        stored.strip_prefix(&self.base_prefix).unwrap_or(stored)
+    }
+
+    /// The stored name of the token embedding's weight, bare.
+    #[must_use]
+    pub fn is_token_embedding(&self, stored: &str) -> bool {
+        self.bare(stored).strip_suffix(".weight") == Some(&self.token_embedding)
+    }
+
+    /// Whether this is the weight of the output head.
+    #[must_use]
+    pub fn is_output_head(&self, stored: &str) -> bool {
+        stored.strip_suffix(".weight") == Some(&self.output_head)
+    }
+
+    /// The stored name of the output head's weight.
+    #[must_use]
+    pub fn output_head_weight(&self) -> String {
+        format!("{}.weight", self.output_head)
+    }
+
+    /// The kind of the module that a stored weight belongs to, or `None` for tensors that are not a matrix (biases,
+    /// layer norms, unknown names).
+    #[must_use]
+    pub fn kind_of(&self, stored: &str) -> Option<Kind> {
+        let module = self.bare(stored).strip_suffix(".weight")?;
+        match self.top.get(module) {
+            Some(kind) => Some(*kind),
+            None => self.layer.get(self.layer_of(module)?.1).copied(),
+        }
+    }
+
+    /// Splits the bare name "h.3.mlp.c_fc" into `(3, "mlp.c_fc")`.
+    #[must_use]
+    pub fn layer_of<'a>(&self, bare: &'a str) -> Option<(u64, &'a str)> {
+        let (number, within) = bare.strip_prefix(&self.layers)?.split_once('.')?;
+        Some((number.parse().ok()?, within))
+    }
+
+    /// Whether a tensor is stored but not read: see `ignored`.
+    #[must_use]
+    pub fn is_ignored(&self, stored: &str) -> bool {
+        self.layer_of(self.bare(stored)).is_some_and(|(_, within)| self.ignored.iter().any(|name| name == within))
+    }
+
+    /// A sort key that puts stored names in the order in which the model uses them: embeddings, layers by number, the
+    /// final norm, heads, anything else by name.
+    #[must_use]
+    pub fn model_order<'a>(&self, stored: &'a str) -> (usize, u64, usize, &'a str) {
+        let position = |prefixes: &[String], name: &str| {
+            prefixes.iter().position(|prefix| name.starts_with(prefix)).unwrap_or(prefixes.len())
+        };
+        let name = self.bare(stored);
+        match self.layer_of(name) {
+            Some((number, within)) => {
+                (position(&self.order.top, &self.layers), number, position(&self.order.layer, within), within)
+            }
+            None => (position(&self.order.top, name), 0, 0, name),
+        }
+    }
+}
+
+impl Matrix {
+    /// The matrices that a weight holds: one, or the parts of a fused one. `stored` and `bare` are its name, with and
+    /// without the base prefix.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] in the tensor if it is not two-dimensional, or fused and of another shape than its parts make.
+    pub fn all_of(stored: &str, bare: &str, shape: &[usize], kind: Kind) -> Result<Vec<Self>> {
+        let &[first, second] = shape else {
+            let error = Error::Shape {
+                operation: "weight",
+                expected: "two dimensions".into(),
+                got: format!("{} dimensions", shape.len()),
+            };
+            return Err(error.in_tensor(stored));
+        };
+        let (rows, columns) = if kind == Kind::Linear { (second, first) } else { (first, second) };
+        let module = bare.strip_suffix(".weight").unwrap_or(bare);
+        let matrix = |name: String, columns: usize, first_column: usize| Self {
+            name,
+            module: module.to_owned(),
+            tensor: stored.to_owned(),
+            kind,
+            rows,
+            columns,
+            first_column,
+        };
+        let parts = fused_parts(module, kind, rows, columns).map_err(|error| error.in_tensor(stored))?;
+        Ok(match parts {
+            None => vec![matrix(module.to_owned(), columns, 0)],
+            Some(parts) => {
+                let width = columns / parts.len();
+                let part = |(i, part): (usize, &String)| matrix(format!("{module}.{part}"), width, i * width);
+                parts.iter().enumerate().map(part).collect()
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpt2() -> &'static Family {
+        Family::of("gpt2").unwrap()
+    }
+
+    #[test]
+    fn weights_of_every_head_are_known_with_and_without_the_prefix() {
+        for (name, kind) in [
+            ("wte.weight", Kind::Embedding),
+            ("transformer.wpe.weight", Kind::Embedding),
+            ("transformer.h.11.attn.c_attn.weight", Kind::Conv1d),
+            ("h.0.mlp.c_proj.weight", Kind::Conv1d),
+            ("transformer.h.2.crossattention.q_attn.weight", Kind::Conv1d),
+            ("lm_head.weight", Kind::Linear),
+            ("score.weight", Kind::Linear),
+            ("classifier.weight", Kind::Linear),
+            ("qa_outputs.weight", Kind::Linear),
+            ("multiple_choice_head.summary.weight", Kind::Linear),
+        ] {
+            assert_eq!(gpt2().kind_of(name), Some(kind), "{name}");
+        }
+        for name in
+            ["wte", "h.0.ln_1.weight", "h.0.attn.c_attn.bias", "h.x.mlp.c_fc.weight", "other.weight", "h.0.attn.bias"]
+        {
+            assert_eq!(gpt2().kind_of(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn fused_attention_is_three_matrices_and_a_linear_weight_is_transposed() {
+        let parts = Matrix::all_of("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight", &[8, 24], Kind::Conv1d).unwrap();
+        let seen: Vec<_> =
+            parts.iter().map(|m| (m.name.as_str(), m.part(), m.rows, m.columns, m.first_column)).collect();
+        assert_eq!(
+            seen,
+            [
+                ("h.0.attn.c_attn.q", ".q", 8, 8, 0),
+                ("h.0.attn.c_attn.k", ".k", 8, 8, 8),
+                ("h.0.attn.c_attn.v", ".v", 8, 8, 16)
+            ]
+        );
+        assert_eq!(parts[0].stored_module(), "transformer.h.0.attn.c_attn");
+        let cross = Matrix::all_of("h.0.crossattention.c_attn.weight", "h.0.crossattention.c_attn.weight", &[8, 16], Kind::Conv1d).unwrap();
+        assert_eq!(cross.iter().map(Matrix::part).collect::<Vec<_>>(), [".k", ".v"]);
+        let head = &Matrix::all_of("score.weight", "score.weight", &[5, 8], Kind::Linear).unwrap()[0];
+        assert_eq!((head.rows, head.columns, head.name.as_str()), (8, 5, "score"));
+    }
+
+    #[test]
+    fn misshapen_weights_are_refused_by_name() {
+        for shape in [&[8, 25][..], &[8], &[2, 2, 2], &[0, 0]] {
+            let message = Matrix::all_of("h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight", shape, Kind::Conv1d).unwrap_err().to_string();
+            assert!(message.contains("h.0.attn.c_attn.weight"), "{message}");
+        }
+    }
+
+    #[test]
+    fn order_is_the_models_and_layers_count_as_numbers() {
+        let ordered = [
+            "transformer.wte.weight",
+            "transformer.wpe.weight",
+            "transformer.h.2.attn.c_attn.weight",
+            "transformer.h.2.attn.c_proj.weight",
+            "transformer.h.2.mlp.c_fc.weight",
+            "transformer.h.10.ln_1.weight",
+            "transformer.ln_f.weight",
+            "lm_head.weight",
+            "unknown",
+        ];
+        let mut sorted = ordered;
+        sorted.sort_unstable();
+        sorted.sort_by_key(|name| gpt2().model_order(name));
+        assert_eq!(sorted, ordered);
+    }
+
+    #[test]
+    fn parts_of_fused_weights_are_told_from_modules_by_their_names() {
+        for (name, module, part) in [
+            ("h.0.attn.c_attn.q", "h.0.attn.c_attn", Some("q")),
+            ("c_attn.v", "c_attn", Some("v")),
+            ("h.0.mlp.c_fc", "h.0.mlp.c_fc", None),
+            ("h.0.attn.c_attn.x", "h.0.attn.c_attn.x", None),
+            ("layer.0.query.q", "layer.0.query.q", None),
+            ("wte", "wte", None),
+        ] {
+            assert_eq!(split_part(name), (module, part));
+        }
+        assert_eq!(fused_parts("c_attn", Kind::Linear, 8, 24).unwrap(), None);
+    }
+
+    #[test]
+    fn a_family_without_a_description_is_refused_by_name() {
+        let message = Family::of("mamba").unwrap_err().to_string();
+        assert!(message.contains("\"gpt2\"") && message.contains("\"mamba\""), "{message}");
+    }
+
+    #[test]
+    fn only_masks_count_as_masks() {
+        assert!(gpt2().is_ignored("h.3.attn.bias") && gpt2().is_ignored("transformer.h.3.attn.masked_bias"));
+        assert!(!gpt2().is_ignored("h.3.attn.c_attn.bias") && !gpt2().is_ignored("attn.bias") && !gpt2().is_ignored("h.3.mlp.c_fc.bias"));
+    }
+}

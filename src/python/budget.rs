@@ -1,0 +1,176 @@
+//! `MatrixInfo`, `list_matrices`, `spend_budget` and `SpentBudget`: one budget over the matrices of a model in memory.
+
+use std::borrow::Cow;
+
+use numpy::{PyArray1, PyReadonlyArray2};
+use pyo3::prelude::*;
+
+use super::jobs;
+use super::moments::{MomentArrays, place, same_length};
+use super::specs::spec_to_python;
+use super::terms::Fitted;
+use crate::checkpoint::names::Matrix;
+use crate::compress::{self, BudgetMatrix, BudgetOptions, Place};
+use crate::error::{Error, Result};
+use crate::permute::Effort;
+use crate::plan::Target;
+use crate::spec::Usage;
+
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Choice>()?;
+    module.add_class::<MatrixInfo>()?;
+    module.add_class::<SpentBudget>()?;
+    module.add_function(wrap_pyfunction!(spend_budget, module)?)
+}
+
+/// A matrix that can be compressed.
+#[pyclass(frozen, get_all, module = "tqcompressor._core")]
+pub(super) struct MatrixInfo {
+    /// Its name in configs and reports.
+    name: String,
+    /// The bare name of its module.
+    module: String,
+    /// The stored name of its tensor.
+    tensor: String,
+    /// "conv1d", "linear" or "embedding".
+    kind: &'static str,
+    /// Its shape, in × out.
+    shape: (usize, usize),
+    /// Where its columns begin in the in × out tensor.
+    first_column: usize,
+    /// Its number of parameters.
+    parameters: usize,
+}
+
+impl From<&Matrix> for MatrixInfo {
+    fn from(matrix: &Matrix) -> Self {
+        Self {
+            name: matrix.name.clone(),
+            module: matrix.module.clone(),
+            tensor: matrix.tensor.clone(),
+            kind: matrix.kind.name(),
+            shape: (matrix.rows, matrix.columns),
+            first_column: matrix.first_column,
+            parameters: matrix.parameters(),
+        }
+    }
+}
+
+/// What a budget makes of one matrix.
+#[pyclass(frozen, get_all, module = "tqcompressor._core")]
+pub(super) struct Choice {
+    /// Its spec; `None` where it stays dense.
+    spec: Option<Py<PyAny>>,
+    /// Its parameters then.
+    parameters: usize,
+    /// Its MACs for one token while it is dense.
+    macs_before: usize,
+    /// Its MACs for one token then.
+    macs: usize,
+    /// The share of its energy that it then loses.
+    lost_energy: f64,
+    /// Its energies in descending order, float64.
+    energies: Py<PyArray1<f64>>,
+}
+
+/// A budget that was spent, with what planning found.
+#[pyclass(frozen, module = "tqcompressor._core")]
+pub(super) struct SpentBudget {
+    pub spent: compress::SpentBudget,
+}
+
+#[pymethods]
+impl SpentBudget {
+    /// What every matrix is to become.
+    #[getter]
+    fn choices(&self, py: Python<'_>) -> PyResult<Vec<Choice>> {
+        let choice = |planned: &compress::Planned| {
+            let spec = planned.spec.as_ref().map(|spec| spec_to_python(py, spec)).transpose()?;
+            Ok(Choice {
+                spec: spec.map(Bound::unbind),
+                parameters: planned.parameters,
+                macs_before: planned.macs_before,
+                macs: planned.macs,
+                lost_energy: planned.lost_energy,
+                energies: PyArray1::from_slice(py, &planned.energies).unbind(),
+            })
+        };
+        self.spent.planned().iter().map(choice).collect()
+    }
+
+    /// The fits of the matrices that are compressed, by name: taken once.
+    #[pyo3(signature = (matrices, names, moments, *, threads, progress))]
+    fn fit<'py>(
+        &self,
+        py: Python<'py>,
+        matrices: Vec<PyReadonlyArray2<'py, f32>>,
+        names: Vec<String>,
+        moments: Vec<MomentArrays<'py>>,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Option<Fitted>>> {
+        let (places, data) = places(&matrices, &names, &moments)?;
+        let places: Vec<&Place<'_>> = places.iter().collect();
+        let pool = jobs::pool(threads)?;
+        let fits = jobs::run(py, progress, |progress| {
+            pool.install(|| self.spent.fit_all(&places, progress, |i| Ok(Cow::Borrowed(data[i]))))
+        })?;
+        fits.into_iter().map(|timed| timed.map(|timed| Fitted::new(py, timed)).transpose()).collect()
+    }
+}
+
+/// Matrices and their values.
+fn places<'a>(
+    matrices: &'a [PyReadonlyArray2<'_, f32>],
+    names: &[String],
+    moments: &'a [MomentArrays<'_>],
+) -> Result<(Vec<Place<'a>>, Vec<&'a [f32]>)> {
+    same_length(matrices.len(), &[names.len(), moments.len()])?;
+    let each = matrices.iter().zip(names).zip(moments).map(|((array, name), arrays)| place(array, name, arrays));
+    Ok(each.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+}
+
+/// The target of a budget: either of the two.
+pub(super) fn target(parameters: Option<usize>, lost_energy: Option<f64>) -> Result<Target> {
+    match (parameters, lost_energy) {
+        (Some(parameters), None) => Ok(Target::Parameters(parameters)),
+        (None, Some(share)) => Ok(Target::LostEnergy(share)),
+        _ => Err(Error::Config("budget: expected either parameters or lost_energy".into())),
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    matrices, names, modules, usages, moments, *, parameters, lost_energy, max_macs, effort, keep, threads, progress
+))]
+#[allow(clippy::too_many_arguments)]
+fn spend_budget<'py>(
+    py: Python<'py>,
+    matrices: Vec<PyReadonlyArray2<'py, f32>>,
+    names: Vec<String>,
+    modules: Vec<String>,
+    usages: Vec<String>,
+    moments: Vec<MomentArrays<'py>>,
+    parameters: Option<usize>,
+    lost_energy: Option<f64>,
+    max_macs: Option<f64>,
+    effort: &str,
+    keep: bool,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<SpentBudget> {
+    let options =
+        BudgetOptions { target: target(parameters, lost_energy)?, max_macs, effort: Effort::from_name(effort)? };
+    same_length(matrices.len(), &[modules.len(), usages.len()])?;
+    let (places, data) = places(&matrices, &names, &moments)?;
+    let budgeted = places.into_iter().zip(modules).zip(usages).map(|((place, module), usage)| {
+        Ok(BudgetMatrix { place, module, usage: Usage::from_name(&usage)? })
+    });
+    let budgeted = budgeted.collect::<Result<Vec<_>>>()?;
+    let pool = jobs::pool(threads)?;
+    let spent = jobs::run(py, progress, |progress| {
+        let load = |i: usize| Ok(Cow::Borrowed(data[i]));
+        pool.install(|| compress::SpentBudget::spend(&budgeted, options, keep, progress, load))
+    })?;
+    Ok(SpentBudget { spent })
+}

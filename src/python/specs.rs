@@ -1,0 +1,68 @@
+//! Specs and configs: the plain objects of `tqcompressor.config` and the types of this crate, both ways.
+//!
+//! Python checks its objects when they are made, so that what is read here is well formed; what does not fit a matrix is
+//! refused where the matrix is known.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyMapping, PyTuple};
+
+use crate::permute::Effort;
+use crate::plan::TQConfig;
+use crate::shape::{KroneckerSpec, Permute};
+use crate::spec::{MatrixSpec, TermSpec};
+
+/// Where the Python classes are.
+const MODULE: &str = "tqcompressor.config.specs";
+
+/// Reads a `KroneckerSpec`, `LowRankSpec` or `MixedSpec`.
+pub(super) fn spec_from_python(spec: &Bound<'_, PyAny>) -> PyResult<MatrixSpec> {
+    if spec.hasattr("terms")? {
+        let terms = spec.getattr("terms")?.try_iter()?.map(|term| term_from_python(&term?));
+        return Ok(MatrixSpec::new(terms.collect::<PyResult<Vec<_>>>()?)?);
+    }
+    Ok(term_from_python(spec)?.into())
+}
+
+fn term_from_python(spec: &Bound<'_, PyAny>) -> PyResult<TermSpec> {
+    let rank = spec.getattr("rank")?.extract()?;
+    if !spec.hasattr("block")? {
+        return Ok(TermSpec::LowRank { rank });
+    }
+    let block = spec.getattr("block")?.extract()?;
+    let permute = Permute::from_name(&spec.getattr("permute")?.extract::<String>()?)?;
+    Ok(TermSpec::Kronecker(KroneckerSpec { block, rank, permute }))
+}
+
+/// The Python object for a spec.
+pub(super) fn spec_to_python<'py>(py: Python<'py>, spec: &MatrixSpec) -> PyResult<Bound<'py, PyAny>> {
+    match spec.terms() {
+        [term] => term_to_python(py, term),
+        terms => {
+            let terms = terms.iter().map(|term| term_to_python(py, term)).collect::<PyResult<Vec<_>>>()?;
+            py.import(MODULE)?.getattr("MixedSpec")?.call1((PyTuple::new(py, terms)?,))
+        }
+    }
+}
+
+fn term_to_python<'py>(py: Python<'py>, term: &TermSpec) -> PyResult<Bound<'py, PyAny>> {
+    let module = py.import(MODULE)?;
+    match term {
+        TermSpec::LowRank { rank } => module.getattr("LowRankSpec")?.call1((rank,)),
+        TermSpec::Kronecker(KroneckerSpec { block, rank, permute }) => {
+            module.getattr("KroneckerSpec")?.call1((block, rank, permute.name()))
+        }
+    }
+}
+
+/// Reads a `TQConfig`: its `specs`, its `effort` and its `seed`.
+pub(super) fn config_from_python(config: &Bound<'_, PyAny>) -> PyResult<TQConfig> {
+    let items = config.getattr("specs")?.cast_into::<PyMapping>()?.items()?;
+    let specs = items.iter().map(|item| {
+        let (pattern, spec): (String, Bound<'_, PyAny>) = item.extract()?;
+        Ok((pattern, spec_from_python(&spec)?))
+    });
+    let specs = specs.collect::<PyResult<_>>()?;
+    let effort = Effort::from_name(&config.getattr("effort")?.extract::<String>()?)?;
+    Ok(TQConfig { specs, effort, seed: config.getattr("seed")?.extract()? })
+}
+
