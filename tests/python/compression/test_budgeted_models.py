@@ -11,7 +11,7 @@ from helpers.calibrations import measured_model, saved
 from helpers.checkpoints import Checkpoint, read_safetensors
 from helpers.models import agree, first_output, some_ids
 from tqcompressor import Calibration, LowRankSpec, TQConfig, compress, compress_checkpoint, plan
-from tqcompressor.compression.model import compress_again
+from tqcompressor.compression.model import recompress
 from tqcompressor.errors import ConfigError, ShapeError
 
 
@@ -178,7 +178,7 @@ def test_a_low_rank_model_is_compressed_again(measured):
     assert isinstance(before["h.0.mlp.c_fc"], LowRankSpec)
     dense = student.transformer.h[0].mlp.c_fc.dense_weight().detach().numpy()
     smaller = LowRankSpec(before["h.0.mlp.c_fc"].rank // 2)
-    report = compress_again(student, TQConfig({"h.0.mlp.c_fc": smaller}, effort="fast"))
+    report = recompress(student, TQConfig({"h.0.mlp.c_fc": smaller}, effort="fast"))
     assert student.config.quantization_config.specs == {**before, "h.0.mlp.c_fc": smaller}
     # From the weights as they were then, which have the rank of before.
     energies = np.linalg.svd(dense.astype(np.float64), compute_uv=False) ** 2
