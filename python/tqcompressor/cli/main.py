@@ -215,7 +215,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     # Before the models, which take seconds to load.
     text = read_text(options.text)
     passages = None if options.passages is None else read_passages(options.passages)
-    models = [name for name in (options.teacher, options.model) if name is not None]
+    models = [name for name in (options.model, options.teacher) if name is not None]
     # One at a time, so that memory holds one model.
     score = _score_native if native else _score_in_torch
     table = Comparison(tuple(score(name, text, passages, options) for name in models))

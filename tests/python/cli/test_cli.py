@@ -142,7 +142,7 @@ def test_inspect_shows_how_a_budget_is_spent(calibration, capsys):
     assert "budget 65%: at most 0.65 of the model's parameters" in plain and "in the Frobenius norm" in plain
     assert "low rank" in plain and "in the norm of the calibration" in calibrated
     data = json.loads(text)
-    assert 0.995 * 0.65 < data["parameters"] / PARAMETERS <= 0.65
+    assert 0.995 * 0.65 < data["parameters_after"] / PARAMETERS <= 0.65
     assert line_of(calibrated, "total")[1:3] == [f"{PARAMETERS:,}", f"{data['parameters']:,}"]
     matrix = data["matrices"][0]
     assert matrix["name"] == "wte" and f"{matrix['parameters']:,}" in line_of(calibrated, "wte")
@@ -209,7 +209,7 @@ def test_evaluate_beside_the_teacher(compressed, tmp_path, capsys):
     assert line_of(table, str(compressed))[1] == f"{AFTER:,}"
     assert "%" in table
     assert cli.main([*arguments, "--stride", "128", "--json"]) == 0
-    teacher, student = json.loads(capsys.readouterr().out)["models"]
+    student, teacher = json.loads(capsys.readouterr().out)["models"]
     assert (teacher["parameters"], student["parameters"]) == (PARAMETERS, AFTER)
     assert teacher["text"]["perplexity"] < student["text"]["perplexity"]
     assert teacher["text"]["stride"] == 128 and teacher["last_word"]["passages"] == 1

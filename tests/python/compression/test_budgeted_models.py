@@ -28,7 +28,7 @@ def test_a_plan_is_one_for_all_threads_and_for_models_and_checkpoints(effort, me
         found = [plan(folder, 0.6, calibration=known, effort=effort, threads=threads) for threads in (1, 2, 3)]
         found += [plan(model, 0.6, calibration=known, effort=effort, threads=threads) for threads in (1, 2)]
         assert all(each.to_json() == found[0].to_json() and str(each) == str(found[0]) for each in found)
-        assert found[0].parameters <= 0.6 * model.num_parameters()
+        assert found[0].parameters_after <= 0.6 * model.num_parameters()
 
 
 def test_a_calibration_changes_the_plan(measured):
