@@ -30,7 +30,7 @@ from .native.model import NativeModel
 if TYPE_CHECKING:
     from . import evaluate, losses, modules, plots
     from .calibration.calibrate import calibrate
-    from .compression.model import compress, compress_again
+    from .compression.model import compress, recompress
     from .data.token_blocks import token_blocks
     from .distillation.runner import distill
     from .distillation.teacher_cache import CachedTeacher, TaughtBlocks, cache_teacher
@@ -66,7 +66,6 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
-    "compress_again",
     "compress_checkpoint",
     "decompose",
     "distill",
@@ -80,6 +79,7 @@ __all__ = [
     "perplexity",
     "plan",
     "plots",
+    "recompress",
     "register_lora",
     "token_blocks",
 ]
@@ -93,7 +93,7 @@ _LAZY_NAMES = {
     "calibrate": "calibration.calibrate",
     "compare": "evaluate.comparison",
     "compress": "compression.model",
-    "compress_again": "compression.model",
+    "recompress": "compression.model",
     "distill": "distillation.runner",
     "merge_lora": "integrations.peft",
     "perplexity": "evaluate.scoring",

@@ -219,11 +219,11 @@ def plot_plan(plan: BudgetPlan) -> Figure:
     figure = _figure(11.0, _height(names) + 0.4)
     kept, lost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kept.barh(rows, [matrix.parameters_before for matrix in matrices], color=colors, alpha=0.3)
-    bars = kept.barh(rows, [matrix.parameters for matrix in matrices], color=colors)
-    shares = [f"{matrix.parameters / matrix.parameters_before:.0%}" for matrix in matrices]
+    bars = kept.barh(rows, [matrix.parameters_after for matrix in matrices], color=colors)
+    shares = [f"{matrix.parameters_after / matrix.parameters_before:.0%}" for matrix in matrices]
     # Behind the longer of the two bars, where nothing is drawn over them.
     for bar, matrix, share in zip(bars, matrices, shares, strict=True):
-        end, middle = max(matrix.parameters, matrix.parameters_before), bar.get_y() + bar.get_height() / 2
+        end, middle = max(matrix.parameters_after, matrix.parameters_before), bar.get_y() + bar.get_height() / 2
         kept.annotate(share, (end, middle), (3, 0), textcoords="offset points", va="center", fontsize="small")
     kept.margins(x=0.1)
     _parameter_axis(kept, False)
@@ -232,7 +232,7 @@ def plot_plan(plan: BudgetPlan) -> Figure:
     lost.barh(rows, [matrix.lost_energy for matrix in matrices], color=colors)
     _energy_axis(lost, [matrix.lost_energy for matrix in matrices], False)
     lost.set_xlabel(f"lost energy ({_norm(plan)})")
-    after, before = plan.parameters, plan.parameters_before
+    after, before = plan.parameters_after, plan.parameters_before
     figure.suptitle(f"budget {plan.budget}: {after:,} of {before:,} parameters, {after / before:.1%}")
     used = {_kind(matrix.spec) for matrix in matrices}
     from matplotlib.patches import Patch

@@ -16,9 +16,9 @@ use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Effort {
     /// Norm sort, alternating assignment and a very short annealing.
+    #[default]
     Fast,
     /// The same, and a longer annealing.
-    #[default]
     Balanced,
     /// The same, and two annealings some fifteen times as long.
     Best,

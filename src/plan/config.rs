@@ -1,7 +1,7 @@
 //! `TQConfig` in JSON: which matrices get which Kronecker spec, how long to search, and the seed.
 
 use indexmap::IndexMap;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -27,13 +27,13 @@ pub struct TQConfig {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Fields {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     quant_method: Option<String>,
     // Read before the rest: see `from_json`.
-    #[serde(default, rename = "format_version")]
+    #[serde(default, rename = "format_version", deserialize_with = "given")]
     _format_version: Option<u64>,
     specs: Map<String, Value>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     effort: Option<String>,
     #[serde(default)]
     seed: u64,
@@ -44,7 +44,7 @@ struct Fields {
 struct KroneckerFields {
     block: (usize, usize),
     rank: usize,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     permute: Option<String>,
 }
 
@@ -58,6 +58,11 @@ struct LowRankFields {
 #[serde(deny_unknown_fields)]
 struct MixedFields {
     terms: Vec<Value>,
+}
+
+/// A key that may be missing but not null.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 impl TQConfig {
@@ -78,9 +83,13 @@ impl TQConfig {
     pub fn from_json(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| Error::Config(format!("the configuration is not JSON: {error}")))?;
+        // serde reads the fields of a struct from an array, too.
+        if !value.is_object() {
+            return Err(Error::Config(format!("configuration: expected a JSON object, got {value}")));
+        }
         // A newer format may have other keys, so its version must be looked at before they are complained about.
         match value.get("format_version") {
-            None | Some(Value::Null) => {}
+            None => {}
             Some(version) => match version.as_u64() {
                 Some(1..=FORMAT_VERSION) => {}
                 Some(newer) if newer > FORMAT_VERSION => {
@@ -102,6 +111,9 @@ impl TQConfig {
         }
         if fields.specs.is_empty() {
             return Err(Error::Config("specs: expected at least one pattern, got none".into()));
+        }
+        if fields.specs.contains_key("") {
+            return Err(Error::Config("specs: expected patterns that are not empty, got \"\"".into()));
         }
         let specs = fields.specs.into_iter().map(|(pattern, value)| {
             let spec =
@@ -153,14 +165,24 @@ pub fn matrix_spec(value: Value) -> Result<MatrixSpec, String> {
 }
 
 fn term_spec(value: Value) -> Result<TermSpec, String> {
-    if value.is_object() && value.get("block").is_none() {
+    if !value.is_object() {
+        return Err(format!("expected a JSON object, got {value}"));
+    }
+    if value.get("block").is_none() {
         let fields: LowRankFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        positive("rank", fields.rank)?;
         return Ok(TermSpec::LowRank { rank: fields.rank });
     }
     let fields: KroneckerFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    positive("rank", fields.rank)?;
+    positive("block", fields.block.0.min(fields.block.1))?;
     let permute = fields.permute.as_deref().map_or(Ok(Permute::default()), Permute::from_name);
     let permute = permute.map_err(|error| error.to_string())?;
     Ok(TermSpec::Kronecker(KroneckerSpec { block: fields.block, rank: fields.rank, permute }))
+}
+
+fn positive(name: &str, value: usize) -> Result<(), String> {
+    if value == 0 { Err(format!("{name}: expected an integer from 1, got 0")) } else { Ok(()) }
 }
 
 /// The inverse of [`matrix_spec`].
@@ -220,7 +242,7 @@ mod tests {
     fn effort_seed_and_permute_have_defaults() {
         let config = TQConfig::from_json(r#"{"specs":{"wte":{"block":[1,4],"rank":1}}}"#).unwrap();
         let permute = config.specs["wte"].as_kronecker().unwrap().permute;
-        assert_eq!((config.effort, config.seed, permute), (Effort::Balanced, 0, Permute::Both));
+        assert_eq!((config.effort, config.seed, permute), (Effort::Fast, 0, Permute::Both));
     }
 
     #[test]
@@ -248,7 +270,14 @@ mod tests {
             (r#"{"specs":{"h.*":{"rank":1,"permute":"rows"}}}"#, "permute"),
             (r#"{"specs":{"h.*":{"terms":[{"rank":1}]}}}"#, "at least two"),
             (r#"{"specs":{"h.*":{"terms":[{"rank":1},{"terms":[]}]}}}"#, "terms"),
-            (r#"{"specs":{"h.*":{"terms":[{"rank":1},2]}}}"#, "expected struct"),
+            (r#"{"specs":{"h.*":{"terms":[{"rank":1},2]}}}"#, "expected a JSON object, got 2"),
+            (r#"{"specs":{"h.*":[[1,4],1,"both"]}}"#, "expected a JSON object"),
+            (r#"["tqcompressor",1,{"h.*":{"rank":1}},"fast",0]"#, "expected a JSON object"),
+            (r#"{"specs":{"h.*":{"rank":0}}}"#, "rank: expected an integer from 1, got 0"),
+            (r#"{"specs":{"h.*":{"block":[0,4],"rank":1}}}"#, "block: expected an integer from 1, got 0"),
+            (r#"{"specs":{"":{"rank":1}}}"#, "not empty"),
+            (&format!("{{{spec},\"effort\":null}}"), "null"),
+            (&format!("{{{spec},\"format_version\":null}}"), "format_version: expected 1"),
             (r#"{"specs":{"h.*":{"block":[1,4],"rank":1,"permute":"all"}}}"#, r#"pattern "h.*": permute"#),
         ] {
             let error = TQConfig::from_json(json).unwrap_err();

@@ -52,7 +52,7 @@ impl Runtime {
     }
 
     #[getter]
-    fn vocabulary(&self) -> usize {
+    fn vocab_size(&self) -> usize {
         self.model.config().vocabulary
     }
 
@@ -62,12 +62,12 @@ impl Runtime {
     }
 
     #[getter]
-    fn begin_token(&self) -> Option<u32> {
+    fn bos_token_id(&self) -> Option<u32> {
         self.model.config().begin_token
     }
 
     #[getter]
-    fn end_tokens(&self) -> Vec<u32> {
+    fn eos_token_id(&self) -> Vec<u32> {
         self.model.config().end_tokens.clone()
     }
 
@@ -86,8 +86,8 @@ impl Runtime {
             }
             Ok(logits)
         })?;
-        let vocabulary = self.vocabulary();
-        Ok(shaped(py, (logits.len() / vocabulary, vocabulary), logits))
+        let vocab_size = self.vocab_size();
+        Ok(shaped(py, (logits.len() / vocab_size, vocab_size), logits))
     }
 
     fn score<'py>(&self, py: Python<'py>, sequences: Vec<Vec<u32>>, scored: Vec<usize>) -> PyResult<Scores<'py>> {
@@ -117,12 +117,12 @@ impl Runtime {
         top_k: usize,
         top_p: f64,
         seed: u64,
-        end_tokens: Vec<u32>,
+        eos_token_id: Vec<u32>,
         on_tokens: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Vec<u32>>> {
         let workers = jobs::workers(self.threads)?;
         let sampling = Sampling { temperature, top_k, top_p, seed };
-        let continuation = Continuation { most: max_new_tokens, end_tokens: &end_tokens, sampling };
+        let continuation = Continuation { most: max_new_tokens, end_tokens: &eos_token_id, sampling };
         let fresh = Mutex::new(Vec::new());
         let tell = |py: Python<'_>| match &on_tokens {
             None => Ok(()),
@@ -204,17 +204,17 @@ impl Tokenizer {
     }
 
     #[getter]
-    fn vocabulary(&self) -> usize {
+    fn vocab_size(&self) -> usize {
         self.0.vocabulary()
     }
 
     #[getter]
-    fn begin_token(&self) -> Option<u32> {
+    fn bos_token_id(&self) -> Option<u32> {
         self.0.begin_token()
     }
 
     #[getter]
-    fn end_token(&self) -> Option<u32> {
+    fn eos_token_id(&self) -> Option<u32> {
         self.0.end_token()
     }
 

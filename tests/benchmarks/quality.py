@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scopes", nargs="+", choices=SCOPES, default=list(SCOPES), help="what a budget is counted over"
     )
-    parser.add_argument("--blocks", type=int, default=128, help="calibration texts of at most 128 tokens")
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration texts of at most 128 tokens")
     parser.add_argument("--wikitext", type=Path, default=DATA / "wikitext-2", metavar="FOLDER")
     parser.add_argument("--books", type=Path, default=DATA / "books" / "train.txt", metavar="FILE")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *WHOLE_METHODS], help="by default all")
@@ -154,8 +154,8 @@ def means(results: list[dict]) -> Iterator[dict]:
 
 LARGER_IS_BETTER = {"cosine": True, "Spearman": True, "perplexity": False}
 SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {
-    "minilm": lambda options: minilm(Path(options.wikitext), options.blocks),
-    "tiny-gpt2": lambda options: tiny_gpt2(Path(options.books), options.blocks),
+    "minilm": lambda options: minilm(Path(options.wikitext), options.num_samples),
+    "tiny-gpt2": lambda options: tiny_gpt2(Path(options.books), options.num_samples),
 }
 # What a seed's own process is told.
 PASSED_ON = ("budgets", "blocks", "wikitext", "books", "methods", "no_peers", "no_ours")

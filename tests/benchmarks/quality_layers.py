@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
     else:
         print(f"left out: no matrices at {options.attention}; --attention FILE", file=sys.stderr)
     try:
-        subject = minilm(options.wikitext, options.blocks)
+        subject = minilm(options.wikitext, options.num_samples)
     except FileNotFoundError as missing:
         print(f"left out: {missing}", file=sys.stderr)
         if not found:

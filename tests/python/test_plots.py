@@ -42,7 +42,7 @@ def plan():
         for name, shape in SHAPES.items()
     )
     config = TQConfig({name: spec for name, spec in SPECS.items() if spec is not None})
-    after = sum(matrix.parameters for matrix in matrices) + 100
+    after = sum(matrix.parameters_after for matrix in matrices) + 100
     return BudgetPlan(0.5, config, matrices, 28_772, after, "sensitivity", True)
 
 
@@ -188,7 +188,7 @@ def test_a_plan_shows_what_each_matrix_keeps_and_loses(plan):
     assert rows_of(kept) == list(SHAPES)
     before, after = ([bar.get_width() for bar in container] for container in kept.containers)
     assert before == [matrix.parameters_before for matrix in plan.matrices]
-    assert after == [matrix.parameters for matrix in plan.matrices]
+    assert after == [matrix.parameters_after for matrix in plan.matrices]
     assert [text.get_text() for text in kept.texts] == [f"{a / b:.0%}" for a, b in zip(after, before, strict=True)]
     (bars,) = lost.containers
     assert [bar.get_width() for bar in bars] == list(LOST.values())
@@ -199,7 +199,7 @@ def test_a_plan_shows_what_each_matrix_keeps_and_loses(plan):
     kinds = ["low rank", "Kronecker sum", "mixed sum", "stays dense"]
     assert [colors[kind] for kind in kinds] == [bar.get_facecolor() for bar in bars]
     assert lost.get_xlabel() == "lost energy (objective sensitivity)"
-    assert f"{plan.parameters:,}" in kept.figure.get_suptitle()
+    assert f"{plan.parameters_after:,}" in kept.figure.get_suptitle()
 
 
 @pytest.mark.parametrize(

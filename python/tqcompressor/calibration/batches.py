@@ -1,4 +1,4 @@
-"""What a model reads while its moments are measured: blocks of tokens drawn from a text, or the caller's batches."""
+"""What a model reads while its moments are measured: sequences of tokens drawn from a text, or the caller's batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.token_blocks import TokenBlocks, token_blocks
-from ..data.tokenize import BLOCK_LENGTH, Encoder, block_choice, drawn_blocks, encoded, split_document
+from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, drawn_indices, drawn_sequences, encoded, split_document
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -21,7 +21,7 @@ _LOGITS_PER_BATCH = 1 << 25
 
 
 def batches_of(
-    model: nn.Module, source: Any, text: Any, *, blocks: int, block_length: int | None, seed: int
+    model: nn.Module, source: Any, text: Any, *, num_samples: int, seq_len: int | None, seed: int
 ) -> list[Batch]:
     """The batches that `calibrate` describes, on the CPU: each has `input_ids` and may have `attention_mask`.
 
@@ -30,12 +30,12 @@ def batches_of(
     if isinstance(source, PreTrainedTokenizerBase):
         if text is None:
             raise ConfigError("text: a tokenizer needs a text to tokenise, got None")
-        rows = _from_text(model, source, text, blocks, block_length, seed)
+        rows = _from_text(model, source, text, num_samples, seq_len, seed)
         return _batched(model, rows)
     if text is not None:
         raise ConfigError(f"text: expected with a tokenizer, got it with {type(source).__name__}")
     if isinstance(source, TokenBlocks):
-        return _batched(model, _drawn(source, blocks, seed))
+        return _batched(model, _drawn(source, num_samples, seed))
     if isinstance(source, str | Mapping) or not isinstance(source, Iterable):
         raise ConfigError(f"expected a tokenizer, TokenBlocks or batches, got {type(source).__name__}")
     batches = [_checked(number, batch) for number, batch in enumerate(source)]
@@ -57,30 +57,30 @@ def mask_of(batch: Batch) -> torch.Tensor:
 
 
 def _from_text(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Any, blocks: int, block_length: int | None, seed: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Any, num_samples: int, seq_len: int | None, seed: int
 ) -> torch.Tensor:
-    """Blocks drawn from a text, with the special tokens around each that the tokenizer puts around an input."""
+    """Sequences drawn from a text, with the special tokens around each that the tokenizer puts around an input."""
     longest = min(_positions(model), tokenizer.model_max_length)
-    length = min(longest, BLOCK_LENGTH) if block_length is None else block_length
+    length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     before, after = _special_tokens(tokenizer)
     inner = length - len(before) - len(after)
     if inner < 2 or length > longest:
         least = 2 + len(before) + len(after)
-        raise ConfigError(f"block_length: expected {least} to {longest} (the model's positions), got {length}")
+        raise ConfigError(f"seq_len: expected {least} to {longest} (the model's positions), got {length}")
     documents = [text] if isinstance(text, str) else text
     if isinstance(documents, Sequence) and all(isinstance(document, str) for document in documents):
         encoder = Encoder(tokenizer)
         parts = (part for document in documents for part in split_document(document, encoder.end_text) if part.strip())
         chunks = [ids for ids, _ in encoded(parts, encoder, None)]
-        drawn = torch.from_numpy(drawn_blocks(chunks, inner, blocks, seed))
+        drawn = torch.from_numpy(drawn_sequences(chunks, inner, num_samples, seed))
     else:
-        drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), blocks, seed)
+        drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), num_samples, seed)
     edges = [torch.tensor(ids, dtype=torch.int64).expand(len(drawn), -1) for ids in (before, after)]
     return torch.cat([edges[0], drawn, edges[1]], dim=1)
 
 
 def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:
-    chosen = block_choice(len(blocks), count, blocks.block_size, blocks.tokens, seed)
+    chosen = drawn_indices(len(blocks), count, blocks.seq_len, blocks.tokens, seed)
     return torch.stack([blocks[index]["input_ids"] for index in chosen])
 
 

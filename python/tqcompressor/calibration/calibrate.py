@@ -35,8 +35,8 @@ def calibrate(
     tokenizer_or_batches: PreTrainedTokenizerBase | TokenBlocks | Iterable[Any],
     text: str | Sequence[str] | StrPath | Sequence[StrPath] | Any | None = None,
     *,
-    blocks: int = 128,
-    block_length: int | None = None,
+    num_samples: int = 128,
+    seq_len: int | None = None,
     sensitivity: bool = True,
     samples: int | None = None,
     seed: int = 0,
@@ -66,11 +66,11 @@ def calibrate(
             mapping with `input_ids` and what else the model takes. `attention_mask` says what is padding.
         text: With a tokenizer: a string is the text itself, a list of strings are documents, and everything else is
             read as `token_blocks` does: a `pathlib.Path`, a list of them, or a dataset.
-        blocks: How many blocks are drawn from a text; ignored with batches, which are read all.
-        block_length: Tokens of a block, with the special tokens that the tokenizer adds. Default: 128, or the model's
+        num_samples: Sequences drawn from the text; ignored with batches, which are all read.
+        seq_len: Tokens of a sequence, with the special tokens that the tokenizer adds. Default: 128, or the model's
             longest input if that is shorter.
         sensitivity: Whether gradients are measured, which more than doubles the time.
-        seed: Of the blocks that are drawn, and of labels and random vectors. Equal seeds give equal results on one
+        seed: Of the sequences that are drawn, and of labels and random vectors. Equal seeds give equal results on one
             machine.
         max_memory: Bytes that the sums may take, beside the model and the result. What needs more is measured in
             several passes over the text, with the same result.
@@ -78,13 +78,13 @@ def calibrate(
             batches.
 
     Raises:
-        TextError: The text has fewer blocks than asked for, or there is no token that is not padding.
+        TextError: The text has fewer than `num_samples` sequences, or there is no token that is not padding.
         ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, returns neither
             `.logits` nor `.last_hidden_state`, or one layer alone needs more than `max_memory`.
         NonFiniteError: The model computes NaN or an infinity; the message names the first moment that has it.
 
     Cost: a forward pass, with `sensitivity` a backward pass without the weights' gradients, and `m²` and `n²`
-    multiplications a token and layer. The GPT-2 of `tests/data` takes 8 seconds of processor time for 128 blocks of 128
+    MACs a token and layer. The GPT-2 of `tests/data` takes 8 seconds of processor time for 128 sequences of 128
     tokens, and 4 without gradients.
 
     Example:
@@ -96,7 +96,7 @@ def calibrate(
     """
     if samples is not None and samples < 1:
         raise ConfigError(f"samples: expected at least 1, got {samples}")
-    batches = batches_of(model, tokenizer_or_batches, text, blocks=blocks, block_length=block_length, seed=seed)
+    batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
     with reporter(progress, "calibrate") as report:
         found = measure(
             model,

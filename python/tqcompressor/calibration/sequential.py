@@ -41,8 +41,8 @@ def calibrate_layers(
     *,
     original: Calibration | None = None,
     matrices: Container[str] | None = None,
-    blocks: int = 128,
-    block_length: int | None = None,
+    num_samples: int = 128,
+    seq_len: int | None = None,
     sensitivity: bool = True,
     seed: int = 0,
     max_memory: int = 2 << 30,
@@ -60,7 +60,7 @@ def calibrate_layers(
 
     Args:
         model: A model of transformers.
-        tokenizer_or_batches, text, blocks, block_length, seed, max_memory: As for `calibrate`; every group reads the
+        tokenizer_or_batches, text, num_samples, seq_len, seed, max_memory: As for `calibrate`; every group reads the
             same text.
         original: The moments of the model before any compression.
         matrices: The names of those that will be compressed: only they are measured. None stands for all.
@@ -79,7 +79,7 @@ def calibrate_layers(
     Source: fitting each layer to the outputs of the compressed ones before it is the order of Frantar et al., *GPTQ*,
     arXiv 2210.17323.
     """
-    batches = batches_of(model, tokenizer_or_batches, text, blocks=blocks, block_length=block_length, seed=seed)
+    batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
     if original is not None:
         for unit in units(model):
             for matrix, columns in unit.outputs if unit.tied_to is None else ():

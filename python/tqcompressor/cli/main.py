@@ -107,12 +107,12 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _calibrate_native(options: argparse.Namespace) -> Calibration:
     from ..native.model import NativeModel
 
-    if not options.no_sensitivity:
+    if options.sensitivity:
         print("tqcompressor: the native engine measures inputs only: gradients need torch", file=sys.stderr)
     return NativeModel.from_pretrained(options.model, threads=options.threads).calibrate(
-        [Path(text) for text in options.texts],
-        blocks=options.blocks,
-        block_length=options.block_length,
+        [Path(text) for text in options.text],
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
         seed=options.seed,
     )
 
@@ -135,10 +135,10 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
     return calibrate(
         cls.from_pretrained(options.model, dtype=options.dtype).to(options.device),
         tokenizer,
-        [Path(text) for text in options.texts],
-        blocks=options.blocks,
-        block_length=options.block_length,
-        sensitivity=not options.no_sensitivity,
+        [Path(text) for text in options.text],
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        sensitivity=options.sensitivity,
         seed=options.seed,
     )
 
@@ -214,8 +214,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     native = _is_native(options)
     # Before the models, which take seconds to load.
     text = read_text(options.text)
-    passages = None if options.lambada is None else read_passages(options.lambada)
-    models = [name for name in (options.teacher, options.model) if name is not None]
+    passages = None if options.passages is None else read_passages(options.passages)
+    models = [name for name in (options.model, options.teacher) if name is not None]
     # One at a time, so that memory holds one model.
     score = _score_native if native else _score_in_torch
     table = Comparison(tuple(score(name, text, passages, options) for name in models))
@@ -285,7 +285,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
-        stream=None if options.json else show,
+        streamer=None if options.json else show,
     )
     print(json.dumps({"prompt": options.prompt, "text": text}, indent=2) if options.json else "")
 

@@ -114,23 +114,24 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Measure the second moments of a model's activations, and of its gradients, on a text.",
     )
     calibrate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
-    calibrate.add_argument("texts", metavar="TEXT", nargs="+", help="UTF-8 files or globs")
+    calibrate.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs")
     calibrate.add_argument("--out", metavar="FILE", required=True, help="the safetensors file to write")
     calibrate.add_argument(
-        "--blocks", type=_positive, metavar="N", default=128, help="drawn from the text (default: 128)"
+        "--num-samples", type=_positive, metavar="N", default=128, help="sequences drawn (default: 128)"
     )
     calibrate.add_argument(
-        "--block-length",
+        "--seq-len",
         type=_positive,
         metavar="N",
-        help="tokens of a block (default: 128, or the context if shorter)",
+        help="tokens of a sequence (default: 128, or the context if shorter)",
     )
     calibrate.add_argument(
-        "--no-sensitivity",
-        action="store_true",
-        help="activations only, as --engine native always: half the time, but no objective sensitivity",
+        "--sensitivity",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure gradients too, which --objective sensitivity needs: twice the time; --engine native cannot",
     )
-    calibrate.add_argument("--seed", type=int, default=0, help="of the blocks and of the gradients (default: 0)")
+    calibrate.add_argument("--seed", type=int, default=0, help="of sequences and gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     _add_engine(calibrate)
@@ -143,7 +144,7 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
     evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
-    evaluate.add_argument("--lambada", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
+    evaluate.add_argument("--passages", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
     evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
     _add_engine(evaluate)

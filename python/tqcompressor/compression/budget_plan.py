@@ -36,7 +36,7 @@ class PlannedMatrix:
     spec: MatrixSpec | None
     """None where it stays dense."""
     parameters_before: int
-    parameters: int
+    parameters_after: int
     multiplies_before: int
     """For one token: none for an embedding that is only looked up."""
     multiplies: int
@@ -60,7 +60,7 @@ class BudgetPlan:
     matrices: tuple[PlannedMatrix, ...]
     parameters_before: int
     """Of the whole model; a tied head does not count again."""
-    parameters: int
+    parameters_after: int
     """Of the whole model when done."""
     objective: str
     calibrated: bool
@@ -86,7 +86,7 @@ class BudgetPlan:
                 "shape": list(matrix.shape),
                 "spec": None if matrix.spec is None else matrix.spec.to_dict(),
                 "parameters_before": matrix.parameters_before,
-                "parameters": matrix.parameters,
+                "parameters_after": matrix.parameters_after,
                 "multiplies_before": matrix.multiplies_before,
                 "multiplies": matrix.multiplies,
                 "lost_energy": matrix.lost_energy,
@@ -99,7 +99,7 @@ class BudgetPlan:
             "objective": self.objective,
             "calibrated": self.calibrated,
             "parameters_before": self.parameters_before,
-            "parameters": self.parameters,
+            "parameters_after": self.parameters_after,
             "multiplies_before": self.multiplies_before,
             "multiplies": self.multiplies,
             "max_multiplies": self.max_multiplies,
@@ -114,15 +114,15 @@ class BudgetPlan:
     def __str__(self) -> str:
         rows = [["matrix", "shape", "becomes", "parameters", "after", "kept", "lost energy"]]
         for matrix in self.matrices:
-            kept = f"{matrix.parameters / matrix.parameters_before:.0%}"
+            kept = f"{matrix.parameters_after / matrix.parameters_before:.0%}"
             row = [
                 matrix.name,
                 "×".join(map(str, matrix.shape)),
                 "stays dense" if matrix.spec is None else describe(matrix.spec),
             ]
-            row += [f"{matrix.parameters_before:,}", f"{matrix.parameters:,}", kept, f"{matrix.lost_energy:.4f}"]
+            row += [f"{matrix.parameters_before:,}", f"{matrix.parameters_after:,}", kept, f"{matrix.lost_energy:.4f}"]
             rows.append(row)
-        before, after = self.parameters_before, self.parameters
+        before, after = self.parameters_before, self.parameters_after
         rest = before - sum(matrix.parameters_before for matrix in self.matrices)
         rows.append(["everything else", "", "", f"{rest:,}", f"{rest:,}", "100%", ""])
         rows.append(["total", "", "", f"{before:,}", f"{after:,}", f"{after / before:.1%}", ""])
@@ -164,7 +164,7 @@ def plan_with(
     specs = {matrix.name: matrix.spec for matrix in planned if matrix.spec is not None}
     if not specs:
         raise ConfigError(f"budget {budget}: {meaning(budget)}, which the model has as it is: nothing to compress")
-    after = before - sum(matrix.parameters_before - matrix.parameters for matrix in planned)
+    after = before - sum(matrix.parameters_before - matrix.parameters_after for matrix in planned)
     config = TQConfig(specs, effort=spending.effort, seed=spending.seed)
     in_its_norm = calibrated(spending.calibration, spending.objective)
     return BudgetPlan(budget, config, tuple(planned), before, after, spending.objective, in_its_norm, cap)
@@ -183,6 +183,6 @@ def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
             spec = LowRankSpec(min(matrix.shape) - 1)
             lost = float(matrix.energies[-1])
             count = spec.parameters(*matrix.shape)
-            matrix = replace(matrix, spec=spec, parameters=count, multiplies=count, lost_energy=lost)
+            matrix = replace(matrix, spec=spec, parameters_after=count, multiplies=count, lost_energy=lost)
         together.append(matrix)
     return together

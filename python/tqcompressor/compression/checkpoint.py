@@ -28,7 +28,7 @@ _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 def compress_checkpoint(
     source: StrPath,
-    destination: StrPath,
+    out: StrPath,
     config: ConfigOption = None,
     *,
     budget: Budget | None = None,
@@ -44,17 +44,17 @@ def compress_checkpoint(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> CompressionReport:
-    """Compresses the checkpoint in `source` into the directory `destination`, without torch.
+    """Compresses the checkpoint in `source` into the directory `out`, without torch.
 
     Every matrix `W` (in × out) that `config` names becomes `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`. The result holds the weights,
     `config.json`, the tokenizer and other files of the source, a model card, and `compression_report.json`; after
-    `import tqcompressor`, transformers loads it. `destination` appears whole or not at all. The same input, effort and
+    `import tqcompressor`, transformers loads it. `out` appears whole or not at all. The same input, effort and
     seed give the same bytes, whatever the number of threads.
 
     Args:
         source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
             shards), or the id of a model on the hub, fetched by huggingface_hub if that is installed.
-        destination: The directory to be made. It may exist if it is empty.
+        out: The directory to be made. It may exist if it is empty.
         config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
         budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
             counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
@@ -114,7 +114,7 @@ def compress_checkpoint(
     with reporter(progress, "compress") as report_progress:
         text = _core.compress_checkpoint(
             directory,
-            os.fspath(destination),
+            os.fspath(out),
             resolved.to_json(),
             moments,
             stored,

@@ -116,7 +116,7 @@ def compress(
     return _compress_planned(model, config, plan, {}, parameters, threads, progress, known, objective, sequential)
 
 
-def compress_again(
+def recompress(
     model: PreTrainedModel,
     config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
     *,

@@ -28,7 +28,7 @@ _HEADER_BYTES = 128
 
 
 class TokenBlocks:
-    """A corpus as consecutive blocks of `block_size` tokens, memory-mapped: a map-style dataset.
+    """A corpus as consecutive blocks of `seq_len` tokens, memory-mapped: a map-style dataset.
 
     `torch.utils.data.DataLoader` and `transformers.Trainer` take it as it is, with worker processes too: they map the
     same file. `token_blocks` makes it; `take` and `section` give parts of it that hold no memory of their own.
@@ -39,22 +39,22 @@ class TokenBlocks:
         torch.Size([8, 128])
     """
 
-    block_size: int
+    seq_len: int
     """Tokens of a block."""
-    vocabulary: int
+    vocab_size: int
     """Every token is below it."""
     corpus_tokens: int
     """Tokens of the whole corpus, of which these blocks may be a part."""
 
-    def __init__(self, path: StrPath, corpus: str, vocabulary: int, block_size: int) -> None:
+    def __init__(self, path: StrPath, corpus: str, vocab_size: int, seq_len: int) -> None:
         """Maps the cache file at `path`, whose contents are known as `corpus`; rather call `token_blocks`."""
-        self.block_size, self.vocabulary = block_size, vocabulary
+        self.seq_len, self.vocab_size = seq_len, vocab_size
         self._path, self._corpus = Path(path), corpus
         self._map()
-        self._first, self._blocks = 0, self.corpus_tokens // block_size
+        self._first, self._blocks = 0, self.corpus_tokens // seq_len
 
     def _map(self) -> None:
-        tokens = _map_tokens(self._path, token_dtype(self.vocabulary))
+        tokens = _map_tokens(self._path, token_dtype(self.vocab_size))
         if tokens is None:
             raise StorageError(errno.ENOENT, "no token cache, or a damaged one", str(self._path))
         self._tokens, self.corpus_tokens = tokens, len(tokens)
@@ -64,28 +64,28 @@ class TokenBlocks:
         return self._blocks
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Block `index` as `{"input_ids": int64 (block_size,)}`; a negative index counts from the end."""
+        """Block `index` as `{"input_ids": int64 (seq_len,)}`; a negative index counts from the end."""
         import torch
 
         if not -self._blocks <= index < self._blocks:
             raise IndexError(f"block {index} of {self._blocks}")
-        begin = (self._first + index % self._blocks) * self.block_size
-        return {"input_ids": torch.from_numpy(self._tokens[begin : begin + self.block_size].astype(np.int64))}
+        begin = (self._first + index % self._blocks) * self.seq_len
+        return {"input_ids": torch.from_numpy(self._tokens[begin : begin + self.seq_len].astype(np.int64))}
 
     @property
     def tokens(self) -> int:
-        """Tokens of all blocks: `len(self) * block_size`."""
-        return self._blocks * self.block_size
+        """Tokens of all blocks: `len(self) * seq_len`."""
+        return self._blocks * self.seq_len
 
     @property
     def left_over(self) -> int:
         """Tokens at the end of the corpus that fill no block, and are in none."""
-        return self.corpus_tokens % self.block_size
+        return self.corpus_tokens % self.seq_len
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: equal where the text, the tokenizer, the block size and the part of it are equal."""
-        return digest(self._corpus, str(self.block_size), str(self._first), str(self._blocks))
+        """32 hexadecimal digits: equal where the text, the tokenizer, `seq_len` and the part of it are equal."""
+        return digest(self._corpus, str(self.seq_len), str(self._first), str(self._blocks))
 
     def take(self, tokens: int) -> TokenBlocks:
         """The first blocks, as many as `tokens` fill.
@@ -94,27 +94,27 @@ class TokenBlocks:
             TextError: There are fewer tokens.
             ConfigError: `tokens` do not fill a block.
         """
-        if tokens < self.block_size:
-            raise ConfigError(f"tokens: expected at least {self.block_size:,} (one block), got {tokens:,}")
-        if tokens // self.block_size > self._blocks:
+        if tokens < self.seq_len:
+            raise ConfigError(f"tokens: expected at least {self.seq_len:,} (one block), got {tokens:,}")
+        if tokens // self.seq_len > self._blocks:
             raise TextError(f"expected {tokens:,} tokens, there are {self.tokens:,} in these blocks")
-        return self.section(0, tokens // self.block_size)
+        return self.section(0, tokens // self.seq_len)
 
-    def section(self, first: int, blocks: int) -> TokenBlocks:
-        """The `blocks` consecutive blocks from block `first` on: the share of one stage of training.
+    def section(self, first: int, num_samples: int) -> TokenBlocks:
+        """The `num_samples` consecutive blocks from block `first` on: the share of one stage of training.
 
         Raises:
             TextError: They are not all there.
         """
-        if first < 0 or blocks < 1 or first + blocks > self._blocks:
-            raise TextError(f"expected blocks {first} to {first + blocks - 1}, the texts have {self._blocks}")
+        if first < 0 or num_samples < 1 or first + num_samples > self._blocks:
+            raise TextError(f"expected blocks {first} to {first + num_samples - 1}, the texts have {self._blocks}")
         part = object.__new__(TokenBlocks)
-        vars(part).update(vars(self), _first=self._first + first, _blocks=blocks)
+        vars(part).update(vars(self), _first=self._first + first, _blocks=num_samples)
         return part
 
     def __repr__(self) -> str:
         return (
-            f"TokenBlocks({self._blocks:,} blocks of {self.block_size:,} tokens from a corpus of "
+            f"TokenBlocks({self._blocks:,} blocks of {self.seq_len:,} tokens from a corpus of "
             f"{self.corpus_tokens:,}, of which the last {self.left_over:,} fill no block)"
         )
 
@@ -130,14 +130,14 @@ class TokenBlocks:
 def token_blocks(
     texts: StrPath | Sequence[StrPath] | Any,
     tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
+    seq_len: int,
     *,
     tokens: int | None = None,
     cache: StrPath | None = None,
     workers: int | None = None,
     progress: ProgressOption = None,
 ) -> TokenBlocks:
-    """Tokenises a corpus and packs it to blocks of `block_size` tokens.
+    """Tokenises a corpus and packs it to blocks of `seq_len` tokens.
 
     - A document is a file, or a row of a dataset, split further wherever the end-of-text token (`eos_token` of the
       tokenizer, else `bos_token`) stands in the text as written. Documents of nothing but white space are left out.
@@ -148,14 +148,14 @@ def token_blocks(
       `left_over` says how many tokens.
 
     The tokens are kept in `cache` as a `.npy` file named by the documents' contents and the tokenizer, not by paths,
-    dates or block size: it is used again whatever the files are called, and another is made when a byte changes. A
+    dates or sequence length: it is used again whatever the files are called, and another is made when a byte changes. A
     damaged one is made anew. Processes that need the same file at once make it once.
 
     Args:
         texts: A path, a glob (`"books/*.txt"`, `**` for any folders), a list of these, or a `datasets.Dataset` with a
             column `"text"`. Files are UTF-8.
         tokenizer: The tokenizer of teacher and student.
-        block_size: Tokens of a block, from 2 to the tokenizer's `model_max_length`.
+        seq_len: Tokens of a block, from 2 to the tokenizer's `model_max_length`.
         tokens: Take only the first blocks, as many as this number of tokens fills. Default: all.
         cache: The folder of the cache. Default: `$TQCOMPRESSOR_CACHE`, else `$XDG_CACHE_HOME/tqcompressor`, else
             `~/.cache/tqcompressor`.
@@ -167,7 +167,7 @@ def token_blocks(
     Raises:
         TextError: A glob matches no file, a file is not UTF-8, a row is not text, or there are fewer tokens than a
             block or than `tokens`.
-        ConfigError: `block_size`, `tokens` or `workers` is out of its range, or the dataset has no column `"text"`.
+        ConfigError: `seq_len`, `tokens` or `workers` is out of its range, or the dataset has no column `"text"`.
         StorageError: The cache cannot be written.
         OSError: A file cannot be read.
 
@@ -179,12 +179,12 @@ def token_blocks(
         >>> blocks = token_blocks("books/*.txt", tokenizer, 1024)  # doctest: +SKIP
         >>> first_stage, second_stage = blocks.section(0, 400), blocks.section(400, 400)  # doctest: +SKIP
     """
-    if block_size < 2:
-        raise ConfigError(f"block_size: expected at least 2, got {block_size}")
-    if block_size > (longest := tokenizer.model_max_length):
-        raise ConfigError(f"block_size: expected at most {longest} (the tokenizer's), got {block_size}")
-    if tokens is not None and tokens < block_size:
-        raise ConfigError(f"tokens: expected at least {block_size:,} (one block), got {tokens:,}")
+    if seq_len < 2:
+        raise ConfigError(f"seq_len: expected at least 2, got {seq_len}")
+    if seq_len > (longest := tokenizer.model_max_length):
+        raise ConfigError(f"seq_len: expected at most {longest} (the tokenizer's), got {seq_len}")
+    if tokens is not None and tokens < seq_len:
+        raise ConfigError(f"tokens: expected at least {seq_len:,} (one block), got {tokens:,}")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected at least 1, got {workers}")
     encoder = Encoder(tokenizer)
@@ -203,9 +203,9 @@ def token_blocks(
             else:
                 # Made by the process that this one waited for.
                 file.discard()
-    blocks = TokenBlocks(path, corpus, encoder.vocabulary, block_size)
+    blocks = TokenBlocks(path, corpus, encoder.vocab_size, seq_len)
     if len(blocks) == 0:
-        raise TextError(f"the texts have {blocks.corpus_tokens:,} tokens, one block needs {block_size:,}")
+        raise TextError(f"the texts have {blocks.corpus_tokens:,} tokens, one block needs {seq_len:,}")
     return blocks if tokens is None else blocks.take(tokens)
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
 # Short documents go to a thread together: its answer costs about as much as 10,000 characters.
 _BATCH_CHARACTERS = 1 << 16
-# Tokens of a block that is drawn for a calibration: more text at equal time tells more of a layer's input than longer
-# contexts do.
-BLOCK_LENGTH = 128
+# Tokens of a sequence that is drawn for a calibration: at equal cost, more text tells more of a layer's input than
+# longer contexts do.
+CALIBRATION_SEQ_LEN = 128
 # What is read before the first of it is written, per thread.
 _CHARACTERS_AHEAD = 1 << 20
 
@@ -63,8 +63,8 @@ class Encoder:
             self.end_text, self.end = tokenizer.bos_token, tokenizer.bos_token_id
         vocabulary = tokenizer.get_vocab()
         # Not the number of tokens alone: ids may have gaps.
-        self.vocabulary = max(len(tokenizer), 1 + max(vocabulary.values()))
-        self.dtype = token_dtype(self.vocabulary)
+        self.vocab_size = max(len(tokenizer), 1 + max(vocabulary.values()))
+        self.dtype = token_dtype(self.vocab_size)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             self._tokenizer, self._backend = tokenizer, None
@@ -90,8 +90,8 @@ class Encoder:
             rows = self._tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         end = [] if self.end is None else [self.end]
         ids = np.array([token for row in rows if row for token in (*row, *end)], dtype=np.int64)
-        if len(ids) and ids.max() >= self.vocabulary:
-            raise ConfigError(f"the tokenizer gives token {ids.max()}, its vocabulary has {self.vocabulary:,}")
+        if len(ids) and ids.max() >= self.vocab_size:
+            raise ConfigError(f"the tokenizer gives token {ids.max()}, its vocabulary has {self.vocab_size:,}")
         return ids.astype(self.dtype)
 
 
@@ -210,9 +210,9 @@ def _own_threads_only() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def token_dtype(vocabulary: int) -> np.dtype[Any]:
-    """The narrowest dtype for tokens below `vocabulary`."""
-    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest dtype for tokens below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def digest(*parts: str) -> str:
@@ -220,19 +220,19 @@ def digest(*parts: str) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def block_choice(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
-    """Different blocks, in the order of the text."""
+def drawn_indices(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
+    """Different sequences, in the order of the text."""
     if wanted < 1:
-        raise ConfigError(f"blocks: expected at least 1, got {wanted}")
+        raise ConfigError(f"num_samples: expected at least 1, got {wanted}")
     if available < wanted:
-        raise TextError(f"expected {wanted} blocks of {length} tokens, got a text of {tokens:,} tokens: {available}")
+        raise TextError(f"expected {wanted} sequences of {length} tokens, got a text of {tokens:,} tokens: {available}")
     chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)
     return [int(index) for index in np.sort(chosen)]
 
 
-def drawn_blocks(chunks: list[Tokens], length: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Blocks `(wanted, length)` drawn from tokens that follow one another; the end that fills no block is left out."""
+def drawn_sequences(chunks: list[Tokens], length: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Sequences `(wanted, length)` drawn from tokens that follow one another; the end that fills none is left out."""
     tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
     count = len(tokens) // length
-    chosen = block_choice(count, wanted, length, len(tokens), seed)
+    chosen = drawn_indices(count, wanted, length, len(tokens), seed)
     return tokens[: count * length].reshape(count, length)[chosen].astype(np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,8 +30,8 @@ class KroneckerDecomposition:
     """p, gather indices of the rows; the identity where rows were not permuted."""
     column_permutation: NDArray[np.int64]
     """q, gather indices of the columns; the identity where columns were not permuted."""
-    lost_energy: float
-    """`‖W − Ŵ‖² / ‖W‖²` in the norm of the objective, between 0 and 1; 0 for a zero matrix, NaN for a term of a sum."""
+    lost_energy: float | None
+    """`‖W − Ŵ‖² / ‖W‖²` in the norm of the objective, from 0 to 1; 0 for a zero matrix, None for a term of a sum."""
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -53,7 +52,7 @@ class KroneckerDecomposition:
         (m, n), (m2, n2) = self.shape, self.spec.block
         return (
             f"KroneckerDecomposition({m} × {n}, block {m2} × {n2}, rank {self.spec.rank}, "
-            f"{self.parameters} parameters, lost energy {self.lost_energy:.4f})"
+            f"{self.parameters} parameters{_losing(self.lost_energy)})"
         )
 
     def reconstruct(self) -> NDArray[np.float32]:
@@ -90,8 +89,8 @@ class LowRankDecomposition:
     """Shape (k, n), or (k, n − k) where columns are picked."""
     order: NDArray[np.int64]
     """Gather indices of the rows, or of the columns, the picked ones first."""
-    lost_energy: float
-    """`‖W − Ŵ‖² / ‖W‖²` in the norm of the objective, between 0 and 1; 0 for a zero matrix, NaN for a term of a sum."""
+    lost_energy: float | None
+    """`‖W − Ŵ‖² / ‖W‖²` in the norm of the objective, from 0 to 1; 0 for a zero matrix, None for a term of a sum."""
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -113,8 +112,8 @@ class LowRankDecomposition:
     def __repr__(self) -> str:
         m, n = self.shape
         return (
-            f"LowRankDecomposition({m} × {n}, rank {self.spec.rank}, {self.parameters} parameters, "
-            f"lost energy {self.lost_energy:.4f})"
+            f"LowRankDecomposition({m} × {n}, rank {self.spec.rank}, {self.parameters} parameters"
+            f"{_losing(self.lost_energy)})"
         )
 
     def _picks_rows(self) -> bool:
@@ -197,18 +196,22 @@ def from_terms(
 ) -> Decomposition:
     """The decomposition that the boundary's terms stand for."""
     if isinstance(spec, MixedSpec):
-        parts = [_term(part, term, math.nan) for part, term in zip(spec.terms, terms, strict=True)]
+        parts = [_term(part, term, None) for part, term in zip(spec.terms, terms, strict=True)]
         return MixedDecomposition(spec, tuple(parts), lost_energy)
     return _term(spec, terms[0], lost_energy)
 
 
-def _term(spec: KroneckerSpec | LowRankSpec, term: tuple[object, ...], lost_energy: float) -> Term:
+def _term(spec: KroneckerSpec | LowRankSpec, term: tuple[object, ...], lost_energy: float | None) -> Term:
     arrays: Any = term[1:]
     if isinstance(spec, KroneckerSpec):
         a, b, p, q = arrays
         return KroneckerDecomposition(spec, a, b, p, q, lost_energy)
     left, right, order = arrays
     return LowRankDecomposition(spec, left, right, order, lost_energy)
+
+
+def _losing(lost_energy: float | None) -> str:
+    return "" if lost_energy is None else f", lost energy {lost_energy:.4f}"
 
 
 def _inputs(x: ArrayLike, rows: int) -> NDArray[np.float32]:

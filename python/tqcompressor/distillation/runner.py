@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._core import __version__
-from ..compression.model import compress, compress_again
+from ..compression.model import compress, recompress
 from ..compression.model_plan import plan_model
 from ..config.specs import planned_spec
 from ..config.tq_config import TQConfig
@@ -336,7 +336,7 @@ class _Run:
 
     def _compress(self, stage: Stage, number: int, folder: Path) -> None:
         student = copy.deepcopy(self.teacher) if number == 1 else load_model(self._folder(number - 1) / "trained")
-        report = compress_again(student, stage.config, threads=self.threads, progress=self.progress)
+        report = recompress(student, stage.config, threads=self.threads, progress=self.progress)
         start = {
             "compressed": asdict(self._score(student, f"score stage {number}")),
             "lost_energy": {matrix.name: matrix.lost_energy for matrix in report.matrices},

@@ -232,14 +232,14 @@ def cache_teacher(
     if not 1 <= k <= vocabulary:
         raise ConfigError(f"k: expected 1 to {vocabulary} (the teacher's vocabulary), got {k}")
     check_temperature(temperature)
-    batch_size = checked_batch_size(teacher, batch_size, blocks.block_size)
-    if blocks.vocabulary > vocabulary:
-        raise ConfigError(f"the teacher knows {vocabulary:,} tokens, the blocks' tokenizer has {blocks.vocabulary:,}")
-    if positions is not None and blocks.block_size > positions:
-        raise ConfigError(f"the teacher knows {positions:,} positions, a block has {blocks.block_size:,}")
+    batch_size = checked_batch_size(teacher, batch_size, blocks.seq_len)
+    if blocks.vocab_size > vocabulary:
+        raise ConfigError(f"the teacher knows {vocabulary:,} tokens, the blocks' tokenizer has {blocks.vocab_size:,}")
+    if positions is not None and blocks.seq_len > positions:
+        raise ConfigError(f"the teacher knows {positions:,} positions, a block has {blocks.seq_len:,}")
     contents = TeacherFile(
         blocks=len(blocks),
-        block_size=blocks.block_size,
+        block_size=blocks.seq_len,
         k=k,
         temperature=float(temperature),
         vocabulary=vocabulary,

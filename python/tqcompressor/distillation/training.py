@@ -74,7 +74,7 @@ def train_stage(
     """Trains the student in place, from its last complete checkpoint if there is one. Both models end on the CPU."""
     last = last_complete_checkpoint(Path(arguments.output_dir or "."))
     batches = arguments.gradient_accumulation_steps * arguments.world_size
-    tokens_per_step = arguments.per_device_train_batch_size * batches * blocks.block_size
+    tokens_per_step = arguments.per_device_train_batch_size * batches * blocks.seq_len
     started = time.perf_counter()
     with reporter(progress if arguments.process_index == 0 else False, title) as report:
         follower = _Follower(report, tokens_per_step)

@@ -38,26 +38,26 @@ def score(
 
 
 def compare(
-    teacher: PreTrainedModel,
     student: PreTrainedModel,
+    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
-    names: tuple[str, str] = ("teacher", "student"),
+    names: tuple[str, str] = ("student", "teacher"),
     passages: Sequence[str] | None = None,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
     progress: ProgressOption = None,
 ) -> Comparison:
-    """What compression cost: both models scored on the same text, in one table.
+    """Both models scored on the same text, in one table: the student's row first.
 
     Args:
-        teacher: The model that was compressed.
         student: The compressed model. It shares the teacher's tokenizer.
+        teacher: The model that it was compressed from.
         tokenizer: The tokenizer of both.
         text: What to compute the `perplexity` on.
-        names: What the rows are called.
+        names: The names of the rows, the student's first.
         passages: If given, `last_word_accuracy` is measured on them too.
         context: As in `perplexity`.
         stride: As in `perplexity`.
@@ -65,7 +65,7 @@ def compare(
         progress: As in `perplexity`.
 
     Example:
-        >>> print(compare(teacher, student, tokenizer, read_text("heldout.txt")))  # doctest: +SKIP
+        >>> print(compare(student, teacher, tokenizer, read_text("heldout.txt")))  # doctest: +SKIP
     """
     return Comparison(
         tuple(
@@ -80,7 +80,7 @@ def compare(
                 batch_size=batch_size,
                 progress=progress,
             )
-            for name, model in zip(names, (teacher, student), strict=True)
+            for name, model in zip(names, (student, teacher), strict=True)
         )
     )
 

@@ -70,13 +70,20 @@ class ModelScore:
     name: str
     parameters: int
     bytes: int
-    perplexity: PerplexityResult
+    text: PerplexityResult
+    """Sums and averages over the scored text."""
     last_word: LastWordResult | None = None
+    """None where no passages were given."""
+
+    @property
+    def perplexity(self) -> float:
+        """The perplexity of the text, per token."""
+        return self.text.perplexity
 
     def to_dict(self) -> dict[str, Any]:
         """The row, ready for JSON."""
         row: dict[str, Any] = {"name": self.name, "parameters": self.parameters, "bytes": self.bytes}
-        row["text"] = self.perplexity.to_dict()
+        row["text"] = self.text.to_dict()
         if self.last_word is not None:
             row["last_word"] = self.last_word.to_dict()
         return row
@@ -103,7 +110,7 @@ class Comparison:
             header += ["last word", "its perplexity"]
         lines = [[*header, "seconds"]]
         for row in self.rows:
-            text = row.perplexity
+            text = row.text
             cells = [row.name, f"{row.parameters:,}", f"{row.bytes:,}"]
             cells += [f"{text.perplexity:.2f}", f"{text.word_perplexity:.2f}", f"{text.bits_per_byte:.4f}"]
             seconds = text.seconds

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration, merge_tied
-from ..data.tokenize import BLOCK_LENGTH, documents, drawn_blocks, encoded, open_texts, split_document, token_dtype
+from ..data.tokenize import (
+    CALIBRATION_SEQ_LEN,
+    documents,
+    drawn_sequences,
+    encoded,
+    open_texts,
+    split_document,
+    token_dtype,
+)
 from ..errors import ConfigError, TextError
 from ..utils.batching import measured_together
 from ..utils.progress import ProgressOption, reporter
@@ -25,11 +33,11 @@ class _Encoder:
     # The extension module lets go of the interpreter's lock.
     is_fast = True
 
-    def __init__(self, tokenizer: _core.Tokenizer, vocabulary: int) -> None:
+    def __init__(self, tokenizer: _core.Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
-        self.end = tokenizer.begin_token if tokenizer.end_token is None else tokenizer.end_token
+        self.end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.end_text = None if self.end is None else tokenizer.decode([self.end], False)
-        self.dtype = token_dtype(vocabulary)
+        self.dtype = token_dtype(vocab_size)
 
     def __call__(self, documents: list[str]) -> NDArray[Any]:
         """The tokens of every document, each followed by the end-of-text token."""
@@ -38,32 +46,32 @@ class _Encoder:
         return np.array([token for row in rows if row for token in (*row, *end)], dtype=np.int64).astype(self.dtype)
 
 
-def draw_blocks(
-    runtime: _core.Runtime, tokenizer: _core.Tokenizer, text: Any, blocks: int, block_length: int | None, seed: int
+def draw_sequences(
+    runtime: _core.Runtime, tokenizer: _core.Tokenizer, text: Any, num_samples: int, seq_len: int | None, seed: int
 ) -> NDArray[np.int64]:
-    """The blocks `(blocks, block_length)` that `calibrate` draws from the same text with the same seed."""
+    """The sequences `(num_samples, seq_len)` that `calibrate` draws from the same text with the same seed."""
     longest = runtime.context
-    length = min(longest, BLOCK_LENGTH) if block_length is None else block_length
+    length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     if not 2 <= length <= longest:
-        raise ConfigError(f"block_length: expected 2 to {longest} (the model's positions), got {length}")
-    encoder: Any = _Encoder(tokenizer, runtime.vocabulary)
+        raise ConfigError(f"seq_len: expected 2 to {longest} (the model's positions), got {length}")
+    encoder: Any = _Encoder(tokenizer, runtime.vocab_size)
     given = [text] if isinstance(text, str) else text
     parts: Iterator[str]
     if isinstance(given, Sequence) and all(isinstance(document, str) for document in given):
         parts = (part for document in given for part in split_document(document, encoder.end_text) if part.strip())
     else:
         parts = documents(open_texts(text), encoder.end_text)
-    return drawn_blocks([tokens for tokens, _ in encoded(parts, encoder, None)], length, blocks, seed)
+    return drawn_sequences([tokens for tokens, _ in encoded(parts, encoder, None)], length, num_samples, seed)
 
 
 def measure(
-    runtime: _core.Runtime, blocks: NDArray[np.int64], *, seed: int, max_memory: int, progress: ProgressOption
+    runtime: _core.Runtime, sequences: NDArray[np.int64], *, seed: int, max_memory: int, progress: ProgressOption
 ) -> Calibration:
-    """The `Calibration` of the inputs that the layers see while the model reads `blocks`."""
-    tokens = blocks.size
+    """The `Calibration` of the inputs that the layers see while the model reads `sequences`."""
+    tokens = sequences.size
     if tokens == 0:
         raise TextError("there is no token")
-    sequences = blocks.tolist()
+    rows = sequences.tolist()
     layers = runtime.linear_layers()
     groups = measured_together(
         layers, lambda layer: _BYTES_PER_ENTRY * layer[1] ** 2, lambda layer: layer[0], max_memory
@@ -77,13 +85,13 @@ def measure(
                 if report is not None:
                     report(index * total + done, len(groups) * total)
 
-            found = runtime.input_moments(sequences, names, None if report is None else tell)
+            found = runtime.input_moments(rows, names, None if report is None else tell)
             moments |= {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
-    for name, ids, rows in (
-        ("wte", blocks, runtime.vocabulary),
-        ("wpe", np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape), runtime.context),
+    for name, ids, size in (
+        ("wte", sequences, runtime.vocab_size),
+        ("wpe", np.broadcast_to(np.arange(sequences.shape[1]), sequences.shape), runtime.context),
     ):
-        counts = np.bincount(ids.ravel(), minlength=rows)
+        counts = np.bincount(ids.ravel(), minlength=size)
         moments[f"input.{name}"] = (counts / tokens).astype(np.float32)
     if runtime.tied:
         # What was measured of a head is of the embedding then; without a head there is nothing to merge.

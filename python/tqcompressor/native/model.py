@@ -17,8 +17,8 @@ from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exp
 from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
-from .calibrate import draw_blocks, measure
-from .tokens import Stream, TextStreams, batches, checked_tokens, integers, whole_number
+from .calibrate import draw_sequences, measure
+from .tokens import Streamer, TextStreams, batches, checked_tokens, integers, whole_number
 
 # How many tokens `generate_tokens` adds at most by default.
 _NEW_TOKENS = 128
@@ -74,9 +74,9 @@ class NativeModel:
         return self._runtime.context
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Tokens are below it."""
-        return self._runtime.vocabulary
+        return self._runtime.vocab_size
 
     @property
     def parameters(self) -> int:
@@ -89,7 +89,7 @@ class NativeModel:
         return self._runtime.bytes
 
     def logits(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> NDArray[np.float32]:
-        """Logits of the next token at every position: float32 `(rows, positions, vocabulary)`.
+        """Logits of the next token at every position: float32 `(rows, positions, vocab_size)`.
 
         Args:
             input_ids: Tokens, `(rows, positions)`.
@@ -102,7 +102,7 @@ class NativeModel:
             DtypeError: `input_ids` are not integers.
             ConfigError: A token is out of range, or a row longer than the model's context.
 
-        Cost: one forward pass; the padding costs nothing. The result takes `4 · rows · positions · vocabulary` bytes.
+        Cost: one forward pass; the padding costs nothing. The result takes `4 · rows · positions · vocab_size` bytes.
         """
         ids = integers("input_ids", input_ids)
         if ids.ndim != 2:
@@ -113,13 +113,13 @@ class NativeModel:
         begins = np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1
         if (begins.sum(1) > 1).any():
             raise ShapeError("attention_mask: expected the tokens of a row side by side, got padding between them")
-        result = np.zeros((*ids.shape, self.vocabulary), np.float32)
+        result = np.zeros((*ids.shape, self.vocab_size), np.float32)
         if not ids.size:
             return result
         starts, lengths = mask.argmax(1), mask.sum(1)
         rows = np.flatnonzero(lengths).tolist()
         for batch in batches(rows, lambda row: int(lengths[row])):
-            found = self._runtime.logits([checked_tokens(ids[row, mask[row]], self.vocabulary) for row in batch])
+            found = self._runtime.logits([checked_tokens(ids[row, mask[row]], self.vocab_size) for row in batch])
             if len(found) == ids.size:
                 # All that there is: a copy would take as long as a small model.
                 return found.reshape(result.shape)
@@ -137,7 +137,7 @@ class NativeModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        end_tokens: Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         on_tokens: Callable[[list[tuple[int, int]]], object] | None = None,
     ) -> list[list[int]]:
         """Continues token sequences in one batch, whatever their lengths: returns the new tokens of each.
@@ -151,7 +151,7 @@ class NativeModel:
             top_p: Only the most probable tokens that together have this probability are drawn from; 1 for all.
             seed: Of the draws, from 0 to 2⁶⁴ − 1. Prompt `i` draws as it would alone with `seed + i`, so that it does
                 not depend on its company, nor on the number of threads.
-            end_tokens: A prompt is done after any of them. Default: those of the checkpoint's config (`eos_token_id`).
+            eos_token_id: A prompt is done after this token, or any of several. Default: the checkpoint's own.
             on_tokens: Called from this thread, about every 50 ms, with the new `(number of prompt, token)`.
 
         Raises:
@@ -162,9 +162,10 @@ class NativeModel:
         Cost: one forward pass over the prompts, then for each token of all prompts one pass over the weights; and
             `8 · layers · width` bytes for every token of a sequence.
         """
-        sequences = [checked_tokens(prompt, self.vocabulary) for prompt in prompts]
+        sequences = [checked_tokens(prompt, self.vocab_size) for prompt in prompts]
         if max_new_tokens is None:
             max_new_tokens = max(1, min(_NEW_TOKENS, self.context - max(map(len, sequences), default=0)))
+        ends = self._runtime.eos_token_id if eos_token_id is None else np.atleast_1d(eos_token_id)
         return self._runtime.generate(
             sequences,
             whole_number("max_new_tokens", max_new_tokens, 0, 2**63),
@@ -172,7 +173,7 @@ class NativeModel:
             whole_number("top_k", top_k, 0, 2**63),
             top_p,
             whole_number("seed", seed, 0, 2**64),
-            self._runtime.end_tokens if end_tokens is None else checked_tokens(end_tokens, self.vocabulary),
+            checked_tokens(ends, self.vocab_size),
             on_tokens,
         )
 
@@ -199,7 +200,7 @@ class NativeModel:
             CheckpointError: As `encode`.
             ConfigError: A token is none of the model's.
         """
-        return self._tokenizer.decode(checked_tokens(tokens, self.vocabulary), skip_special_tokens)
+        return self._tokenizer.decode(checked_tokens(tokens, self.vocab_size), skip_special_tokens)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # A str is a sequence of str, but is taken as one text.
@@ -211,7 +212,7 @@ class NativeModel:
         top_k: int = ...,
         top_p: float = ...,
         seed: int = ...,
-        stream: Stream | None = ...,
+        streamer: Streamer | None = ...,
     ) -> str: ...
     @overload
     def generate(
@@ -223,7 +224,7 @@ class NativeModel:
         top_k: int = ...,
         top_p: float = ...,
         seed: int = ...,
-        stream: Stream | None = ...,
+        streamer: Streamer | None = ...,
     ) -> list[str]: ...
     def generate(
         self,
@@ -234,7 +235,7 @@ class NativeModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stream: Stream | None = None,
+        streamer: Streamer | None = None,
     ) -> str | list[str]:
         """Continues a text, or several in one batch: returns what comes after each, special tokens left out.
 
@@ -245,14 +246,14 @@ class NativeModel:
             top_k: 0 for all tokens.
             top_p: 1 for all tokens.
             seed: Of the draws.
-            stream: Called from this thread, about every 50 ms, with the number of a prompt and the text that is new
+            streamer: Called from this thread, about every 50 ms, with the number of a prompt and the text that is new
                 behind it; a character comes whole. What it raises ends the generation.
 
         Errors are those of `encode` and `generate_tokens`.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self.encode(text) or self._begin() for text in texts]
-        streams = TextStreams(self._text, len(texts), stream)
+        streams = TextStreams(self._text, len(texts), streamer)
         generated = self.generate_tokens(
             tokens,
             max_new_tokens=max_new_tokens,
@@ -260,7 +261,7 @@ class NativeModel:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            on_tokens=None if stream is None else streams.add,
+            on_tokens=None if streamer is None else streams.add,
         )
         found = [self._text(continuation) for continuation in generated]
         streams.finish(found)
@@ -336,33 +337,33 @@ class NativeModel:
         self,
         text: Any,
         *,
-        blocks: int = 128,
-        block_length: int | None = None,
+        num_samples: int = 128,
+        seq_len: int | None = None,
         seed: int = 0,
         max_memory: int = 2 << 30,
         progress: ProgressOption = None,
     ) -> Calibration:
         """Measures on a text what compressing in the norm of the layers' inputs needs: `E[xᵀx]` of each.
 
-        What `tqcompressor.calibrate` measures with `sensitivity=False`, on the same blocks of the same text, without
+        What `tqcompressor.calibrate` measures with `sensitivity=False`, on the same sequences of the same text, without
         torch. Gradients, which say how much the model minds its outputs, need torch.
 
         Args:
             text: A string is the text itself, a list of strings are documents, and everything else is read as
                 `token_blocks` does: a `pathlib.Path` or a list of them.
-            blocks: How many blocks are drawn from the text.
-            block_length: Tokens of a block. Default: 128, or the model's context if that is shorter.
-            seed: Of the blocks that are drawn.
+            num_samples: Sequences drawn from the text.
+            seq_len: Tokens of a sequence. Default: 128, or the model's context if that is shorter.
+            seed: Of the sequences that are drawn.
             max_memory: Bytes that the sums may take. What needs more is measured in several passes over the text.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
         Raises:
-            TextError: The text has fewer blocks than asked for, or a file is not text.
+            TextError: The text has fewer than `num_samples` sequences, or a file is not text.
             ConfigError: An argument is out of its range, or one layer alone needs more than `max_memory`.
             NonFiniteError: The model computes NaN or an infinity.
             CheckpointError: As `encode`.
 
-        Cost: a forward pass over the blocks, and `m²` multiplications a token and layer of `m` inputs.
+        Cost: a forward pass over the sequences, and `m²` multiplications a token and layer of `m` inputs.
 
         Example:
             >>> calibration = model.calibrate(pathlib.Path("books/train.txt"))  # doctest: +SKIP
@@ -370,7 +371,7 @@ class NativeModel:
 
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
-        drawn = draw_blocks(self._runtime, self._tokenizer, text, blocks, block_length, seed)
+        drawn = draw_sequences(self._runtime, self._tokenizer, text, num_samples, seq_len, seed)
         return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
 
     def score(
@@ -393,4 +394,4 @@ class NativeModel:
         return self._tokenizer.decode(tokens, True)
 
     def _begin(self) -> list[int]:
-        return first_token(self._tokenizer.begin_token, self._tokenizer.end_token)
+        return first_token(self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)

@@ -12,7 +12,7 @@ from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils.batching import fitting
 
 # Called with the number of a prompt and the text that is new behind it.
-Stream: TypeAlias = Callable[[int, str], object]
+Streamer: TypeAlias = Callable[[int, str], object]
 _Item = TypeVar("_Item")
 # Tokens of one forward pass where there are more sequences: enough for a full matrix product, little to hold, and
 # little to wait for after Ctrl-C.
@@ -22,7 +22,7 @@ _TOKENS_PER_PASS = 1024
 class TextStreams:
     """Hands on what continuations say as their tokens come."""
 
-    def __init__(self, decode: Callable[[list[int]], str], prompts: int, tell: Stream | None) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], prompts: int, tell: Streamer | None) -> None:
         self._decode, self._tell = decode, tell
         self._tokens: list[list[int]] = [[] for _ in range(prompts)]
         self._told = [0] * prompts
@@ -60,14 +60,14 @@ def integers(name: str, values: ArrayLike) -> NDArray[Any]:
     return array
 
 
-def checked_tokens(values: ArrayLike, vocabulary: int) -> list[int]:
+def checked_tokens(values: ArrayLike, vocab_size: int) -> list[int]:
     """One sequence of tokens as the extension module takes it; raises `ConfigError` for one out of range."""
     tokens = integers("tokens", values)
     if tokens.ndim != 1:
         raise ShapeError(f"tokens: expected one dimension, got shape {tokens.shape}")
-    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if wrong.size:
-        raise ConfigError(f"tokens: expected 0 to {vocabulary - 1}, got {wrong[0]}")
+        raise ConfigError(f"tokens: expected 0 to {vocab_size - 1}, got {wrong[0]}")
     return [int(token) for token in tokens]
 
 

@@ -32,15 +32,15 @@ def test_blocks_of_a_text_are_drawn_by_the_seed(tmp_path):
     rows = {tuple(whole[index]["input_ids"].tolist()) for index in range(len(whole))}
 
     def drawn(source, text=None, **options):
-        found = batches_of(model, source, text, **{"blocks": 20, "block_length": 8, "seed": 1} | options)
+        found = batches_of(model, source, text, **{"num_samples": 20, "seq_len": 8, "seed": 1} | options)
         return [tuple(row.tolist()) for batch in found for row in batch["input_ids"]]
 
     one = drawn(tokenizer, text)
     assert len(set(one)) == 20 and set(one) <= rows
     assert one == drawn(tokenizer, [text]) == drawn(tokenizer, tmp_path / "text.txt") == drawn(whole)
     assert one != drawn(tokenizer, text, seed=2)
-    assert len(set(drawn(whole, blocks=len(whole)))) == len(rows)
-    (longest,) = {len(row) for row in drawn(tokenizer, text, blocks=2, block_length=None)}
+    assert len(set(drawn(whole, num_samples=len(whole)))) == len(rows)
+    (longest,) = {len(row) for row in drawn(tokenizer, text, num_samples=2, seq_len=None)}
     assert longest == 128
 
 
@@ -50,12 +50,12 @@ def test_blocks_have_the_special_tokens_of_an_input(tmp_path):
         single="<unk> $A <|endoftext|>", special_tokens=[("<unk>", 1), ("<|endoftext|>", 0)]
     )
     model = tiny_model()
-    (batch,) = batches_of(model, tokenizer, "letters " * 40, blocks=3, block_length=7, seed=0)
+    (batch,) = batches_of(model, tokenizer, "letters " * 40, num_samples=3, seq_len=7, seed=0)
     ids = batch["input_ids"]
     assert ids.shape == (3, 7) and ids[:, 0].tolist() == [1] * 3 and ids[:, -1].tolist() == [0] * 3
     assert ids[:, 1:-1].min() > 1
-    with pytest.raises(ConfigError, match="block_length: expected 4 to 32"):
-        calibrate(model, tokenizer, "letters " * 40, block_length=3)
+    with pytest.raises(ConfigError, match="seq_len: expected 4 to 32"):
+        calibrate(model, tokenizer, "letters " * 40, seq_len=3)
 
 
 def test_errors_of_the_text(tmp_path):
@@ -64,15 +64,15 @@ def test_errors_of_the_text(tmp_path):
         ("short", {}, TextError, r"expected 128 blocks of 128 tokens, got a text of \d+ tokens: 0"),
         ("", {}, TextError, "expected 128 blocks"),
         (None, {}, ConfigError, "text: a tokenizer needs a text"),
-        ("a" * 999, {"blocks": 0}, ConfigError, "blocks: expected at least 1, got 0"),
-        ("a" * 999, {"block_length": 1}, ConfigError, "block_length: expected 2 to 128"),
-        ("a" * 999, {"block_length": 129}, ConfigError, "block_length: expected 2 to 128"),
+        ("a" * 999, {"num_samples": 0}, ConfigError, "num_samples: expected at least 1, got 0"),
+        ("a" * 999, {"seq_len": 1}, ConfigError, "seq_len: expected 2 to 128"),
+        ("a" * 999, {"seq_len": 129}, ConfigError, "seq_len: expected 2 to 128"),
     ):
         with pytest.raises(error, match=message):
             calibrate(model, tokenizer, text, **options)
     with pytest.raises(ConfigError, match="the model knows 60 tokens, the text has token"):
         calibrate(
-            gpt2(), tokenizer, (TINY / "heldout.txt").read_text(encoding="utf-8")[:5000], blocks=2, block_length=8
+            gpt2(), tokenizer, (TINY / "heldout.txt").read_text(encoding="utf-8")[:5000], num_samples=2, seq_len=8
         )
 
 

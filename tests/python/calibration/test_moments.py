@@ -206,7 +206,7 @@ def test_a_tied_head_counts_without_gradients_too():
 def test_a_seed_gives_one_file(tmp_path):
     model, tokenizer = tiny_model(), save_tokenizer(tmp_path)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        calibrate(model, tokenizer, "some letters, " * 30, blocks=3, block_length=8, seed=seed).save(tmp_path / name)
+        calibrate(model, tokenizer, "some letters, " * 30, num_samples=3, seq_len=8, seed=seed).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 

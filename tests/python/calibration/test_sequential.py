@@ -275,7 +275,7 @@ def test_texts_are_those_that_calibrate_takes(tmp_path):
     model, tokenizer = tiny_model(), save_tokenizer(tmp_path)
     text = "the letters of a text, one by one, and then some. " * 200
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    drawn = batches_of(model, tokenizer, text, blocks=128, block_length=None, seed=5)
+    drawn = batches_of(model, tokenizer, text, num_samples=128, seq_len=None, seed=5)
     calibration = calibrate(model, drawn[:1], seed=5)
     config = {"specs": {"h.0.mlp.c_proj": {"rank": 16}, "h.1.mlp.c_proj": {"rank": 16}}, "effort": "fast"}
     blocks = token_blocks(tmp_path / "text.txt", tokenizer, 32, cache=tmp_path, progress=False)

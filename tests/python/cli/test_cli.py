@@ -114,8 +114,8 @@ def calibration(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQCOMPRESSOR_CACHE", str(folder / "cache"))
         out = folder / "calibration.safetensors"
-        options = ["--blocks", "4", "--block-length", "32", "--seed", "3"]
-        assert cli.main(["calibrate", str(TINY), str(TINY / "heldout.txt"), "--out", str(out), *options]) == 0
+        options = ["--num-samples", "4", "--seq-len", "32", "--seed", "3"]
+        assert cli.main(["calibrate", str(TINY), "--text", str(TINY / "heldout.txt"), "--out", str(out), *options]) == 0
     return out
 
 
@@ -125,8 +125,8 @@ def test_a_calibration_is_measured(calibration, capsys, tmp_path, monkeypatch):
     assert found.input("h.0.attn.c_attn.k").shape == (256, 256) and found.output("wte").shape == (256, 256)
     monkeypatch.setenv("TQCOMPRESSOR_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "inputs.safetensors"
-    options = ["--blocks", "2", "--block-length", "32", "--no-sensitivity", "--json"]
-    assert cli.main(["calibrate", str(TINY), str(TINY / "held*.txt"), "--out", str(out), *options]) == 0
+    options = ["--num-samples", "2", "--seq-len", "32", "--no-sensitivity", "--json"]
+    assert cli.main(["calibrate", str(TINY), "--text", str(TINY / "held*.txt"), "--out", str(out), *options]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["tokens"], data["sensitivity"], data["model_type"]) == (64, False, "gpt2")
     assert data["moments"]["input.h.1.mlp.c_proj"] == [1024, 1024] and "output.h.1.mlp.c_proj" not in data["moments"]
@@ -142,7 +142,7 @@ def test_inspect_shows_how_a_budget_is_spent(calibration, capsys):
     assert "budget 65%: at most 0.65 of the model's parameters" in plain and "in the Frobenius norm" in plain
     assert "low rank" in plain and "in the norm of the calibration" in calibrated
     data = json.loads(text)
-    assert 0.995 * 0.65 < data["parameters"] / PARAMETERS <= 0.65
+    assert 0.995 * 0.65 < data["parameters_after"] / PARAMETERS <= 0.65
     assert line_of(calibrated, "total")[1:3] == [f"{PARAMETERS:,}", f"{data['parameters']:,}"]
     matrix = data["matrices"][0]
     assert matrix["name"] == "wte" and f"{matrix['parameters']:,}" in line_of(calibrated, "wte")
@@ -177,7 +177,16 @@ def test_a_budget_needs_no_torch(calibration, tmp_path):
 
 def test_calibrate_in_torch_without_torch_says_what_to_install(tmp_path):
     # A None in sys.modules is what an absent package looks like to an import.
-    command = ["calibrate", str(TINY), str(TINY / "heldout.txt"), "--out", str(tmp_path / "out"), "--engine", "torch"]
+    command = [
+        "calibrate",
+        str(TINY),
+        "--text",
+        str(TINY / "heldout.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--engine",
+        "torch",
+    ]
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
         "from tqcompressor.cli.main import main; "
@@ -190,17 +199,17 @@ def test_calibrate_in_torch_without_torch_says_what_to_install(tmp_path):
 
 
 def test_evaluate_beside_the_teacher(compressed, tmp_path, capsys):
-    text, lambada = tmp_path / "text.txt", tmp_path / "passages.jsonl"
+    text, passages = tmp_path / "text.txt", tmp_path / "passages.jsonl"
     text.write_text((TINY / "heldout.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
-    lambada.write_text('{"text": "He looked at her"}\n', encoding="utf-8")
-    arguments = ["evaluate", str(compressed), "--teacher", str(TINY), "--text", str(text), "--lambada", str(lambada)]
+    passages.write_text('{"text": "He looked at her"}\n', encoding="utf-8")
+    arguments = ["evaluate", str(compressed), "--teacher", str(TINY), "--text", str(text), "--passages", str(passages)]
     assert cli.main([*arguments, "--stride", "128"]) == 0
     table = capsys.readouterr().out
     assert line_of(table, str(TINY))[1] == f"{PARAMETERS:,}"
     assert line_of(table, str(compressed))[1] == f"{AFTER:,}"
     assert "%" in table
     assert cli.main([*arguments, "--stride", "128", "--json"]) == 0
-    teacher, student = json.loads(capsys.readouterr().out)["models"]
+    student, teacher = json.loads(capsys.readouterr().out)["models"]
     assert (teacher["parameters"], student["parameters"]) == (PARAMETERS, AFTER)
     assert teacher["text"]["perplexity"] < student["text"]["perplexity"]
     assert teacher["text"]["stride"] == 128 and teacher["last_word"]["passages"] == 1
@@ -221,9 +230,12 @@ def test_evaluate_beside_the_teacher(compressed, tmp_path, capsys):
         (["inspect", str(TINY), "--plan"], "--plan needs --budget"),
         (["inspect", str(TINY), "--calibration", "none-such"], "--calibration needs --budget"),
         (["inspect", str(TINY), "--budget", "0.5", "--matrices", "none.such"], "none.such"),
-        (["calibrate", str(TINY), "none-such.txt", "--out", "out"], "none-such.txt"),
-        (["calibrate", str(TINY), str(TINY / "heldout.txt"), "--out", "out", "--block-length", "999"], "block_length"),
-        (["calibrate", "./none-such-directory", str(TINY / "heldout.txt"), "--out", "out"], "none-such-directory"),
+        (["calibrate", str(TINY), "--text", "none-such.txt", "--out", "out"], "none-such.txt"),
+        (["calibrate", str(TINY), "--text", str(TINY / "heldout.txt"), "--out", "out", "--seq-len", "999"], "seq_len"),
+        (
+            ["calibrate", "./none-such-directory", "--text", str(TINY / "heldout.txt"), "--out", "out"],
+            "none-such-directory",
+        ),
         (["evaluate", str(TINY), "--text", "none-such.txt"], "none-such.txt"),
         (["evaluate", "./none-such-directory", "--text", str(TINY / "heldout.txt")], "none-such-directory"),
         (["evaluate", str(TINY), "--text", str(TINY / "model.safetensors")], "not UTF-8"),
@@ -251,8 +263,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkey
         ["compress", str(TINY), "--recipe", "tq-81m", "--budget", "0.5", "--out", "out"],
         ["compress", str(TINY), "--budget", "0.5", "--objective", "happiness", "--out", "out"],
         ["calibrate", str(TINY), "--out", "out"],
-        ["calibrate", str(TINY), "text.txt"],
-        ["calibrate", str(TINY), "text.txt", "--out", "out", "--blocks", "0"],
+        ["calibrate", str(TINY), "--text", "text.txt"],
+        ["calibrate", str(TINY), "--text", "text.txt", "--out", "out", "--num-samples", "0"],
         ["compress", str(TINY), "--recipe", "tq-81m", "--out", "out", "--effort", "heroic"],
         ["compress", str(TINY), "--recipe", "tq-81m", "--out", "out", "--threads", "0"],
         ["evaluate", str(TINY)],

@@ -128,7 +128,7 @@ def test_everything_works_without_torch_and_transformers(text, tmp_path):
     output = run_script(WITHOUT + textwrap.dedent(script))
     compressed, inspected, evaluated, generated, _ = output.split("next\n")
     assert "written to" in compressed and "lost energy" in inspected
-    teacher, student = json.loads(evaluated[evaluated.index("{") :])["models"]
+    student, teacher = json.loads(evaluated[evaluated.index("{") :])["models"]
     assert 0.6 < student["parameters"] / teacher["parameters"] < 0.7
     assert 20 < teacher["text"]["perplexity"] < student["text"]["perplexity"]
     assert len(generated) > 20

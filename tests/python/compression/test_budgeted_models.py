@@ -11,7 +11,7 @@ from helpers.calibrations import measured_model, saved
 from helpers.checkpoints import Checkpoint, read_safetensors
 from helpers.models import agree, first_output, some_ids
 from tqcompressor import Calibration, LowRankSpec, TQConfig, compress, compress_checkpoint, plan
-from tqcompressor.compression.model import compress_again
+from tqcompressor.compression.model import recompress
 from tqcompressor.errors import ConfigError, ShapeError
 
 
@@ -28,7 +28,7 @@ def test_a_plan_is_one_for_all_threads_and_for_models_and_checkpoints(effort, me
         found = [plan(folder, 0.6, calibration=known, effort=effort, threads=threads) for threads in (1, 2, 3)]
         found += [plan(model, 0.6, calibration=known, effort=effort, threads=threads) for threads in (1, 2)]
         assert all(each.to_json() == found[0].to_json() and str(each) == str(found[0]) for each in found)
-        assert found[0].parameters <= 0.6 * model.num_parameters()
+        assert found[0].parameters_after <= 0.6 * model.num_parameters()
 
 
 def test_a_calibration_changes_the_plan(measured):
@@ -178,7 +178,7 @@ def test_a_low_rank_model_is_compressed_again(measured):
     assert isinstance(before["h.0.mlp.c_fc"], LowRankSpec)
     dense = student.transformer.h[0].mlp.c_fc.dense_weight().detach().numpy()
     smaller = LowRankSpec(before["h.0.mlp.c_fc"].rank // 2)
-    report = compress_again(student, TQConfig({"h.0.mlp.c_fc": smaller}, effort="fast"))
+    report = recompress(student, TQConfig({"h.0.mlp.c_fc": smaller}, effort="fast"))
     assert student.config.quantization_config.specs == {**before, "h.0.mlp.c_fc": smaller}
     # From the weights as they were then, which have the rank of before.
     energies = np.linalg.svd(dense.astype(np.float64), compute_uv=False) ** 2

@@ -23,8 +23,8 @@ texts = st.lists(st.lists(pieces, max_size=8).map("".join), min_size=1, max_size
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=texts, block_size=st.integers(2, 20), workers=st.sampled_from([1, 2, 5]), batch=st.sampled_from([1, 40]))
-def test_blocks_are_the_oracles(tokenizer, tmp_path_factory, monkeypatch, texts, block_size, workers, batch):
+@given(texts=texts, seq_len=st.integers(2, 20), workers=st.sampled_from([1, 2, 5]), batch=st.sampled_from([1, 40]))
+def test_blocks_are_the_oracles(tokenizer, tmp_path_factory, monkeypatch, texts, seq_len, workers, batch):
     folder = tmp_path_factory.mktemp("corpus")
     # Tiny batches, and next to nothing read ahead, so that short texts too go through many threads.
     monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", batch)
@@ -32,14 +32,14 @@ def test_blocks_are_the_oracles(tokenizer, tmp_path_factory, monkeypatch, texts,
     files = write(folder, **{f"text{index}": text for index, text in enumerate(texts)})
     # A byte order mark at the beginning of a file is no part of its text.
     expected = oracle(tokenizer, [text.removeprefix("\ufeff") for text in texts])
-    if len(expected) < block_size:
+    if len(expected) < seq_len:
         with pytest.raises(errors.TextError):
-            token_blocks(files, tokenizer, block_size, cache=folder, workers=workers)
+            token_blocks(files, tokenizer, seq_len, cache=folder, workers=workers)
         return
-    blocks = token_blocks(files, tokenizer, block_size, cache=folder, workers=workers)
-    assert len(blocks) == len(expected) // block_size
-    assert blocks.tokens == len(blocks) * block_size
-    assert (blocks.corpus_tokens, blocks.left_over) == (len(expected), len(expected) % block_size)
+    blocks = token_blocks(files, tokenizer, seq_len, cache=folder, workers=workers)
+    assert len(blocks) == len(expected) // seq_len
+    assert blocks.tokens == len(blocks) * seq_len
+    assert (blocks.corpus_tokens, blocks.left_over) == (len(expected), len(expected) % seq_len)
     assert packed(blocks) == expected[: blocks.tokens]
 
 
@@ -49,7 +49,7 @@ def test_the_helper_tokenizer_and_its_gaps(tmp_path):
     (file,) = write(tmp_path / "in", text=f"abc ü{END}{END}\n{END}de")
     blocks = token_blocks(file, small, 2)
     assert packed(blocks) == oracle(small, [file.read_text(encoding="utf-8")])[: blocks.tokens]
-    with pytest.raises(errors.ConfigError, match=r"block_size.*at most 32.*got 33"):
+    with pytest.raises(errors.ConfigError, match=r"seq_len.*at most 32.*got 33"):
         token_blocks(file, small, 33)
 
 
@@ -259,15 +259,15 @@ def test_texts_that_cannot_be_used(tokenizer, cache, tmp_path, monkeypatch, toke
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"block_size": 1}, ["block_size", "at least 2", "got 1"]),
-        ({"block_size": 129}, ["block_size", "at most 128", "got 129"]),
+        ({"seq_len": 1}, ["seq_len", "at least 2", "got 1"]),
+        ({"seq_len": 129}, ["seq_len", "at most 128", "got 129"]),
         ({"tokens": 63}, ["tokens", "at least 64", "got 63"]),
         ({"workers": 0}, ["workers", "at least 1", "got 0"]),
     ],
 )
 def test_options_out_of_range(tokenizer, options, words):
     with pytest.raises(errors.ConfigError) as caught:
-        token_blocks(HELD_OUT, tokenizer, **{"block_size": 64, **options})
+        token_blocks(HELD_OUT, tokenizer, **{"seq_len": 64, **options})
     for word in words:
         assert word in str(caught.value)
 

@@ -35,7 +35,7 @@ def test_a_cache_file_is_a_npy_file(tokenizer, cache):
     array = np.load(cached, mmap_mode="r", allow_pickle=False)
     assert array.dtype == np.uint16
     assert array.tolist() == oracle(tokenizer, [HELD_OUT.read_text(encoding="utf-8")])
-    assert blocks.vocabulary == 8192
+    assert blocks.vocab_size == 8192
 
 
 def test_the_cache_is_found_by_contents(tokenizer, cache, tmp_path, tokenised):

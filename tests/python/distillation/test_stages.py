@@ -9,7 +9,7 @@ from helpers.models import agree, first_output, some_ids, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from tqcompressor import RECIPES, KroneckerSpec, TQConfig
-from tqcompressor.compression.model import compress, compress_again
+from tqcompressor.compression.model import compress, recompress
 from tqcompressor.distillation.stages import STAGED_RECIPES, Stage, StagedRecipe, resolve_staged_recipe
 from tqcompressor.errors import ConfigError
 from tqcompressor.models.matrices import compressed_modules
@@ -80,14 +80,14 @@ def test_a_recipe_that_is_neither_name_nor_file_or_not_json(tmp_path):
 
 def test_a_further_stage_keeps_what_it_does_not_name():
     model = tiny_model()
-    compress_again(model, HALF)
-    compress_again(model, FEED_FORWARD)
+    recompress(model, HALF)
+    recompress(model, FEED_FORWARD)
     feed_forward = model.transformer.h[1].mlp.c_fc
     kept = feed_forward.A.detach().clone()
     embedding = model.transformer.wte.dense_weight().detach()
     before = model.num_parameters()
 
-    report = compress_again(model, QUARTER)
+    report = recompress(model, QUARTER)
 
     assert [matrix.name for matrix in report.matrices] == ["wte"]
     assert (report.parameters_before, report.parameters_after) == (before, model.num_parameters())
@@ -102,26 +102,26 @@ def test_a_further_stage_keeps_what_it_does_not_name():
 def test_stages_of_a_dense_model_are_plain_compression():
     one, other = tiny_model(), tiny_model()
     compress(one, HALF)
-    compress_again(other, HALF)
+    recompress(other, HALF)
     assert torch.equal(first_output(one, some_ids()), first_output(other, some_ids()))
 
 
 def test_a_stage_that_fails_leaves_the_student_as_it_was():
     model = tiny_model()
-    compress_again(model, HALF)
+    recompress(model, HALF)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     modules = dict(compressed_modules(model))
     expected = model.transformer.wte.dense_weight()
     with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc"):
-        compress_again(
+        recompress(
             model, {"specs": {"wte": {"block": [1, 4], "rank": 1}, "h.0.mlp.c_fc": {"block": [2, 2], "rank": 1}}}
         )
     assert dict(compressed_modules(model)) == modules
     assert torch.equal(model.transformer.wte.dense_weight(), expected)
     assert dict(model.config.quantization_config.specs) == dict(HALF.specs)
     with pytest.raises(ConfigError):
-        compress_again(model, {"specs": {"h.9.mlp.c_fc": {"block": [2, 2], "rank": 1}}})
+        recompress(model, {"specs": {"h.9.mlp.c_fc": {"block": [2, 2], "rank": 1}}})
 
 
 def test_a_student_of_several_stages_is_saved_and_loaded(tmp_path):
@@ -129,7 +129,7 @@ def test_a_student_of_several_stages_is_saved_and_loaded(tmp_path):
 
     model = tiny_model()
     for config in (HALF, FEED_FORWARD, QUARTER):
-        compress_again(model, config)
+        recompress(model, config)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert agree(first_output(loaded, some_ids()), first_output(model, some_ids()))

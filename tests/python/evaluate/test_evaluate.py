@@ -229,14 +229,15 @@ def test_last_words_refuse(trained, tokenizer, passages, message):
 
 def test_compare_counts_shared_tensors_once(trained, tokenizer):
     half = copy.deepcopy(trained).half()
-    table = evaluate.compare(trained, half, tokenizer, TEXT, passages=["He looked at her"], stride=16)
-    teacher, student = table.rows
+    table = evaluate.compare(half, trained, tokenizer, TEXT, passages=["He looked at her"], stride=16)
+    student, teacher = table.rows
     assert teacher.parameters == student.parameters == 5_289_472
     assert (teacher.bytes, student.bytes) == (4 * 5_289_472, 2 * 5_289_472)
-    assert json.loads(table.to_json())["models"][0]["text"]["perplexity"] == teacher.perplexity.perplexity
+    assert json.loads(table.to_json())["models"][1]["text"]["perplexity"] == teacher.text.perplexity
     lines = str(table).splitlines()
-    assert lines[2].startswith("teacher ") and "5,289,472" in lines[2] and "21,157,888" in lines[2]
-    assert f"{teacher.perplexity.perplexity:.2f}" in lines[2] and "%" in lines[3]
+    assert lines[2].startswith("student ") and lines[3].startswith("teacher ")
+    assert "5,289,472" in lines[3] and "21,157,888" in lines[3]
+    assert f"{teacher.perplexity:.2f}" in lines[3] and "%" in lines[2]
 
 
 def test_figures_that_are_not_finite_are_null_in_json():

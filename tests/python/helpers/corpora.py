@@ -24,7 +24,7 @@ def packed(blocks):
     """All tokens of the blocks in a row, and that every block is as the contract says."""
     for block in blocks:
         assert set(block) == {"input_ids"}
-        assert block["input_ids"].dtype == torch.int64 and block["input_ids"].shape == (blocks.block_size,)
+        assert block["input_ids"].dtype == torch.int64 and block["input_ids"].shape == (blocks.seq_len,)
     return [int(token) for block in blocks for token in block["input_ids"]]
 
 

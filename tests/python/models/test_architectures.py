@@ -11,7 +11,7 @@ from helpers.families import FAMILIES, KRONECKER, LOW_RANK, MIXED, family_config
 from helpers.models import VOCABULARY, agree, first_output, some_ids
 from helpers.processes import run_script
 from torch import nn
-from tqcompressor.compression.model import compress, compress_again
+from tqcompressor.compression.model import compress, recompress
 from tqcompressor.compression.model_plan import plan_model
 from tqcompressor.config import TQConfig
 from tqcompressor.config.specs import KroneckerSpec, describe
@@ -134,7 +134,7 @@ def test_a_compressed_model_is_compressed_again(name):
     before = dict(model.config.quantization_config.specs)
     first = next(iter(before))
     kept = {module_name: factor_parameters(module) for module_name, module in compressed_modules(model)}
-    report = compress_again(model, TQConfig({first: KRONECKER}, effort="fast"))
+    report = recompress(model, TQConfig({first: KRONECKER}, effort="fast"))
     assert [matrix.name for matrix in report.matrices] == [first]
     assert model.config.quantization_config.specs == {**before, first: KRONECKER}
     replaced = {name for name, module in compressed_modules(model) if factor_parameters(module)[0] is not kept[name][0]}

@@ -67,16 +67,16 @@ def test_greedy_generation_is_token_for_token_that_of_transformers(folders, name
     expected = model.generate(
         padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours = native.generate_tokens(PROMPTS, max_new_tokens=tokens, end_tokens=[])
+    ours = native.generate_tokens(PROMPTS, max_new_tokens=tokens, eos_token_id=[])
     assert ours == expected[:, widest:].tolist()
-    assert native.generate_tokens(PROMPTS[1:2], max_new_tokens=tokens, end_tokens=[]) == ours[1:2]
+    assert native.generate_tokens(PROMPTS[1:2], max_new_tokens=tokens, eos_token_id=[]) == ours[1:2]
 
 
 def test_padding_on_either_side_changes_nothing(folders):
     model, native = reference(folders["mixed"]), NativeModel.from_pretrained(folders["mixed"])
     mask = np.zeros((4, 20), int)
     mask[0, 13:], mask[1, :4], mask[2] = 1, 1, 1
-    ids = np.random.default_rng(0).integers(0, native.vocabulary, mask.shape)
+    ids = np.random.default_rng(0).integers(0, native.vocab_size, mask.shape)
     ours = native.logits(np.where(mask, ids, -100), mask)
     positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
     for row in range(3):
@@ -122,25 +122,25 @@ def test_the_config_is_followed(tmp_path, changes):
 
 
 def test_generation_ends_after_an_end_token(trained):
-    (whole,) = trained.generate_tokens([[5, 6]], max_new_tokens=20, end_tokens=[])
+    (whole,) = trained.generate_tokens([[5, 6]], max_new_tokens=20, eos_token_id=[])
     end = whole[7]
-    assert trained.generate_tokens([[5, 6]], max_new_tokens=20, end_tokens=[end]) == [whole[: whole.index(end) + 1]]
+    assert trained.generate_tokens([[5, 6]], max_new_tokens=20, eos_token_id=[end]) == [whole[: whole.index(end) + 1]]
     assert trained.generate_tokens([[5, 6]], max_new_tokens=0) == [[]]
-    assert [len(tokens) for tokens in trained.generate_tokens([[5] * 120, [5]], end_tokens=[])] == [8, 8]
+    assert [len(tokens) for tokens in trained.generate_tokens([[5] * 120, [5]], eos_token_id=[])] == [8, 8]
 
 
 @pytest.mark.parametrize(("generation", "expected"), [({}, [7]), ({"eos_token_id": [3, 9]}, [3, 9])], ids=str)
 def test_generation_config_says_where_texts_end(tmp_path, generation, expected):
     tiny_model(eos_token_id=7).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-    assert NativeModel.from_pretrained(tmp_path)._runtime.end_tokens == expected
+    assert NativeModel.from_pretrained(tmp_path)._runtime.eos_token_id == expected
 
 
 def test_prompts_that_are_too_many_for_one_pass_continue_as_alone(trained):
     # 2,400 tokens, and a pass reads 2,048.
     prompts = np.random.default_rng(0).integers(8192, size=(20, 120)).tolist()
-    found = trained.generate_tokens(prompts, max_new_tokens=3, end_tokens=[])
-    assert found == [trained.generate_tokens([prompt], max_new_tokens=3, end_tokens=[])[0] for prompt in prompts]
+    found = trained.generate_tokens(prompts, max_new_tokens=3, eos_token_id=[])
+    assert found == [trained.generate_tokens([prompt], max_new_tokens=3, eos_token_id=[])[0] for prompt in prompts]
 
 
 def test_sampling_depends_on_the_seed_alone(trained):
@@ -160,7 +160,7 @@ def test_samples_are_distributed_as_the_logits_say(trained):
     logits = trained.logits([prompt])[0, -1] / temperature
     probabilities = np.exp(logits - logits.max())
     order = np.argsort(-logits)
-    options = {"max_new_tokens": 1, "temperature": temperature, "end_tokens": []}
+    options = {"max_new_tokens": 1, "temperature": temperature, "eos_token_id": []}
     kept = order[:4]
     drawn = [token for (token,) in trained.generate_tokens([prompt] * count, top_k=4, **options)]
     shares = probabilities[kept] / probabilities[kept].sum()
@@ -242,7 +242,7 @@ def test_the_files_of_a_tokenizer_mean_what_they_mean_to_transformers(tmp_path, 
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT[:2000] + "<|endoftext|>the end!"
     assert ours.encode(text) == theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
-    for token, expected in ((ours.begin_token, theirs.bos_token_id), (ours.end_token, theirs.eos_token_id)):
+    for token, expected in ((ours.bos_token_id, theirs.bos_token_id), (ours.eos_token_id, theirs.eos_token_id)):
         # What transformers adds to the vocabulary has no row in the model.
         assert token == (None if expected is None or expected >= len(whole["model"]["vocab"]) else expected)
 
@@ -260,7 +260,7 @@ def test_streams_give_whole_characters_and_all_of_the_text(trained):
     def stream(prompt, piece):
         told[prompt] += piece
 
-    found = trained.generate(["He", "She"], temperature=40.0, max_new_tokens=100, seed=1, stream=stream)
+    found = trained.generate(["He", "She"], temperature=40.0, max_new_tokens=100, seed=1, streamer=stream)
     assert [told[0], told[1]] == found and any("\ufffd" in text for text in found)
 
 
@@ -279,11 +279,11 @@ def test_what_a_stream_raises_ends_the_generation(trained):
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        trained.generate("He looked at", stream=stream)
+        trained.generate("He looked at", streamer=stream)
 
 
 def test_a_checkpoint_without_a_tokenizer_still_takes_tokens(folders):
     native = NativeModel.from_pretrained(folders["dense"])
-    assert len(native.generate_tokens([[1, 2]], max_new_tokens=3, end_tokens=[])[0]) == 3
+    assert len(native.generate_tokens([[1, 2]], max_new_tokens=3, eos_token_id=[])[0]) == 3
     with pytest.raises(errors.CheckpointError, match=r"neither 'tokenizer\.json' nor 'vocab\.json'"):
         native.generate("text")

@@ -184,7 +184,7 @@ def test_whatever_is_changed_there_is_a_model_or_a_typed_error(compressed, data,
     folder = write(tmp_path_factory.mktemp("changed"), configuration, tensors)
     try:
         native = NativeModel.from_pretrained(folder, threads=2)
-        assert native.logits([[0]]).shape == (1, 1, native.vocabulary)
+        assert native.logits([[0]]).shape == (1, 1, native.vocab_size)
         native.generate_tokens([[0]], max_new_tokens=1)
     except errors.TQError:
         pass
@@ -212,7 +212,7 @@ def test_whatever_is_changed_there_is_a_model_or_a_typed_error(compressed, data,
         ([[1]], {"top_k": -1}, errors.ConfigError, "top_k"),
         ([[1]], {"seed": -1}, errors.ConfigError, "seed"),
         ([[1]], {"seed": 2**64}, errors.ConfigError, "seed"),
-        ([[1]], {"end_tokens": [20]}, errors.ConfigError, "got 20"),
+        ([[1]], {"eos_token_id": [20]}, errors.ConfigError, "got 20"),
     ],
     ids=str,
 )
@@ -268,7 +268,7 @@ SCRIPT = """
     model = NativeModel.from_pretrained(sys.argv[1])
     try:
         if sys.argv[2] == "generate":
-            model.generate_tokens([[1]], max_new_tokens=3_999, end_tokens=[], on_tokens=on_tokens)
+            model.generate_tokens([[1]], max_new_tokens=3_999, eos_token_id=[], on_tokens=on_tokens)
         elif sys.argv[2] == "encode":
             thread.start()
             # Some seconds' worth.

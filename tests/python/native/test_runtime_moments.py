@@ -35,7 +35,7 @@ def in_torch(folder, text, **options):
 
 @pytest.mark.parametrize("text", [TEXT, TEXT.read_text(encoding="utf-8")], ids=["file", "text"])
 def test_moments_are_those_of_torch(text):
-    options = {"blocks": 12, "block_length": 50, "seed": 3}
+    options = {"num_samples": 12, "seq_len": 50, "seed": 3}
     ours = NativeModel.from_pretrained(TINY).calibrate(text, **options)
     same(ours, in_torch(TINY, text, **options))
 
@@ -46,7 +46,7 @@ def test_moments_of_compressed_models_are_those_of_torch(tmp_path, tied):
         n_layer=2, n_embd=32, n_head=2, vocab_size=104, n_positions=64, tie_word_embeddings=tied, eos_token_id=0
     )
     specs = SPECS if tied else {"own head": HEAD_SPECS}
-    words, options = "a b c d e f g h " * 40, {"blocks": 5, "block_length": 30}
+    words, options = "a b c d e f g h " * 40, {"num_samples": 5, "seq_len": 30}
     for folder in compressed(GPT2LMHeadModel(config), specs, tmp_path).values():
         save_tokenizer(folder)
         same(NativeModel.from_pretrained(folder).calibrate(words, **options), in_torch(folder, words, **options))
@@ -54,7 +54,7 @@ def test_moments_of_compressed_models_are_those_of_torch(tmp_path, tied):
 
 def test_passes_and_threads_make_no_difference():
     found = [
-        NativeModel.from_pretrained(TINY, threads=threads).calibrate(TEXT, blocks=5, max_memory=memory)
+        NativeModel.from_pretrained(TINY, threads=threads).calibrate(TEXT, num_samples=5, max_memory=memory)
         for threads, memory in ((1, 2 << 30), (3, 12 * 1024**2), (2, 13 * 1024**2))
     ]
     for other in found[1:]:
@@ -65,16 +65,18 @@ def test_passes_and_threads_make_no_difference():
 def test_progress_ends_at_its_total():
     seen = []
     model = NativeModel.from_pretrained(TINY)
-    model.calibrate(TEXT, blocks=4, max_memory=12 * 1024**2, progress=lambda done, total: seen.append((done, total)))
+    model.calibrate(
+        TEXT, num_samples=4, max_memory=12 * 1024**2, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen[-1][0] == seen[-1][1] > 0 and seen == sorted(seen)
 
 
 def test_what_cannot_be_is_refused():
     model = NativeModel.from_pretrained(TINY)
     for options, error, words in (
-        ({"block_length": 129}, ConfigError, "2 to 128"),
-        ({"blocks": 0}, ConfigError, "blocks"),
-        ({"blocks": 100_000}, TextError, "100000 blocks"),
+        ({"seq_len": 129}, ConfigError, "2 to 128"),
+        ({"num_samples": 0}, ConfigError, "num_samples"),
+        ({"num_samples": 100_000}, TextError, "100000 sequences"),
         ({"max_memory": 1000}, ConfigError, "max_memory"),
     ):
         with pytest.raises(error, match=words):
@@ -86,7 +88,7 @@ def test_what_cannot_be_is_refused():
 def test_a_budget_is_spent_by_what_was_measured_without_torch(tmp_path):
     calibration, out = tmp_path / "calibration.safetensors", tmp_path / "out"
     commands = [
-        ["calibrate", str(TINY), str(TEXT), "--out", str(calibration), "--blocks", "16"],
+        ["calibrate", str(TINY), "--text", str(TEXT), "--out", str(calibration), "--num-samples", "16"],
         ["compress", str(TINY), "--budget", "0.6", "--calibration", str(calibration), "--out", str(out)],
     ]
     code = (
@@ -97,14 +99,25 @@ def test_a_budget_is_spent_by_what_was_measured_without_torch(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "gradients need torch" in run.stderr
-    same(Calibration.load(calibration), in_torch(TINY, TEXT, blocks=16))
+    same(Calibration.load(calibration), in_torch(TINY, TEXT, num_samples=16))
     report = json.loads((out / "compression_report.json").read_text(encoding="utf-8"))
     assert report["calibrated"]
 
 
 def test_the_native_engine_is_chosen_by_name_too(tmp_path, capsys):
     out = tmp_path / "calibration.safetensors"
-    arguments = ["calibrate", str(TINY), str(TEXT), "--out", str(out), "--blocks", "4", "--no-sensitivity", "--json"]
+    arguments = [
+        "calibrate",
+        str(TINY),
+        "--text",
+        str(TEXT),
+        "--out",
+        str(out),
+        "--num-samples",
+        "4",
+        "--no-sensitivity",
+        "--json",
+    ]
     assert cli.main([*arguments, "--engine", "native", "--threads", "1"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["sensitivity"] is False and "gradients" not in captured.err
