@@ -4,13 +4,14 @@
 //! column permutations `p` and `q` searched so that little energy is lost.
 //!
 //! Modules, from the bottom up (each imports only from those before it):
-//! [`error`], [`shape`], [`spec`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`fit`], [`checkpoint`], [`plan`], [`compress`],
+//! [`error`], [`shape`], [`spec`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`fit`], [`family`], [`checkpoint`], [`plan`], [`compress`],
 //! [`runtime`].
 //! `python` is the only module that knows Python.
 
 pub mod checkpoint;
 pub mod compress;
 pub mod error;
+pub mod family;
 pub mod fit;
 pub mod kron;
 pub mod loss;

@@ -94,7 +94,7 @@ impl KroneckerShape {
     /// Multiplies to apply the sum to one vector, in the cheaper contraction order:
     /// `rank·min(m1·n1·m2 + n1·m2·n2, m1·m2·n2 + m1·n1·n2)`.
     #[must_use]
-    pub fn multiplies(&self) -> usize {
+    pub fn macs(&self) -> usize {
         self.rank * self.multiplies_a_first().min(self.multiplies_b_first())
     }
 
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!((shape.rows(), shape.columns(), shape.blocks(), shape.block_entries()), (768, 3072, 294_912, 8));
         assert_eq!(shape.parameters(), 1_179_680);
         // A first: 384·768·2 + 768·2·4; B first: 384·2·4 + 384·768·4.
-        assert_eq!(shape.multiplies(), 4 * 595_968);
+        assert_eq!(shape.macs(), 4 * 595_968);
         assert!(shape.a_first() && !shape.transposed().a_first());
         assert_eq!(shape.transposed().transposed(), shape);
     }

@@ -1,19 +1,15 @@
-//! GPT-2 checkpoints on disk: which tensor is what, reading without loading, writing all or nothing.
+//! Checkpoints on disk: reading without loading, writing all or nothing.
 //!
-//! * [`names`]: kinds, orientation, the fused `c_attn`, model order.
 //! * [`float`]: the floating dtypes, and conversion to and from `f32`.
 //! * [`header`]: the header of a safetensors file, validated.
-//! * [`expected`]: the tensors that `config.json` promises.
 //! * [`files`]: the files of a directory that hold it.
 //! * [`read`]: a mapped checkpoint.
 //! * [`write`]: safetensors files written tensor by tensor, in any order.
 //! * [`stage`]: the hidden directory that becomes the destination in one step.
 
-pub mod expected;
 pub mod files;
 pub mod float;
 pub mod header;
-pub mod names;
 pub mod read;
 pub mod stage;
 pub mod write;

@@ -1,4 +1,4 @@
-//! A GPT-2 checkpoint, mapped: opened and validated without reading a single weight.
+//! A checkpoint, mapped: opened and validated without reading a single weight.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -9,12 +9,11 @@ use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::expected::Geometry;
 use super::files::{WeightFiles, begin, check_shard, problem};
 use super::float::{Float, Layout, read_matrix};
 use super::header;
-use super::names::{self, Kind, Matrix};
 use crate::error::{Error, Result};
+use crate::family::{Family, Geometry, Kind, Matrix};
 
 /// One stored tensor.
 #[derive(Clone, Debug)]
@@ -47,6 +46,7 @@ impl Tensor {
 pub struct Checkpoint {
     directory: PathBuf,
     config: Map<String, Value>,
+    family: &'static Family,
     geometry: Geometry,
     files: Vec<(PathBuf, Mmap)>,
     tensors: IndexMap<String, Tensor>,
@@ -89,7 +89,7 @@ impl Checkpoint {
 
     fn map(directory: &Path, paths: WeightFiles, config: Map<String, Value>) -> Result<Self> {
         let config_path = directory.join("config.json");
-        check_model_type(&config).map_err(|words| problem(&config_path, words))?;
+        let family = family_of(&config).map_err(|words| problem(&config_path, words))?;
         let geometry = Geometry::from_config(&config).map_err(|words| problem(&config_path, words))?;
 
         let mut files = Vec::with_capacity(paths.len());
@@ -105,16 +105,16 @@ impl Checkpoint {
             }
             for header::Entry { name, dtype, shape, range } in entries {
                 let tensor = Tensor { file: files.len(), range, dtype, shape };
-                if !names::is_mask(&name) && tensors.insert(name.clone(), tensor).is_some() {
+                if !family.is_ignored(&name) && tensors.insert(name.clone(), tensor).is_some() {
                     return Err(problem(&path, format!("tensor '{name}' is also in another shard")));
                 }
             }
             files.push((path, map));
         }
         tensors.sort_by(|left, _, right, _| {
-            names::model_order(left).cmp(&names::model_order(right)).then(left.cmp(right))
+            family.model_order(left).cmp(&family.model_order(right)).then(left.cmp(right))
         });
-        Ok(Self { directory: directory.to_owned(), config, geometry, files, tensors })
+        Ok(Self { directory: directory.to_owned(), config, family, geometry, files, tensors })
     }
 
     /// Where it lies.
@@ -133,6 +133,12 @@ impl Checkpoint {
     #[must_use]
     pub fn tensors(&self) -> &IndexMap<String, Tensor> {
         &self.tensors
+    }
+
+    /// The description of its family.
+    #[must_use]
+    pub fn family(&self) -> &'static Family {
+        self.family
     }
 
     /// What its shapes follow from.
@@ -227,11 +233,11 @@ impl Checkpoint {
     }
 }
 
-fn check_model_type(config: &Map<String, Value>) -> Result<(), String> {
+fn family_of(config: &Map<String, Value>) -> Result<&'static Family, String> {
     match config.get("model_type") {
-        Some(Value::String(name)) if name == "gpt2" => Ok(()),
-        Some(other) => Err(format!("model_type: expected \"gpt2\", got {other}")),
-        None => Err("model_type: expected \"gpt2\", got none".into()),
+        Some(Value::String(name)) => Family::of(name),
+        Some(other) => Family::of(&other.to_string()),
+        None => Family::of("none"),
     }
 }
 

@@ -6,8 +6,8 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use super::expected::Geometry;
 use super::float::Float;
+use crate::family::Geometry;
 
 /// A checkpoint in memory, to be damaged and written.
 pub(crate) struct Source {

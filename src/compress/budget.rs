@@ -9,16 +9,16 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use super::fit_store::FitStore;
-use super::parallel::Timed;
+use super::parallel::{Timed, in_order};
 use super::place::Place;
 use super::queue::largest_first;
-use crate::error::{Error, Result};
-use crate::fit::{Fit, Limits, LowRank, Norm, Spectrum, Term, fit_within};
+use crate::error::Result;
+use crate::fit::{Fit, Limits, LowRank, Spectrum, Term, fit_within};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
 use crate::plan::{Candidate, Choice, Target, Weighting, allocate};
 use crate::progress::Progress;
-use crate::spec::{MatrixSpec, TermSpec, Usage};
+use crate::spec::{MatrixSpec, Usage};
 
 /// Bytes of eigendecompositions that are kept between planning and fitting; beyond them they are computed again.
 pub const KEPT_SPECTRA: usize = 768 << 20;
@@ -194,42 +194,61 @@ impl SpentBudget {
         done
     }
 
+    /// The fits of matrices held in memory, in the order of `which`; see [`fit_each`](Self::fit_each).
+    ///
+    /// # Errors
+    /// Those of [`fit_each`](Self::fit_each).
+    pub fn fit_many(
+        &self,
+        which: &[usize],
+        places: &[Place<'_>],
+        matrices: &[&[f32]],
+        progress: &Progress,
+    ) -> Result<Vec<Timed>> {
+        let load = |at: usize| Ok(Cow::Borrowed(matrices[at]));
+        in_order(which.len(), |keep| self.fit_each(which, places, progress, load, keep))
+    }
+
     /// What every matrix is to become, in the order in which they were given.
     #[must_use]
     pub fn planned(&self) -> &[Planned] {
         &self.planned
     }
 
-    /// Hands the fit of every matrix that is compressed to `finish`, on the current rayon pool, once: those that planning
-    /// found, and those of low rank that it only chose. `places` and `load` are those of [`spend`](Self::spend).
+    /// Hands the fits of compressed matrices to `finish`, on the current rayon pool, each of them once: those that planning
+    /// found, and those of low rank that it only chose. `which` are their indices among the matrices of
+    /// [`spend`](Self::spend); `places`, `load` and `finish` count as `which` does.
     ///
     /// # Errors
-    /// Those of `load` and of the fit, in the matrix, those of `finish`, and [`Error::Io`] of the [`FitStore`].
+    /// Those of `load` and of the fit, in the matrix, those of `finish`, and [`Error::Io`] of the store of fits.
+    ///
+    /// # Panics
+    /// If there are not as many places as indices, or a matrix stays dense or was fitted before.
     pub fn fit_each<'a>(
         &self,
-        places: &[&Place<'_>],
+        which: &[usize],
+        places: &[Place<'_>],
         progress: &Progress,
         load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
         finish: impl Fn(usize, Timed) -> Result<()> + Sync,
     ) -> Result<()> {
-        let compressed: Vec<_> = (0..places.len()).filter(|&i| self.planned[i].spec.is_some()).collect();
-        let sizes: Vec<_> = compressed.iter().map(|&i| places[i].size()).collect();
+        assert_eq!(which.len(), places.len());
+        let sizes: Vec<_> = places.iter().map(Place::size).collect();
         progress.expect(sizes.iter().sum::<usize>() as u64);
         largest_first(&sizes, progress, |at, _| {
-            let i = compressed[at];
-            let work = std::mem::replace(&mut *self.work[i].lock().expect("no thread panicked"), Work::Nothing);
+            let work = std::mem::replace(&mut *self.work[which[at]].lock().expect("no thread panicked"), Work::Nothing);
             let timed = match work {
-                Work::Nothing => self.fits.take(i)?,
+                Work::Nothing => self.fits.take(which[at])?,
                 Work::LowRank(rank, spectrum) => {
                     let start = Instant::now();
-                    let term = low_rank(places[i], &load(i)?, rank, spectrum, progress)?;
+                    let term = low_rank(&places[at], &load(at)?, rank, spectrum, progress)?;
                     let (spec, lost_energy) = (MatrixSpec::low_rank(rank), term.lost_energy);
                     let fit = Fit { spec, lost_energy, terms: vec![Term::LowRank(term)] };
                     Timed { fit, seconds: start.elapsed().as_secs_f64() }
                 }
             };
             progress.advance(sizes[at] as u64);
-            finish(i, timed)
+            finish(at, timed)
         })?;
         progress.finish();
         Ok(())
@@ -271,9 +290,8 @@ impl Kept {
 
 /// Compresses those parts of a fused weight that would stay dense beside others that do not.
 fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [Choice]) -> Result<()> {
-    let compressed: HashSet<_> =
-        matrices.iter().zip(&*choices).filter(|(_, choice)| choice.rank.is_some()).map(|(matrix, _)| &matrix.module);
-    let compressed: HashSet<_> = compressed.collect();
+    let fitted = matrices.iter().zip(&*choices).filter(|(_, choice)| choice.rank.is_some());
+    let compressed: HashSet<_> = fitted.map(|(matrix, _)| &matrix.module).collect();
     for ((matrix, candidate), choice) in matrices.iter().zip(candidates).zip(choices.iter_mut()) {
         if choice.rank.is_none() && compressed.contains(&matrix.module) {
             *choice = candidate.choice_of_rank(candidate.rows.min(candidate.columns) - 1)?;
@@ -285,12 +303,12 @@ fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [
 /// What each matrix may take of `most` multiplies: as many as its choice does, and of what all choices together leave a
 /// part in proportion to that. Dense matrices have no use for it.
 fn shared_out(most: usize, choices: &[Choice]) -> Vec<usize> {
-    let left = most - choices.iter().map(|choice| choice.multiplies).sum::<usize>();
-    let used = |choice: &Choice| if choice.rank.is_some() { choice.multiplies } else { 0 };
+    let left = most - choices.iter().map(|choice| choice.macs).sum::<usize>();
+    let used = |choice: &Choice| if choice.rank.is_some() { choice.macs } else { 0 };
     let all = choices.iter().map(used).sum::<usize>().max(1);
     // Rounded down, and in more bits, since a product of two counts may not fit.
     let part = |choice: &Choice| (left as u128 * used(choice) as u128 / all as u128) as usize;
-    choices.iter().map(|choice| choice.multiplies + part(choice)).collect()
+    choices.iter().map(|choice| choice.macs + part(choice)).collect()
 }
 
 /// How many times as long finding the best approximation takes as a spectrum does, roughly, for the progress bar.
@@ -308,15 +326,15 @@ mod tests {
         fn what_is_shared_out_is_no_more_than_there_is(
             counts in prop::collection::vec((any::<bool>(), 0..1_usize << 40), 1..6), extra in 0..1_usize << 45,
         ) {
-            let choice = |&(dense, multiplies): &(bool, usize)| {
-                Choice { rank: (!dense).then_some(1), parameters: multiplies, multiplies, lost_energy: 0.0 }
+            let choice = |&(dense, macs): &(bool, usize)| {
+                Choice { rank: (!dense).then_some(1), parameters: macs, macs, lost_energy: 0.0 }
             };
             let choices: Vec<_> = counts.iter().map(choice).collect();
-            let used: usize = choices.iter().map(|choice| choice.multiplies).sum();
+            let used: usize = choices.iter().map(|choice| choice.macs).sum();
             let shares = shared_out(used + extra, &choices);
             prop_assert!(shares.iter().sum::<usize>() <= used + extra);
             for (share, choice) in shares.iter().zip(&choices) {
-                prop_assert!(*share >= choice.multiplies && (choice.rank.is_some() || *share == choice.multiplies));
+                prop_assert!(*share >= choice.macs && (choice.rank.is_some() || *share == choice.macs));
             }
         }
     }
@@ -326,15 +344,18 @@ mod tests {
         let sizes = [(48, 32, Usage::Map), (64, 32, Usage::TiedLookup), (32, 48, Usage::Map), (40, 32, Usage::Lookup)];
         let values: Vec<_> = sizes.iter().zip(1..).map(|(&(m, n, _), seed)| noise(m * n, seed)).collect();
         let matrices = sizes.map(|(rows, columns, usage)| {
-            (Place { name: "w".into(), rows, columns, moments: Moments::default() }, usage)
+            let place = Place { name: "w".into(), rows, columns, moments: Moments::default() };
+            BudgetMatrix { place, module: format!("{rows} {columns}"), usage }
         });
-        let dense: usize = sizes.iter().map(|&(m, n, usage)| usage.dense_multiplies(m, n)).sum();
+        let dense: usize = sizes.iter().map(|&(m, n, usage)| usage.dense_macs(m, n)).sum();
         let target = Target::Parameters(3400);
         let choose = |cap| {
             let load = |i: usize| Ok(Cow::Borrowed(values[i].as_slice()));
-            choose_specs(&matrices, target, cap, Effort::Best, 1, &Progress::default(), load)
+            let options = BudgetOptions { target, max_macs: cap, effort: Effort::Best };
+            SpentBudget::spend(&matrices, options, false, &Progress::default(), load)
+                .map(|spent| spent.planned().to_vec())
         };
-        let sum = |planned: &[Planned]| planned.iter().map(|each| each.multiplies).sum::<usize>();
+        let sum = |planned: &[Planned]| planned.iter().map(|each| each.macs).sum::<usize>();
         let free = choose(None).unwrap();
         assert!(sum(&free) as f64 > 0.8 * dense as f64);
         for share in [0.25, 0.5, 0.8, 1.5] {
@@ -342,9 +363,9 @@ mod tests {
             assert!(sum(&planned) as f64 <= share * dense as f64);
             assert_eq!(planned, choose(Some(share)).unwrap());
             for (each, &(m, n, usage)) in planned.iter().zip(&sizes) {
-                assert_eq!(each.multiplies_before, usage.dense_multiplies(m, n));
-                let takes = |spec: &MatrixSpec| spec.multiplies(m, n, usage).unwrap();
-                assert_eq!(each.multiplies, each.spec.as_ref().map_or(each.multiplies_before, takes));
+                assert_eq!(each.macs_before, usage.dense_macs(m, n));
+                let takes = |spec: &MatrixSpec| spec.macs(m, n, usage).unwrap();
+                assert_eq!(each.macs, each.spec.as_ref().map_or(each.macs_before, takes));
             }
         }
         assert_eq!(choose(Some(1e9)).unwrap(), free);

@@ -136,8 +136,7 @@ mod tests {
     fn fits_come_back_as_they_were_whether_held_or_spilled() {
         let (m, n) = (12, 16);
         let kronecker = TermSpec::Kronecker(KroneckerSpec { block: (2, 4), rank: 2, permute: Permute::Both });
-        let specs =
-            [MatrixSpec::low_rank(3), MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker]).unwrap()];
+        let specs = [MatrixSpec::low_rank(3), MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker]).unwrap()];
         let fits: Vec<Timed> = (0..6)
             .map(|i| {
                 let w = noise(m * n, i as u64);

@@ -3,6 +3,7 @@
 
 mod budget;
 mod card;
+mod fit_store;
 mod parallel;
 mod place;
 mod queue;
@@ -17,24 +18,24 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-pub use budget::{Planned, choose_specs, choose_specs_of_checkpoint};
+pub use budget::{BudgetMatrix, BudgetOptions, KEPT_SPECTRA, Planned, SpentBudget};
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use place::Place;
-pub use report::{MatrixPlace, MatrixReport, Report};
+pub use report::{MatrixReport, Report};
 
 use crate::checkpoint::files::is_weight_file;
 use crate::checkpoint::float::Float;
-use crate::checkpoint::names::{Kind, Matrix, TIED_HEAD, TOKEN_EMBEDDING, bare};
 use crate::checkpoint::read::{Checkpoint, Tensor};
 use crate::checkpoint::stage::{Destination, Stage};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};
+use crate::family::{Kind, Matrix};
 use crate::fit::{Fit, LowRank, Moments, Term};
 use crate::permute::{Decomposition, Permutation};
-use crate::plan::{Job, Plan, TQConfig};
+use crate::plan::{Job, Model, Plan, TQConfig};
 use crate::progress::Progress;
 use crate::shape::KroneckerShape;
-use crate::spec::{LowRankShape, TermSpec};
+use crate::spec::{LowRankShape, TermSpec, Usage};
 
 /// Bytes copied between two looks at whether to stop.
 const COPIED: usize = 4 << 20;
@@ -59,18 +60,89 @@ impl Default for Options {
     }
 }
 
-/// What `config` would do to the checkpoint in the directory `source`.
-///
-/// # Errors
-/// Those of [`Checkpoint::open`] and [`Plan::for_checkpoint`].
-pub fn plan_checkpoint(source: &Path, config: &TQConfig) -> Result<Report> {
-    let checkpoint = Checkpoint::open(source)?;
-    let plan = Plan::for_checkpoint(&checkpoint, config)?;
-    let bytes_before = Some(checkpoint.weight_bytes());
-    Ok(Report { source: Some(card::source_name(source)), bytes_before, ..Report::planned(&plan) })
+/// What `plan` would do to a checkpoint.
+#[must_use]
+pub fn planned_report(checkpoint: &Checkpoint, plan: &Plan) -> Report {
+    Report {
+        source: Some(card::source_name(checkpoint.directory())),
+        bytes_before: Some(checkpoint.weight_bytes()),
+        ..Report::planned(plan)
+    }
 }
 
-/// Compresses the checkpoint in `source` into the directory `destination`, on the current rayon pool. The bytes written
+/// Spends a budget over matrices of a checkpoint, by their names.
+///
+/// # Errors
+/// [`Error::Config`] for a name that is no matrix of the checkpoint; those of [`SpentBudget::spend`].
+pub fn spend_budget(
+    checkpoint: &Checkpoint,
+    names: &[String],
+    calibration: &Calibration<'_>,
+    options: BudgetOptions,
+    keep: bool,
+    progress: &Progress,
+) -> Result<SpentBudget> {
+    let matrices = Model::of_checkpoint(checkpoint).matrices(Some(names))?;
+    let mut by_name: HashMap<_, _> = matrices.into_iter().map(|matrix| (matrix.name.clone(), matrix)).collect();
+    let matrices = names.iter().map(|name| {
+        by_name.remove(name).ok_or_else(|| Error::Config(format!("budget: '{name}' is no matrix of the checkpoint")))
+    });
+    let matrices = matrices.collect::<Result<Vec<_>>>()?;
+    let budgeted: Vec<_> = matrices
+        .iter()
+        .map(|matrix| BudgetMatrix {
+            place: place(matrix, calibration),
+            module: matrix.module.clone(),
+            usage: usage(checkpoint, matrix),
+        })
+        .collect();
+    SpentBudget::spend(&budgeted, options, keep, progress, |i| checkpoint.matrix(&matrices[i]))
+}
+
+fn usage(checkpoint: &Checkpoint, matrix: &Matrix) -> Usage {
+    match matrix.kind {
+        Kind::Conv1d | Kind::Linear => Usage::Map,
+        Kind::Embedding if checkpoint.has_tied_head() && checkpoint.family().is_token_embedding(&matrix.tensor) => {
+            Usage::TiedLookup
+        }
+        Kind::Embedding => Usage::Lookup,
+    }
+}
+
+/// Where the fits of a checkpoint's matrices come from.
+#[derive(Clone, Copy)]
+pub enum Fits<'a> {
+    /// They are made, in the norms of a calibration.
+    Made(&'a Calibration<'a>),
+    /// A budget was spent on the matrices of these names, in the norms of a calibration, and carries them.
+    Spent {
+        /// The budget.
+        budget: &'a SpentBudget,
+        /// The names of its matrices, in its order.
+        names: &'a [String],
+        /// The moments that it was spent with.
+        calibration: &'a Calibration<'a>,
+    },
+}
+
+impl Fits<'_> {
+    fn calibrated(&self) -> bool {
+        let (Self::Made(calibration) | Self::Spent { calibration, .. }) = self;
+        calibration.values().any(|moments| moments.input.is_some() || moments.output.is_some())
+    }
+}
+
+/// The places of a plan's matrices among `names`.
+fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
+    let places: HashMap<_, _> = names.iter().enumerate().map(|(i, name)| (name.as_str(), i)).collect();
+    let place = |job: &Job| {
+        let name = job.matrix.name.as_str();
+        places.get(name).copied().ok_or_else(|| Error::Config(format!("budget: '{name}' was not part of it")))
+    };
+    plan.jobs.iter().map(place).collect()
+}
+
+/// Compresses a checkpoint into the directory `destination`, on the current rayon pool. The bytes written
 /// do not depend on its number of threads.
 ///
 /// Weights, `config.json` with a `quantization_config`, a model card and `compression_report.json` are written; the
@@ -86,55 +158,57 @@ pub fn plan_checkpoint(source: &Path, config: &TQConfig) -> Result<Report> {
 /// # Cost
 /// Memory: one matrix a thread and what its decomposition needs. The source is mapped, not loaded.
 pub fn compress_checkpoint(
-    source: &Path,
+    checkpoint: &Checkpoint,
     destination: &Path,
     config: &TQConfig,
-    calibration: &Calibration<'_>,
+    fits: Fits<'_>,
     options: &Options,
     progress: &Progress,
 ) -> Result<Report> {
     let start = Instant::now();
-    let checkpoint = Checkpoint::open(source)?;
-    let plan = Plan::for_checkpoint(&checkpoint, config)?;
-    let dropped = dropped_head(&checkpoint, &plan)?;
-    let outputs = outputs(&checkpoint, &plan, dropped, options.dtype)?;
-    let destination = Destination::check(destination, &checkpoint, options.overwrite)?;
-    check_finite(&checkpoint, &plan, progress)?;
+    let source = checkpoint.directory();
+    let plan = Plan::for_checkpoint(checkpoint, config)?;
+    let dropped = dropped_head(checkpoint, &plan)?;
+    let outputs = outputs(checkpoint, &plan, dropped, options.dtype)?;
+    let destination = Destination::check(destination, checkpoint, options.overwrite)?;
+    check_finite(checkpoint, &plan, progress)?;
 
     let stage = Stage::begin(destination)?;
     let slots: Vec<_> = outputs.iter().map(|output| output.slot.clone()).collect();
     let writer = Writer::create(stage.directory(), &slots, options.max_shard_bytes)?;
     for output in &outputs {
         match output.content {
-            Content::Copy(tensor) => copy(&checkpoint, tensor, &output.slot, &writer, progress)?,
+            Content::Copy(tensor) => copy(checkpoint, tensor, &output.slot, &writer, progress)?,
             Content::Guard => writer.write(&output.slot.name, 0, &[0])?,
             Content::Factor => {}
         }
     }
 
-    let tasks: Vec<_> =
-        plan.jobs.iter().map(|job| Task { place: place(&job.matrix, calibration), spec: job.spec.clone() }).collect();
-    let mut report = Report { calibrated: !calibration.is_empty(), ..Report::planned(&plan) };
+    let mut report = Report { calibrated: fits.calibrated(), ..Report::planned(&plan) };
     let matrices = Mutex::new(&mut report.matrices);
-    decompose_each(
-        &tasks,
-        plan.config.effort,
-        plan.config.seed,
-        progress,
-        |i| checkpoint.matrix(&plan.jobs[i].matrix),
-        |i, Timed { fit, seconds }| {
-            let matrix = &plan.jobs[i].matrix;
-            checkpoint.release(&checkpoint.tensors()[&matrix.tensor]);
-            write_factors(&writer, matrix, &fit)?;
-            let mut matrices = matrices.lock().expect("no thread panicked");
-            matrices[i].lost_energy = Some(fit.lost_energy);
-            matrices[i].seconds = Some(seconds);
-            Ok(())
-        },
-    )?;
+    let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
+    let finish = |i: usize, Timed { fit, seconds }| {
+        let matrix = &plan.jobs[i].matrix;
+        checkpoint.release(&checkpoint.tensors()[&matrix.tensor]);
+        write_factors(&writer, matrix, &fit)?;
+        let mut matrices = matrices.lock().expect("no thread panicked");
+        matrices[i].lost_energy = Some(fit.lost_energy);
+        matrices[i].seconds = Some(seconds);
+        Ok(())
+    };
+    match fits {
+        Fits::Made(calibration) => {
+            let task = |job: &Job| Task { place: place(&job.matrix, calibration), spec: job.spec.clone() };
+            let tasks: Vec<_> = plan.jobs.iter().map(task).collect();
+            decompose_each(&tasks, plan.config.effort, plan.config.seed, progress, load, finish)?;
+        }
+        Fits::Spent { budget, names, calibration, .. } => {
+            let places: Vec<_> = plan.jobs.iter().map(|job| place(&job.matrix, calibration)).collect();
+            budget.fit_each(&which(&plan, names)?, &places, progress, load, finish)?;
+        }
+    }
     progress.check()?;
 
-    report.matrices.iter_mut().for_each(|matrix| matrix.place = None);
     report.source = Some(card::source_name(source));
     report.dtype = options.dtype.map(Float::name);
     report.bytes_before = Some(checkpoint.weight_bytes());
@@ -172,8 +246,10 @@ enum Content<'a> {
 
 /// A head that is stored although it is the token embedding, and must not be stored any more once that is factored.
 fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'a Tensor>> {
-    let embedding = plan.jobs.iter().find(|job| bare(&job.matrix.tensor) == TOKEN_EMBEDDING);
-    let (Some(head), Some(job), true) = (checkpoint.tensors().get(TIED_HEAD), embedding, checkpoint.tied()) else {
+    let family = checkpoint.family();
+    let embedding = plan.jobs.iter().find(|job| family.is_token_embedding(&job.matrix.tensor));
+    let head = checkpoint.tensors().get(&family.output_head_weight());
+    let (Some(head), Some(job), true) = (head, embedding, checkpoint.tied()) else {
         return Ok(None);
     };
     let embedding = &checkpoint.tensors()[&job.matrix.tensor];
@@ -183,8 +259,9 @@ fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'
         return Ok(Some(head));
     }
     let problem = format!(
-        "tensor '{TIED_HEAD}' differs from '{}', though tie_word_embeddings says that they are one: set it to false in \
+        "tensor '{}' differs from '{}', though tie_word_embeddings says that they are one: set it to false in \
          config.json, or remove the head",
+        family.output_head_weight(),
         job.matrix.tensor
     );
     Err(Error::Checkpoint { path: checkpoint.directory().to_owned(), problem })

@@ -49,15 +49,22 @@ pub fn decompose_many(
     progress: &Progress,
 ) -> Result<Vec<Timed>> {
     assert_eq!(tasks.len(), matrices.len());
-    let results: Vec<Mutex<Option<Timed>>> = tasks.iter().map(|_| Mutex::new(None)).collect();
     let load = |i: usize| Ok(Cow::Borrowed(matrices[i]));
-    let keep = |i: usize, timed| {
+    in_order(tasks.len(), |keep| decompose_each(tasks, effort, seed, progress, load, keep))
+}
+
+/// The results of `count` jobs in their order, from `run`, which hands each of them to its argument as it comes.
+pub(super) fn in_order(
+    count: usize,
+    run: impl FnOnce(&(dyn Fn(usize, Timed) -> Result<()> + Sync)) -> Result<()>,
+) -> Result<Vec<Timed>> {
+    let results: Vec<Mutex<Option<Timed>>> = (0..count).map(|_| Mutex::new(None)).collect();
+    run(&|i, timed| {
         *results[i].lock().expect("no thread panicked") = Some(timed);
         Ok(())
-    };
-    decompose_each(tasks, effort, seed, progress, load, keep)?;
+    })?;
     let taken = results.into_iter().map(|result| result.into_inner().expect("no thread panicked"));
-    Ok(taken.map(|timed| timed.expect("every task was done")).collect())
+    Ok(taken.map(|timed| timed.expect("every job was done")).collect())
 }
 
 /// Decomposes, on the current rayon pool, matrices that `load` yields by their index in `tasks`, and hands each result to

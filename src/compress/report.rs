@@ -27,20 +27,6 @@ pub struct MatrixReport {
     /// Wall-clock seconds, once they are known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
-    /// Where the matrix is in the model: in plans only.
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub place: Option<MatrixPlace>,
-}
-
-/// Where a matrix is in the model.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct MatrixPlace {
-    /// The bare name of its module.
-    pub module: String,
-    /// "conv1d", "linear" or "embedding".
-    pub kind: &'static str,
-    /// Where its columns begin in the in × out tensor.
-    pub first_column: usize,
 }
 
 /// What was done to a checkpoint, or, from a plan, what would be.
@@ -125,11 +111,6 @@ impl MatrixReport {
             parameters_after: *parameters,
             lost_energy: None,
             seconds: None,
-            place: Some(MatrixPlace {
-                module: matrix.module.clone(),
-                kind: matrix.kind.name(),
-                first_column: matrix.first_column,
-            }),
         }
     }
 }

@@ -23,7 +23,14 @@ fn source(prefix: &str, float: Float) -> Source {
 
 fn compress(from: &Path, to: &Path, options: &Options) -> Result<Report> {
     let config = TQConfig::from_json(SPECS).unwrap();
-    compress_checkpoint(from, to, &config, &Calibration::new(), options, &Progress::default())
+    compress_checkpoint(
+        &Checkpoint::open(from)?,
+        to,
+        &config,
+        Fits::Made(&Calibration::new()),
+        options,
+        &Progress::default(),
+    )
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -263,8 +270,15 @@ fn whatever_fails_nothing_is_left() {
     let progress = Progress::default();
     progress.cancel();
     let config = TQConfig::from_json(SPECS).unwrap();
-    let error =
-        compress_checkpoint(&from, &to, &config, &Calibration::new(), &Options::default(), &progress).unwrap_err();
+    let error = compress_checkpoint(
+        &Checkpoint::open(&from).unwrap(),
+        &to,
+        &config,
+        Fits::Made(&Calibration::new()),
+        &Options::default(),
+        &progress,
+    )
+    .unwrap_err();
     assert!(matches!(error, Error::Cancelled));
     assert_eq!(names(root.path()), ["from"]);
 }

@@ -84,11 +84,11 @@ impl Family {
     /// The description of a `model_type`.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the families that have one.
-    pub fn of(model_type: &str) -> Result<&'static Self> {
+    /// What is wrong, naming the families that have one.
+    pub fn of(model_type: &str) -> Result<&'static Self, String> {
         TABLE.families.get(model_type).ok_or_else(|| {
             let known = TABLE.families.keys().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
-            Error::Config(format!("model_type: expected {known}, got \"{model_type}\""))
+            format!("model_type: expected {known}, got \"{model_type}\"")
         })
     }
 
@@ -98,7 +98,7 @@ impl Family {
         stored.strip_prefix(&self.base_prefix).unwrap_or(stored)
     }
 
-    /// The stored name of the token embedding's weight, bare.
+    /// Whether this is the weight of the token embedding.
     #[must_use]
     pub fn is_token_embedding(&self, stored: &str) -> bool {
         self.bare(stored).strip_suffix(".weight") == Some(&self.token_embedding)
@@ -228,7 +228,9 @@ mod tests {
 
     #[test]
     fn fused_attention_is_three_matrices_and_a_linear_weight_is_transposed() {
-        let parts = Matrix::all_of("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight", &[8, 24], Kind::Conv1d).unwrap();
+        let parts =
+            Matrix::all_of("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight", &[8, 24], Kind::Conv1d)
+                .unwrap();
         let seen: Vec<_> =
             parts.iter().map(|m| (m.name.as_str(), m.part(), m.rows, m.columns, m.first_column)).collect();
         assert_eq!(
@@ -240,7 +242,13 @@ mod tests {
             ]
         );
         assert_eq!(parts[0].stored_module(), "transformer.h.0.attn.c_attn");
-        let cross = Matrix::all_of("h.0.crossattention.c_attn.weight", "h.0.crossattention.c_attn.weight", &[8, 16], Kind::Conv1d).unwrap();
+        let cross = Matrix::all_of(
+            "h.0.crossattention.c_attn.weight",
+            "h.0.crossattention.c_attn.weight",
+            &[8, 16],
+            Kind::Conv1d,
+        )
+        .unwrap();
         assert_eq!(cross.iter().map(Matrix::part).collect::<Vec<_>>(), [".k", ".v"]);
         let head = &Matrix::all_of("score.weight", "score.weight", &[5, 8], Kind::Linear).unwrap()[0];
         assert_eq!((head.rows, head.columns, head.name.as_str()), (8, 5, "score"));
@@ -249,7 +257,9 @@ mod tests {
     #[test]
     fn misshapen_weights_are_refused_by_name() {
         for shape in [&[8, 25][..], &[8], &[2, 2, 2], &[0, 0]] {
-            let message = Matrix::all_of("h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight", shape, Kind::Conv1d).unwrap_err().to_string();
+            let message = Matrix::all_of("h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight", shape, Kind::Conv1d)
+                .unwrap_err()
+                .to_string();
             assert!(message.contains("h.0.attn.c_attn.weight"), "{message}");
         }
     }
@@ -290,13 +300,17 @@ mod tests {
 
     #[test]
     fn a_family_without_a_description_is_refused_by_name() {
-        let message = Family::of("mamba").unwrap_err().to_string();
+        let message = Family::of("mamba").unwrap_err();
         assert!(message.contains("\"gpt2\"") && message.contains("\"mamba\""), "{message}");
     }
 
     #[test]
     fn only_masks_count_as_masks() {
         assert!(gpt2().is_ignored("h.3.attn.bias") && gpt2().is_ignored("transformer.h.3.attn.masked_bias"));
-        assert!(!gpt2().is_ignored("h.3.attn.c_attn.bias") && !gpt2().is_ignored("attn.bias") && !gpt2().is_ignored("h.3.mlp.c_fc.bias"));
+        assert!(
+            !gpt2().is_ignored("h.3.attn.c_attn.bias")
+                && !gpt2().is_ignored("attn.bias")
+                && !gpt2().is_ignored("h.3.mlp.c_fc.bias")
+        );
     }
 }

@@ -4,7 +4,9 @@
 //! checkpoints by it, and Python asks the same table for the parts of fused weights of live models.
 
 mod description;
+mod gpt2;
 mod matrix;
 
 pub use description::{Family, fused_parts, split_part};
+pub use gpt2::Geometry;
 pub use matrix::{Kind, Matrix};

@@ -61,19 +61,19 @@ pub struct Limits {
     /// At most so many parameters.
     pub parameters: usize,
     /// At most so many multiplies for one token, when this is done with it; `None` for any number.
-    pub multiplies: Option<(usize, Usage)>,
+    pub macs: Option<(usize, Usage)>,
 }
 
 impl Limits {
     /// At most so many parameters, and any number of multiplies.
     #[must_use]
     pub fn of_parameters(parameters: usize) -> Self {
-        Self { parameters, multiplies: None }
+        Self { parameters, macs: None }
     }
 
     /// Whether an `(m, n)` matrix of that spec keeps within the multiplies.
     fn affords(&self, spec: &MatrixSpec, m: usize, n: usize) -> Result<bool> {
-        self.multiplies.map_or(Ok(true), |(most, usage)| Ok(spec.multiplies(m, n, usage)? <= most))
+        self.macs.map_or(Ok(true), |(most, usage)| Ok(spec.macs(m, n, usage)? <= most))
     }
 }
 
@@ -153,8 +153,8 @@ fn largest_rank(m: usize, n: usize, limits: Limits) -> Result<usize> {
             return Ok(rank);
         }
     }
-    let (got, usage) = limits.multiplies.expect("any number of multiplies is afforded otherwise");
-    Err(refused("multiplies", MatrixSpec::low_rank(1).multiplies(m, n, usage)?, got))
+    let (got, usage) = limits.macs.expect("any number of multiplies is afforded otherwise");
+    Err(refused("MACs", MatrixSpec::low_rank(1).macs(m, n, usage)?, got))
 }
 
 /// A candidate that after its second look is so many times worse than low rank is given up.

@@ -45,8 +45,8 @@ pub(super) fn anneal(
     let unit = energy / gram.elements as f64;
     let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
     let mut projector = Projector::fit(gram, order, rank)?;
-    let multiplies = gram.slots * gram.phases * gram.phases;
-    let moves = (schedule.moves * SWAP_MULTIPLIES / multiplies.max(SWAP_MULTIPLIES)).max(1);
+    let macs = gram.slots * gram.phases * gram.phases;
+    let moves = (schedule.moves * SWAP_MULTIPLIES / macs.max(SWAP_MULTIPLIES)).max(1);
     let mut own = Vec::new();
     for stage in 0..schedule.stages {
         let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;

@@ -9,9 +9,9 @@ use serde::Serialize;
 pub use budget::{Candidate, Choice, Target, Weighting, allocate};
 pub use config::{FORMAT_VERSION, TQConfig, matrix_spec, matrix_spec_json};
 
-use crate::checkpoint::names::{self, BASE_PREFIX, Kind, Matrix, TIED_HEAD};
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};
+use crate::family::{Kind, Matrix};
 use crate::spec::MatrixSpec;
 
 /// A tensor that a plan is made over.
@@ -19,6 +19,8 @@ use crate::spec::MatrixSpec;
 pub struct Input {
     /// Its stored name.
     pub name: String,
+    /// Its name without the base model's prefix.
+    pub bare: String,
     /// Its shape as stored.
     pub shape: Vec<usize>,
     /// The kind of its module, if it is a weight that may be compressed.
@@ -64,23 +66,75 @@ pub struct Plan {
     pub parameters_after: usize,
 }
 
-impl Plan {
-    /// Resolves `config` against the tensors of a model. `tied_head` says that the output head is the token embedding,
-    /// so that it is neither counted nor a matrix of its own.
+/// The tensors of a model, and how its names are to be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Model {
+    /// Its tensors in model order, without those that are tied to others.
+    pub inputs: Vec<Input>,
+    /// The prefix of the base model's names, which patterns may have or not: "transformer.".
+    pub base_prefix: String,
+    /// Modules whose weight is another's, and that other, by bare names: `("lm_head", "wte")`.
+    pub tied: Vec<(String, String)>,
+}
+
+impl Model {
+    /// The tensors of a checkpoint.
+    #[must_use]
+    pub fn of_checkpoint(checkpoint: &Checkpoint) -> Self {
+        let family = checkpoint.family();
+        let tied = |name: &str| checkpoint.tied() && family.is_output_head(name);
+        let inputs = checkpoint.tensors().iter().filter(|(name, _)| !tied(name)).map(|(name, tensor)| Input {
+            name: name.clone(),
+            bare: family.bare(name).to_owned(),
+            shape: tensor.shape.clone(),
+            kind: family.kind_of(name),
+            parameters: tensor.parameters(),
+        });
+        Self {
+            inputs: inputs.collect(),
+            base_prefix: family.base_prefix.clone(),
+            tied: if checkpoint.tied() {
+                vec![(family.output_head.clone(), family.token_embedding.clone())]
+            } else {
+                Vec::new()
+            },
+        }
+    }
+
+    /// The matrices that match one of `patterns`, in model order; all of them for `None`.
     ///
     /// # Errors
-    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a `c_attn` of which only a part would be
-    /// compressed; [`Error::Shape`], in the matrix, for a block that does not divide it or a rank too large.
-    pub fn resolve(inputs: &[Input], tied_head: bool, config: &TQConfig) -> Result<Self> {
-        let mut inputs: Vec<&Input> = inputs.iter().filter(|input| !(tied_head && input.name == TIED_HEAD)).collect();
-        inputs.sort_by(|left, right| names::model_order(&left.name).cmp(&names::model_order(&right.name)));
-        let mut rules = Vec::with_capacity(config.specs.len());
-        for (pattern, spec) in &config.specs {
-            let glob = Pattern::new(pattern)
-                .map_err(|error| Error::Config(format!("specs: pattern {pattern:?}: {}", error.msg)))?;
-            rules.push(Rule { pattern, glob, spec, matched: false });
+    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a fused weight of which only a part
+    /// matches; [`Error::Shape`] in a tensor that is no matrix.
+    pub fn matrices(&self, patterns: Option<&[String]>) -> Result<Vec<Matrix>> {
+        let Some(patterns) = patterns else {
+            let each = self.inputs.iter().map(Input::matrices).collect::<Result<Vec<_>>>()?;
+            return Ok(each.into_iter().flatten().collect());
+        };
+        let mut rules = Rules::new(patterns.iter().map(|pattern| (pattern, ())), "matrices", self)?;
+        let mut matched = Vec::new();
+        for input in &self.inputs {
+            matched.extend(rules.matched(input)?.into_iter().map(|(matrix, ())| matrix));
         }
+        rules.check_all_matched()?;
+        Ok(matched)
+    }
+}
 
+impl Input {
+    fn matrices(&self) -> Result<Vec<Matrix>> {
+        self.kind.map_or(Ok(Vec::new()), |kind| Matrix::all_of(&self.name, &self.bare, &self.shape, kind))
+    }
+}
+
+impl Plan {
+    /// Resolves `config` against the tensors of a model.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a fused weight of which only a part would
+    /// be compressed; [`Error::Shape`], in the matrix, for a block that does not divide it or a rank too large.
+    pub fn resolve(model: &Model, config: &TQConfig) -> Result<Self> {
+        let mut rules = Rules::new(config.specs.iter(), "specs", model)?;
         let mut plan = Self {
             config: TQConfig { specs: indexmap::IndexMap::new(), ..config.clone() },
             jobs: Vec::new(),
@@ -88,43 +142,23 @@ impl Plan {
             parameters_before: 0,
             parameters_after: 0,
         };
-        for input in inputs {
+        for input in &model.inputs {
             plan.parameters_before += input.parameters;
-            let matrices =
-                input.kind.map_or(Ok(Vec::new()), |kind| names::matrices(&input.name, &input.shape, kind))?;
-            let parts = matrices.len();
-            let asked: Vec<_> = matrices
-                .into_iter()
-                .filter_map(|matrix| first_match(&mut rules, &matrix).map(|spec| (matrix, spec)))
-                .collect();
+            let asked = rules.matched(input)?;
             if asked.is_empty() {
                 plan.parameters_after += input.parameters;
                 let (tensor, shape) = (input.name.clone(), input.shape.clone());
                 plan.untouched.push(Untouched { tensor, shape, parameters: input.parameters });
-            } else if asked.len() < parts {
-                let names: Vec<_> = asked.iter().map(|(matrix, _)| matrix.name.as_str()).collect();
-                return Err(Error::Config(format!(
-                    "tensor '{}' is fused: compress all of its {parts} parts or none, got only {}",
-                    input.name,
-                    names.join(", ")
-                )));
             }
             for (matrix, spec) in asked {
                 let parameters = spec.parameters(matrix.rows, matrix.columns);
                 let parameters = parameters.map_err(|error| error.in_tensor(&matrix.name))?;
                 plan.parameters_after += parameters;
                 plan.config.specs.insert(matrix.name.clone(), spec.clone());
-                plan.jobs.push(Job { matrix, spec, parameters });
+                plan.jobs.push(Job { matrix, spec: spec.clone(), parameters });
             }
         }
-        if let Some(rule) = rules.iter().find(|rule| !rule.matched) {
-            let hint = if tied_head && rule.glob.matches_with(TIED_HEAD.trim_end_matches(".weight"), OPTIONS) {
-                " (lm_head is tied to wte: compressing wte compresses both)"
-            } else {
-                ""
-            };
-            return Err(Error::Config(format!("specs: pattern {:?} matches no matrix{hint}", rule.pattern)));
-        }
+        rules.check_all_matched()?;
         Ok(plan)
     }
 
@@ -133,17 +167,7 @@ impl Plan {
     /// # Errors
     /// As [`resolve`](Self::resolve); [`Error::Dtype`] in a tensor that would be compressed and is not floating.
     pub fn for_checkpoint(checkpoint: &Checkpoint, config: &TQConfig) -> Result<Self> {
-        let inputs: Vec<_> = checkpoint
-            .tensors()
-            .iter()
-            .map(|(name, tensor)| Input {
-                name: name.clone(),
-                shape: tensor.shape.clone(),
-                kind: names::kind_of(name),
-                parameters: tensor.parameters(),
-            })
-            .collect();
-        let plan = Self::resolve(&inputs, checkpoint.tied(), config)?;
+        let plan = Self::resolve(&Model::of_checkpoint(checkpoint), config)?;
         plan.jobs.iter().try_for_each(|job| checkpoint.stored(&job.matrix).map(drop))?;
         Ok(plan)
     }
@@ -153,42 +177,94 @@ impl Plan {
 const OPTIONS: MatchOptions =
     MatchOptions { case_sensitive: true, require_literal_separator: false, require_literal_leading_dot: false };
 
-struct Rule<'a> {
+/// Patterns, each with what it asks of the matrices that it matches; the first that matches a matrix decides.
+struct Rules<'a, T> {
+    rules: Vec<Rule<'a, T>>,
+    /// What the patterns are called in errors.
+    what: &'static str,
+    model: &'a Model,
+}
+
+struct Rule<'a, T> {
     pattern: &'a str,
     glob: Pattern,
-    spec: &'a MatrixSpec,
+    asks: T,
     matched: bool,
 }
 
-/// The spec of the first rule that matches the matrix; every rule that does is marked.
-fn first_match(rules: &mut [Rule<'_>], matrix: &Matrix) -> Option<MatrixSpec> {
-    let mut names = Vec::with_capacity(8);
-    for name in [&matrix.name, &matrix.module] {
-        for prefix in ["", BASE_PREFIX] {
-            names.push(format!("{prefix}{name}"));
-            names.push(format!("{prefix}{name}.weight"));
-        }
+impl<'a, T: Copy> Rules<'a, T> {
+    fn new(patterns: impl Iterator<Item = (&'a String, T)>, what: &'static str, model: &'a Model) -> Result<Self> {
+        let rule = |(pattern, asks): (&'a String, T)| {
+            let glob = Pattern::new(pattern)
+                .map_err(|error| Error::Config(format!("{what}: pattern {pattern:?}: {}", error.msg)))?;
+            Ok(Rule { pattern: pattern.as_str(), glob, asks, matched: false })
+        };
+        Ok(Self { rules: patterns.map(rule).collect::<Result<_>>()?, what, model })
     }
-    let mut first = None;
-    for rule in rules {
-        if names.iter().any(|name| rule.glob.matches_with(name, OPTIONS)) {
-            rule.matched = true;
-            first.get_or_insert_with(|| rule.spec.clone());
+
+    /// The matrices of a tensor that a pattern matches, and what the first such pattern asks: all of them or none.
+    fn matched(&mut self, input: &Input) -> Result<Vec<(Matrix, T)>> {
+        let matrices = input.matrices()?;
+        let parts = matrices.len();
+        let mut asked = Vec::with_capacity(parts);
+        for matrix in matrices {
+            if let Some(asks) = self.first_match(&matrix) {
+                asked.push((matrix, asks));
+            }
         }
+        if !asked.is_empty() && asked.len() < parts {
+            let names: Vec<_> = asked.iter().map(|(matrix, _)| matrix.name.as_str()).collect();
+            return Err(Error::Config(format!(
+                "tensor '{}' is fused: compress all of its {parts} parts or none, got only {}",
+                input.name,
+                names.join(", ")
+            )));
+        }
+        Ok(asked)
     }
-    first
+
+    /// What the first rule that matches the matrix asks; every rule that does is marked.
+    fn first_match(&mut self, matrix: &Matrix) -> Option<T> {
+        let mut names = Vec::with_capacity(8);
+        for name in [&matrix.name, &matrix.module] {
+            for prefix in ["", &self.model.base_prefix] {
+                names.push(format!("{prefix}{name}"));
+                names.push(format!("{prefix}{name}.weight"));
+            }
+        }
+        let mut first = None;
+        for rule in &mut self.rules {
+            if names.iter().any(|name| rule.glob.matches_with(name, OPTIONS)) {
+                rule.matched = true;
+                first.get_or_insert(rule.asks);
+            }
+        }
+        first
+    }
+
+    fn check_all_matched(&self) -> Result<()> {
+        let Some(rule) = self.rules.iter().find(|rule| !rule.matched) else { return Ok(()) };
+        let tied = self.model.tied.iter().find(|(head, _)| rule.glob.matches_with(head, OPTIONS));
+        let hint = tied.map_or(String::new(), |(head, source)| {
+            format!(" ({head} is tied to {source}: compressing {source} compresses both)")
+        });
+        Err(Error::Config(format!("{}: pattern {:?} matches no matrix{hint}", self.what, rule.pattern)))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::Family;
 
     fn input(name: &str, shape: &[usize]) -> Input {
-        Input { name: name.into(), shape: shape.into(), kind: names::kind_of(name), parameters: shape.iter().product() }
+        let family = Family::of("gpt2").unwrap();
+        let (bare, kind) = (family.bare(name).to_owned(), family.kind_of(name));
+        Input { name: name.into(), bare, shape: shape.into(), kind, parameters: shape.iter().product() }
     }
 
-    fn model() -> Vec<Input> {
-        let mut inputs = vec![input("lm_head.weight", &[40, 8]), input("transformer.wte.weight", &[40, 8])];
+    fn model(tied_head: bool) -> Model {
+        let mut inputs = vec![input("transformer.wte.weight", &[40, 8])];
         for layer in 0..4 {
             for (name, shape) in [
                 ("attn.c_attn.bias", &[24][..]),
@@ -199,11 +275,16 @@ mod tests {
                 inputs.push(input(&format!("transformer.h.{layer}.{name}"), shape));
             }
         }
-        inputs
+        let mut tied = vec![("lm_head".to_owned(), "wte".to_owned())];
+        if !tied_head {
+            tied.clear();
+            inputs.push(input("lm_head.weight", &[40, 8]));
+        }
+        Model { inputs, base_prefix: "transformer.".into(), tied }
     }
 
     fn resolve(specs: &str, tied: bool) -> Result<Plan> {
-        Plan::resolve(&model(), tied, &TQConfig::from_json(&format!("{{\"specs\":{specs}}}")).unwrap())
+        Plan::resolve(&model(tied), &TQConfig::from_json(&format!("{{\"specs\":{specs}}}")).unwrap())
     }
 
     fn names(plan: &Plan) -> Vec<&str> {
@@ -238,7 +319,7 @@ mod tests {
         assert_eq!(plan.jobs.len(), 8);
         assert_eq!(plan.config.specs["h.2.mlp.c_proj"].as_kronecker().unwrap().block, (4, 2));
         assert_eq!(plan.config.specs["h.1.mlp.c_proj"].as_kronecker().unwrap().block, (2, 4));
-        assert_eq!(Plan::resolve(&model(), true, &plan.config).unwrap(), plan);
+        assert_eq!(Plan::resolve(&model(true), &plan.config).unwrap(), plan);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `MatrixInfo`, `list_matrices`, `spend_budget` and `SpentBudget`: one budget over the matrices of a model in memory.
+//! `MatrixInfo`, `Choice`, `spend_budget` and `SpentBudget`: one budget over the matrices of a model in memory.
 
 use std::borrow::Cow;
 
@@ -9,9 +9,9 @@ use super::jobs;
 use super::moments::{MomentArrays, place, same_length};
 use super::specs::spec_to_python;
 use super::terms::Fitted;
-use crate::checkpoint::names::Matrix;
 use crate::compress::{self, BudgetMatrix, BudgetOptions, Place};
 use crate::error::{Error, Result};
+use crate::family::Matrix;
 use crate::permute::Effort;
 use crate::plan::Target;
 use crate::spec::Usage;
@@ -38,12 +38,20 @@ pub(super) struct MatrixInfo {
     shape: (usize, usize),
     /// Where its columns begin in the in × out tensor.
     first_column: usize,
-    /// Its number of parameters.
-    parameters: usize,
+    /// Its parameters while it is dense.
+    parameters_before: usize,
+    /// What it becomes, an object of `tqcompressor.config.specs`; `None` where it stays dense.
+    spec: Option<Py<PyAny>>,
+    /// Its parameters then.
+    parameters_after: usize,
 }
 
-impl From<&Matrix> for MatrixInfo {
-    fn from(matrix: &Matrix) -> Self {
+impl MatrixInfo {
+    pub fn dense(matrix: &Matrix) -> Self {
+        Self::new(matrix, None, matrix.parameters())
+    }
+
+    pub fn new(matrix: &Matrix, spec: Option<Py<PyAny>>, parameters_after: usize) -> Self {
         Self {
             name: matrix.name.clone(),
             module: matrix.module.clone(),
@@ -51,7 +59,9 @@ impl From<&Matrix> for MatrixInfo {
             kind: matrix.kind.name(),
             shape: (matrix.rows, matrix.columns),
             first_column: matrix.first_column,
-            parameters: matrix.parameters(),
+            parameters_before: matrix.parameters(),
+            spec,
+            parameters_after,
         }
     }
 }
@@ -98,24 +108,25 @@ impl SpentBudget {
         self.spent.planned().iter().map(choice).collect()
     }
 
-    /// The fits of the matrices that are compressed, by name: taken once.
-    #[pyo3(signature = (matrices, names, moments, *, threads, progress))]
+    /// The fits of those matrices that are at these places of the budget, each of them once.
+    #[pyo3(signature = (which, matrices, names, moments, *, threads, progress))]
+    #[allow(clippy::too_many_arguments)]
     fn fit<'py>(
         &self,
         py: Python<'py>,
+        which: Vec<usize>,
         matrices: Vec<PyReadonlyArray2<'py, f32>>,
         names: Vec<String>,
         moments: Vec<MomentArrays<'py>>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<Vec<Option<Fitted>>> {
+    ) -> PyResult<Vec<Fitted>> {
         let (places, data) = places(&matrices, &names, &moments)?;
-        let places: Vec<&Place<'_>> = places.iter().collect();
+        same_length(places.len(), &[which.len()])?;
         let pool = jobs::pool(threads)?;
-        let fits = jobs::run(py, progress, |progress| {
-            pool.install(|| self.spent.fit_all(&places, progress, |i| Ok(Cow::Borrowed(data[i]))))
-        })?;
-        fits.into_iter().map(|timed| timed.map(|timed| Fitted::new(py, timed)).transpose()).collect()
+        let fits =
+            jobs::run(py, progress, |progress| pool.install(|| self.spent.fit_many(&which, &places, &data, progress)))?;
+        fits.into_iter().map(|timed| Fitted::new(py, timed)).collect()
     }
 }
 
@@ -163,9 +174,11 @@ fn spend_budget<'py>(
         BudgetOptions { target: target(parameters, lost_energy)?, max_macs, effort: Effort::from_name(effort)? };
     same_length(matrices.len(), &[modules.len(), usages.len()])?;
     let (places, data) = places(&matrices, &names, &moments)?;
-    let budgeted = places.into_iter().zip(modules).zip(usages).map(|((place, module), usage)| {
-        Ok(BudgetMatrix { place, module, usage: Usage::from_name(&usage)? })
-    });
+    let budgeted = places
+        .into_iter()
+        .zip(modules)
+        .zip(usages)
+        .map(|((place, module), usage)| Ok(BudgetMatrix { place, module, usage: Usage::from_name(&usage)? }));
     let budgeted = budgeted.collect::<Result<Vec<_>>>()?;
     let pool = jobs::pool(threads)?;
     let spent = jobs::run(py, progress, |progress| {

@@ -1,62 +1,193 @@
-//! `plan`, `plan_checkpoint` and `compress_checkpoint`.
+//! `Checkpoint`, `plan` and `list_matrices`: configs and budgets for the matrices of a checkpoint or of a model in memory.
 
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
-use super::fitting::{MomentArrays, calibration};
+use super::budget::{MatrixInfo, SpentBudget, target};
 use super::jobs;
+use super::moments::{MomentArrays, calibration, same_length};
+use super::specs::{config_from_python, spec_to_python};
 use crate::checkpoint::float::Float;
-use crate::checkpoint::names::Kind;
-use crate::compress::{self, Options, Report};
+use crate::checkpoint::read;
+use crate::compress::{self, BudgetOptions, Calibration, Fits, Options, Report};
 use crate::error::Result;
-use crate::plan::{Input, Plan, TQConfig};
+use crate::family::{self, Kind};
+use crate::permute::Effort;
+use crate::plan::{Input, Job, Model, Plan};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Checkpoint>()?;
+    module.add_class::<ModelPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
-    module.add_function(wrap_pyfunction!(plan_checkpoint, module)?)?;
-    module.add_function(wrap_pyfunction!(compress_checkpoint, module)?)
+    module.add_function(wrap_pyfunction!(list_matrices, module)?)?;
+    module.add_function(wrap_pyfunction!(split_part, module)?)?;
+    module.add_function(wrap_pyfunction!(fused_parts, module)?)
 }
 
-#[pyfunction]
-fn plan(tensors: Vec<(String, Vec<usize>, String)>, tied_head: bool, config: &str) -> PyResult<String> {
-    let inputs = tensors.into_iter().map(|(name, shape, kind)| {
-        let kind = if kind == "other" { None } else { Some(Kind::from_name(&kind)?) };
+/// A config resolved against the matrices of a model.
+#[pyclass(frozen, get_all, module = "tqcompressor._core")]
+pub(super) struct ModelPlan {
+    /// The matrices that it compresses, in model order, each with its spec.
+    matrices: Vec<Py<MatrixInfo>>,
+    /// The same as the JSON of a report.
+    report: String,
+}
+
+impl ModelPlan {
+    fn new(py: Python<'_>, plan: &Plan, report: &Report) -> PyResult<Self> {
+        let matrix = |job: &Job| {
+            let spec = spec_to_python(py, &job.spec)?.unbind();
+            Py::new(py, MatrixInfo::new(&job.matrix, Some(spec), job.parameters))
+        };
+        let matrices = plan.jobs.iter().map(matrix).collect::<PyResult<_>>()?;
+        Ok(Self { matrices, report: report.to_json(false) })
+    }
+}
+
+/// `(stored name, bare name, shape, kind)` of a weight.
+type Weight = (String, String, Vec<usize>, String);
+
+/// A model in memory.
+fn model(tensors: Vec<Weight>, base_prefix: String, tied: Vec<(String, String)>) -> Result<Model> {
+    let inputs = tensors.into_iter().map(|(name, bare, shape, kind)| {
         let parameters = shape.iter().fold(1, |product: usize, &extent| product.saturating_mul(extent));
-        Ok(Input { name, shape, kind, parameters })
+        Ok(Input { name, bare, kind: Some(Kind::from_name(&kind)?), shape, parameters })
     });
-    let inputs = inputs.collect::<Result<Vec<_>>>()?;
-    let plan = Plan::resolve(&inputs, tied_head, &TQConfig::from_json(config)?)?;
-    Ok(Report::planned(&plan).to_json(false))
+    Ok(Model { inputs: inputs.collect::<Result<_>>()?, base_prefix, tied })
 }
 
 #[pyfunction]
-fn plan_checkpoint(py: Python<'_>, source: PathBuf, config: &str) -> PyResult<String> {
-    let config = TQConfig::from_json(config)?;
-    let report = jobs::run(py, None, move |_| compress::plan_checkpoint(&source, &config))?;
-    Ok(report.to_json(false))
-}
-
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-fn compress_checkpoint(
+fn plan(
     py: Python<'_>,
-    source: PathBuf,
-    destination: PathBuf,
-    config: &str,
-    moment_arrays: Vec<(String, MomentArrays<'_>)>,
-    dtype: Option<&str>,
-    overwrite: bool,
-    max_shard_bytes: u64,
-    threads: Option<usize>,
-    progress: Option<Py<PyAny>>,
-) -> PyResult<String> {
-    let config = TQConfig::from_json(config)?;
-    let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
-    let calibration = calibration(&moment_arrays)?;
-    let pool = jobs::pool(threads)?;
-    let report = jobs::run(py, progress, |progress| {
-        pool.install(|| compress::compress_checkpoint(&source, &destination, &config, &calibration, &options, progress))
-    })?;
-    Ok(report.to_json(false))
+    tensors: Vec<Weight>,
+    base_prefix: String,
+    tied: Vec<(String, String)>,
+    config: &Bound<'_, PyAny>,
+) -> PyResult<ModelPlan> {
+    let plan = Plan::resolve(&model(tensors, base_prefix, tied)?, &config_from_python(config)?)?;
+    ModelPlan::new(py, &plan, &Report::planned(&plan))
+}
+
+#[pyfunction]
+fn list_matrices(
+    tensors: Vec<Weight>,
+    base_prefix: String,
+    tied: Vec<(String, String)>,
+    patterns: Option<Vec<String>>,
+) -> PyResult<Vec<MatrixInfo>> {
+    let matrices = model(tensors, base_prefix, tied)?.matrices(patterns.as_deref())?;
+    Ok(matrices.iter().map(MatrixInfo::dense).collect())
+}
+
+#[pyfunction]
+fn split_part(matrix: &str) -> (&str, Option<&str>) {
+    family::split_part(matrix)
+}
+
+#[pyfunction]
+fn fused_parts(module: &str, kind: &str, rows: usize, columns: usize) -> PyResult<Option<Vec<String>>> {
+    let parts = family::fused_parts(module, Kind::from_name(kind)?, rows, columns);
+    Ok(parts.map_err(|error| error.in_tensor(module))?.map(<[String]>::to_vec))
+}
+
+/// A dense checkpoint on disk, opened and validated once.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct Checkpoint {
+    opened: read::Checkpoint,
+}
+
+#[pymethods]
+impl Checkpoint {
+    #[staticmethod]
+    fn open(py: Python<'_>, directory: PathBuf) -> PyResult<Self> {
+        Ok(Self { opened: jobs::run(py, None, |_| read::Checkpoint::open(&directory))? })
+    }
+
+    /// Its parameters; a tied head does not count.
+    #[getter]
+    fn parameters(&self) -> usize {
+        Model::of_checkpoint(&self.opened).inputs.iter().map(|input| input.parameters).sum()
+    }
+
+    /// Size of its weight files.
+    #[getter]
+    fn bytes(&self) -> u64 {
+        self.opened.weight_bytes()
+    }
+
+    fn list_matrices(&self, patterns: Option<Vec<String>>) -> PyResult<Vec<MatrixInfo>> {
+        let matrices = Model::of_checkpoint(&self.opened).matrices(patterns.as_deref())?;
+        Ok(matrices.iter().map(MatrixInfo::dense).collect())
+    }
+
+    fn plan(&self, py: Python<'_>, config: &Bound<'_, PyAny>) -> PyResult<ModelPlan> {
+        let plan = Plan::for_checkpoint(&self.opened, &config_from_python(config)?)?;
+        ModelPlan::new(py, &plan, &compress::planned_report(&self.opened, &plan))
+    }
+
+    #[pyo3(signature = (
+        names, moments, *, parameters, lost_energy, max_macs, effort, keep, threads, progress
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn spend_budget<'py>(
+        &self,
+        py: Python<'py>,
+        names: Vec<String>,
+        moments: Vec<MomentArrays<'py>>,
+        parameters: Option<usize>,
+        lost_energy: Option<f64>,
+        max_macs: Option<f64>,
+        effort: &str,
+        keep: bool,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<SpentBudget> {
+        let options =
+            BudgetOptions { target: target(parameters, lost_energy)?, max_macs, effort: Effort::from_name(effort)? };
+        same_length(names.len(), &[moments.len()])?;
+        let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
+        let calibration = calibration(&moments)?;
+        let pool = jobs::pool(threads)?;
+        let spent = jobs::run(py, progress, |progress| {
+            pool.install(|| compress::spend_budget(&self.opened, &names, &calibration, options, keep, progress))
+        })?;
+        Ok(SpentBudget { spent })
+    }
+
+    /// Writes the compressed checkpoint: with fits made in the norms of `moments`, or with those of a budget that was spent
+    /// on the matrices `names` with these moments.
+    #[pyo3(signature = (
+        out, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, threads, progress
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn compress<'py>(
+        &self,
+        py: Python<'py>,
+        out: PathBuf,
+        config: &Bound<'py, PyAny>,
+        names: Vec<String>,
+        moments: Vec<MomentArrays<'py>>,
+        spent: Option<&SpentBudget>,
+        dtype: Option<&str>,
+        overwrite: bool,
+        max_shard_bytes: u64,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<String> {
+        let config = config_from_python(config)?;
+        let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+        same_length(names.len(), &[moments.len()])?;
+        let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
+        let calibration: Calibration<'_> = calibration(&moments)?;
+        let fits = match spent {
+            None => Fits::Made(&calibration),
+            Some(SpentBudget { spent }) => Fits::Spent { budget: spent, names: &names, calibration: &calibration },
+        };
+        let pool = jobs::pool(threads)?;
+        let report = jobs::run(py, progress, |progress| {
+            pool.install(|| compress::compress_checkpoint(&self.opened, &out, &config, fits, &options, progress))
+        })?;
+        Ok(report.to_json(false))
+    }
 }

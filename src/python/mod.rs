@@ -1,13 +1,17 @@
 //! The boundary: numpy arrays and Python objects in and out, nothing computed here.
 
 mod arrays;
+mod budget;
 mod checkpoint;
 mod errors;
 mod fitting;
 mod jobs;
 mod kernels;
 mod losses;
+mod moments;
 mod runtime;
+mod specs;
+mod terms;
 
 use pyo3::prelude::*;
 
@@ -16,7 +20,9 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     kernels::register(module)?;
+    terms::register(module)?;
     fitting::register(module)?;
+    budget::register(module)?;
     checkpoint::register(module)?;
     losses::register(module)?;
     runtime::register(module)

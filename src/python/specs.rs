@@ -65,4 +65,3 @@ pub(super) fn config_from_python(config: &Bound<'_, PyAny>) -> PyResult<TQConfig
     let effort = Effort::from_name(&config.getattr("effort")?.extract::<String>()?)?;
     Ok(TQConfig { specs, effort, seed: config.getattr("seed")?.extract()? })
 }
-

@@ -9,6 +9,12 @@ use crate::compress::Timed;
 use crate::fit::{Fit, LowRank, Term};
 use crate::permute::{Decomposition, Permutation};
 
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<KroneckerTerm>()?;
+    module.add_class::<LowRankTerm>()?;
+    module.add_class::<Fitted>()
+}
+
 /// One permuted Kronecker sum: `W[p][:, q] = Σ_k A_k ⊗ B_k`.
 #[pyclass(frozen, get_all, module = "tqcompressor._core")]
 pub(super) struct KroneckerTerm {

@@ -17,12 +17,11 @@ use super::linear::{Kronecker, Linear, LowRank, Part, Term};
 use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
 use super::rows::{Rows, move_together};
-use crate::checkpoint::expected::Geometry;
 use crate::checkpoint::files::read_object_if_any;
 use crate::checkpoint::float::Float;
-use crate::checkpoint::names;
 use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
+use crate::family::Geometry;
 use crate::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::TQConfig;
@@ -105,7 +104,8 @@ enum Direction {
 
 impl<'a> Source<'a> {
     fn new(checkpoint: &'a Checkpoint, specs: &'a IndexMap<String, MatrixSpec>, progress: &'a Progress) -> Self {
-        let bare = |(name, tensor): (&'a String, &'a Stored)| (names::bare(name), (name.as_str(), tensor));
+        let family = checkpoint.family();
+        let bare = |(name, tensor): (&'a String, &'a Stored)| (family.bare(name), (name.as_str(), tensor));
         let tensors = checkpoint.tensors().iter().map(bare).collect();
         Self { checkpoint, tensors, specs, progress, read: Mutex::default() }
     }
@@ -118,12 +118,12 @@ impl<'a> Source<'a> {
     fn check(&self, geometry: &Geometry) -> Result<()> {
         if self.tensors.len() != self.checkpoint.tensors().len() {
             let mut seen = HashSet::new();
-            let twice = self.checkpoint.tensors().keys().find(|name| !seen.insert(names::bare(name)));
+            let twice = self.checkpoint.tensors().keys().find(|name| !seen.insert(self.checkpoint.family().bare(name)));
             return Err(self.problem(format!("tensor '{}' is there under two names", twice.expect("there are fewer"))));
         }
         for (bare, (stored, _)) in &self.tensors {
             let module = bare.rsplit_once('.').map_or(*bare, |(module, _)| module);
-            let foreign = match names::layer(module) {
+            let foreign = match self.checkpoint.family().layer_of(module) {
                 Some((layer, _)) => layer >= geometry.layers as u64,
                 None => false,
             };
@@ -136,7 +136,7 @@ impl<'a> Source<'a> {
             let known = name.as_str() == "wte"
                 || name.as_str() == "wpe"
                 || name.as_str() == "lm_head"
-                || names::layer(name).is_some_and(|(layer, _)| layer < geometry.layers as u64);
+                || self.checkpoint.family().layer_of(name).is_some_and(|(layer, _)| layer < geometry.layers as u64);
             if !known {
                 return Err(self.problem(format!("quantization_config: '{name}' is no matrix of this model")));
             }
@@ -216,7 +216,7 @@ impl<'a> Source<'a> {
     fn head(&self, vocabulary: usize, d: usize) -> Result<Option<Linear>> {
         let terms = match self.specs.get("lm_head") {
             Some(spec) => self.terms("lm_head", spec, d, vocabulary, Direction::Forward)?,
-            None => vec![Term::Dense(Rows::new(&self.tensor(names::TIED_HEAD, &[vocabulary, d])?)?)],
+            None => vec![Term::Dense(Rows::new(&self.tensor("lm_head.weight", &[vocabulary, d])?)?)],
         };
         let parts = vec![Part { columns: vocabulary, terms }];
         Ok(Some(Linear { rows: d, columns: vocabulary, parts, bias: Vec::new() }))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config.tq_config import FUSED
+from .. import _core
 from ..errors import NonFiniteError
 from ..models.matrices import base_prefix
 
@@ -79,10 +79,8 @@ def _unit(name: str, module: Any, tied_to: str | None) -> Unit | None:
         return Unit(name, module, True, module.num_embeddings, ((name, module.embedding_dim),))
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
-        if name.endswith(FUSED):
-            # In cross-attention, whose query comes from elsewhere, k and v alone.
-            fused = [(f"{name}.{part}", rows) for part in ("q", "k", "v")[-(columns // rows) :]]
-            return Unit(name, module, False, rows, tuple(fused))
+        if parts := _core.fused_parts(name, "conv1d", rows, columns):
+            return Unit(name, module, False, rows, tuple((f"{name}.{part}", columns // len(parts)) for part in parts))
         return Unit(name, module, False, rows, ((name, columns),))
     if not all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features")):
         return None

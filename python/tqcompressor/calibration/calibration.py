@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.tq_config import split_part
+from .. import _core
 from ..errors import CheckpointError, MomentError, NonFiniteError, ShapeError
 from ..utils.atomic_io import WholeFile, storage_errors
 
@@ -87,7 +87,7 @@ class Calibration:
     def input(self, matrix: str) -> Moment | None:
         """The moment of the input of `matrix`, which a part of a fused one shares; None where there is none."""
         found = self.moments.get(f"input.{matrix}")
-        return self.moments.get(f"input.{split_part(matrix)[0]}") if found is None else found
+        return self.moments.get(f"input.{_core.split_part(matrix)[0]}") if found is None else found
 
     def output(self, matrix: str) -> Moment | None:
         """The moment of the gradient at the output of `matrix`, or None."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from .._core import MatrixInfo
 from ..calibration.calibration import Calibration
-from ..config.specs import KroneckerSpec, MatrixSpec
-from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments, moments_for
 from ..errors import ConfigError
 
@@ -45,7 +44,7 @@ class Spending:
     calibration: Calibration | None = None
     objective: str = "auto"
     matrices: Sequence[str] | None = None
-    max_multiplies: float | None = None
+    max_macs: float | None = None
     effort: str = "fast"
     seed: int = 0
 
@@ -62,15 +61,15 @@ def meaning(budget: Budget) -> str:
     return f"as few parameters as lose {value:.4g} of the energy of the matrices"
 
 
-def target_of(budget: Budget, before: int, matrices: int, bytes_each: float) -> tuple[str, float]:
-    """What the matrices may take, for the boundary, of a model of `before` parameters of `bytes_each` bytes.
+def target_of(budget: Budget, before: int, matrices: int, bytes_each: float) -> dict[str, Any]:
+    """What the matrices may take, as the boundary takes it, of a model of `before` parameters of `bytes_each` bytes.
 
     `matrices` are the parameters of those that the budget may be spent on. Raises `ConfigError` for a budget that the
     others exceed already, or that needs no compression.
     """
     kind, value = _parsed(budget)
     if kind == "lost_energy":
-        return kind, value
+        return {"lost_energy": value}
     allowed = {"share": value * before, "parameters": value, "bytes": value / bytes_each}[kind]
     left = math.floor(allowed) - (before - matrices)
     if left <= 0:
@@ -78,7 +77,7 @@ def target_of(budget: Budget, before: int, matrices: int, bytes_each: float) -> 
             f"budget {budget}: {meaning(budget)}, but what is not compressed has {before - matrices:,} of the model's "
             f"{before:,} parameters already"
         )
-    return "parameters", float(left)
+    return {"parameters": left}
 
 
 def _parsed(budget: Budget) -> tuple[str, float]:
@@ -111,21 +110,21 @@ def _parsed(budget: Budget) -> tuple[str, float]:
     return kind, value
 
 
-def every_matrix(patterns: Sequence[str] | None) -> str:
-    """The config, in JSON, that lists the matrices of a model that match `patterns`: all of them for None."""
-    if patterns is None:
-        patterns = ("*",)
-    elif isinstance(patterns, str):
-        # One pattern, not one for each of its letters.
-        patterns = (patterns,)
+def matrix_patterns(matrices: Sequence[str] | None) -> list[str] | None:
+    """The patterns that a budget's `matrices` means, for the boundary; None for all matrices.
+
+    Raises `ConfigError` for none at all.
+    """
+    if matrices is None:
+        return None
+    # One pattern, not one for each of its letters.
+    patterns = [matrices] if isinstance(matrices, str) else list(matrices)
     if not patterns:
         raise ConfigError("matrices: expected at least one pattern, got none")
-    # Blocks of one entry fit every matrix.
-    specs: dict[str, MatrixSpec] = {pattern: KroneckerSpec((1, 1), 1, "none") for pattern in patterns}
-    return TQConfig(specs).to_json()
+    return patterns
 
 
-def eligible(listed: Sequence[Mapping[str, Any]], spending: Spending) -> dict[str, Moments]:
+def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Moments]:
     """The matrices of a listing that a budget is spent on, by name, with their moments.
 
     What the user did not name must be worth it: no positions, nothing narrow, and with a calibration nothing that it
@@ -134,42 +133,38 @@ def eligible(listed: Sequence[Mapping[str, Any]], spending: Spending) -> dict[st
     patterns, calibration = spending.matrices, spending.calibration
     _check_model(calibration, listed)
     chosen: dict[str, Moments] = {}
-    for entry in listed:
-        name, shape = entry["name"], entry["shape"]
-        if min(shape) < 2 or (patterns is None and _left_out(entry)):
+    for matrix in listed:
+        if min(matrix.shape) < 2 or (patterns is None and _left_out(matrix)):
             continue
         # A model may have more than the text went through: a pooler, a head.
-        if patterns is None and calibration is not None and _unused(calibration, name):
+        if patterns is None and calibration is not None and _unused(calibration, matrix.name):
             continue
-        chosen[name] = _moments(calibration, spending.objective, name, shape)
+        chosen[matrix.name] = _moments(calibration, spending.objective, matrix)
     if not chosen:
         raise ConfigError("budget: no matrix to spend it on")
     return chosen
 
 
-def check_options(
-    config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_multiplies: float | None
-) -> None:
+def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_macs: float | None) -> None:
     """Raises `ConfigError` for options of a compression that exclude each other."""
     if config is not None and budget is not None:
         raise ConfigError("expected either a config or a budget, got both")
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
-    if max_multiplies is not None and budget is None:
-        raise ConfigError("max_multiplies: expected with a budget only: a config says what its matrices take")
+    if max_macs is not None and budget is None:
+        raise ConfigError("max_macs: expected with a budget only: a config says what its matrices take")
 
 
-def cap_of(max_multiplies: float | None) -> float | None:
-    """A cap on multiplies, for the boundary. Raises `ConfigError` for one that is no positive share."""
-    if max_multiplies is None:
+def cap_of(max_macs: float | None) -> float | None:
+    """A cap on MACs, for the boundary. Raises `ConfigError` for one that is no positive share."""
+    if max_macs is None:
         return None
-    number = isinstance(max_multiplies, Real) and not isinstance(max_multiplies, bool)
-    if not number or not 0 < max_multiplies < math.inf:
+    number = isinstance(max_macs, Real) and not isinstance(max_macs, bool)
+    if not number or not 0 < max_macs < math.inf:
         raise ConfigError(
-            "max_multiplies must be a positive share of the multiplies of the dense matrices such as 0.7, got "
-            f"{max_multiplies!r}"
+            f"max_macs must be a positive share of the macs of the dense matrices such as 0.7, got {max_macs!r}"
         )
-    return float(max_multiplies)
+    return float(max_macs)
 
 
 def calibrated(calibration: Calibration | None, objective: str) -> bool:
@@ -178,7 +173,7 @@ def calibrated(calibration: Calibration | None, objective: str) -> bool:
 
 
 def moments_of(
-    calibration: Calibration | None, objective: str, listed: Sequence[Mapping[str, Any]]
+    calibration: Calibration | None, objective: str, listed: Sequence[MatrixInfo]
 ) -> list[tuple[str, Moments]]:
     """The name and the moments of every matrix of a listing; none where there is no calibration.
 
@@ -186,31 +181,31 @@ def moments_of(
     another model's.
     """
     _check_model(calibration, listed)
-    return [(entry["name"], _moments(calibration, objective, entry["name"], entry["shape"])) for entry in listed]
+    return [(matrix.name, _moments(calibration, objective, matrix)) for matrix in listed]
 
 
-def _check_model(calibration: Calibration | None, listed: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `ConfigError` where a calibration knows not one of the matrices."""
-    names = [entry["name"] for entry in listed]
+def _check_model(calibration: Calibration | None, listed: Sequence[MatrixInfo]) -> None:
+    """Raises `ConfigError` where a calibration has the moments of no matrix."""
+    names = [matrix.name for matrix in listed]
     if calibration is not None and names and all(calibration.input(name) is None for name in names):
         raise ConfigError(
             f"calibration: expected the moments of {', '.join(names[:3])}…, got none: it is of another model"
         )
 
 
-def _moments(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
+def _moments(calibration: Calibration | None, objective: str, matrix: MatrixInfo) -> Moments:
     if calibration is None:
         return moments_for(objective, None, None)
-    calibration.check(matrix, *shape)
+    calibration.check(matrix.name, *matrix.shape)
     try:
-        return moments_for(objective, calibration.input(matrix), calibration.output(matrix))
+        return moments_for(objective, calibration.input(matrix.name), calibration.output(matrix.name))
     except ConfigError as error:
-        raise ConfigError(f"{matrix}: {error}") from None
+        raise ConfigError(f"{matrix.name}: {error}") from None
 
 
-def _left_out(entry: Mapping[str, Any]) -> bool:
-    positions = entry["kind"] == "embedding" and _NOT_TOKENS.search(entry["name"]) is not None
-    return positions or min(entry["shape"]) < _NARROWEST
+def _left_out(matrix: MatrixInfo) -> bool:
+    positions = matrix.kind == "embedding" and _NOT_TOKENS.search(matrix.name) is not None
+    return positions or min(matrix.shape) < _NARROWEST
 
 
 def _unused(calibration: Calibration, matrix: str) -> bool:

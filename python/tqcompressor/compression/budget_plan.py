@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.specs import LowRankSpec, MatrixSpec, describe, spec_from_dict
-from ..config.tq_config import TQConfig, split_part
+from .._core import Choice, MatrixInfo
+from ..config.specs import MatrixSpec, describe
+from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
 from ..utils.tables import format_table
 from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, target_of
-
-# What the boundary says of a matrix: its spec in JSON or None, its parameters, its multiplies before and after, the
-# energy that it loses, its energies.
-Choice: TypeAlias = tuple[str | None, int, tuple[int, int], float, NDArray[np.float64]]
-# From entries of a listing, their moments by name, and the target and the cap on multiplies for the boundary, to a
-# choice for each entry.
-Choose: TypeAlias = Callable[
-    [Sequence[Mapping[str, Any]], Mapping[str, Moments], tuple[str, float], float | None], Sequence[Choice]
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +29,9 @@ class PlannedMatrix:
     """None where it stays dense."""
     parameters_before: int
     parameters_after: int
-    multiplies_before: int
+    macs_before: int
     """For one token: none for an embedding that is only looked up."""
-    multiplies: int
+    macs_after: int
     """For one token, when done: of a low rank as many as parameters, and those that make a row that is looked up."""
     lost_energy: float
     """The share of its energy that it then loses, in the norm of the objective."""
@@ -65,18 +57,18 @@ class BudgetPlan:
     objective: str
     calibrated: bool
     """Whether the norm is that of a calibration."""
-    max_multiplies: float | None = None
-    """The cap on `multiplies`, as a share of `multiplies_before`."""
+    max_macs: float | None = None
+    """The cap on `macs_after`, as a share of `macs_before`."""
 
     @property
-    def multiplies_before(self) -> int:
-        """Multiplies for one token of all planned matrices together, while they are dense."""
-        return sum(matrix.multiplies_before for matrix in self.matrices)
+    def macs_before(self) -> int:
+        """MACs for one token of all planned matrices together, while they are dense."""
+        return sum(matrix.macs_before for matrix in self.matrices)
 
     @property
-    def multiplies(self) -> int:
-        """Multiplies for one token of all planned matrices together when done."""
-        return sum(matrix.multiplies for matrix in self.matrices)
+    def macs_after(self) -> int:
+        """MACs for one token of all planned matrices together when done."""
+        return sum(matrix.macs_after for matrix in self.matrices)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types, with what the budget means, and without the energies."""
@@ -87,8 +79,8 @@ class BudgetPlan:
                 "spec": None if matrix.spec is None else matrix.spec.to_dict(),
                 "parameters_before": matrix.parameters_before,
                 "parameters_after": matrix.parameters_after,
-                "multiplies_before": matrix.multiplies_before,
-                "multiplies": matrix.multiplies,
+                "macs_before": matrix.macs_before,
+                "macs_after": matrix.macs_after,
                 "lost_energy": matrix.lost_energy,
             }
             for matrix in self.matrices
@@ -100,9 +92,9 @@ class BudgetPlan:
             "calibrated": self.calibrated,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
-            "multiplies_before": self.multiplies_before,
-            "multiplies": self.multiplies,
-            "max_multiplies": self.max_multiplies,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "max_macs": self.max_macs,
             "config": self.config.to_dict(),
             "matrices": matrices,
         }
@@ -128,61 +120,80 @@ class BudgetPlan:
         rows.append(["total", "", "", f"{before:,}", f"{after:,}", f"{after / before:.1%}", ""])
         norm = "in the norm of the calibration" if self.calibrated else "in the Frobenius norm"
         means = f"budget {self.budget}: {meaning(self.budget)}; lost energy {norm}"
-        before, after = self.multiplies_before, self.multiplies
-        multiplies = f"multiplies for one token: {before:,} by the dense matrices, then {after:,}"
+        before, after = self.macs_before, self.macs_after
+        macs = f"MACs for one token: {before:,} by the dense matrices, then {after:,}"
         if before:
-            multiplies += f" ({after / before:.1%})"
-        if self.max_multiplies is not None:
-            multiplies += f", at most {self.max_multiplies:.4g} of them allowed"
-        return f"{format_table(rows)}\n{means}\n{multiplies}"
+            macs += f" ({after / before:.1%})"
+        if self.max_macs is not None:
+            macs += f", at most {self.max_macs:.4g} of them allowed"
+        return f"{format_table(rows)}\n{means}\n{macs}"
 
 
-def plan_with(
-    choose: Choose,
-    listed: Sequence[Mapping[str, Any]],
-    model: tuple[int, float],
-    spending: Spending,
-) -> BudgetPlan:
-    """The plan that `choose` makes of a listing of the matrices that match `spending.matrices`.
+@dataclass(frozen=True)
+class BudgetRequest:
+    """A budget applied to the matrices of one model, ready to be spent."""
 
-    `model` are the parameters of the whole model before, and the bytes that each takes when done.
-    """
-    budget, cap = spending.budget, cap_of(spending.max_multiplies)
-    chosen = eligible(listed, spending)
-    entries = [entry for entry in listed if entry["name"] in chosen]
-    before, bytes_each = model
-    spendable = sum(entry["parameters_before"] for entry in entries)
-    choices = choose(entries, chosen, target_of(budget, before, spendable, bytes_each), cap)
-    found = []
-    for entry, (spec, parameters, multiplies, lost_energy, energies) in zip(entries, choices, strict=True):
-        rows, columns = entry["shape"]
-        counts = (rows * columns, parameters, *multiplies)
-        read = None if spec is None else spec_from_dict(json.loads(spec))
-        shares = energies / max(float(energies.sum()), np.finfo(np.float64).tiny)
-        found.append(PlannedMatrix(entry["name"], (rows, columns), read, *counts, lost_energy, shares))
-    planned = _fused_together(found)
-    specs = {matrix.name: matrix.spec for matrix in planned if matrix.spec is not None}
-    if not specs:
-        raise ConfigError(f"budget {budget}: {meaning(budget)}, which the model has as it is: nothing to compress")
-    after = before - sum(matrix.parameters_before - matrix.parameters_after for matrix in planned)
-    config = TQConfig(specs, effort=spending.effort, seed=spending.seed)
-    in_its_norm = calibrated(spending.calibration, spending.objective)
-    return BudgetPlan(budget, config, tuple(planned), before, after, spending.objective, in_its_norm, cap)
+    spending: Spending
+    matrices: tuple[MatrixInfo, ...]
+    """Those that it is spent on."""
+    moments: tuple[Moments, ...]
+    parameters_before: int
+    """Of the whole model."""
+    limits: Mapping[str, Any]
+    """How the boundary takes the target, the cap on MACs and the effort."""
+
+    @classmethod
+    def of(cls, listed: Sequence[MatrixInfo], model: tuple[int, float], spending: Spending) -> BudgetRequest:
+        """The request for a listing of the matrices that match `spending.matrices`.
+
+        `model` are the parameters of the whole model before, and the bytes that each takes when done.
+        """
+        cap = cap_of(spending.max_macs)
+        chosen = eligible(listed, spending)
+        matrices = tuple(matrix for matrix in listed if matrix.name in chosen)
+        before, bytes_each = model
+        spendable = sum(matrix.parameters_before for matrix in matrices)
+        target = target_of(spending.budget, before, spendable, bytes_each)
+        limits = {"parameters": None, "lost_energy": None, **target, "max_macs": cap, "effort": spending.effort}
+        return cls(spending, matrices, tuple(chosen.values()), before, limits)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the matrices."""
+        return [matrix.name for matrix in self.matrices]
+
+    def plan(self, choices: Sequence[Choice]) -> BudgetPlan:
+        """The plan that a choice for each matrix makes; raises `ConfigError` where nothing is compressed."""
+        spending = self.spending
+        planned = tuple(_planned(matrix, choice) for matrix, choice in zip(self.matrices, choices, strict=True))
+        specs = {matrix.name: matrix.spec for matrix in planned if matrix.spec is not None}
+        if not specs:
+            raise ConfigError(
+                f"budget {spending.budget}: {meaning(spending.budget)}, which the model has as it is: "
+                "nothing to compress"
+            )
+        after = self.parameters_before - sum(matrix.parameters_before - matrix.parameters_after for matrix in planned)
+        return BudgetPlan(
+            budget=spending.budget,
+            config=TQConfig(specs, effort=spending.effort, seed=spending.seed),
+            matrices=planned,
+            parameters_before=self.parameters_before,
+            parameters_after=after,
+            objective=spending.objective,
+            calibrated=calibrated(spending.calibration, spending.objective),
+            max_macs=self.limits["max_macs"],
+        )
 
 
-def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
-    """Parts of a fused weight are compressed all or none: a dense part beside others gets all but one of its ranks.
-
-    That has one parameter and one multiply less or so, and loses next to nothing.
-    """
-    compressed = {split_part(matrix.name)[0] for matrix in matrices if matrix.spec is not None}
-    together = []
-    for matrix in matrices:
-        # A matrix that is no part is not in the set: it is dense.
-        if matrix.spec is None and split_part(matrix.name)[0] in compressed:
-            spec = LowRankSpec(min(matrix.shape) - 1)
-            lost = float(matrix.energies[-1])
-            count = spec.parameters(*matrix.shape)
-            matrix = replace(matrix, spec=spec, parameters_after=count, multiplies=count, lost_energy=lost)
-        together.append(matrix)
-    return together
+def _planned(matrix: MatrixInfo, choice: Choice) -> PlannedMatrix:
+    return PlannedMatrix(
+        name=matrix.name,
+        shape=matrix.shape,
+        spec=choice.spec,
+        parameters_before=matrix.parameters_before,
+        parameters_after=choice.parameters,
+        macs_before=choice.macs_before,
+        macs_after=choice.macs,
+        lost_energy=choice.lost_energy,
+        energies=choice.energies / max(float(choice.energies.sum()), np.finfo(np.float64).tiny),
+    )

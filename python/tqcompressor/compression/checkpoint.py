@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .. import _core
+from .._core import SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
 from ..config.recipes import resolve_config
-from ..config.specs import KroneckerSpec
 from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..decomposition.norm import Moments
 from ..errors import CheckpointError, ConfigError
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
-from .budget import Budget, Spending, calibrated, check_options, every_matrix, moments_of
-from .budget_plan import BudgetPlan, Choice, plan_with
+from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, moments_of
+from .budget_plan import BudgetPlan, BudgetRequest
 from .report import CompressionReport
 
 ConfigOption: TypeAlias = StrPath | Mapping[str, Any] | TQConfig | None
@@ -35,7 +35,7 @@ def compress_checkpoint(
     calibration: Calibration | StrPath | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
+    max_macs: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     dtype: str | None = None,
@@ -63,7 +63,7 @@ def compress_checkpoint(
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+        max_macs: Beside a budget: at most this share of the multiplications for one token that the matrices it is
             spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's.
@@ -96,32 +96,35 @@ def compress_checkpoint(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
-    check_options(config, budget, matrices, max_multiplies)
+    check_options(config, budget, matrices, max_macs)
     most = byte_count(max_shard_size)
     # torch's dtypes are welcome, too: "torch.float16".
     stored = None if dtype is None else str(dtype).removeprefix("torch.")
-    directory = local_directory(source)
     known = load_calibration(calibration)
+    checkpoint = _core.Checkpoint.open(local_directory(source))
+    moments: list[tuple[str, Moments]] = []
+    spent = None
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
+        if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
+            moments = moments_of(known, objective, checkpoint.plan(resolved).matrices)
     else:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
-        resolved = plan_checkpoint(directory, spending, threads=threads, progress=progress, dtype=stored).config
-    moments = []
-    if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
-        planned = json.loads(_core.plan_checkpoint(directory, resolved.to_json()))["matrices"]
-        moments = moments_of(known, objective, planned)
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
+        request, spent = _spend(checkpoint, spending, stored, keep=True, threads=threads, progress=progress)
+        resolved = request.plan(spent.choices).config
+        moments = list(zip(request.names, request.moments, strict=True))
     with reporter(progress, "compress") as report_progress:
-        text = _core.compress_checkpoint(
-            directory,
+        text = checkpoint.compress(
             os.fspath(out),
-            resolved.to_json(),
-            moments,
-            stored,
-            overwrite,
-            most,
-            threads,
-            report_progress,
+            resolved,
+            [name for name, _ in moments],
+            [pair for _, pair in moments],
+            spent=spent,
+            dtype=stored,
+            overwrite=overwrite,
+            max_shard_bytes=most,
+            threads=threads,
+            progress=report_progress,
         )
     return CompressionReport.from_dict(json.loads(text))
 
@@ -138,33 +141,31 @@ def plan_checkpoint(
 
     `dtype` is that of the result, which a budget in bytes depends on; None keeps each tensor's own.
     """
-    directory = local_directory(source)
+    checkpoint = _core.Checkpoint.open(local_directory(source))
+    request, spent = _spend(checkpoint, spending, dtype, keep=False, threads=threads, progress=progress)
+    return request.plan(spent.choices)
 
-    def choose(
-        entries: Sequence[Mapping[str, Any]],
-        moments: Mapping[str, Moments],
-        target: tuple[str, float],
-        cap: float | None,
-    ) -> list[Choice]:
-        specs = {name: KroneckerSpec((1, 1), 1, "none") for name in moments}
-        with reporter(progress, "plan") as report_progress:
-            choices = _core.choose_specs_of_checkpoint(
-                directory,
-                TQConfig(specs, effort=spending.effort, seed=spending.seed).to_json(),
-                list(moments.items()),
-                target,
-                cap,
-                threads,
-                report_progress,
-            )
-        found = dict(choices)
-        return [found[entry["name"]] for entry in entries]
 
-    listed = json.loads(_core.plan_checkpoint(directory, every_matrix(spending.matrices)))
-    before = listed["parameters_before"]
+def _spend(
+    checkpoint: _core.Checkpoint,
+    spending: Spending,
+    dtype: str | None,
+    *,
+    keep: bool,
+    threads: int | None,
+    progress: ProgressOption,
+) -> tuple[BudgetRequest, SpentBudget]:
+    """Spends a budget on a checkpoint; with `keep`, what was spent can be fitted and written."""
+    listed = checkpoint.list_matrices(matrix_patterns(spending.matrices))
+    before = checkpoint.parameters
     # An unknown dtype is refused by name when it is written.
-    bytes_each = _BYTES.get(dtype or "", listed["bytes_before"] / max(before, 1))
-    return plan_with(choose, listed["matrices"], (before, bytes_each), spending)
+    bytes_each = _BYTES.get(dtype or "", checkpoint.bytes / max(before, 1))
+    request = BudgetRequest.of(listed, (before, bytes_each), spending)
+    with reporter(progress, "plan") as report_progress:
+        spent = checkpoint.spend_budget(
+            request.names, request.moments, **request.limits, keep=keep, threads=threads, progress=report_progress
+        )
+    return request, spent
 
 
 def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
@@ -186,8 +187,8 @@ def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
             raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a compression report: {error}") from None
-    text = _core.plan_checkpoint(directory, resolve_config(config).to_json())
-    return CompressionReport.from_dict(json.loads(text))
+    plan = _core.Checkpoint.open(directory).plan(resolve_config(config))
+    return CompressionReport.from_dict(json.loads(plan.report))
 
 
 def _is_compressed(directory: str) -> bool:

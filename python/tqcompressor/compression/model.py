@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import _core
+from .._core import Fitted, MatrixInfo, ModelPlan, SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.sequential import calibrate_layers
 from ..config.recipes import resolve_config
-from ..config.specs import MatrixSpec, planned_spec
+from ..config.specs import MatrixSpec
 from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks
 from ..decomposition.norm import Moments
@@ -30,8 +33,9 @@ from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
 from ..utils.progress import ProgressOption, Report, reporter
 from .budget import Budget, Spending, calibrated, check_options, moments_of
-from .model_plan import matrix_of, plan_budget, plan_model, resolved_plan
-from .report import CompressionReport
+from .budget_plan import BudgetRequest
+from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
+from .report import CompressionReport, MatrixReport, UntouchedTensor
 
 # What `calibrate` reads: blocks, batches, or a tokenizer and a text.
 Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, Any]
@@ -46,7 +50,7 @@ def compress(
     objective: str = "auto",
     sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
+    max_macs: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     threads: int | None = None,
@@ -77,7 +81,7 @@ def compress(
             blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
             the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+        max_macs: Beside a budget: at most this share of the multiplications for one token that the matrices it is
             spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
@@ -104,16 +108,32 @@ def compress(
     """
     require_transformers_model(model)
     known = load_calibration(calibration)
-    check_options(config, budget, matrices, max_multiplies)
+    check_options(config, budget, matrices, max_macs)
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
+    fits = None
     if budget is not None:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
-        config = plan_budget(model, spending, threads=threads, progress=progress).config
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
+        # With `sequential`, every layer is fitted to moments that are not known yet.
+        keep = sequential is None
+        request, spent = spend_budget(model, spending, keep=keep, threads=threads, progress=progress)
+        config = request.plan(spent.choices).config
+        fits = partial(_planned_fits, spent, request) if keep else None
     config = resolve_config(config, effort=effort, seed=seed)
-    parameters = model.num_parameters()
     plan = plan_model(model, config)
-    return _compress_planned(model, config, plan, {}, parameters, threads, progress, known, objective, sequential)
+    fits = fits or partial(_core.fit_many, effort=config.effort, seed=config.seed)
+    groups = partial(_groups, model, plan.matrices, known, objective, sequential)
+    return _compress_planned(
+        model,
+        config,
+        plan,
+        fits,
+        groups,
+        threads,
+        progress,
+        calibrated(known, objective),
+        sequential=sequential is not None,
+    )
 
 
 def recompress(
@@ -137,75 +157,97 @@ def recompress(
         return compress(model, config, threads=threads, progress=progress)
     plan = resolved_plan(model, config)
     parameters = model.num_parameters()
-    named = {entry["name"] for entry in plan["matrices"]}
+    named = {matrix.name for matrix in plan.matrices}
     before: TQConfig = model.config.quantization_config
     kept = {name: spec for name, spec in before.specs.items() if name not in named}
-    with swapped(model, dense_modules(model, {entry["module"] for entry in plan["matrices"]})):
+    with swapped(model, dense_modules(model, {matrix.module for matrix in plan.matrices})):
         detach(model)
         try:
-            return _compress_planned(model, config, plan, kept, parameters, threads, progress)
+            fits = partial(_core.fit_many, effort=config.effort, seed=config.seed)
+            groups = partial(_groups, model, plan.matrices, None, "auto", None)
+            return _compress_planned(
+                model, config, plan, fits, groups, threads, progress, False, kept=kept, parameters=parameters
+            )
         except BaseException:
             attach(model, before)
             raise
 
 
+# From matrices, their names, their specs and their moments to their fits, in that order.
+Fits: TypeAlias = Callable[..., Sequence[Fitted]]
+# From a progress callback to the matrices that are fitted together, and their moments by name.
+Groups: TypeAlias = Callable[[Report | None], Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]]
+
+
+def _planned_fits(
+    spent: SpentBudget,
+    request: BudgetRequest,
+    matrices: Sequence[NDArray[np.float32]],
+    names: Sequence[str],
+    specs: Sequence[MatrixSpec],
+    moments: Sequence[Moments],
+    **options: Any,
+) -> Sequence[Fitted]:
+    """What planning found for the matrices, and the low ranks that it only chose; `specs` are those of the plan."""
+    order = [request.names.index(name) for name in names]
+    return spent.fit(order, matrices, names, moments, **options)
+
+
 def _compress_planned(
     model: PreTrainedModel,
     config: TQConfig,
-    plan: Mapping[str, Any],
-    kept: Mapping[str, MatrixSpec],
-    parameters: int,
+    plan: ModelPlan,
+    fits: Fits,
+    groups: Groups,
     threads: int | None,
     progress: ProgressOption,
-    calibration: Calibration | None = None,
-    objective: str = "auto",
-    sequential: Texts | None = None,
+    calibrated: bool,
+    *,
+    sequential: bool = False,
+    kept: Mapping[str, MatrixSpec] = MappingProxyType({}),
+    parameters: int | None = None,
 ) -> CompressionReport:
     """Decomposes the matrices of `plan`, all of them dense; `kept` are those that are compressed and stay so.
 
-    `parameters` are the model's before, for the report.
+    `parameters` are the model's before, for the report; by default those that it has now.
     """
     started = time.perf_counter()
-    planned = plan["matrices"]
-    specs = {entry["name"]: planned_spec(entry) for entry in planned}
+    parameters = model.num_parameters() if parameters is None else parameters
+    specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
     modules = empty_modules(model, specs)
-    results: dict[str, Any] = {}
+    results: dict[str, Fitted] = {}
     try:
         with swapped(model, {}) as swap:
             with reporter(progress, "compress") as report:
-                measuring, fitting = (report, report) if report is None or sequential is None else _halves(report)
-                for entries, moments in _groups(model, planned, calibration, objective, sequential, measuring):
-                    names = [entry["name"] for entry in entries]
-                    found = _core.fit_many(
-                        [matrix_of(model, entry) for entry in entries],
+                measuring, fitting = (report, report) if report is None or not sequential else _halves(report)
+                for matrices, moments in groups(measuring):
+                    names = [matrix.name for matrix in matrices]
+                    found = fits(
+                        [matrix_of(model, matrix) for matrix in matrices],
                         names,
-                        [json.dumps(specs[name].to_dict()) for name in names],
+                        [specs[name] for name in names],
                         [moments[name] for name in names],
-                        config.effort,
-                        config.seed,
-                        threads,
-                        _share(fitting, len(results), len(names), len(specs)),
+                        threads=threads,
+                        progress=_share(fitting, len(results), len(names), len(specs)),
                     )
                     results.update(zip(names, found, strict=True))
-                    swap(_filled(model, modules, entries, results))
+                    swap(_filled(model, modules, matrices, results))
             attach(model, config.replace(specs={**kept, **specs}))
     except BaseException:
         detach(model)
         raise
-    counts = parameters, model.num_parameters()
-    fitted = [results[name] for name in specs]
-    return _report(model, plan, fitted, counts, time.perf_counter() - started, calibrated(calibration, objective))
+    return _report(model, plan, results, parameters, time.perf_counter() - started, calibrated)
 
 
 def _groups(
     model: PreTrainedModel,
-    planned: Sequence[Mapping[str, Any]],
+    planned: Sequence[MatrixInfo],
     calibration: Calibration | None,
     objective: str,
     sequential: Texts | None,
     report: Report | None,
-) -> Iterator[tuple[Sequence[Mapping[str, Any]], Mapping[str, Moments]]]:
-    """The entries of a plan that are fitted together, and their moments, once those before them are compressed."""
+) -> Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]:
+    """The matrices of a plan that are fitted together, and their moments, once those before them are compressed."""
     moments = dict(moments_of(calibration, objective, planned))
     if sequential is None or calibration is None:
         yield planned, moments
@@ -223,10 +265,10 @@ def _groups(
         progress=report or False,
     )
     for group, measured in layers:
-        entries = [entry for entry in planned if entry["name"] in group.matrices]
+        matrices = [matrix for matrix in planned if matrix.name in group.matrices]
         # A layer that no text goes through has no moments.
-        used = [entry for entry in entries if measured.input(entry["name"]) is not None]
-        yield entries, moments | dict(moments_of(measured, objective, used))
+        used = [matrix for matrix in matrices if measured.input(matrix.name) is not None]
+        yield matrices, moments | dict(moments_of(measured, objective, used))
 
 
 def _halves(report: Report) -> tuple[Report, Report]:
@@ -250,25 +292,24 @@ def _share(report: Report | None, before: int, matrices: int, total: int) -> Rep
 def _filled(
     model: PreTrainedModel,
     modules: Mapping[str, CompressedModule],
-    entries: Sequence[Mapping[str, Any]],
-    results: Mapping[str, Any],
+    matrices: Sequence[MatrixInfo],
+    results: Mapping[str, Fitted],
 ) -> dict[str, nn.Module]:
     """The modules of some matrices, with what was found for them, and the heads tied to these: full name to module."""
-    terms = {name: result[0] for name, result in results.items()}
-    names = dict.fromkeys(module_name(model, entry["module"]) for entry in entries)
+    names = dict.fromkeys(module_name(model, matrix.module) for matrix in matrices)
     for name in names:
-        _fill(modules[name], model.get_submodule(name), terms, bare_name(model, name))
+        _fill(modules[name], model.get_submodule(name), results, bare_name(model, name))
     filled: dict[str, nn.Module] = {name: modules[name] for name in names}
     return filled | tied_heads(model, filled)
 
 
-def _fill(module: CompressedModule, dense: Any, terms: Mapping[str, Sequence[Term]], name: str) -> None:
+def _fill(module: CompressedModule, dense: Any, results: Mapping[str, Fitted], name: str) -> None:
     """Gives a module without values those found for it, and everything else that the dense one had."""
     if isinstance(module, FusedLinear):
         for part_name, part in zip(module.part_names, module.parts, strict=True):
-            _fill_terms(part, dense, terms[f"{name}.{part_name}"])
+            _fill_terms(part, dense, results[f"{name}.{part_name}"].terms)
     else:
-        _fill_terms(module, dense, terms[name])
+        _fill_terms(module, dense, results[name].terms)
     if not isinstance(module, FactoredEmbedding):
         module.bias = dense.bias
 
@@ -281,38 +322,29 @@ def _fill_terms(module: Any, dense: Any, terms: Sequence[Term]) -> None:
 
 def _report(
     model: PreTrainedModel,
-    plan: Mapping[str, Any],
-    results: Sequence[tuple[Any, ...]],
-    parameters: tuple[int, int],
+    plan: ModelPlan,
+    results: Mapping[str, Fitted],
+    parameters: int,
     seconds: float,
     calibrated: bool,
 ) -> CompressionReport:
-    matrices = [
-        {**entry, "lost_energy": lost_energy, "seconds": elapsed}
-        for entry, (_, lost_energy, elapsed) in zip(plan["matrices"], results, strict=True)
-    ]
+    config: TQConfig = model.config.quantization_config
     factors = {id(factor) for _, module in compressed_modules(model) for factor in factor_parameters(module)}
-    untouched = [
-        {"tensor": name, "shape": parameter.shape, "parameters": parameter.numel()}
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in factors
-    ]
-    return CompressionReport.from_dict(
-        {
-            **plan,
-            "tqcompressor": _core.__version__,
-            "format_version": model.config.quantization_config.format_version,
-            "source": None,
-            "effort": model.config.quantization_config.effort,
-            "seed": model.config.quantization_config.seed,
-            "dtype": None,
-            "calibrated": calibrated or None,
-            "matrices": matrices,
-            "untouched": untouched,
-            "parameters_before": parameters[0],
-            "parameters_after": parameters[1],
-            "bytes_before": None,
-            "bytes_after": None,
-            "seconds": seconds,
-        }
+    return CompressionReport(
+        version=_core.__version__,
+        format_version=config.format_version,
+        source=None,
+        effort=config.effort,
+        seed=config.seed,
+        dtype=None,
+        matrices=tuple(MatrixReport.of(matrix, results[matrix.name]) for matrix in plan.matrices),
+        untouched=tuple(
+            UntouchedTensor(name, tuple(parameter.shape), parameter.numel())
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in factors
+        ),
+        parameters_before=parameters,
+        parameters_after=model.num_parameters(),
+        seconds=seconds,
+        calibrated=calibrated or None,
     )

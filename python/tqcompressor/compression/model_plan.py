@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import _core
-from ..config.specs import MatrixSpec
+from .._core import MatrixInfo, ModelPlan, SpentBudget
 from ..config.tq_config import TQConfig
-from ..decomposition.norm import Moments
 from ..errors import ConfigError, DtypeError
 from ..models.matrices import (
     bare_name,
@@ -26,58 +24,48 @@ from ..models.matrices import (
     weight_tensors,
 )
 from ..utils.progress import ProgressOption, reporter
-from .budget import Spending, every_matrix
-from .budget_plan import BudgetPlan, Choice, plan_with
+from .budget import Spending, matrix_patterns
+from .budget_plan import BudgetPlan, BudgetRequest
 
 
-def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
+def plan_model(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
     """What `config` would do to a live model, without touching it; raises as `compress` does."""
+    require_dense(model)
+    return resolved_plan(model, config)
+
+
+def require_dense(model: PreTrainedModel) -> None:
+    """Raises `ConfigError` for what is no model of transformers, or is compressed or quantized already."""
     require_transformers_model(model)
     if next(compressed_modules(model), None) is not None:
         raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError("the model is quantized already: start from a dense one")
-    return resolved_plan(model, config)
 
 
-def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
-    """`config` resolved against the matrices of a model, compressed or not: the entries are in the model's order."""
-    prefix = f"{model.base_model_prefix}."
-    tensors = weight_tensors(model)
-    # Patterns may have the base model's prefix, which names of matrices have not; the first of two equal ones decides.
-    specs: dict[str, MatrixSpec] = {}
-    for pattern, spec in config.specs.items():
-        specs.setdefault(pattern.removeprefix(prefix), spec)
-    tied = ties(model)
-    for head, source in tied.items():
-        if head in specs:
-            source = bare_name(model, source)
-            raise ConfigError(f"{head} is tied to {source}: compressing {source} compresses both")
-    plan: dict[str, Any] = json.loads(_core.plan(tensors, "lm_head" in tied, config.replace(specs=specs).to_json()))
-    order = {name: number for number, (name, _, _) in enumerate(tensors)}
-    for entry in plan["matrices"]:
-        part = entry["name"][len(entry["module"]) :]
-        # A name that begins like GPT-2's base model keeps its beginning.
-        entry["module"] = entry["tensor"].removesuffix(".weight")
-        entry["name"] = entry["module"] + part
-    plan["matrices"].sort(key=lambda entry: order[entry["tensor"]])
-    for entry in (*plan["matrices"], *plan["untouched"]):
-        entry["tensor"] = module_name(model, entry["tensor"])
-    return plan
+def resolved_plan(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
+    """`config` resolved against the matrices of a model, compressed or not: the matrices are in the model's order."""
+    return _core.plan(*_listing(model), config)
 
 
-def matrix_of(model: PreTrainedModel, entry: Mapping[str, Any]) -> NDArray[np.float32]:
-    """The planned matrix, in × out, as contiguous float32 on the CPU; a view of the weight where that is possible."""
-    module: Any = model.get_submodule(module_name(model, entry["module"]))
+def _listing(model: PreTrainedModel) -> tuple[list[tuple[str, str, tuple[int, ...], str]], str, list[tuple[str, str]]]:
+    """How the boundary takes a model: its weights, the base model's prefix, and its ties by bare names."""
+    tied = [(bare_name(model, head), bare_name(model, source)) for head, source in ties(model).items()]
+    return weight_tensors(model), f"{model.base_model_prefix}.", tied
+
+
+def matrix_of(model: PreTrainedModel, matrix: MatrixInfo) -> NDArray[np.float32]:
+    """The values of a matrix, in × out, as contiguous float32 on the CPU; a view of the weight where possible."""
+    module: Any = model.get_submodule(module_name(model, matrix.module))
     weight: torch.Tensor = module.weight.detach()
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise DtypeError(f"{entry['tensor']} is {weight.dtype}, expected a floating dtype")
+        raise DtypeError(f"{matrix.tensor} is {weight.dtype}, expected a floating dtype")
     if weight.device.type == "meta":
-        raise ConfigError(f"{entry['tensor']} has no values: it is on the meta device, or offloaded to disk")
+        raise ConfigError(f"{matrix.tensor} has no values: it is on the meta device, or offloaded to disk")
     if isinstance(module, nn.Linear):
         weight = weight.t()
-    rows, columns = entry["shape"]
-    first = entry["first_column"]
+    rows, columns = matrix.shape
+    first = matrix.first_column
     weight = weight[:rows, first : first + columns]
     return np.ascontiguousarray(weight.to("cpu", torch.float32).numpy())
 
@@ -90,34 +78,40 @@ def plan_budget(
     progress: ProgressOption = None,
 ) -> BudgetPlan:
     """How a budget is best spent on a live model, without touching it: `plan` for models."""
+    request, spent = spend_budget(model, spending, keep=False, threads=threads, progress=progress)
+    return request.plan(spent.choices)
 
-    def choose(
-        entries: Sequence[Mapping[str, Any]],
-        moments: Mapping[str, Moments],
-        target: tuple[str, float],
-        cap: float | None,
-    ) -> list[Choice]:
-        with reporter(progress, "plan") as report_progress:
-            return _core.choose_specs(
-                [matrix_of(model, entry) for entry in entries],
-                list(moments),
-                _usages(model, entries),
-                list(moments.values()),
-                target,
-                cap,
-                spending.effort,
-                spending.seed,
-                threads,
-                report_progress,
-            )
 
-    listed = plan_model(model, TQConfig.from_json(every_matrix(spending.matrices)))["matrices"]
+def spend_budget(
+    model: PreTrainedModel,
+    spending: Spending,
+    *,
+    keep: bool,
+    threads: int | None,
+    progress: ProgressOption,
+) -> tuple[BudgetRequest, SpentBudget]:
+    """Spends a budget on a live model, without touching it; with `keep`, what was spent can be fitted."""
+    require_dense(model)
+    listed = _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices))
     before = model.num_parameters()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return plan_with(choose, listed, (before, size / max(before, 1)), spending)
+    request = BudgetRequest.of(listed, (before, size / max(before, 1)), spending)
+    with reporter(progress, "plan") as report_progress:
+        spent = _core.spend_budget(
+            [matrix_of(model, matrix) for matrix in request.matrices],
+            request.names,
+            [matrix.module for matrix in request.matrices],
+            _usages(model, request.matrices),
+            request.moments,
+            **request.limits,
+            keep=keep,
+            threads=threads,
+            progress=report_progress,
+        )
+    return request, spent
 
 
-def _usages(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _usages(model: PreTrainedModel, matrices: Sequence[MatrixInfo]) -> list[str]:
     """What is done with each matrix for every token, as the boundary calls it."""
     tied = {
         bare_name(model, source)
@@ -125,6 +119,6 @@ def _usages(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> lis
         if isinstance(model.get_submodule(head), nn.Linear)
     }
     return [
-        "map" if entry["kind"] != "embedding" else "tied_lookup" if entry["module"] in tied else "lookup"
-        for entry in entries
+        "map" if matrix.kind != "embedding" else "tied_lookup" if matrix.module in tied else "lookup"
+        for matrix in matrices
     ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .._core import Fitted, MatrixInfo
 from ..config.specs import MatrixSpec, describe, planned_spec
 from ..utils.tables import format_table
 
@@ -40,6 +41,15 @@ class MatrixReport:
     def spec(self) -> MatrixSpec:
         """What it became, as in a config."""
         return planned_spec(vars(self))
+
+    @classmethod
+    def of(cls, matrix: MatrixInfo, fitted: Fitted) -> MatrixReport:
+        """The row of a matrix that became what was fitted."""
+        counts = {"parameters_before": matrix.parameters_before, "parameters_after": matrix.parameters_after}
+        found = {"lost_energy": fitted.lost_energy, "seconds": fitted.seconds}
+        place = {"name": matrix.name, "tensor": matrix.tensor, "shape": matrix.shape}
+        row: MatrixReport = _read(cls, {**place, **counts, **fitted.spec.to_dict(), **found})
+        return row
 
 
 @dataclass(frozen=True)

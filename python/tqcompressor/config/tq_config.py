@@ -21,8 +21,6 @@ QUANT_METHOD = "tqcompressor"
 FORMAT_VERSION = 2
 _KRONECKER_ONLY = 1
 EFFORTS = ("fast", "balanced", "best")
-# What is GPT-2's alone: the queries, keys and values of a module of this name are matrices of their own.
-FUSED = "c_attn"
 # The search draws its random numbers from an unsigned 64-bit seed.
 _LARGEST_SEED = 2**64 - 1
 
@@ -138,13 +136,3 @@ class TQConfig:
     def update(self, **changes: Any) -> dict[str, Any]:
         """Takes none of the arguments that transformers passes on from `from_pretrained`, and returns them all."""
         return changes
-
-
-def split_part(matrix: str) -> tuple[str, str | None]:
-    """A matrix's module and the part of it that it is, if that is a fused one.
-
-    >>> split_part("h.0.attn.c_attn.q"), split_part("h.0.mlp.c_fc")
-    (('h.0.attn.c_attn', 'q'), ('h.0.mlp.c_fc', None))
-    """
-    module, _, part = matrix.rpartition(".")
-    return (module, part) if part in ("q", "k", "v") and module.endswith(FUSED) else (matrix, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from numbers import Integral, Real
 from typing import Any, TypeAlias, overload
@@ -11,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from ..config.specs import KroneckerSpec, MatrixSpec, spec_from_dict
+from ..config.specs import KroneckerSpec, MatrixSpec
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils.progress import ProgressOption, reporter
 from .norm import as_moment, moments_for
-from .results import Decomposition, KroneckerDecomposition, from_terms
+from .results import Decomposition, KroneckerDecomposition, from_fit
 
 MomentOption: TypeAlias = ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None
 
@@ -106,12 +105,19 @@ def decompose(
     moments = moments_for(objective, *arrays)
     with reporter(progress, "decompose") as callback:
         if spec is not None:
-            arguments = ([matrix], ["w"], [json.dumps(spec.to_dict())], [moments])
-            ((terms, lost_energy, _),) = _core.fit_many(*arguments, effort, seed, threads, callback)
-            return from_terms(spec, terms, lost_energy)
-        allowed = _parameters(budget, rows, columns)
-        found, terms, lost_energy = _core.fit_within(matrix, moments, allowed, effort, seed, threads, callback)
-        return from_terms(spec_from_dict(json.loads(found)), terms, lost_energy)
+            (fitted,) = _core.fit_many(
+                [matrix], ["w"], [spec], [moments], effort=effort, seed=seed, threads=threads, progress=callback
+            )
+        else:
+            fitted = _core.fit_within(
+                matrix,
+                moments,
+                parameters=_parameters(budget, rows, columns),
+                effort=effort,
+                threads=threads,
+                progress=callback,
+            )
+    return from_fit(fitted)
 
 
 def _parameters(budget: Any, rows: int, columns: int) -> int:

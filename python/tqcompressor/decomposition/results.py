@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -191,23 +191,23 @@ Term: TypeAlias = KroneckerDecomposition | LowRankDecomposition
 Decomposition: TypeAlias = KroneckerDecomposition | LowRankDecomposition | MixedDecomposition
 
 
-def from_terms(
-    spec: KroneckerSpec | LowRankSpec | MixedSpec, terms: list[tuple[object, ...]], lost_energy: float
-) -> Decomposition:
-    """The decomposition that the boundary's terms stand for."""
+def from_fit(fitted: _core.Fitted) -> Decomposition:
+    """The decomposition that the boundary's result stands for."""
+    spec, terms, lost_energy = fitted.spec, fitted.terms, fitted.lost_energy
     if isinstance(spec, MixedSpec):
         parts = [_term(part, term, None) for part, term in zip(spec.terms, terms, strict=True)]
         return MixedDecomposition(spec, tuple(parts), lost_energy)
     return _term(spec, terms[0], lost_energy)
 
 
-def _term(spec: KroneckerSpec | LowRankSpec, term: tuple[object, ...], lost_energy: float | None) -> Term:
-    arrays: Any = term[1:]
-    if isinstance(spec, KroneckerSpec):
-        a, b, p, q = arrays
-        return KroneckerDecomposition(spec, a, b, p, q, lost_energy)
-    left, right, order = arrays
-    return LowRankDecomposition(spec, left, right, order, lost_energy)
+def _term(
+    spec: KroneckerSpec | LowRankSpec, term: _core.KroneckerTerm | _core.LowRankTerm, lost_energy: float | None
+) -> Term:
+    if isinstance(term, _core.KroneckerTerm):
+        assert isinstance(spec, KroneckerSpec)
+        return KroneckerDecomposition(spec, term.a, term.b, term.row_permutation, term.column_permutation, lost_energy)
+    assert isinstance(spec, LowRankSpec)
+    return LowRankDecomposition(spec, term.left, term.right, term.order, lost_energy)
 
 
 def _losing(lost_energy: float | None) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config.tq_config import split_part
+from .. import _core
 from ..errors import ConfigError
 from ..modules.build import CompressedModule
 
@@ -56,8 +56,10 @@ def bare_name(model: PreTrainedModel, name: str) -> str:
     return name.removeprefix(base_prefix(model))
 
 
-def weight_tensors(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], str]]:
-    """`(name, shape, kind)` of every weight that can be compressed, in model order, without the base prefix.
+def weight_tensors(model: PreTrainedModel) -> list[tuple[str, str, tuple[int, ...], str]]:
+    """`(name, bare name, shape, kind)` of every weight that can be compressed, in model order.
+
+    A bare name has no base prefix.
 
     A weight that is tied to another is left out. Weights that are compressed already count as what they were.
     """
@@ -69,7 +71,8 @@ def weight_tensors(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], s
         dense: Any = stock.get_submodule(name) if name in compressed else module
         kind = KINDS.get(type(dense))
         if kind is not None and name not in left_out:
-            tensors.append((f"{bare_name(model, name)}.weight", tuple(dense.weight.shape), kind))
+            bare = bare_name(model, name)
+            tensors.append((f"{name}.weight", f"{bare}.weight", tuple(dense.weight.shape), kind))
     return tensors
 
 
@@ -139,14 +142,14 @@ def factor_owner(name: str) -> str | None:
     outer, _, number = module.rpartition(".")
     if number.isdigit() and outer.endswith(".terms"):
         module = outer.removesuffix(".terms")
-    return split_part(module)[0]
+    return _core.split_part(module)[0]
 
 
 def by_module(matrices: Iterable[str]) -> dict[str, dict[str | None, str]]:
     """Groups matrix names by their module: {"h.0.attn.c_attn": {"q": "h.0.attn.c_attn.q", …}, "wte": {None: "wte"}}."""
     groups: dict[str, dict[str | None, str]] = defaultdict(dict)
     for matrix in matrices:
-        module, part = split_part(matrix)
+        module, part = _core.split_part(matrix)
         groups[module][part] = matrix
     return dict(groups)
 

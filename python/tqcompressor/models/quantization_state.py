@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import _core
 from ..config.specs import MatrixSpec
-from ..config.tq_config import QUANT_METHOD, TQConfig, split_part
+from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Matrix
     specs = {
         name: spec
         for name, spec in config.specs.items()
-        if in_base_model(model, name) or split_part(name)[0] in modules
+        if in_base_model(model, name) or _core.split_part(name)[0] in modules
     }
     if not specs:
         raise ConfigError(f"none of the compressed matrices is in {type(model).__name__}: {', '.join(config.specs)}")

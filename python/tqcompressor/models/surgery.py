@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .. import _core
 from ..config.specs import MatrixSpec
-from ..config.tq_config import FUSED
 from ..errors import ConfigError, ShapeError
 from ..modules.build import CompressedModule, empty_embedding, empty_linear
 from ..modules.fused import FusedLinear
@@ -61,7 +61,10 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
             else:
                 width, _ = linear_size(dense)
                 modules[name] = FusedLinear(
-                    {part: empty_linear(width, width, specs[parts[part]], False, dtype) for part in _parts_of(dense)},
+                    {
+                        part: empty_linear(width, width, specs[parts[part]], False, dtype)
+                        for part in _parts_of(name, dense)
+                    },
                     has_bias,
                 )
         except ShapeError as error:
@@ -88,10 +91,11 @@ def tie_heads(model: PreTrainedModel) -> None:
             tie(embedding)
 
 
-def _parts_of(fused: Conv1D | nn.Linear) -> tuple[str, ...]:
-    """q, k and v of a fused `c_attn`; in cross-attention, whose query comes from elsewhere, k and v."""
-    rows, columns = linear_size(fused)
-    return ("q", "k", "v") if columns == 3 * rows else ("k", "v")
+def _parts_of(name: str, dense: nn.Module) -> tuple[str, ...]:
+    """The parts of a fused module, such as q, k and v of a `c_attn`; none for any other."""
+    if not isinstance(dense, Conv1D | nn.Linear):
+        return ()
+    return _core.fused_parts(name, KINDS[type(dense)], *linear_size(dense)) or ()
 
 
 def _find_dense(
@@ -107,9 +111,7 @@ def _find_dense(
     others = [other for other, module in model.named_modules(remove_duplicate=False) if module is dense]
     if len(others) > 1:
         raise ConfigError(f"{matrices} is one module under several names, {', '.join(others)}: leave it as it is")
-    expected: list[str | None] = [None]
-    if isinstance(dense, Conv1D) and name.endswith(FUSED):
-        expected = list(_parts_of(dense))
+    expected: Sequence[str | None] = _parts_of(name, dense) or [None]
     if set(parts) != set(expected):
         wanted = ", ".join(name if part is None else f"{name}.{part}" for part in expected)
         raise ConfigError(f"{wanted} must be compressed all or none, got {matrices}")

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .._core import KroneckerTerm, LowRankTerm
 from ..errors import ShapeError
 
-# One term of what a matrix became: ("kronecker", A, B, p, q) or ("low_rank", left, right, order).
-Term: TypeAlias = tuple[Any, ...]
+# One term of what a matrix became.
+Term: TypeAlias = KroneckerTerm | LowRankTerm
+_Term = TypeVar("_Term", KroneckerTerm, LowRankTerm)
 
 
-def the_one_term(terms: Sequence[Term], kind: str) -> tuple[NDArray[Any], ...]:
-    """The arrays of the only term, which must be of that kind; raises `ShapeError` otherwise."""
-    if len(terms) != 1 or terms[0][0] != kind:
-        raise ShapeError(f"expected one {kind} term, got {', '.join(str(term[0]) for term in terms) or 'none'}")
-    return tuple(terms[0][1:])
+def the_one_term(terms: Sequence[Term], kind: type[_Term]) -> _Term:
+    """The only term, which must be of that kind; raises `ShapeError` otherwise."""
+    if len(terms) == 1 and isinstance(terms[0], kind):
+        return terms[0]
+    got = ", ".join(type(term).__name__ for term in terms) or "none"
+    raise ShapeError(f"expected one {kind.__name__}, got {got}")
 
 
 def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .._core import KroneckerTerm
 from ..config.specs import KroneckerSpec
 from .base import Factors, Term, TiedFactors, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
 from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
@@ -83,8 +84,8 @@ class KroneckerFactors(Factors):
         self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         """`set_factors` from what a decomposition gave for the matrix, which is one Kronecker term."""
-        a, b, p, q = the_one_term(terms, "kronecker")
-        self.set_factors(a, b, p, q, dtype, device)
+        term = the_one_term(terms, KroneckerTerm)
+        self.set_factors(term.a, term.b, term.row_permutation, term.column_permutation, dtype, device)
 
     def set_factors(
         self,

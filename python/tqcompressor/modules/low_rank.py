@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .._core import LowRankTerm
 from ..config.specs import LowRankSpec
 from ..utils.torch_utils import without_autocast
 from .base import (
@@ -92,8 +93,8 @@ class LowRankFactors(Factors):
         self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         """`set_factors` from what a decomposition gave for the matrix, which is one term of low rank."""
-        left, right, order = the_one_term(terms, "low_rank")
-        self.set_factors(left, right, order, dtype, device)
+        term = the_one_term(terms, LowRankTerm)
+        self.set_factors(term.left, term.right, term.order, dtype, device)
 
     def set_factors(
         self,

@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::names::{self, Kind};
+use super::description::Family;
+use super::matrix::Kind;
 
 /// The numbers of a GPT-2 `config.json` that shapes follow from. Missing ones have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +24,10 @@ pub struct Geometry {
     pub tied: bool,
     /// Whether `architectures` names a model with a language-model head.
     pub head: bool,
+}
+
+fn family() -> &'static Family {
+    Family::of("gpt2").expect("GPT-2 has a description")
 }
 
 impl Geometry {
@@ -64,7 +69,7 @@ impl Geometry {
         let d = self.width;
         let top = [("wte.weight", vec![self.vocabulary, d]), ("wpe.weight", vec![self.positions, d])];
         let last = [("ln_f.weight", vec![d]), ("ln_f.bias", vec![d])];
-        let head = (self.head && !self.tied).then(|| (names::TIED_HEAD, vec![self.vocabulary, d]));
+        let head = (self.head && !self.tied).then(|| ("lm_head.weight", vec![self.vocabulary, d]));
         top.into_iter()
             .chain(last)
             .chain(head)
@@ -101,9 +106,10 @@ impl Geometry {
     /// # Errors
     /// The first tensor that is missing, misshapen, or that the configuration leaves no room for.
     pub fn check<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Result<(), String> {
+        let family = family();
         let mut found = std::collections::HashMap::new();
         for (stored, shape) in tensors {
-            if let Some((other, _)) = found.insert(names::bare(stored), (stored, shape)) {
+            if let Some((other, _)) = found.insert(family.bare(stored), (stored, shape)) {
                 return Err(format!("tensors '{other}' and '{stored}' are the same weight under two names"));
             }
         }
@@ -122,12 +128,12 @@ impl Geometry {
         let mut rest: Vec<_> = found.iter().filter(|(name, _)| !promised.contains(**name)).collect();
         rest.sort_unstable();
         for (name, (stored, shape)) in rest {
-            let fits = match names::kind_of(stored) {
+            let fits = match family.kind_of(stored) {
                 // A head: its width is the model's, how many outputs it has is its own affair.
-                Some(Kind::Linear) if *name == names::TIED_HEAD => **shape == [self.vocabulary, self.width],
+                Some(Kind::Linear) if family.is_output_head(name) => **shape == [self.vocabulary, self.width],
                 Some(Kind::Linear) => shape.len() == 2 && shape[1] == self.width,
                 Some(_) => false,
-                None => names::layer(name).is_none_or(|(layer, _)| layer < self.layers as u64),
+                None => family.layer_of(name).is_none_or(|(layer, _)| layer < self.layers as u64),
             };
             if !fits {
                 return Err(format!(
@@ -182,7 +188,7 @@ mod tests {
         for i in 0..whole.len() {
             let mut missing = whole.clone();
             let (name, _) = missing.remove(i);
-            assert!(check(&missing).unwrap_err().contains(names::bare(&name)));
+            assert!(check(&missing).unwrap_err().contains(family().bare(&name)));
             let mut misshapen = whole.clone();
             misshapen[i].1[0] += 1;
             assert!(check(&misshapen).unwrap_err().contains(&name));
