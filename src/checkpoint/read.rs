@@ -10,10 +10,11 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::files::{WeightFiles, begin, check_shard, problem};
-use super::float::{Float, Layout, read_matrix};
 use super::header;
+use super::layout::{Layout, read_matrix};
 use crate::error::{Error, Result};
 use crate::family::{Family, Geometry, Kind, Matrix};
+use crate::numeric::Float;
 
 /// One stored tensor.
 #[derive(Clone, Debug)]

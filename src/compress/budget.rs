@@ -317,6 +317,7 @@ const REFINEMENT: u64 = 10;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use crate::fit::Moments;
     use crate::testing::noise;
     use proptest::prelude::*;

@@ -128,7 +128,7 @@ mod tests {
     use crate::kron::MatrixView;
     use crate::permute::Effort;
     use crate::progress::{Parallelism, Progress};
-    use crate::shape::{KroneckerSpec, Permute};
+    use crate::spec::{KroneckerSpec, Permute};
     use crate::spec::{MatrixSpec, TermSpec};
     use crate::testing::noise;
 

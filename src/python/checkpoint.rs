@@ -8,11 +8,11 @@ use super::budget::{MatrixInfo, SpentBudget, target};
 use super::jobs;
 use super::moments::{MomentArrays, calibration, same_length};
 use super::specs::{config_from_python, spec_to_python};
-use crate::checkpoint::float::Float;
 use crate::checkpoint::read;
 use crate::compress::{self, BudgetOptions, Calibration, Fits, Options, Report};
 use crate::error::Result;
 use crate::family::{self, Kind};
+use crate::numeric::Float;
 use crate::permute::Effort;
 use crate::plan::{Input, Job, Model, Plan};
 

@@ -8,8 +8,7 @@ use pyo3::types::{PyMapping, PyTuple};
 
 use crate::permute::Effort;
 use crate::plan::TQConfig;
-use crate::shape::{KroneckerSpec, Permute};
-use crate::spec::{MatrixSpec, TermSpec};
+use crate::spec::{KroneckerSpec, MatrixSpec, Permute, TermSpec};
 
 /// Where the Python classes are.
 const MODULE: &str = "tqcompressor.config.specs";

@@ -4,21 +4,22 @@ use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::linear::{Kronecker, Linear, Part, Term};
+use super::kronecker::Kronecker;
+use super::linear::{Linear, Part, Term};
 use super::rows::Rows;
 use super::*;
-use crate::checkpoint::float::Float;
 use crate::checkpoint::read::Checkpoint;
 use crate::checkpoint::testing::Source;
-use crate::compress::{Calibration, Options, compress_checkpoint};
+use crate::compress::{Calibration, Fits, Options, compress_checkpoint};
 use crate::error::{Error, Result};
 use crate::family::{Kind, Matrix};
 use crate::fit::{self, Norm};
 use crate::kron::MatrixView;
+use crate::numeric::Float;
 use crate::permute::{Effort, decompose};
 use crate::plan::TQConfig;
 use crate::progress::{Parallelism, Progress};
-use crate::shape::{KroneckerSpec, Permute};
+use crate::spec::{KroneckerSpec, Permute};
 use crate::testing::noise;
 
 /// A compressed checkpoint with every kind of term: both orders of contraction, large blocks, pivots on rows and columns,
@@ -89,7 +90,9 @@ fn a_compressed_model_computes_what_its_factors_stand_for() {
         source.write(&from);
         let config = TQConfig::from_json(SPECS).unwrap();
         let options = Options { overwrite: true, ..Options::default() };
-        compress_checkpoint(&from, &to, &config, &Calibration::new(), &options, &Progress::default()).unwrap();
+        let opened = Checkpoint::open(&from).unwrap();
+        let made = Fits::Made(&Calibration::new());
+        compress_checkpoint(&opened, &to, &config, made, &options, &Progress::default()).unwrap();
         expanded(&source, &config, &dense);
         let (compressed, dense) = (load(&to).unwrap(), load(&dense).unwrap());
         // Of the two orders between c_fc and c_proj one is left.
@@ -158,7 +161,9 @@ fn moments_are_means_of_outer_products_in_the_layers_own_order() {
     let [from, to] = ["source", "compressed"].map(|name| folder.path().join(name));
     Source::tiny("", Float::F32).write(&from);
     let config = TQConfig::from_json(r#"{"specs":{"h.0.mlp.c_fc":{"block":[2,4],"rank":8}}}"#).unwrap();
-    compress_checkpoint(&from, &to, &config, &Calibration::new(), &Options::default(), &Progress::default()).unwrap();
+    let opened = Checkpoint::open(&from).unwrap();
+    let made = Fits::Made(&Calibration::new());
+    compress_checkpoint(&opened, &to, &config, made, &Options::default(), &Progress::default()).unwrap();
     let names: Vec<_> = ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"].map(str::to_owned).to_vec();
     let sequences: [&[u32]; 2] = [&[1, 2, 3, 4], &[5, 6, 7]];
     let (workers, progress) = (workers(), Progress::default());
