@@ -5,33 +5,44 @@ The public functions in `tqcompressor` wrap these and document them; nothing els
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .config.specs import MatrixSpec
+from .config.tq_config import TQConfig
+
 __all__ = [
+    "Checkpoint",
+    "Choice",
+    "Fitted",
+    "KroneckerTerm",
     "Layer",
+    "LowRankTerm",
+    "MatrixInfo",
+    "ModelPlan",
     "Runtime",
+    "SpentBudget",
     "Threads",
     "Tokenizer",
     "__version__",
     "apply",
-    "choose_specs",
-    "choose_specs_of_checkpoint",
-    "compress_checkpoint",
     "distillation_loss",
     "distillation_loss_in_place",
     "expand",
     "find_permutation",
     "fit_many",
     "fit_within",
+    "fused_parts",
     "head_loss",
     "hidden_state_loss",
+    "list_matrices",
     "nearest_kronecker_sum",
     "plan",
-    "plan_checkpoint",
     "reconstruct",
+    "spend_budget",
+    "split_part",
     "topk_distillation_loss",
 ]
 
@@ -43,7 +54,8 @@ _Int64Array = NDArray[np.int64]
 _ProgressCallback = Callable[[int, int], object]
 # The second moments of a matrix's inputs and of the gradients at its outputs: `(d, d)`, or `(d,)` for a diagonal.
 _Moments = tuple[_Float32Array | None, _Float32Array | None]
-_Chosen = tuple[str | None, int, tuple[int, int], float, NDArray[np.float64]]
+# `(stored name, name without the base prefix, shape, kind)`.
+_Weight = tuple[str, str, tuple[int, ...], str]
 
 def nearest_kronecker_sum(
     w: _Float32Array, block: tuple[int, int], rank: int
@@ -62,61 +74,228 @@ def find_permutation(
 ) -> tuple[_Int64Array, _Int64Array, float]:
     """`(p, q, lost_energy)`: gather indices such that `w[p][:, q]` is near a Kronecker sum."""
 
+@final
+class KroneckerTerm:
+    """One permuted Kronecker sum: `W[p][:, q] = Σ_k A_k ⊗ B_k`."""
+
+    a: _Float32Array
+    """`A` (rank, m1, n1)."""
+    b: _Float32Array
+    """`B` (rank, m2, n2)."""
+    row_permutation: _Int64Array
+    """`p`, gather indices."""
+    column_permutation: _Int64Array
+    """`q`, gather indices."""
+    def __new__(
+        cls, a: _Float32Array, b: _Float32Array, row_permutation: _Int64Array, column_permutation: _Int64Array
+    ) -> KroneckerTerm: ...
+
+@final
+class LowRankTerm:
+    """One matrix of low rank: `W[order] = [I; left] right`, or `W[:, order] = left [I right]` where `m > n`."""
+
+    left: _Float32Array
+    right: _Float32Array
+    order: _Int64Array
+    """Gather indices of the shorter side; the pivots come first."""
+    def __new__(cls, left: _Float32Array, right: _Float32Array, order: _Int64Array) -> LowRankTerm: ...
+
+@final
+class Fitted:
+    """What one matrix became."""
+
+    spec: MatrixSpec
+    terms: list[KroneckerTerm | LowRankTerm]
+    """In the order of the spec's."""
+    lost_energy: float
+    """The share of its energy that was lost, in the norm of the fit."""
+    seconds: float
+
 def fit_many(
     matrices: Sequence[_Float32Array],
     names: Sequence[str],
-    specs: Sequence[str],
-    moment_arrays: Sequence[_Moments],
+    specs: Sequence[MatrixSpec],
+    moments: Sequence[_Moments],
+    *,
     effort: str,
     seed: int,
     threads: int | None,
     progress: _ProgressCallback | None,
-) -> list[tuple[list[tuple[Any, ...]], float, float]]:
-    """`(terms, lost_energy, seconds)` of each matrix, in parallel; `names` are for error messages, `specs` are JSON.
-
-    A term is `("kronecker", A, B, p, q)` or `("low_rank", left, right, order)`.
-    """
+) -> list[Fitted]:
+    """The fit of each matrix, in parallel; `names` are for error messages."""
 
 def fit_within(
     w: _Float32Array,
-    moment_arrays: _Moments,
+    moment_pair: _Moments,
+    *,
     parameters: int,
     effort: str,
-    seed: int,
     threads: int | None,
     progress: _ProgressCallback | None,
-) -> tuple[str, list[tuple[Any, ...]], float]:
-    """`(spec, terms, lost_energy)`: the best of any kind with at most so many parameters; the spec is JSON."""
+) -> Fitted:
+    """The best fit of any kind with at most so many parameters."""
 
-def choose_specs(
+@final
+class MatrixInfo:
+    """A matrix that can be compressed; in a plan, with what it becomes."""
+
+    name: str
+    """Its name in configs and reports: "h.0.attn.c_attn.q"."""
+    module: str
+    """The name of its module, without the base model's prefix: "h.0.attn.c_attn"."""
+    tensor: str
+    """The stored name of its tensor: "transformer.h.0.attn.c_attn.weight"."""
+    kind: str
+    """"conv1d", "linear" or "embedding"."""
+    shape: tuple[int, int]
+    """In × out."""
+    first_column: int
+    """Where its columns begin in the in × out tensor: not 0 for later parts of a fused weight."""
+    parameters_before: int
+    spec: MatrixSpec | None
+    """None where it stays dense."""
+    parameters_after: int
+
+@final
+class ModelPlan:
+    """A config resolved against the matrices of a model."""
+
+    matrices: list[MatrixInfo]
+    """Those that it compresses, in model order, each with its spec."""
+    report: str
+    """The same as a `CompressionReport` in JSON."""
+
+@final
+class Choice:
+    """What a budget makes of one matrix."""
+
+    spec: MatrixSpec | None
+    """None where it stays dense."""
+    parameters: int
+    macs_before: int
+    """For one token, while it is dense."""
+    macs: int
+    """For one token, then."""
+    lost_energy: float
+    energies: NDArray[np.float64]
+    """In descending order: rank `k` loses all but the first `k`."""
+
+@final
+class SpentBudget:
+    """A budget that was spent, with what planning found."""
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What every matrix is to become, in the order in which they were given."""
+
+    def fit(
+        self,
+        which: Sequence[int],
+        matrices: Sequence[_Float32Array],
+        names: Sequence[str],
+        moments: Sequence[_Moments],
+        *,
+        threads: int | None,
+        progress: _ProgressCallback | None,
+    ) -> list[Fitted]:
+        """The fits of the matrices at these places of the budget, each of them once."""
+
+def spend_budget(
     matrices: Sequence[_Float32Array],
     names: Sequence[str],
+    modules: Sequence[str],
     usages: Sequence[str],
-    moment_arrays: Sequence[_Moments],
-    target_value: tuple[str, float],
-    max_multiplies: float | None,
+    moments: Sequence[_Moments],
+    *,
+    parameters: int | None,
+    lost_energy: float | None,
+    max_macs: float | None,
     effort: str,
-    seed: int,
+    keep: bool,
     threads: int | None,
     progress: _ProgressCallback | None,
-) -> list[_Chosen]:
-    """`(spec or None, parameters, (multiplies_before, multiplies), lost_energy, energies)` of each matrix, under one
-    budget for all of them.
+) -> SpentBudget:
+    """Spends one budget over matrices: at most so many `parameters`, or as few as lose that share of the energy.
 
-    The target is `("parameters", count)` or `("lost_energy", share)`; a spec is JSON, None where a matrix stays dense.
-    A usage is "map", "lookup" or "tied_lookup"; `max_multiplies` is a share of the multiplies of the dense matrices.
+    A usage is "map", "lookup" or "tied_lookup"; `max_macs` is a share of the MACs of the dense matrices. Matrices of
+    one module are compressed all or none. With `keep`, `SpentBudget.fit` can follow.
     """
 
-def choose_specs_of_checkpoint(
-    source: str,
-    config: str,
-    moment_arrays: Sequence[tuple[str, _Moments]],
-    target_value: tuple[str, float],
-    max_multiplies: float | None,
-    threads: int | None,
-    progress: _ProgressCallback | None,
-) -> list[tuple[str, _Chosen]]:
-    """`choose_specs` for the matrices of a checkpoint that `config` (JSON) names, each with its name."""
+def list_matrices(
+    tensors: Sequence[_Weight],
+    base_prefix: str,
+    tied: Sequence[tuple[str, str]],
+    patterns: Sequence[str] | None,
+) -> list[MatrixInfo]:
+    """The matrices of a model in memory that match a pattern, all of them for None; arguments as for `plan`."""
+
+def plan(tensors: Sequence[_Weight], base_prefix: str, tied: Sequence[tuple[str, str]], config: TQConfig) -> ModelPlan:
+    """What `config` would do to a model in memory.
+
+    A weight is `(stored name, name without the base prefix, shape, kind)`, a kind "conv1d", "linear" or "embedding".
+    Patterns may have `base_prefix` or not; `tied` are heads that are left out, each with what it is tied to.
+    """
+
+def split_part(matrix: str) -> tuple[str, str | None]:
+    """The module of a matrix, and the part of it that the matrix is, if it is fused: "c_attn.q" is "c_attn", "q"."""
+
+def fused_parts(module: str, kind: str, rows: int, columns: int) -> list[str] | None:
+    """The parts of a fused weight `(rows, columns)`, in × out, such as q, k and v; None for any other module."""
+
+@final
+class Checkpoint:
+    """A dense checkpoint on disk, opened and validated once."""
+
+    @staticmethod
+    def open(directory: str | PathLike[str]) -> Checkpoint: ...
+    @property
+    def parameters(self) -> int:
+        """A tied head does not count."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its weight files."""
+
+    def list_matrices(self, patterns: Sequence[str] | None) -> list[MatrixInfo]:
+        """Its matrices that match a pattern, all of them for None."""
+
+    def plan(self, config: TQConfig) -> ModelPlan:
+        """What `config` would do to it."""
+
+    def spend_budget(
+        self,
+        names: Sequence[str],
+        moments: Sequence[_Moments],
+        *,
+        parameters: int | None,
+        lost_energy: float | None,
+        max_macs: float | None,
+        effort: str,
+        keep: bool,
+        threads: int | None,
+        progress: _ProgressCallback | None,
+    ) -> SpentBudget:
+        """`spend_budget` for matrices of the checkpoint, by their names."""
+
+    def compress(
+        self,
+        out: str | PathLike[str],
+        config: TQConfig,
+        names: Sequence[str],
+        moments: Sequence[_Moments],
+        *,
+        spent: SpentBudget | None,
+        dtype: str | None,
+        overwrite: bool,
+        max_shard_bytes: int,
+        threads: int | None,
+        progress: _ProgressCallback | None,
+    ) -> str:
+        """Writes the compressed checkpoint, and returns the report as JSON.
+
+        Fits are made in the norms of the `moments` of the matrices `names`, or are those of a budget that was `spent`
+        on these matrices with these moments.
+        """
 
 def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """The dense `(m, n)` matrix that the factors stand for, permutations undone."""
@@ -128,28 +307,6 @@ def expand(
 
 def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
-
-def plan(tensors: Sequence[tuple[str, tuple[int, ...], str]], tied_head: bool, config: str) -> str:
-    """What `config` (JSON) would do to these `(name, shape, kind)` tensors, as JSON.
-
-    A kind is "conv1d", "linear", "embedding" or, for what is never compressed, "other".
-    """
-
-def plan_checkpoint(source: str, config: str) -> str:
-    """What `config` (JSON) would do to the checkpoint in the directory `source`, as JSON."""
-
-def compress_checkpoint(
-    source: str,
-    destination: str,
-    config: str,
-    moment_arrays: Sequence[tuple[str, _Moments]],
-    dtype: str | None,
-    overwrite: bool,
-    max_shard_bytes: int,
-    threads: int | None,
-    progress: _ProgressCallback | None,
-) -> str:
-    """Compresses `source` into the directory `destination` and returns the report as JSON."""
 
 # A half-precision matrix comes and goes as its bits; the dtype beside it says which of the two it is.
 _FloatMatrix = _Float32Array | NDArray[np.uint16]

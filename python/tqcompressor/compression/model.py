@@ -41,6 +41,12 @@ from .report import CompressionReport, MatrixReport, UntouchedTensor
 Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, Any]
 
 
+# From matrices, their names, their specs and their moments to their fits, in that order.
+Fits: TypeAlias = Callable[..., Sequence[Fitted]]
+# From a progress callback to the matrices that are fitted together, and their moments by name.
+Groups: TypeAlias = Callable[[Report | None], Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]]
+
+
 def compress(
     model: PreTrainedModel,
     config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
@@ -111,7 +117,7 @@ def compress(
     check_options(config, budget, matrices, max_macs)
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
-    fits = None
+    fits: Fits | None = None
     if budget is not None:
         spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
         # With `sequential`, every layer is fitted to moments that are not known yet.
@@ -121,7 +127,8 @@ def compress(
         fits = partial(_planned_fits, spent, request) if keep else None
     config = resolve_config(config, effort=effort, seed=seed)
     plan = plan_model(model, config)
-    fits = fits or partial(_core.fit_many, effort=config.effort, seed=config.seed)
+    if fits is None:
+        fits = partial(_core.fit_many, effort=config.effort, seed=config.seed)
     groups = partial(_groups, model, plan.matrices, known, objective, sequential)
     return _compress_planned(
         model,
@@ -171,12 +178,6 @@ def recompress(
         except BaseException:
             attach(model, before)
             raise
-
-
-# From matrices, their names, their specs and their moments to their fits, in that order.
-Fits: TypeAlias = Callable[..., Sequence[Fitted]]
-# From a progress callback to the matrices that are fitted together, and their moments by name.
-Groups: TypeAlias = Callable[[Report | None], Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]]
 
 
 def _planned_fits(

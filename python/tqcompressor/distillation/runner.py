@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .._core import __version__
 from ..compression.model import compress, recompress
 from ..compression.model_plan import plan_model
-from ..config.specs import planned_spec
 from ..config.tq_config import TQConfig
 from ..data.text import read_text
 from ..data.token_blocks import TokenBlocks, token_blocks
@@ -188,8 +187,8 @@ class _Run:
         """All stages at once: each matrix as the last stage that names it has it. Checks that every stage fits."""
         specs: dict[str, Any] = {}
         for stage in self.recipe.stages:
-            for entry in plan_model(self.teacher, stage.config)["matrices"]:
-                specs[entry["name"]] = planned_spec(entry)
+            for matrix in plan_model(self.teacher, stage.config).matrices:
+                specs[matrix.name] = matrix.spec
         return self.recipe.stages[-1].config.replace(specs=specs)
 
     def load_texts(self, texts: Any, tokens: int | None, heldout: StrPath | None, cache: StrPath | None) -> None:

@@ -95,7 +95,7 @@ def _parts_of(name: str, dense: nn.Module) -> tuple[str, ...]:
     """The parts of a fused module, such as q, k and v of a `c_attn`; none for any other."""
     if not isinstance(dense, Conv1D | nn.Linear):
         return ()
-    return _core.fused_parts(name, KINDS[type(dense)], *linear_size(dense)) or ()
+    return tuple(_core.fused_parts(name, KINDS[type(dense)], *linear_size(dense)) or ())
 
 
 def _find_dense(

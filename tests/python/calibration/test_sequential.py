@@ -233,11 +233,11 @@ def test_interrupted_in_the_middle_the_model_is_as_it_was(owner, work, monkeypat
     before = snapshot(model)
     real, compressed = getattr(owner, work), []
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         compressed.append(sum(isinstance(module, LowRankLinear) for module in model.modules()))
         if compressed[-1] > 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(owner, work, interrupt)
     with pytest.raises(KeyboardInterrupt):

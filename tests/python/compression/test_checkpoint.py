@@ -11,6 +11,7 @@ from helpers.checkpoints import Checkpoint, config, decode, encode, listing, rea
 from tqcompressor import _core, errors
 from tqcompressor.compression.checkpoint import compress_checkpoint, inspect
 from tqcompressor.compression.report import CompressionReport
+from tqcompressor.config import KroneckerSpec
 
 CONFIG = config(
     {
@@ -78,10 +79,11 @@ def test_factors_are_those_of_decompose(tmp_path):
     spec = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["specs"]["h.0.mlp.c_fc"]
     assert spec == {"block": [2, 4], "rank": 3, "permute": "both"}
     weight = source.values("transformer.h.0.mlp.c_fc.weight")
-    arguments = [[weight], ["w"], [json.dumps(spec)], [(None, None)], "fast", 5, None, None]
-    (((_, a, b, p, q),), _, _) = _core.fit_many(*arguments)[0]
+    options = {"effort": "fast", "seed": 5, "threads": None, "progress": None}
+    (term,) = _core.fit_many([weight], ["w"], [KroneckerSpec.from_dict(spec)], [(None, None)], **options)[0].terms
     module = "transformer.h.0.mlp.c_fc"
-    for which, values in {"A": a, "B": b, "input_permutation": p, "output_permutation": np.argsort(q)}.items():
+    orders = {"input_permutation": term.row_permutation, "output_permutation": np.argsort(term.column_permutation)}
+    for which, values in {"A": term.a, "B": term.b, **orders}.items():
         assert np.array_equal(decode(*stored[f"{module}.{which}"]), values), which
 
 

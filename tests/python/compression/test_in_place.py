@@ -68,10 +68,11 @@ def test_the_factors_are_those_of_the_standalone_decomposition_whatever_the_thre
         compressed = copy.deepcopy(model)
         compress(compressed, CONFIG, threads=threads)
         for name, (matrix, spec) in matrices.items():
-            arguments = [[matrix], [name], [json.dumps(spec.to_dict())], [(None, None)], "fast", 3, threads, None]
-            (((_, a, b, p, q),), _, _) = _core.fit_many(*arguments)[0]
+            options = {"effort": "fast", "seed": 3, "threads": threads, "progress": None}
+            (term,) = _core.fit_many([matrix], [name], [spec], [(None, None)], **options)[0].terms
+            p, q = term.row_permutation, term.column_permutation
             module = compressed.transformer.get_submodule(name)
-            assert torch.equal(module.A, torch.from_numpy(a)) and torch.equal(module.B, torch.from_numpy(b))
+            assert torch.equal(module.A, torch.from_numpy(term.a)) and torch.equal(module.B, torch.from_numpy(term.b))
             # Gather indices of the forward pass: an embedding looks its rows up, so they are inverted too.
             rows = module.input_permutation
             if rows is not None:

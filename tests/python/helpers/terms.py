@@ -1,6 +1,7 @@
 """Random terms of every kind, as decompositions give them, and the dense matrices that they stand for by definition."""
 
 import numpy as np
+from tqcompressor._core import KroneckerTerm, LowRankTerm
 from tqcompressor.config.specs import KroneckerSpec, LowRankSpec
 
 
@@ -12,11 +13,11 @@ def random_term(spec, rows, columns, rng, integers=False):
 
     if isinstance(spec, LowRankSpec):
         left, right = (draw(shape) for shape in spec.factor_shapes(rows, columns))
-        return "low_rank", left, right, rng.permutation(min(rows, columns))
+        return LowRankTerm(left, right, rng.permutation(min(rows, columns)))
     a, b = (draw(shape) for shape in spec.factor_shapes(rows, columns))
     p = rng.permutation(rows) if spec.permutes_rows else np.arange(rows)
     q = rng.permutation(columns) if spec.permutes_columns else np.arange(columns)
-    return "kronecker", a, b, p, q
+    return KroneckerTerm(a, b, p, q)
 
 
 def random_terms(spec, rows, columns, rng, integers=False):
@@ -28,14 +29,14 @@ def random_terms(spec, rows, columns, rng, integers=False):
 def dense(terms, rows, columns):
     """The sum of the terms, each by its definition."""
     total = np.zeros((rows, columns), np.float32)
-    for kind, *arrays in terms:
+    for term in terms:
         w = np.empty_like(total)
-        if kind == "kronecker":
-            a, b, p, q = arrays
+        if isinstance(term, KroneckerTerm):
             # W[p][:, q] is the Kronecker sum.
-            w[np.ix_(p, q)] = sum(np.kron(a[k], b[k]) for k in range(len(a)))
+            products = [np.kron(a, b) for a, b in zip(term.a, term.b, strict=True)]
+            w[np.ix_(term.row_permutation, term.column_permutation)] = sum(products)
         else:
-            left, right, order = arrays
+            left, right, order = term.left, term.right, term.order
             identity = np.eye(left.shape[1], dtype=np.float32)
             if rows <= columns:
                 w[order] = np.concatenate([identity, left]) @ right

@@ -175,10 +175,10 @@ def test_matrices_come_in_the_models_order_and_layers_as_numbers():
     config.num_hidden_layers = 11
     model = transformers.BertForMaskedLM(config)
     plan = plan_model(model, TQConfig({"*.query": LOW_RANK, "embeddings.*": KRONECKER}, effort="fast"))
-    names = [entry["name"] for entry in plan["matrices"]]
+    names = [matrix.name for matrix in plan.matrices]
     assert names[:3] == [f"embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")]
     assert names[3:] == [f"encoder.layer.{layer}.attention.self.query" for layer in range(11)]
-    assert plan["matrices"][0]["tensor"] == "bert.embeddings.word_embeddings.weight"
+    assert plan.matrices[0].tensor == "bert.embeddings.word_embeddings.weight"
 
 
 @pytest.mark.parametrize(

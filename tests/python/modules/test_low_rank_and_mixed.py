@@ -9,6 +9,7 @@ from helpers.terms import dense, random_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from tqcompressor._core import LowRankTerm
 from tqcompressor.config.specs import KroneckerSpec, LowRankSpec, MixedSpec
 from tqcompressor.errors import ConfigError, ShapeError
 from tqcompressor.modules import (
@@ -281,7 +282,8 @@ def test_ids_out_of_range_are_refused(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_from_factors_is_the_module_of_these_sizes(shape):
-    ((_, left, right, order),) = terms = random_terms(LOW_RANK, *shape, np.random.default_rng(0))
+    (term,) = terms = random_terms(LOW_RANK, *shape, np.random.default_rng(0))
+    left, right, order = term.left, term.right, term.order
     w = torch.from_numpy(dense(terms, *shape))
     linear = LowRankLinear.from_factors(left, right, order, torch.ones(shape[1]), dtype=torch.float64)
     assert (linear.in_features, linear.out_features, linear.bias.dtype) == (*shape, torch.float64)
@@ -301,10 +303,13 @@ def test_what_does_not_fit_is_refused():
     (term,) = random_terms(LOW_RANK, 16, 24, np.random.default_rng(0))
     before = linear.left
     for terms, message in [
-        ([("low_rank", term[1][1:], term[2], term[3])], "left has shape"),
-        ([("low_rank", term[1], term[2], term[3][1:])], "input_permutation"),
-        ([("kronecker", *term[1:])], "one low_rank term, got kronecker"),
-        ([term, term], "one low_rank term"),
+        ([LowRankTerm(term.left[1:], term.right, term.order)], "left has shape"),
+        ([LowRankTerm(term.left, term.right, term.order[1:])], "input_permutation"),
+        (
+            random_terms(KroneckerSpec((2, 2), 2), 16, 24, np.random.default_rng(0)),
+            "one LowRankTerm, got KroneckerTerm",
+        ),
+        ([term, term], "one LowRankTerm, got LowRankTerm, LowRankTerm"),
     ]:
         with pytest.raises(ShapeError, match=message):
             linear.set_terms(terms)
@@ -312,7 +317,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match="3 terms, got 1"):
         empty_linear(16, 24, MIXED).set_terms([term])
     with pytest.raises(ShapeError, match="bias"):
-        LowRankLinear.from_factors(*term[1:], bias=torch.zeros(3))
+        LowRankLinear.from_factors(term.left, term.right, term.order, bias=torch.zeros(3))
     with pytest.raises(ShapeError, match="one shape"):
         MixedLinear([LowRankLinear(16, 24, 1, False), KroneckerLinear(24, 16, (2, 2), 1, False)])
     with pytest.raises(ShapeError, match="no bias"):
