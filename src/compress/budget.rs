@@ -300,7 +300,7 @@ fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [
     Ok(())
 }
 
-/// What each matrix may take of `most` multiplies: as many as its choice does, and of what all choices together leave a
+/// What each matrix may take of `most` MACs: as many as its choice does, and of what all choices together leave a
 /// part in proportion to that. Dense matrices have no use for it.
 fn shared_out(most: usize, choices: &[Choice]) -> Vec<usize> {
     let left = most - choices.iter().map(|choice| choice.macs).sum::<usize>();
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn the_best_of_any_kind_keep_within_a_cap_on_multiplies() {
+    fn the_best_of_any_kind_keep_within_a_cap_on_macs() {
         let sizes = [(48, 32, Usage::Map), (64, 32, Usage::TiedLookup), (32, 48, Usage::Map), (40, 32, Usage::Lookup)];
         let values: Vec<_> = sizes.iter().zip(1..).map(|(&(m, n, _), seed)| noise(m * n, seed)).collect();
         let matrices = sizes.map(|(rows, columns, usage)| {

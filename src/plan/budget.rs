@@ -4,7 +4,7 @@
 //! loses nothing. Spending parameter after parameter where it saves most is a walk along the lower convex hulls of these
 //! curves in the order of their slopes (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
 //! 1988), optimal but for the last step, where what is left of the budget goes to whichever rank still fits. A cap on
-//! multiplies is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at whichever
+//! MACs is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at whichever
 //! limit is met first.
 
 use crate::error::{Error, Result};
@@ -49,14 +49,14 @@ pub struct Choice {
     pub rank: Option<usize>,
     /// Its parameters.
     pub parameters: usize,
-    /// Its multiplies for one token.
+    /// Its MACs for one token.
     pub macs: usize,
     /// The share of its energy that this is expected to lose.
     pub lost_energy: f64,
 }
 
 impl Candidate {
-    /// The multiplies for one token that it takes dense.
+    /// The MACs for one token that it takes dense.
     #[must_use]
     pub fn dense_macs(&self) -> usize {
         self.usage.dense_macs(self.rows, self.columns)
@@ -91,8 +91,8 @@ impl Choice {
 /// of the candidates; the same candidates give the same choices.
 ///
 /// # Errors
-/// [`Error::Config`] if not even rank 1 of every matrix fits, naming the fewest parameters, or multiplies, that would do;
-/// if a share of energy cannot be reached with so few multiplies; or for one that is not between 0 and 1.
+/// [`Error::Config`] if not even rank 1 of every matrix fits, naming the fewest parameters, or MACs, that would do;
+/// if a share of energy cannot be reached with so few MACs; or for one that is not between 0 and 1.
 ///
 /// # Cost
 /// `O(R log R)` for `R` ranks in all.

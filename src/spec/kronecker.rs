@@ -91,17 +91,17 @@ impl KroneckerShape {
         self.rank * (self.blocks() + self.block_entries())
     }
 
-    /// Multiplies to apply the sum to one vector, in the cheaper contraction order:
+    /// MACs to apply the sum to one vector, in the cheaper contraction order:
     /// `rank·min(m1·n1·m2 + n1·m2·n2, m1·m2·n2 + m1·n1·n2)`.
     #[must_use]
     pub fn macs(&self) -> usize {
-        self.rank * self.multiplies_a_first().min(self.multiplies_b_first())
+        self.rank * self.macs_a_first().min(self.macs_b_first())
     }
 
-    /// Whether `Aᵀ X` first, then `· B`, costs no more multiplies than `X B` first.
+    /// Whether `Aᵀ X` first, then `· B`, costs no more MACs than `X B` first.
     #[must_use]
     pub fn a_first(&self) -> bool {
-        self.multiplies_a_first() <= self.multiplies_b_first()
+        self.macs_a_first() <= self.macs_b_first()
     }
 
     /// The shape of the transposed sum `Σ_k A_kᵀ ⊗ B_kᵀ`.
@@ -122,11 +122,11 @@ impl KroneckerShape {
         self.blocks() < self.block_entries()
     }
 
-    fn multiplies_a_first(&self) -> usize {
+    fn macs_a_first(&self) -> usize {
         self.m1 * self.n1 * self.m2 + self.n1 * self.m2 * self.n2
     }
 
-    fn multiplies_b_first(&self) -> usize {
+    fn macs_b_first(&self) -> usize {
         self.m1 * self.m2 * self.n2 + self.m1 * self.n1 * self.n2
     }
 }

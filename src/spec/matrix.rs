@@ -6,7 +6,7 @@ use super::kronecker::KroneckerSpec;
 use super::low_rank::LowRankShape;
 use crate::error::{Error, Result};
 
-/// What is done with a matrix for every token, which says what it costs in multiplies.
+/// What is done with a matrix for every token, which says what it costs in MACs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Usage {
     /// A linear map: one vector is multiplied by it.
@@ -32,7 +32,7 @@ impl Usage {
         })
     }
 
-    /// Multiplies for one token of a dense `(m, n)` matrix: `m·n`, and none for a row that is only looked up.
+    /// MACs for one token of a dense `(m, n)` matrix: `m·n`, and none for a row that is only looked up.
     #[must_use]
     pub fn dense_macs(self, m: usize, n: usize) -> usize {
         if self == Self::Lookup { 0 } else { m * n }
@@ -63,8 +63,8 @@ impl TermSpec {
         }
     }
 
-    /// Multiplies for one token of an `(m, n)` matrix that is this term: those of a product with a vector,
-    /// [`KroneckerShape::multiplies`](super::KroneckerShape::multiplies) or a low rank's parameters, and, where
+    /// MACs for one token of an `(m, n)` matrix that is this term: those of a product with a vector,
+    /// [`KroneckerShape::macs`](super::KroneckerShape::macs) or a low rank's parameters, and, where
     /// rows are looked up, those that make one row: `rank·n`, less the columns that a low rank holds as they are.
     ///
     /// # Errors
@@ -144,7 +144,7 @@ impl MatrixSpec {
         self.terms.iter().map(|term| term.parameters(m, n)).sum()
     }
 
-    /// The multiplies for one token that an `(m, n)` matrix is left with.
+    /// The MACs for one token that an `(m, n)` matrix is left with.
     ///
     /// # Errors
     /// [`Error::Shape`] if a term does not fit the matrix.
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn multiplies_are_those_of_the_terms_and_of_what_is_done_with_them() {
+    fn macs_are_those_of_the_terms_and_of_what_is_done_with_them() {
         let kronecker = TermSpec::Kronecker(KroneckerSpec { block: (2, 4), rank: 3, permute: Permute::Both });
         let low_rank = TermSpec::LowRank { rank: 5 };
         // B first would take 6·2·4 + 6·8·4 = 240; A first takes 6·8·2 + 8·2·4 = 160 for each of the three.

@@ -216,7 +216,7 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--max-macs",
         type=float,
         metavar="X",
-        help="with --budget: multiplications for one token that these matrices may take, as a share of the dense ones'",
+        help="with --budget: MACs for one token that these matrices may take, as a share of those that they take dense",
     )
 
 

@@ -41,7 +41,7 @@ proptest! {
     }
 
     #[test]
-    fn a_cap_on_multiplies_is_kept_beside_the_budget(
+    fn a_cap_on_macs_is_kept_beside_the_budget(
         candidates in candidates(), budget in 0.0..1.0_f64, cap in 0.0..1.2_f64, relative in any::<bool>(),
     ) {
         let weighting = if relative { Weighting::Relative } else { Weighting::Absolute };

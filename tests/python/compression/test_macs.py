@@ -1,4 +1,4 @@
-"""A cap on multiplies beside a budget: that they are counted as models take them, and that it is kept."""
+"""A cap on MACs beside a budget: that they are counted as models take them, and that it is kept."""
 
 import json
 import math
@@ -20,7 +20,7 @@ TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 
 
 def measured(model, ids):
-    """Multiplies of a forward pass for one token."""
+    """MACs of a forward pass for one token."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids)
     # A multiply and an addition each.
@@ -28,7 +28,7 @@ def measured(model, ids):
 
 
 def counted(spec, rows, columns):
-    """Multiplies of a matrix, by their definition."""
+    """MACs of a matrix, by their definition."""
     if isinstance(spec, MixedSpec):
         return sum(counted(term, rows, columns) for term in spec.terms)
     if isinstance(spec, KroneckerSpec):
