@@ -4,8 +4,8 @@
 //! column permutations `p` and `q` searched so that little energy is lost.
 //!
 //! Modules, from the bottom up (each imports only from those before it):
-//! [`error`], [`shape`], [`spec`], [`progress`], [`memory`], [`simd`], [`loss`], [`kron`], [`permute`], [`fit`], [`checkpoint`], [`plan`], [`compress`],
-//! [`runtime`].
+//! [`error`], [`progress`], [`numeric`], [`spec`], [`loss`], [`kron`], [`permute`], [`fit`], [`checkpoint`], [`plan`],
+//! [`compress`], [`runtime`].
 //! `python` is the only module that knows Python.
 
 pub mod checkpoint;
@@ -14,13 +14,11 @@ pub mod error;
 pub mod fit;
 pub mod kron;
 pub mod loss;
-pub mod memory;
+pub mod numeric;
 pub mod permute;
 pub mod plan;
 pub mod progress;
 pub mod runtime;
-pub mod shape;
-pub mod simd;
 pub mod spec;
 
 #[cfg(feature = "python")]

@@ -1,21 +1,21 @@
 //! GPT-2 checkpoints on disk: which tensor is what, reading without loading, writing all or nothing.
 //!
 //! * [`names`]: kinds, orientation, the fused `c_attn`, model order.
-//! * [`float`]: the floating dtypes, and conversion to and from `f32`.
 //! * [`header`]: the header of a safetensors file, validated.
 //! * [`expected`]: the tensors that `config.json` promises.
 //! * [`files`]: the files of a directory that hold it.
 //! * [`read`]: a mapped checkpoint.
 //! * [`write`]: safetensors files written tensor by tensor, in any order.
-//! * [`stage`]: the hidden directory that becomes the destination in one step.
+//! * [`staging`]: the hidden directory that becomes the destination in one step.
 
+mod dtype;
 pub mod expected;
 pub mod files;
-pub mod float;
 pub mod header;
+mod layout;
 pub mod names;
 pub mod read;
-pub mod stage;
+pub mod staging;
 pub mod write;
 
 #[cfg(test)]

@@ -11,10 +11,11 @@ use serde_json::{Map, Value};
 
 use super::expected::Geometry;
 use super::files::{WeightFiles, begin, check_shard, problem};
-use super::float::{Float, Layout, read_matrix};
 use super::header;
+use super::layout::{Layout, read_matrix};
 use super::names::{self, Kind, Matrix};
 use crate::error::{Error, Result};
+use crate::numeric::Float;
 
 /// One stored tensor.
 #[derive(Clone, Debug)]

@@ -7,7 +7,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 use super::expected::Geometry;
-use super::float::Float;
+use crate::numeric::Float;
 
 /// A checkpoint in memory, to be damaged and written.
 pub(crate) struct Source {
@@ -39,7 +39,7 @@ impl Source {
         };
         let values: Vec<f32> = std::iter::repeat_with(next).take(shape.iter().product()).collect();
         let mut bytes = Vec::new();
-        float.narrow(&values, &mut bytes).unwrap();
+        float.downcast(&values, &mut bytes).unwrap();
         self.tensors.push((name.into(), float.dtype(), shape.into(), bytes));
     }
 

@@ -16,8 +16,8 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
 use super::files::{INDEX_FILE, SINGLE_FILE};
-use super::float::Float;
 use crate::error::{Error, Result};
+use crate::numeric::Float;
 
 /// Values converted between two writes.
 const CHUNK: usize = 1 << 18;
@@ -169,7 +169,7 @@ impl Writer {
         let mut bytes = Vec::new();
         for (i, values) in values.chunks(CHUNK).enumerate() {
             bytes.clear();
-            float.narrow(values, &mut bytes).map_err(|at| {
+            float.downcast(values, &mut bytes).map_err(|at| {
                 let got = format!("{}, which is beyond its range", values[at]);
                 Error::Dtype { expected: format!("values that {} can hold", float.name()), got }.in_tensor(name)
             })?;

@@ -4,9 +4,8 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Mutex;
 
-use super::place::Place;
+use super::place::{Calibration, Place, place};
 use super::queue::largest_first;
-use super::{Calibration, place};
 use crate::checkpoint::names::{Kind, Matrix, TOKEN_EMBEDDING, bare};
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Result};

@@ -113,7 +113,7 @@ mod tests {
     use super::*;
     use crate::error::Error;
     use crate::fit::Moments;
-    use crate::shape::{KroneckerSpec, Permute};
+    use crate::spec::{KroneckerSpec, Permute};
     use crate::testing::noise;
 
     fn task(name: &str, rows: usize, columns: usize) -> Task<'static> {

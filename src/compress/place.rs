@@ -1,8 +1,14 @@
 //! A matrix that there is work on: its name, its shape and its norm.
 
+use std::collections::HashMap;
+
+use crate::checkpoint::names::Matrix;
 use crate::error::Result;
 use crate::fit::{Moments, Norm};
 use crate::kron::MatrixView;
+
+/// The moments of matrices, by their names; those that have none are approximated in the Frobenius norm.
+pub type Calibration<'a> = HashMap<String, Moments<'a>>;
 
 /// A matrix, without its values.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,4 +39,10 @@ impl Place<'_> {
             .and_then(|norm| work(MatrixView::new(values, *rows, *columns)?, &norm))
             .map_err(|error| error.in_tensor(name))
     }
+}
+
+/// A matrix of a checkpoint with what a calibration knows of it.
+pub(super) fn place<'a>(matrix: &Matrix, calibration: &Calibration<'a>) -> Place<'a> {
+    let moments = calibration.get(&matrix.name).copied().unwrap_or_default();
+    Place { name: matrix.name.clone(), rows: matrix.rows, columns: matrix.columns, moments }
 }

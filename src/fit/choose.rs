@@ -3,14 +3,13 @@
 use super::low_rank::low_rank;
 use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
+use super::terms::{Fit, Term};
 use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
-use super::{Fit, Term};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
-use crate::shape::{KroneckerSpec, Permute};
-use crate::spec::{LowRankShape, MatrixSpec, TermSpec, Usage};
+use crate::spec::{KroneckerSpec, LowRankShape, MatrixSpec, Permute, TermSpec, Usage};
 
 /// Approximates `view` as `spec` says, in `norm`.
 ///

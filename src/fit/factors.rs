@@ -6,7 +6,7 @@ use super::moment::product;
 use crate::error::Result;
 use crate::kron::{KroneckerSum, eigenvectors};
 use crate::permute::{Decomposition, Permutation};
-use crate::shape::{KroneckerShape, Permute};
+use crate::spec::{KroneckerShape, Permute};
 
 /// `K[p][:, q] = Σ_k A_k ⊗ B_k`, or `R(K[p][:, q]) = a bᵀ` for the rearranged matrix `R` of Van Loan and Pitsianis.
 ///

@@ -8,18 +8,17 @@ use std::slice;
 
 use faer::{Mat, MatRef};
 
-use super::Term;
 use super::descent::{left_to, residual};
 use super::factors::Factors;
 use super::low_rank::{LowRank, Roots, Whitened, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
+use super::terms::Term;
 use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, widened};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
-use crate::shape::Permute;
-use crate::spec::TermSpec;
+use crate::spec::{Permute, TermSpec};
 
 /// `W ≈ Σ_t Ŵ_t` for terms of the given specs, near in `norm`, and the lost energy.
 ///

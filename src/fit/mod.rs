@@ -7,6 +7,7 @@ mod low_rank;
 mod mixed;
 mod moment;
 mod preconditioner;
+mod terms;
 #[cfg(test)]
 mod tests;
 mod weighted;
@@ -16,38 +17,5 @@ pub use choose::{Limits, fit, fit_within};
 pub use low_rank::{LowRank, low_rank, spectrum};
 pub use mixed::mixed;
 pub use moment::{Moment, Moments, Norm, Weight};
+pub use terms::{Fit, Term};
 pub use weighted::weighted_kronecker;
-
-use crate::permute::Decomposition;
-use crate::spec::MatrixSpec;
-
-/// One term of a [`Fit`].
-#[derive(Clone, Debug, PartialEq)]
-pub enum Term {
-    /// A permuted Kronecker sum.
-    Kronecker(Decomposition),
-    /// A low-rank matrix in interpolative form.
-    LowRank(LowRank),
-}
-
-impl Term {
-    /// The dense matrix that it stands for, row-major `(m, n)`, permutations undone.
-    #[must_use]
-    pub fn to_dense(&self) -> Vec<f32> {
-        match self {
-            Self::Kronecker(decomposition) => decomposition.to_dense(),
-            Self::LowRank(low_rank) => low_rank.to_dense(),
-        }
-    }
-}
-
-/// `W ≈ Σ_t Ŵ_t`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Fit {
-    /// What the matrix has become.
-    pub spec: MatrixSpec,
-    /// Its terms, in the order of the spec's.
-    pub terms: Vec<Term>,
-    /// `‖W − Σ_t Ŵ_t‖² / ‖W‖²` in the norm of the fit, which is the Frobenius norm where there are no moments.
-    pub lost_energy: f64,
-}

@@ -11,7 +11,7 @@ use faer::{Auto, Mat, MatRef, Par, Spec};
 use super::factors::Factors;
 use super::moment::{Norm, Weight, product};
 use crate::error::Result;
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 
 /// What is added to the Gram matrix of a factor, as a share of its mean eigenvalue: terms far below the mean would
 /// otherwise take steps that their curvature in the true norm does not bear out.

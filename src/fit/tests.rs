@@ -13,8 +13,7 @@ use crate::kron::eigenvectors;
 use crate::kron::{MatrixView, nearest_kronecker_sum};
 use crate::permute::{Effort, Permutation, decompose};
 use crate::progress::{Parallelism, Progress};
-use crate::shape::{KroneckerSpec, Permute};
-use crate::spec::{TermSpec, Usage};
+use crate::spec::{KroneckerSpec, MatrixSpec, Permute, TermSpec, Usage};
 use crate::testing::noise;
 
 /// A second moment of `samples` random vectors whose entries differ in size: singular if there are few.

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::kron::MatrixView;
 use crate::permute::{Decomposition, Effort, Orders, norm_sort};
 use crate::progress::Progress;
-use crate::shape::{KroneckerSpec, Permute};
+use crate::spec::{KroneckerSpec, Permute};
 
 /// How long a fit goes on.
 #[derive(Clone, Copy, Debug)]

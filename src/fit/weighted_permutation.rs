@@ -11,7 +11,7 @@ use super::moment::{Norm, Weight, inner, product};
 use crate::error::Result;
 use crate::permute::{Side, solve_assignment};
 use crate::progress::Progress;
-use crate::shape::Permute;
+use crate::spec::Permute;
 
 /// Longest side (a vocabulary is longer) whose order is improved: the pairs take eight bytes each.
 const LONGEST: usize = 4096;

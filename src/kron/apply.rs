@@ -5,7 +5,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 use super::decompose::KroneckerSum;
 use crate::error::{Error, Result};
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 
 impl KroneckerSum {
     /// `y = x (Σ_k A_k ⊗ B_k)` for `batch` row vectors.

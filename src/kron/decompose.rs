@@ -8,7 +8,7 @@ use super::gram::{block_gram, for_each_chunk, top_eigenvectors};
 use super::view::MatrixView;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 
 /// Up to this many block entries the Gram matrix is formed, in f64, so that squaring costs no digit that f32 has; beyond
 /// it, a thin SVD of `R(W)` takes no longer.
@@ -43,7 +43,7 @@ pub struct KroneckerSum {
 ///
 /// ```
 /// use tqcompressor::kron::{MatrixView, nearest_kronecker_sum};
-/// use tqcompressor::{progress::Progress, shape::KroneckerShape};
+/// use tqcompressor::{progress::Progress, spec::KroneckerShape};
 /// // The identity is a Kronecker product of identities, so nothing is lost.
 /// let identity = [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0];
 /// let shape = KroneckerShape::new(4, 4, (2, 2), 1)?;

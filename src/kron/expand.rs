@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::memory::zeros;
+use crate::numeric::memory::zeros;
+use crate::numeric::simd::add_combination;
 use crate::progress::{Parallelism, Progress};
-use crate::shape::KroneckerShape;
-use crate::simd::add_combination;
+use crate::spec::KroneckerShape;
 
 /// `K[rows][:, columns]` for `K = Σ_k A_k ⊗ B_k`, row-major `(m, n)`.
 ///
@@ -25,7 +25,7 @@ use crate::simd::add_combination;
 /// ```
 /// use tqcompressor::kron::expand;
 /// use tqcompressor::progress::{Parallelism, Progress};
-/// use tqcompressor::shape::KroneckerShape;
+/// use tqcompressor::spec::KroneckerShape;
 ///
 /// let shape = KroneckerShape::new(2, 2, (1, 2), 1).unwrap();
 /// let (a, b) = ([1.0, 10.0], [3.0, 4.0]);

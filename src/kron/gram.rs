@@ -11,9 +11,9 @@ use faer::{Accum, Auto, Mat, MatMut, MatRef, Par, Spec};
 
 use super::view::MatrixView;
 use crate::error::{Error, Result};
+use crate::numeric::simd::{LANES, dispatched};
 use crate::progress::Progress;
-use crate::shape::KroneckerShape;
-use crate::simd::{LANES, dispatched};
+use crate::spec::KroneckerShape;
 
 /// Entries of `R` that are widened to f64 at a time: the chunk stays in cache, and its products are long enough to be fast.
 const CHUNK_ENTRIES: usize = 32 * 1024;

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::progress::{Parallelism, Progress};
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 use crate::testing::noise;
 
 fn nearest(w: &[f32], shape: KroneckerShape) -> KroneckerSum {

@@ -1,7 +1,7 @@
 //! A read-only matrix whose rows and columns are seen through an order, without copying it.
 
 use crate::error::{Error, Result};
-use crate::simd::{LANES, dispatched};
+use crate::numeric::simd::{LANES, dispatched};
 
 /// An `(m, n)` row-major matrix `W`, read as `W[rows][:, columns]`.
 #[derive(Clone, Copy, Debug)]

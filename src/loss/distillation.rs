@@ -1,61 +1,12 @@
 //! Cross-entropy and Kullback–Leibler divergence over rows of logits.
 
+use super::labels::{Labels, rows_of_logits};
 use super::logits::{Exponentials, NotFinite, Row, row_loss};
-use super::parallel::{for_each, mean_over_rows};
-use super::values::{OwnedValues, RowMut, Values};
+use super::objective::Objective;
+use super::parallel::{RowMut, for_each, mean_over_rows};
 use crate::error::{Error, Result};
+use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
-
-/// Which distribution a Kullback–Leibler divergence is taken from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// `KL(teacher ‖ student)`: the student must cover whatever the teacher finds likely.
-    Forward,
-    /// `KL(student ‖ teacher)`: the student must avoid whatever the teacher finds unlikely.
-    Reverse,
-}
-
-/// `divergence · KL_T + cross_entropy · CE`: what is minimised.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Objective {
-    pub(super) temperature: f64,
-    pub(super) divergence: f64,
-    pub(super) cross_entropy: f64,
-    pub(super) direction: Direction,
-}
-
-impl Objective {
-    /// Temperatures beyond these leave nothing of the logits, or nothing but their largest.
-    const TEMPERATURES: std::ops::RangeInclusive<f64> = 1e-4..=1e4;
-
-    /// Any weights. A term of weight 0 is not computed, nor its input read.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if the temperature is not between 1e-4 and 1e4, or a weight is negative or not finite.
-    pub fn new(temperature: f64, divergence: f64, cross_entropy: f64, direction: Direction) -> Result<Self> {
-        if !Self::TEMPERATURES.contains(&temperature) {
-            return Err(Error::Config(format!("temperature: expected a number from 1e-4 to 1e4, got {temperature}")));
-        }
-        for (name, weight) in [("divergence", divergence), ("cross_entropy", cross_entropy)] {
-            if !(0.0..f64::INFINITY).contains(&weight) {
-                return Err(Error::Config(format!("{name}: expected a weight of at least 0, got {weight}")));
-            }
-        }
-        Ok(Self { temperature, divergence, cross_entropy, direction })
-    }
-
-    /// `alpha·T²·KL(teacher ‖ student at T) + (1 − alpha)·CE` (Hinton, Vinyals and Dean, arXiv 1503.02531). The factor
-    /// `T²` keeps the gradient of the first term about as large whatever the temperature.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if `alpha` is not between 0 and 1, or the temperature is refused.
-    pub fn distillation(temperature: f64, alpha: f64) -> Result<Self> {
-        if !(0.0..=1.0).contains(&alpha) {
-            return Err(Error::Config(format!("alpha: expected a number from 0 to 1, got {alpha}")));
-        }
-        Self::new(temperature, alpha * temperature * temperature, 1.0 - alpha, Direction::Forward)
-    }
-}
 
 /// Logits of `rows` tokens and what they are compared with.
 #[derive(Clone, Copy, Debug)]
@@ -174,19 +125,6 @@ pub fn distillation_loss_in_place(
     Ok(losses.iter().sum::<f64>() * scale)
 }
 
-/// How many rows of a vocabulary the student's logits are.
-pub(super) fn rows_of_logits(student: Values<'_>, vocabulary: usize) -> Result<usize> {
-    let values = student.len();
-    if vocabulary == 0 || !values.is_multiple_of(vocabulary) {
-        return Err(Error::Shape {
-            operation: "student_logits",
-            expected: format!("rows of a vocabulary of at least one token, here {vocabulary}"),
-            got: format!("{values} values"),
-        });
-    }
-    Ok(values / vocabulary)
-}
-
 /// What a thread uses again for each of its rows.
 #[derive(Default)]
 struct Scratch {
@@ -204,50 +142,6 @@ pub(super) fn non_finite(which: NotFinite, row: usize, logits: &Row<'_>) -> Erro
     };
     let column = values.iter().position(|value| !value.is_finite()).unwrap_or(0);
     Error::NonFinite { value: values[column], row, column }.in_tensor(name)
-}
-
-/// Which rows count, and their labels.
-#[derive(Clone, Copy)]
-pub(super) struct Labels<'a> {
-    pub labels: Option<&'a [i64]>,
-    pub ignore_index: i64,
-}
-
-impl Labels<'_> {
-    /// How many rows count.
-    pub(super) fn counted(&self, rows: usize) -> usize {
-        self.labels.map_or(rows, |labels| labels.iter().filter(|&&label| label != self.ignore_index).count())
-    }
-
-    /// `None` for a row that does not count, `Some(None)` for one that has no label. Labels are checked before.
-    pub(super) fn of(&self, row: usize) -> Option<Option<usize>> {
-        match self.labels {
-            None => Some(None),
-            Some(labels) if labels[row] == self.ignore_index => None,
-            Some(labels) => Some(Some(labels[row] as usize)),
-        }
-    }
-
-    /// That there is one label per row, each in the vocabulary or ignored, and that the objective can do without.
-    pub(super) fn check(&self, rows: usize, vocabulary: usize, objective: &Objective) -> Result<()> {
-        let Some(labels) = self.labels else {
-            if objective.cross_entropy > 0.0 {
-                return Err(Error::Config("labels: a cross-entropy needs them".into()));
-            }
-            return Ok(());
-        };
-        if labels.len() != rows {
-            return Err(Error::Shape {
-                operation: "labels",
-                expected: format!("{rows}, one per row of logits"),
-                got: labels.len().to_string(),
-            });
-        }
-        let wrong = labels.iter().position(|&label| {
-            label != self.ignore_index && usize::try_from(label).map_or(true, |label| label >= vocabulary)
-        });
-        wrong.map_or(Ok(()), |row| Err(Error::Label { label: labels[row], row, vocabulary }))
-    }
 }
 
 impl Batch<'_> {

@@ -3,10 +3,12 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::distillation::{Chunk, Labels, Objective, distillation_loss_in_place};
+use super::distillation::{Chunk, distillation_loss_in_place};
+use super::labels::Labels;
+use super::objective::Objective;
 use super::parallel::for_each;
 use crate::error::{Error, Result};
-use crate::memory::zeros;
+use crate::numeric::memory::zeros;
 use crate::progress::{Parallelism, Progress};
 
 /// Bytes of logits (of student and teacher together) held at a time. The more, the fewer passes over the head's gradient.

@@ -1,10 +1,10 @@
 //! Distances between hidden states of student and teacher.
 
-use super::parallel::mean_over_rows;
-use super::values::{OwnedValues, RowMut, Values};
+use super::parallel::{RowMut, mean_over_rows};
 use crate::error::{Error, Result};
+use crate::numeric::simd::{LANES, dispatched};
+use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
-use crate::simd::{LANES, dispatched};
 
 /// How far two vectors are apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

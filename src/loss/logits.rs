@@ -2,8 +2,8 @@
 
 use std::f64::consts::{LN_2, LOG2_E};
 
-use super::distillation::{Direction, Objective};
 use super::kernels::{Coefficients, Inputs, Outputs, Plain, measure, write_gradient};
+use super::objective::{Direction, Objective};
 use super::tiles::{TILE, sum};
 
 /// Which of the two rows holds a NaN or an infinity.

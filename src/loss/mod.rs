@@ -6,20 +6,20 @@
 //! `kernels::write_gradient` finds them.
 
 mod distillation;
-pub(crate) mod exponential;
 mod head;
 mod hidden;
 mod kernels;
+mod labels;
 mod logits;
+mod objective;
 mod parallel;
 #[cfg(test)]
 mod tests;
 mod tiles;
 mod topk;
-mod values;
 
-pub use distillation::{Batch, Chunk, Direction, Objective, distillation_loss, distillation_loss_in_place};
+pub use distillation::{Batch, Chunk, distillation_loss, distillation_loss_in_place};
 pub use head::{Head, HeadBatch, HeadGradients, head_loss};
 pub use hidden::{HiddenBatch, HiddenDistance, hidden_state_loss};
+pub use objective::{Direction, Objective};
 pub use topk::{TopKBatch, topk_distillation_loss};
-pub use values::{OwnedValues, Values};

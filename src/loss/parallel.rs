@@ -2,9 +2,29 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
+use crate::numeric::{OwnedValues, Values, ValuesMut};
 use crate::progress::{Parallelism, Progress};
+
+/// Where the gradient of one row goes.
+pub(super) enum RowMut<'a> {
+    Wanted(ValuesMut<'a>),
+    /// Nowhere; the row has so many values.
+    Unwanted(usize),
+}
+
+impl RowMut<'_> {
+    /// Lets `write` write the row in f32. The values of a row that is not wanted stay in `scratch`.
+    pub fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
+        match self {
+            Self::Wanted(values) => values.fill(scratch, write),
+            Self::Unwanted(width) => {
+                scratch.resize(width, 0.0);
+                write(scratch)
+            }
+        }
+    }
+}
 
 /// The mean of a loss over the `counted` ones of the student's rows, and its gradient in the student's dtype if wanted.
 ///
@@ -22,8 +42,8 @@ pub(super) fn mean_over_rows<S: Default>(
     let scale = 1.0 / counted.max(1) as f64;
     let mut losses = vec![0.0; student.len() / width];
     let mut written = gradient.then(|| student.zeros());
-    let outputs = match &mut written {
-        Some(written) => written.rows_mut(width),
+    let outputs: Vec<_> = match &mut written {
+        Some(written) => written.rows_mut(width).into_iter().map(RowMut::Wanted).collect(),
         None => losses.iter().map(|_| RowMut::Unwanted(width)).collect(),
     };
     progress.expect(losses.len() as u64);

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::Error;
+use crate::numeric::{Element, OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
 const IGNORE: i64 = -100;
@@ -230,35 +231,40 @@ fn results_do_not_depend_on_threads() {
 }
 
 #[test]
-fn halves_are_their_widened_values_with_a_rounded_gradient() {
-    use half::{bf16, f16};
-    let (student, teacher) = (noise(3000, 1, 4.0), noise(3000, 2, 4.0));
-    let labels = [3, IGNORE, 999];
-    let objective = Objective::distillation(2.0, 0.5).unwrap();
-    type Half = (Vec<u16>, fn(u16) -> f32, fn(f32) -> u16);
-    let halves: [Half; 2] = [
-        (
-            student.iter().map(|&v| f16::from_f32(v).to_bits()).collect(),
-            |b| f16::from_bits(b).to_f32(),
-            |v| f16::from_f32(v).to_bits(),
-        ),
-        (
-            student.iter().map(|&v| bf16::from_f32(v).to_bits()).collect(),
-            |b| bf16::from_bits(b).to_f32(),
-            |v| bf16::from_f32(v).to_bits(),
-        ),
-    ];
-    for (index, (bits, widen, narrow)) in halves.iter().enumerate() {
-        let wide: Vec<f32> = bits.iter().map(|&bits| widen(bits)).collect();
-        let (expected_value, expected) = run(&batch(&wide, &teacher, &labels, 1000), &objective);
-        let values = if index == 0 { Values::F16(bits) } else { Values::Bf16(bits) };
-        let half = Batch { student: values, ..batch(&wide, &teacher, &labels, 1000) };
+fn halves_are_their_upcast_values_with_a_rounded_gradient() {
+    fn check<T: Element + PartialEq + std::fmt::Debug>(
+        values: impl Fn(&[T]) -> Values<'_>,
+        owned: impl Fn(OwnedValues) -> Vec<T>,
+    ) {
+        let (student, teacher) = (noise(3000, 1, 4.0), noise(3000, 2, 4.0));
+        let labels = [3, IGNORE, 999];
+        let objective = Objective::distillation(2.0, 0.5).unwrap();
+        let (mut halves, mut upcast, mut rounded) =
+            (vec![T::default(); 3000], vec![0.0; 3000], vec![T::default(); 3000]);
+        T::downcast(&student, &mut halves);
+        T::upcast(&halves, &mut upcast);
+        let (expected_value, expected) = run(&batch(&upcast, &teacher, &labels, 1000), &objective);
+        T::downcast(&expected, &mut rounded);
+        let half = Batch { student: values(&halves), ..batch(&upcast, &teacher, &labels, 1000) };
         let (value, gradient) =
             distillation_loss(&half, &objective, true, Parallelism::Sequential, &Progress::default()).unwrap();
-        let (OwnedValues::F16(gradient) | OwnedValues::Bf16(gradient)) = gradient.unwrap() else { panic!("halves") };
         assert_eq!(value, expected_value);
-        assert_eq!(gradient, expected.iter().map(|&value| narrow(value)).collect::<Vec<_>>());
+        assert_eq!(owned(gradient.unwrap()), rounded);
     }
+    check(
+        |values| Values::F16(values),
+        |owned| match owned {
+            OwnedValues::F16(values) => values,
+            other => panic!("{other:?}"),
+        },
+    );
+    check(
+        |values| Values::Bf16(values),
+        |owned| match owned {
+            OwnedValues::Bf16(values) => values,
+            other => panic!("{other:?}"),
+        },
+    );
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The loops over a few hundred logits, compiled for every instruction set. Each is small enough to be vectorised as it
 //! stands, and works on enough values that choosing the instruction set costs nothing.
 
-use super::exponential::{SMALL, power_of_two, small_power_less_one};
-use crate::simd::{LANES, dispatched, prefetch};
+use crate::numeric::exponential::{SMALL, power_of_two, small_power_less_one};
+use crate::numeric::simd::{LANES, dispatched, prefetch};
 
 /// Values that are read from memory once and then worked on in the first-level cache: the most that these functions take.
 pub(super) const TILE: usize = 1024;

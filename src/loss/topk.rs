@@ -2,13 +2,15 @@
 
 use std::f64::consts::{LN_2, LOG2_E};
 
-use super::distillation::{Direction, Labels, Objective, non_finite, rows_of_logits};
+use super::distillation::non_finite;
 use super::kernels::{Coefficients, Inputs, Outputs, Plain, measure, write_gradient};
+use super::labels::{Labels, rows_of_logits};
 use super::logits::{NotFinite, Row};
-use super::parallel::mean_over_rows;
+use super::objective::{Direction, Objective};
+use super::parallel::{RowMut, mean_over_rows};
 use super::tiles::TILE;
-use super::values::{OwnedValues, RowMut, Values};
 use crate::error::{Error, Result};
+use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
 /// Probabilities may sum to so much more than 1, as those that were kept in half precision do.

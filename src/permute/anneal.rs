@@ -7,11 +7,11 @@
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
-use super::assign::Projector;
 use super::phase_gram::PhaseGram;
+use super::projector::Projector;
 use crate::error::Result;
+use crate::numeric::simd::{dispatched, prefetch};
 use crate::progress::Progress;
-use crate::simd::{dispatched, prefetch};
 
 /// How long to anneal and from how hot.
 #[derive(Clone, Copy, Debug)]

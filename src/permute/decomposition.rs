@@ -1,6 +1,6 @@
 //! A Kronecker sum together with the permutations under which it was found.
 
-use super::Permutation;
+use super::permutation::Permutation;
 use crate::error::Result;
 use crate::kron::KroneckerSum;
 

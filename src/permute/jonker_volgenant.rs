@@ -4,8 +4,8 @@
 //! Computing 38 (1987).
 
 use crate::error::Result;
+use crate::numeric::simd::{LANES, dispatched};
 use crate::progress::Progress;
-use crate::simd::{LANES, dispatched};
 
 const NONE: usize = usize::MAX;
 

@@ -3,102 +3,23 @@
 mod anneal;
 mod assign;
 mod decomposition;
+mod effort;
 mod jonker_volgenant;
 mod norm_sort;
+mod orders;
+mod permutation;
 mod phase_gram;
+mod projector;
 mod search;
+mod side;
 #[cfg(test)]
 mod tests;
 
-use crate::error::{Error, Result};
-
 pub use decomposition::Decomposition;
+pub use effort::Effort;
 pub use jonker_volgenant::solve_assignment;
 pub use norm_sort::norm_sort;
-pub use search::{Effort, Orders, Side, decompose, find_permutation, work};
-
-/// A validated permutation, held as gather indices: element `i` of the permuted sequence is element `p[i]` of the original.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Permutation(Vec<usize>);
-
-impl Permutation {
-    /// The permutation that changes nothing.
-    #[must_use]
-    pub fn identity(length: usize) -> Self {
-        Self((0..length).collect())
-    }
-
-    /// Checks that every index from 0 to `indices.len() − 1` comes once.
-    ///
-    /// # Errors
-    /// [`Error::Permutation`] naming the first index that is out of range or repeated.
-    pub fn new(indices: Vec<usize>) -> Result<Self> {
-        let mut seen = vec![false; indices.len()];
-        for (at, &index) in indices.iter().enumerate() {
-            let fault = match seen.get_mut(index) {
-                None => "is out of range",
-                Some(seen) if *seen => "is repeated",
-                Some(seen) => {
-                    *seen = true;
-                    continue;
-                }
-            };
-            return Err(Error::Permutation { length: indices.len(), problem: format!("entry {at}, {index}, {fault}") });
-        }
-        Ok(Self(indices))
-    }
-
-    /// The gather indices.
-    #[must_use]
-    pub fn as_slice(&self) -> &[usize] {
-        &self.0
-    }
-
-    /// Number of elements.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there are no elements.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Whether it changes nothing.
-    #[must_use]
-    pub fn is_identity(&self) -> bool {
-        self.0.iter().enumerate().all(|(at, &index)| at == index)
-    }
-
-    /// The permutation that undoes this one.
-    #[must_use]
-    pub fn inverse(&self) -> Self {
-        let mut inverse = vec![0; self.len()];
-        for (at, &index) in self.0.iter().enumerate() {
-            inverse[index] = at;
-        }
-        Self(inverse)
-    }
-
-    /// The permutation that gathers by `self` and then by `next`.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    #[must_use]
-    pub fn then(&self, next: &Self) -> Self {
-        assert_eq!(self.len(), next.len(), "permutations of the same length");
-        Self(next.0.iter().map(|&index| self.0[index]).collect())
-    }
-
-    /// `values` in the permuted order.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    #[must_use]
-    pub fn gather<T: Copy>(&self, values: &[T]) -> Vec<T> {
-        assert_eq!(self.len(), values.len(), "one value per index");
-        self.0.iter().map(|&index| values[index]).collect()
-    }
-}
+pub use orders::Orders;
+pub use permutation::Permutation;
+pub use search::{decompose, find_permutation, work};
+pub use side::Side;

@@ -1,9 +1,8 @@
 //! The start of the search: rows and columns sorted by norm and dealt out phase by phase.
 
+use super::orders::Orders;
 use crate::kron::MatrixView;
-use crate::shape::{KroneckerShape, Permute};
-
-use super::search::Orders;
+use crate::spec::{KroneckerShape, Permute};
 
 /// Sorts rows and columns by descending norm and deals them out over the blocks, phase by phase: the row of rank `t`
 /// goes to position `(t mod m1)·m2 + t div m1`, columns alike.

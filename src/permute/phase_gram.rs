@@ -4,12 +4,12 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::search::Side;
+use super::side::Side;
 use crate::error::Result;
 use crate::kron::MatrixView;
-use crate::memory::zeros;
+use crate::numeric::memory::zeros;
 use crate::progress::{Parallelism, Progress};
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 
 /// Elements (rows or columns) whose products are formed by one matrix multiplication.
 const TILE: usize = 64;

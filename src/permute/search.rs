@@ -4,76 +4,17 @@ use rayon::prelude::*;
 
 use super::anneal::{Schedule, anneal};
 use super::assign::alternate_assignment;
+use super::decomposition::Decomposition;
+use super::effort::Effort;
 use super::norm_sort::norm_sort;
+use super::orders::Orders;
+use super::permutation::Permutation;
 use super::phase_gram::PhaseGram;
-use super::{Decomposition, Permutation};
-use crate::error::{Error, Result};
+use super::side::Side;
+use crate::error::Result;
 use crate::kron::{MatrixView, lost_energy, nearest_kronecker_sum};
 use crate::progress::{Parallelism, Progress};
-use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
-
-/// How long to search.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Effort {
-    /// Norm sort, alternating assignment and a very short annealing.
-    Fast,
-    /// The same, and a longer annealing.
-    #[default]
-    Balanced,
-    /// The same, and two annealings some fifteen times as long.
-    Best,
-}
-
-impl Effort {
-    /// Every level, with the name that configurations use.
-    pub const NAMES: [(&'static str, Self); 3] =
-        [("fast", Self::Fast), ("balanced", Self::Balanced), ("best", Self::Best)];
-
-    /// Reads a configuration's name for it.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if the name is none of [`Self::NAMES`].
-    pub fn from_name(name: &str) -> Result<Self> {
-        Self::NAMES
-            .iter()
-            .find(|(known, _)| *known == name)
-            .map(|&(_, effort)| effort)
-            .ok_or_else(|| Error::Config(format!("effort: expected \"fast\", \"balanced\" or \"best\", got {name:?}")))
-    }
-
-    /// The name that configurations use.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        Self::NAMES[self as usize].0
-    }
-}
-
-/// A side of a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// Its rows (input features).
-    Rows,
-    /// Its columns (output features).
-    Columns,
-}
-
-impl Side {
-    /// How many rows, or columns, there are.
-    fn elements(self, shape: &KroneckerShape) -> usize {
-        match self {
-            Self::Rows => shape.rows(),
-            Self::Columns => shape.columns(),
-        }
-    }
-
-    /// Elements of this side in a block ("slots"), and of the other side ("phases").
-    pub(super) fn slots_and_phases(self, shape: &KroneckerShape) -> (usize, usize) {
-        match self {
-            Self::Rows => (shape.m2, shape.n2),
-            Self::Columns => (shape.n2, shape.m2),
-        }
-    }
-}
+use crate::spec::{KroneckerShape, KroneckerSpec, Permute};
 
 /// The sides that may be permuted, whose order matters, and whose [`PhaseGram`] has a bearable size.
 ///
@@ -89,31 +30,6 @@ fn searchable_sides(shape: &KroneckerShape, permute: Permute) -> Vec<Side> {
         slots > 1 && slots < elements && PhaseGram::bytes(elements, phases) <= PHASE_GRAM_BYTES
     };
     [Side::Rows, Side::Columns].into_iter().filter(|&side| allowed(side) && matters(side)).collect()
-}
-
-/// An order of rows and one of columns, as gather indices.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Orders {
-    /// Row order `p`.
-    pub rows: Vec<usize>,
-    /// Column order `q`.
-    pub columns: Vec<usize>,
-}
-
-impl Orders {
-    /// The orders that change nothing.
-    #[must_use]
-    pub fn identity(m: usize, n: usize) -> Self {
-        Self { rows: (0..m).collect(), columns: (0..n).collect() }
-    }
-
-    /// Orders for the exchanged sum, from those for one of this shape: `A ⊗ B` and `B ⊗ A` differ by a perfect shuffle.
-    fn exchanged(&self, shape: &KroneckerShape) -> Self {
-        let shuffle = |order: &[usize], blocks: usize, slots: usize| {
-            (0..order.len()).map(|position| order[position % blocks * slots + position / blocks]).collect()
-        };
-        Self { rows: shuffle(&self.rows, shape.m1, shape.m2), columns: shuffle(&self.columns, shape.n1, shape.n2) }
-    }
 }
 
 /// Memory that a [`PhaseGram`] may take. A side for which it would not do (a vocabulary, or a block with many entries on

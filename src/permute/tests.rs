@@ -3,13 +3,14 @@
 use proptest::prelude::*;
 
 use super::anneal::{Schedule, anneal, swap_gains_for_tests};
-use super::assign::{Projector, alternate_assignment};
+use super::assign::alternate_assignment;
 use super::phase_gram::PhaseGram;
+use super::projector::Projector;
 use super::*;
 use crate::error::Error;
 use crate::kron::{MatrixView, block_gram, lost_energy};
 use crate::progress::{Parallelism, Progress};
-use crate::shape::{KroneckerShape, KroneckerSpec, Permute};
+use crate::spec::{KroneckerShape, KroneckerSpec, Permute};
 use crate::testing::noise;
 
 fn shapes() -> impl Strategy<Value = KroneckerShape> {

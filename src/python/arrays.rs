@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use crate::error::{Error, Result};
 use crate::kron::KroneckerSum;
 use crate::permute::Permutation;
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 
 /// The values of a C-contiguous matrix, row-major, and its shape.
 pub(super) fn matrix<'a>(array: &'a PyReadonlyArray2<'_, f32>) -> Result<(&'a [f32], (usize, usize))> {

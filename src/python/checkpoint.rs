@@ -6,10 +6,10 @@ use pyo3::prelude::*;
 
 use super::fitting::{MomentArrays, calibration};
 use super::jobs;
-use crate::checkpoint::float::Float;
 use crate::checkpoint::names::Kind;
 use crate::compress::{self, Options, Report};
 use crate::error::Result;
+use crate::numeric::Float;
 use crate::plan::{Input, Plan, TQConfig};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {

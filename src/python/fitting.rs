@@ -13,9 +13,9 @@ use crate::error::{Error, Result};
 use crate::fit::{self, Fit, Limits, LowRank, Moment, Moments, Norm, Term};
 use crate::kron::MatrixView;
 use crate::permute::{Decomposition, Effort, Permutation};
-use crate::plan::{TQConfig, Target, matrix_spec, matrix_spec_json};
+use crate::plan::{TQConfig, Target};
 use crate::progress::Parallelism;
-use crate::spec::{MatrixSpec, Usage};
+use crate::spec::{MatrixSpec, Usage, matrix_spec, matrix_spec_json};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(fit_many, module)?)?;

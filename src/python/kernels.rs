@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::kron::{KroneckerSum, MatrixView};
 use crate::permute::{self, Decomposition, Effort, Permutation};
 use crate::progress::Parallelism;
-use crate::shape::{KroneckerShape, Permute};
+use crate::spec::{KroneckerShape, Permute};
 
 /// `(A, B, lost_energy)`.
 type NearestSum<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>, f64);

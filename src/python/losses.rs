@@ -1,5 +1,7 @@
 //! `distillation_loss`, `distillation_loss_in_place`, `topk_distillation_loss`, `hidden_state_loss` and `head_loss`.
 
+use half::slice::HalfBitsSliceExt as _;
+use half::vec::HalfFloatVecExt as _;
 use numpy::ndarray::Dimension;
 use numpy::{Element, PyArray2, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
 use pyo3::exceptions::PyRuntimeError;
@@ -8,7 +10,8 @@ use pyo3::prelude::*;
 use super::arrays::{contiguous, shaped};
 use super::jobs;
 use crate::error::{Error, Result};
-use crate::loss::{self, Direction, Objective, OwnedValues, Values};
+use crate::loss::{self, Direction, Objective};
+use crate::numeric::{Float, OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
 /// Up to so many values a call is worked on by the calling thread: it takes less than two milliseconds, and starting
@@ -33,21 +36,29 @@ enum Matrix<'py> {
 impl Matrix<'_> {
     /// The values and their shape.
     fn values(&self, dtype: &str) -> Result<(Values<'_>, [usize; 2])> {
-        match (self, dtype) {
-            (Self::Single(array), "float32") => {
-                Ok((Values::F32(contiguous(array.as_array().to_slice(), "logits")?), array.as_array().dim().into()))
+        let shape = |dimensions: (usize, usize)| dimensions.into();
+        match (self, Float::from_name(dtype)?) {
+            (Self::Single(array), Float::F32) => {
+                let array = array.as_array();
+                Ok((Values::F32(contiguous(array.to_slice(), "logits")?), shape(array.dim())))
             }
-            (Self::Half(array), "float16") => {
-                Ok((Values::F16(contiguous(array.as_array().to_slice(), "logits")?), array.as_array().dim().into()))
+            (Self::Half(array), float @ (Float::F16 | Float::Bf16)) => {
+                let array = array.as_array();
+                let bits = contiguous(array.to_slice(), "logits")?;
+                let values = match float {
+                    Float::F16 => Values::F16(bits.reinterpret_cast()),
+                    _ => Values::Bf16(bits.reinterpret_cast()),
+                };
+                Ok((values, shape(array.dim())))
             }
-            (Self::Half(array), "bfloat16") => {
-                Ok((Values::Bf16(contiguous(array.as_array().to_slice(), "logits")?), array.as_array().dim().into()))
-            }
-            (_, other) => {
-                Err(Error::Dtype { expected: "float32, or the bits of float16 or bfloat16".into(), got: other.into() })
-            }
+            (Self::Single(_), other) => Err(unlike("float32", other)),
+            (Self::Half(_), other) => Err(unlike("float16 or bfloat16", other)),
         }
     }
+}
+
+fn unlike(array: &str, float: Float) -> Error {
+    Error::Dtype { expected: array.into(), got: float.name().into() }
 }
 
 /// That teacher and student agree in shape, said in terms of both sides.
@@ -84,7 +95,8 @@ fn run<T: Send>(
 fn to_python(py: Python<'_>, values: OwnedValues, shape: [usize; 2]) -> Bound<'_, PyAny> {
     match values {
         OwnedValues::F32(values) => shaped(py, shape, values).into_any(),
-        OwnedValues::F16(bits) | OwnedValues::Bf16(bits) => shaped(py, shape, bits).into_any(),
+        OwnedValues::F16(values) => shaped(py, shape, values.reinterpret_into()).into_any(),
+        OwnedValues::Bf16(values) => shaped(py, shape, values.reinterpret_into()).into_any(),
     }
 }
 

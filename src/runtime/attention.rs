@@ -4,7 +4,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 use super::kernels::{dot_rows, softmax, weighted_sum};
-use super::workers::Workers;
+use super::thread_pool::Workers;
 
 /// Queries that are worked on together.
 const QUERIES: usize = 64;
@@ -13,7 +13,7 @@ const SEQUENTIAL: usize = 1 << 15;
 
 /// Keys and values of one layer for one sequence, each `(heads, capacity, head width)`.
 #[derive(Clone, Debug)]
-pub(super) struct Memory {
+pub(super) struct KvCache {
     keys: Vec<f32>,
     values: Vec<f32>,
     capacity: usize,
@@ -36,7 +36,7 @@ pub(super) struct Span {
     pub before: usize,
 }
 
-impl Memory {
+impl KvCache {
     /// Room for `capacity` tokens.
     pub fn new(heads: Heads, capacity: usize) -> Self {
         let values = heads.heads * heads.width * capacity;
@@ -45,23 +45,23 @@ impl Memory {
 }
 
 /// `y : (tokens, d)` from `qkv : (tokens, 3·d)`, the new tokens of all `spans` one behind the other; their keys and values
-/// are added to `memories`.
+/// are added to `caches`.
 pub(super) fn attend(
     heads: Heads,
     qkv: &[f32],
     spans: &[Span],
-    memories: &mut [&mut Memory],
+    caches: &mut [&mut KvCache],
     workers: &Workers,
 ) -> Vec<f32> {
     let Heads { heads: count, width, .. } = heads;
     let d = count * width;
     let mut first = 0;
-    for (span, memory) in spans.iter().zip(memories.iter_mut()) {
+    for (span, cache) in spans.iter().zip(caches.iter_mut()) {
         for (t, row) in qkv[first * 3 * d..].chunks_exact(3 * d).take(span.tokens).enumerate() {
             for head in 0..count {
-                let at = (head * memory.capacity + span.before + t) * width;
-                memory.keys[at..at + width].copy_from_slice(&row[d + head * width..][..width]);
-                memory.values[at..at + width].copy_from_slice(&row[2 * d + head * width..][..width]);
+                let at = (head * cache.capacity + span.before + t) * width;
+                cache.keys[at..at + width].copy_from_slice(&row[d + head * width..][..width]);
+                cache.values[at..at + width].copy_from_slice(&row[2 * d + head * width..][..width]);
             }
         }
         first += span.tokens;
@@ -70,17 +70,17 @@ pub(super) fn attend(
     let mut by_head = vec![0.0; qkv.len() / 3];
     let mut tasks = Vec::with_capacity(spans.len() * count);
     let (mut rest, mut first, mut work) = (by_head.as_mut_slice(), 0, 0);
-    for (span, memory) in spans.iter().zip(memories.iter()) {
+    for (span, cache) in spans.iter().zip(caches.iter()) {
         for head in 0..count {
             let out;
             (out, rest) = rest.split_at_mut(span.tokens * width);
             let queries = &qkv[first * 3 * d..][..span.tokens * 3 * d];
-            tasks.push((queries, head, *span, &**memory, out));
+            tasks.push((queries, head, *span, &**cache, out));
         }
         first += span.tokens;
         work += span.tokens * (span.before + span.tokens) * d;
     }
-    let one = |(queries, head, span, memory, out)| attend_head(heads, queries, head, span, memory, out);
+    let one = |(queries, head, span, cache, out)| attend_head(heads, queries, head, span, cache, out);
     if work < SEQUENTIAL {
         tasks.into_iter().for_each(one);
     } else {
@@ -100,12 +100,12 @@ pub(super) fn attend(
     y
 }
 
-fn attend_head(heads: Heads, qkv: &[f32], head: usize, span: Span, memory: &Memory, out: &mut [f32]) {
+fn attend_head(heads: Heads, qkv: &[f32], head: usize, span: Span, cache: &KvCache, out: &mut [f32]) {
     let Heads { heads: count, width, scale } = heads;
     let Span { tokens, before } = span;
     let d = count * width;
-    let known = head * memory.capacity * width..(head * memory.capacity + before + tokens) * width;
-    let (keys, values) = (&memory.keys[known.clone()], &memory.values[known]);
+    let known = head * cache.capacity * width..(head * cache.capacity + before + tokens) * width;
+    let (keys, values) = (&cache.keys[known.clone()], &cache.values[known]);
     if tokens == 1 {
         let query = &qkv[head * width..][..width];
         let mut scores = vec![0.0; before + 1];

@@ -5,7 +5,7 @@ use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use super::kernels::largest;
 use super::model::{Cache, Gpt2, fitting};
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 

@@ -2,15 +2,16 @@
 
 use std::f32::consts::LOG2_E;
 
-use crate::loss::exponential::power_of_two;
-use crate::simd::{LANES, Weight, dispatched, dot};
+use crate::numeric::Element;
+use crate::numeric::exponential::power_of_two;
+use crate::numeric::simd::{LANES, dispatched, dot};
 
 /// Vectors of one call of [`dot`]: as many as leave all sums in registers.
 pub(super) const TOGETHER: usize = 4;
 
 /// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in the
 /// same order whatever their numbers.
-pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
+pub(super) fn dot_rows<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
     }
@@ -29,7 +30,7 @@ pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: u
     }
 }
 
-fn each_group<T: Weight, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
+fn each_group<T: Element, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
     // From two places at a time memory gives more than from one or from four.
     const N: usize = 2;
     let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));

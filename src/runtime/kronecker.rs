@@ -5,15 +5,14 @@ use std::borrow::Cow;
 use candle_core::{DType, Tensor};
 
 use super::kernels::add_scaled;
-use super::linear::Kronecker;
 use super::order::Order;
 use super::rows::{Rows, product_by_panels};
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::Result;
-use crate::loss::Values;
+use crate::numeric::Values;
+use crate::numeric::simd::add_combination;
 use crate::permute::Permutation;
-use crate::shape::KroneckerShape;
-use crate::simd::add_combination;
+use crate::spec::KroneckerShape;
 
 /// What one multiplication in a product of few columns costs, in those of a large matrix product.
 const COMBINED: f64 = 8.0;
@@ -29,6 +28,20 @@ pub enum Way {
     Matrix,
     /// Whichever is expected to take less time.
     Cheapest,
+}
+
+/// `Σ_k A_k ⊗ B_k` between two orders: `X : (m1, m2)` is gathered from `x`, and `Y = Σ_k A_kᵀ X B_k : (n1, n2)`.
+#[derive(Clone, Debug)]
+pub(super) struct Kronecker {
+    pub shape: KroneckerShape,
+    /// `A_kᵀ`: with `A` first `(rank·n1, m1)`, else `(n1, rank·m1)`.
+    pub a: Rows,
+    /// `(rank, m2, n2)`
+    pub b: Vec<f32>,
+    /// Where `X`, stored as `(m2, m1)`, is in `x`.
+    pub input: Order,
+    /// Where `y` is in `Y`, stored as `(n2, n1)`.
+    pub output: Order,
 }
 
 impl Kronecker {

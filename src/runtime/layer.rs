@@ -2,13 +2,13 @@
 
 use candle_core::{Device, Tensor};
 
-use super::kronecker::Way;
-use super::linear::{Kronecker, Linear, Part, Term};
+use super::kronecker::{Kronecker, Way};
+use super::linear::{Linear, Part, Term};
 use super::rows::Rows;
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::{Error, Result};
 use crate::permute::Permutation;
-use crate::shape::KroneckerShape;
+use crate::spec::KroneckerShape;
 
 /// `y = x W` for a `W` in × out, dense or a permuted Kronecker sum, as a model runs it.
 #[derive(Clone, Debug)]

@@ -3,11 +3,11 @@
 use std::borrow::Cow;
 
 use super::kernels::add_scaled;
-use super::kronecker::Way;
+use super::kronecker::{Kronecker, Way};
+use super::low_rank::LowRank;
 use super::order::Order;
 use super::rows::Rows;
-use super::workers::Workers;
-use crate::shape::KroneckerShape;
+use super::thread_pool::Workers;
 
 /// `y = x W + bias` for a `W` in × out.
 #[derive(Clone, Debug)]
@@ -35,43 +35,6 @@ pub(super) enum Term {
     Dense(Rows),
     Kronecker(Kronecker),
     LowRank(LowRank),
-}
-
-/// `Σ_k A_k ⊗ B_k` between two orders: `X : (m1, m2)` is gathered from `x`, and `Y = Σ_k A_kᵀ X B_k : (n1, n2)`.
-#[derive(Clone, Debug)]
-pub(super) struct Kronecker {
-    pub shape: KroneckerShape,
-    /// `A_kᵀ`: with `A` first `(rank·n1, m1)`, else `(n1, rank·m1)`.
-    pub a: Rows,
-    /// `(rank, m2, n2)`
-    pub b: Vec<f32>,
-    /// Where `X`, stored as `(m2, m1)`, is in `x`.
-    pub input: Order,
-    /// Where `y` is in `Y`, stored as `(n2, n1)`.
-    pub output: Order,
-}
-
-/// A matrix of low rank in interpolative form.
-#[derive(Clone, Debug)]
-pub(super) enum LowRank {
-    /// `W[p] = [I; left] right`
-    OnRows {
-        /// `leftᵀ : (k, m − k)`
-        left: Rows,
-        /// `rightᵀ : (n, k)`
-        right: Rows,
-        /// `p`
-        input: Order,
-    },
-    /// `W[:, q] = left [I right]`
-    OnColumns {
-        /// `leftᵀ : (k, m)`
-        left: Rows,
-        /// `rightᵀ : (n − k, k)`
-        right: Rows,
-        /// The inverse of `q`.
-        output: Order,
-    },
 }
 
 impl Linear {
@@ -207,20 +170,7 @@ impl Term {
         match self {
             Self::Dense(rows) => (rows.times(x, count, workers), Cow::Owned(Order::default())),
             Self::Kronecker(kronecker) => kronecker.times(x, count, way, workers),
-            Self::LowRank(LowRank::OnRows { left, right, input }) => {
-                let x = input.gather(x, workers);
-                let vectors = x.chunks_exact(left.rows + left.length).map(|x| x.split_at(left.rows));
-                let (pivots, others): (Vec<_>, Vec<_>) = vectors.unzip();
-                let mut inner = pivots.concat();
-                add_scaled(&mut inner, 1.0, &left.times(&others.concat(), count, workers));
-                (right.times(&inner, count, workers), Cow::Owned(Order::default()))
-            }
-            Self::LowRank(LowRank::OnColumns { left, right, output }) => {
-                let inner = left.times(x, count, workers);
-                let rest = right.times(&inner, count, workers);
-                let both = inner.chunks_exact(left.rows).zip(rest.chunks_exact(right.rows));
-                (both.flat_map(|(inner, rest)| [inner, rest]).collect::<Vec<_>>().concat(), Cow::Borrowed(output))
-            }
+            Self::LowRank(low_rank) => low_rank.times(x, count, workers),
         }
     }
 
@@ -229,27 +179,7 @@ impl Term {
         match self {
             Self::Dense(rows) => rows.with_row(column, |row| add_scaled(out, 1.0, row)),
             Self::Kronecker(kronecker) => kronecker.add_column(column, out),
-            Self::LowRank(LowRank::OnRows { left, right, input }) => right.with_row(column, |weights| {
-                // [I; left] times a column of `right`.
-                let mut product = vec![0.0; left.rows + left.length];
-                let (pivots, others) = product.split_at_mut(left.rows);
-                pivots.copy_from_slice(weights);
-                for (k, &weight) in weights.iter().enumerate() {
-                    left.with_row(k, |row| add_scaled(others, weight, row));
-                }
-                input.scatter_add(&product, out);
-            }),
-            Self::LowRank(LowRank::OnColumns { left, right, output }) => {
-                let at = output.at(column);
-                match at.checked_sub(left.rows) {
-                    None => left.with_row(at, |row| add_scaled(out, 1.0, row)),
-                    Some(at) => right.with_row(at, |weights| {
-                        for (k, &weight) in weights.iter().enumerate() {
-                            left.with_row(k, |row| add_scaled(out, weight, row));
-                        }
-                    }),
-                }
-            }
+            Self::LowRank(low_rank) => low_rank.add_column(column, out),
         }
     }
 }

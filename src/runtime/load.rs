@@ -13,22 +13,23 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::config::Gpt2Config;
-use super::linear::{Kronecker, Linear, LowRank, Part, Term};
+use super::kronecker::Kronecker;
+use super::linear::{Linear, Part, Term};
+use super::low_rank::LowRank;
 use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
 use super::rows::{Rows, move_together};
 use crate::checkpoint::expected::Geometry;
 use crate::checkpoint::files::read_object_if_any;
-use crate::checkpoint::float::Float;
 use crate::checkpoint::names;
 use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
-use crate::memory::zeros;
+use crate::numeric::Float;
+use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::TQConfig;
 use crate::progress::Progress;
-use crate::shape::{KroneckerShape, KroneckerSpec};
-use crate::spec::{LowRankShape, MatrixSpec, TermSpec};
+use crate::spec::{KroneckerShape, KroneckerSpec, LowRankShape, MatrixSpec, TermSpec};
 
 impl Gpt2 {
     /// Reads the checkpoint in `directory` on the current rayon pool: `config.json` and safetensors files with a language

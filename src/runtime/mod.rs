@@ -12,6 +12,7 @@ mod kronecker;
 mod layer;
 mod linear;
 mod load;
+mod low_rank;
 mod model;
 mod moments;
 mod order;
@@ -19,8 +20,8 @@ mod rows;
 mod score;
 #[cfg(test)]
 mod tests;
+mod thread_pool;
 mod tokenizer;
-mod workers;
 
 pub use config::{Activation, Gpt2Config};
 pub use generate::{Continuation, Sampling};
@@ -28,5 +29,5 @@ pub use kronecker::Way;
 pub use layer::Layer;
 pub use model::{Cache, Gpt2, Observer, Size};
 pub use score::TokenScore;
+pub use thread_pool::Workers;
 pub use tokenizer::Tokenizer;
-pub use workers::Workers;

@@ -1,11 +1,11 @@
 //! GPT-2 as it runs: embeddings, blocks, the final normalisation and the head.
 
-use super::attention::{Heads, Memory, Span, attend};
+use super::attention::{Heads, KvCache, Span, attend};
 use super::config::{Activation, Gpt2Config};
 use super::kernels::{add_scaled, gelu_tanh, layer_norm, silu};
 use super::linear::Linear;
 use super::order::Order;
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -76,7 +76,7 @@ pub(super) struct LayerNorm {
 pub struct Cache {
     length: usize,
     capacity: usize,
-    layers: Vec<Memory>,
+    layers: Vec<KvCache>,
 }
 
 impl Cache {
@@ -120,7 +120,7 @@ impl Gpt2 {
                 self.config.positions
             )));
         }
-        let layers = self.blocks.iter().map(|_| Memory::new(self.heads(0), capacity)).collect();
+        let layers = self.blocks.iter().map(|_| KvCache::new(self.heads(0), capacity)).collect();
         Ok(Cache { length: 0, capacity, layers })
     }
 

@@ -4,7 +4,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 use super::model::{Block, Gpt2, fitting};
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 

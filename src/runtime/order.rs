@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::workers::Workers;
+use super::thread_pool::Workers;
 
 /// Gather indices of vectors of one length: element `i` of the result is element `indices[i]`. The order that changes
 /// nothing costs nothing.

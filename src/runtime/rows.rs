@@ -5,16 +5,14 @@ use std::ops::Range;
 use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor, WithDType};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
-use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
 use half::{bf16, f16};
 
 use super::kernels::{TOGETHER, dot_rows};
 use super::order::Order;
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::{Error, Result};
-use crate::loss::Values;
-use crate::memory::zeros;
-use crate::simd::Weight;
+use crate::numeric::memory::zeros;
+use crate::numeric::{Element, Values};
 
 /// Up to so many vectors the rows are read once for all of them, without being packed for a matrix product first.
 const FEW: usize = 2 * TOGETHER;
@@ -60,8 +58,8 @@ impl Rows {
         let range = layout.start_offset()..layout.start_offset() + self.rows * self.length;
         match &*storage {
             Storage::Cpu(CpuStorage::F32(values)) => work(Values::F32(&values[range])),
-            Storage::Cpu(CpuStorage::F16(values)) => work(Values::F16(values[range].reinterpret_cast())),
-            Storage::Cpu(CpuStorage::BF16(values)) => work(Values::Bf16(values[range].reinterpret_cast())),
+            Storage::Cpu(CpuStorage::F16(values)) => work(Values::F16(&values[range])),
+            Storage::Cpu(CpuStorage::BF16(values)) => work(Values::Bf16(&values[range])),
             _ => unreachable!("checked when it was made"),
         }
     }
@@ -123,7 +121,7 @@ impl Rows {
 
 /// As [`Rows::times`] of few vectors, but `out` is `(rows, count)`.
 fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
-    fn of_dtype<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
+    fn of_dtype<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
         let at_a_time = (TASK / length.max(1)).next_multiple_of(TOGETHER);
         workers.for_each(out.chunks_mut(at_a_time * count).enumerate(), |(task, out)| {
             let first = task * at_a_time;
@@ -132,8 +130,8 @@ fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32]
     }
     match rows {
         Values::F32(rows) => of_dtype(rows, length, x, count, out, workers),
-        Values::F16(rows) => of_dtype::<f16>(rows.reinterpret_cast(), length, x, count, out, workers),
-        Values::Bf16(rows) => of_dtype::<bf16>(rows.reinterpret_cast(), length, x, count, out, workers),
+        Values::F16(rows) => of_dtype(rows, length, x, count, out, workers),
+        Values::Bf16(rows) => of_dtype(rows, length, x, count, out, workers),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::generate::most_probable;
 use super::kernels::sum_of_exponentials;
 use super::model::Gpt2;
-use super::workers::Workers;
+use super::thread_pool::Workers;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 

@@ -4,10 +4,10 @@ use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::linear::{Kronecker, Linear, Part, Term};
+use super::kronecker::Kronecker;
+use super::linear::{Linear, Part, Term};
 use super::rows::Rows;
 use super::*;
-use crate::checkpoint::float::Float;
 use crate::checkpoint::names::{Kind, Matrix};
 use crate::checkpoint::read::Checkpoint;
 use crate::checkpoint::testing::Source;
@@ -15,10 +15,11 @@ use crate::compress::{Calibration, Options, compress_checkpoint};
 use crate::error::{Error, Result};
 use crate::fit::{self, Norm};
 use crate::kron::MatrixView;
+use crate::numeric::Float;
 use crate::permute::{Effort, decompose};
 use crate::plan::TQConfig;
 use crate::progress::{Parallelism, Progress};
-use crate::shape::{KroneckerSpec, Permute};
+use crate::spec::{KroneckerSpec, Permute};
 use crate::testing::noise;
 
 /// A compressed checkpoint with every kind of term: both orders of contraction, large blocks, pivots on rows and columns,

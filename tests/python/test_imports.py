@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.rust_imports import import_graph, without_comments
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "data" / "tiny-gpt2"
@@ -14,12 +15,9 @@ TINY = ROOT / "tests" / "data" / "tiny-gpt2"
 # From the bottom up: a module imports only from those before it. CONTRIBUTING.md shows the same tables.
 RUST = [
     "error",
-    "shape",
-    "spec",
     "progress",
-    "memory",
-    "testing",
-    "simd",
+    "numeric",
+    "spec",
     "loss",
     "kron",
     "permute",
@@ -53,21 +51,16 @@ PYTHON = {
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "matplotlib", "scipy", "tqdm"}
 
 
-def rust_module(path):
-    return path.relative_to(ROOT / "src").parts[0].removesuffix(".rs")
-
-
-def without_comments(source):
-    return re.sub(r"//.*", "", source)
-
-
-RUST_FILES = sorted(path for path in (ROOT / "src").rglob("*.rs") if path.name != "lib.rs")
+RUST_SOURCES = {
+    str(path.relative_to(ROOT / "src")): path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.rs")
+}
+RUST_GRAPH = import_graph(RUST_SOURCES)
 PACKAGE = ROOT / "python" / "tqcompressor"
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_the_tables_name_every_module():
-    assert {rust_module(path) for path in RUST_FILES} == set(RUST)
+    assert {rust_module(path) for path in RUST_GRAPH} == {*RUST, "lib"}
     assert {python_module(path).partition(".")[0] for path in PYTHON_FILES} - {"", "__main__"} == set(PYTHON)
 
 
@@ -80,25 +73,49 @@ def test_the_top_of_the_package_holds_few_files():
         assert "May import" in docstring, folder
 
 
-@pytest.mark.parametrize("path", RUST_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rust_imports_point_downwards(path):
-    source = without_comments(path.read_text(encoding="utf-8"))
-    own = RUST.index(rust_module(path))
-    used = set(re.findall(r"\bcrate::(\w+)", source))
-    for group in re.findall(r"\bcrate::\{(.*?)\};", source, re.DOTALL):
-        # The heads of the group's entries: what stands at depth zero, before any `::`.
-        flat = re.sub(r"::\{[^{}]*\}", "", group)
-        used |= {entry.strip().split("::")[0] for entry in flat.split(",") if entry.strip()}
-    # `crate::Error` and `crate::Result` are the root's names for things of `error`.
-    modules = {"error" if name in ("Error", "Result") else name for name in used}
-    above = sorted(name for name in modules if name not in RUST or RUST.index(name) > own)
-    assert not above, f"{path.name} imports {above}"
+def rust_module(path):
+    return path.partition("/")[0].removesuffix(".rs")
 
 
-@pytest.mark.parametrize("path", RUST_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_boundary_knows_python(path):
-    if rust_module(path) != "python":
-        assert not re.findall(r"\b(?:pyo3|numpy)::", without_comments(path.read_text(encoding="utf-8")))
+def test_rust_imports_point_downwards():
+    level = RUST.index
+    wrong = {
+        path: above
+        for path, imports in RUST_GRAPH.items()
+        if path != "lib.rs"
+        and (above := sorted(used for used in imports if level(rust_module(used)) > level(rust_module(path))))
+    }
+    assert not wrong
+
+
+def test_no_rust_file_is_in_a_circle():
+    assert not circle(RUST_GRAPH)
+
+
+def test_rust_imports_are_found_where_they_are_defined():
+    graph = import_graph(
+        {
+            "lib.rs": "pub mod low; mod high; #[cfg(test)] mod testing; pub use low::Thing;",
+            "low/mod.rs": "mod inner; pub use self::inner::{Thing, deep::{self, Other as Renamed}};",
+            "low/inner.rs": "pub mod deep; pub struct Thing; // use crate::high::Up;",
+            "low/inner/deep.rs": "use super::Thing; pub struct Other; #[cfg(test)] mod tests { use crate::high::Up; }",
+            "high.rs": "use crate::{Thing, low::{self, Renamed}}; use serde::Serialize; fn f() { low::deep::g() }",
+            "testing.rs": "use crate::high;",
+        }
+    )
+    assert graph == {
+        "lib.rs": set(),
+        "low/mod.rs": set(),
+        "low/inner.rs": set(),
+        "low/inner/deep.rs": {"low/inner.rs"},
+        "high.rs": {"low/mod.rs", "low/inner.rs", "low/inner/deep.rs"},
+    }
+
+
+def test_only_the_boundary_knows_python():
+    for path, source in RUST_SOURCES.items():
+        if rust_module(path) != "python":
+            assert not re.findall(r"\b(?:pyo3|numpy)::", without_comments(source)), path
 
 
 def python_module(path):

@@ -46,7 +46,7 @@ fn a_linear_weight_is_transposed_and_a_fused_one_is_cut() {
     for (name, kind) in [("score.weight", Kind::Linear), ("transformer.h.1.attn.c_attn.weight", Kind::Conv1d)] {
         let tensor = &checkpoint.tensors()[name];
         let mut stored = vec![0.0; tensor.elements()];
-        Float::F16.widen(checkpoint.bytes(tensor), &mut stored);
+        Float::F16.upcast(checkpoint.bytes(tensor), &mut stored);
         for matrix in names::matrices(name, &tensor.shape, kind).unwrap() {
             let values = checkpoint.matrix(&matrix).unwrap();
             for i in 0..matrix.rows {

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// The sum has shape `(m1·m2, n1·n2)` = (in features, out features). `(m2, n2)` is called the *block*.
 ///
 /// ```
-/// use tqcompressor::shape::KroneckerShape;
+/// use tqcompressor::spec::KroneckerShape;
 /// let shape = KroneckerShape::new(768, 3072, (2, 4), 4)?;
 /// assert_eq!((shape.m1, shape.n1), (384, 768));
 /// assert_eq!(shape.parameters(), 4 * (384 * 768 + 2 * 4));

@@ -4,7 +4,7 @@
 /// work on it: each is asked for when it is first written, and looked up when it is read in random order.
 ///
 /// ```
-/// assert_eq!(tqcompressor::memory::zeros::<f32>(3), [0.0; 3]);
+/// assert_eq!(tqcompressor::numeric::memory::zeros::<f32>(3), [0.0; 3]);
 /// ```
 #[must_use]
 pub fn zeros<T: Copy + Default>(length: usize) -> Vec<T> {

@@ -1,7 +1,7 @@
 //! Powers of two of many values, in operations that every instruction set vectorises and rounds alike.
 
 /// Below this, [`power_of_two`] is 0: it would soon be subnormal, which is slow and adds nothing to any sum.
-pub(super) const SMALLEST_EXPONENT: f32 = -125.0;
+pub(crate) const SMALLEST_EXPONENT: f32 = -125.0;
 
 /// `2^x` for `x ≤ 0`, or 0 below [`SMALLEST_EXPONENT`]; NaN stays NaN. Relative error below 2e-7.
 ///
@@ -25,11 +25,11 @@ pub(crate) fn power_of_two(x: f32) -> f32 {
 }
 
 /// The largest magnitude that [`small_power_less_one`] is meant for.
-pub(super) const SMALL: f32 = 0.25;
+pub(crate) const SMALL: f32 = 0.25;
 
 /// `2^x − 1` for `|x|` up to [`SMALL`], with a relative error below 2e-6 however small it is.
 #[inline(always)]
-pub(super) fn small_power_less_one(x: f32) -> f32 {
+pub(crate) fn small_power_less_one(x: f32) -> f32 {
     let mut quotient = 9.618_128e-3;
     quotient = quotient * x + 5.558_743_4e-2;
     quotient = quotient * x + 2.402_268_8e-1;

@@ -8,8 +8,9 @@
 use std::arch::x86_64::{self, __m512};
 use std::sync::OnceLock;
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use super::float::Element;
+#[cfg(target_arch = "x86_64")]
+use super::float::Float;
 
 /// Accumulators per loop: one AVX-512 register of `f32`, two AVX2, four SSE2.
 pub const LANES: usize = 16;
@@ -76,13 +77,13 @@ macro_rules! dispatched {
                 body $(::<$($generic),+>)? ($($arg),*)
             }
 
-            match $crate::simd::instruction_set() {
+            match $crate::numeric::simd::instruction_set() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `instruction_set` says Avx512 only where the processor has these features.
-                $crate::simd::InstructionSet::Avx512 => unsafe { avx512 $(::<$($generic),+>)? ($($arg),*) },
+                $crate::numeric::simd::InstructionSet::Avx512 => unsafe { avx512 $(::<$($generic),+>)? ($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `instruction_set` says Avx2 only where the processor has these features.
-                $crate::simd::InstructionSet::Avx2 => unsafe { avx2 $(::<$($generic),+>)? ($($arg),*) },
+                $crate::numeric::simd::InstructionSet::Avx2 => unsafe { avx2 $(::<$($generic),+>)? ($($arg),*) },
                 _ => body $(::<$($generic),+>)? ($($arg),*),
             }
         }
@@ -90,70 +91,30 @@ macro_rules! dispatched {
 }
 pub(crate) use dispatched;
 
-/// A dtype that weights are stored in. Making it f32 changes no value.
-pub trait Weight: Copy + Sync {
-    /// The values as f32: themselves, or written into `scratch`.
-    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
-
-    /// The values at `at` as f32, and zeros where `mask` has none.
-    ///
-    /// # Safety
-    /// Needs AVX-512 F, BW and VL; values that `mask` has must be readable.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load(at: *const Self, mask: u16) -> __m512;
-}
-
-impl Weight for f32 {
-    fn widened<'a>(values: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
-        values
+/// The values at `at` as f32, and zeros where `mask` has none.
+///
+/// # Safety
+/// Needs AVX-512 F, BW and VL; the values that `mask` names must be readable.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn load<T: Element>(at: *const T, mask: u16) -> __m512 {
+    use x86_64::{
+        _mm256_maskz_loadu_epi16, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_maskz_loadu_ps,
+        _mm512_slli_epi32,
+    };
+    // SAFETY: the caller's.
+    unsafe {
+        match T::FLOAT {
+            Float::F32 => _mm512_maskz_loadu_ps(mask, at.cast()),
+            Float::F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
+            // The upper half of an f32.
+            Float::Bf16 => {
+                let bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            }
+        }
     }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(at: *const Self, mask: u16) -> __m512 {
-        // SAFETY: the caller's.
-        unsafe { x86_64::_mm512_maskz_loadu_ps(mask, at) }
-    }
-}
-
-impl Weight for f16 {
-    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        converted(values, scratch)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(at: *const Self, mask: u16) -> __m512 {
-        // SAFETY: the caller's.
-        x86_64::_mm512_cvtph_ps(unsafe { x86_64::_mm256_maskz_loadu_epi16(mask, at.cast()) })
-    }
-}
-
-impl Weight for bf16 {
-    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        converted(values, scratch)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(at: *const Self, mask: u16) -> __m512 {
-        // The upper half of an f32.
-        // SAFETY: the caller's.
-        let bits = x86_64::_mm512_cvtepu16_epi32(unsafe { x86_64::_mm256_maskz_loadu_epi16(mask, at.cast()) });
-        x86_64::_mm512_castsi512_ps(x86_64::_mm512_slli_epi32::<16>(bits))
-    }
-}
-
-fn converted<'a, T>(values: &[T], scratch: &'a mut Vec<f32>) -> &'a [f32]
-where
-    [T]: HalfFloatSliceExt,
-{
-    scratch.resize(values.len(), 0.0);
-    values.convert_to_f32_slice(scratch);
-    scratch
 }
 
 /// Sums of a dot product that do not wait for each other, each of [`LANES`] lanes.
@@ -163,13 +124,13 @@ const CHAINS: usize = 2;
 ///
 /// Each product is added up in the same order whatever `N` and `R` are, and on every instruction set.
 #[inline]
-pub fn dot<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
     match instruction_set() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `instruction_set` says Avx512 only where the processor has it, and the lengths were compared.
         InstructionSet::Avx512 => unsafe { dot_avx512::<T, N, R>(rows, x, length, out) },
-        _ => dot_portable::<N, R>(T::widened(rows, &mut Vec::new()), x, length, out),
+        _ => dot_portable::<N, R>(T::as_f32(rows, &mut Vec::new()), x, length, out),
     }
 }
 
@@ -180,7 +141,12 @@ pub fn dot<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], len
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(clippy::needless_range_loop)]
-unsafe fn dot_avx512<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+unsafe fn dot_avx512<T: Element, const N: usize, const R: usize>(
+    rows: &[T],
+    x: &[f32],
+    length: usize,
+    out: &mut [f32],
+) {
     use x86_64::{
         _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
         _mm512_reduce_add_ps, _mm512_setzero_ps,
@@ -198,7 +164,7 @@ unsafe fn dot_avx512<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &
                 let at = i + chain * LANES;
                 for n in 0..N {
                     _mm_prefetch::<_MM_HINT_T1>(rows.wrapping_add(n * length + at + AHEAD).cast());
-                    let values = T::load(rows.add(n * length + at), u16::MAX);
+                    let values = load(rows.add(n * length + at), u16::MAX);
                     for r in 0..R {
                         let product = _mm512_mul_ps(values, _mm512_loadu_ps(x.add(r * length + at)));
                         sums[n][r][chain] = _mm512_add_ps(sums[n][r][chain], product);
@@ -212,7 +178,7 @@ unsafe fn dot_avx512<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &
             if at < length {
                 let mask = ((1_u32 << (length - at).min(LANES)) - 1) as u16;
                 for n in 0..N {
-                    let values = T::load(rows.add(n * length + at), mask);
+                    let values = load(rows.add(n * length + at), mask);
                     for r in 0..R {
                         let product = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, x.add(r * length + at)));
                         sums[n][r][chain] = _mm512_add_ps(sums[n][r][chain], product);
@@ -311,24 +277,26 @@ pub fn prefetch<T>(value: &T) {
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
     use crate::testing::noise;
 
     #[test]
     fn dot_products_are_exact_enough_and_the_same_for_any_number_of_vectors_and_instruction_set() {
-        fn check<T: Weight>(stored: impl Fn(f32) -> T) {
+        fn check<T: Element>(stored: impl Fn(f32) -> T) {
             for length in [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200, 768, 3071] {
                 let rows: Vec<T> = noise(2 * length, 1).into_iter().map(&stored).collect();
                 let (mut scratch, x) = (Vec::new(), noise(4 * length, 2));
-                let wide = T::widened(&rows, &mut scratch);
+                let upcast = T::as_f32(&rows, &mut scratch);
                 let mut together = [0.0; 8];
                 dot::<T, 2, 4>(&rows, &x, length, &mut together);
                 for (at, &found) in together.iter().enumerate() {
                     let (row, vector) = (at / 4 * length..(at / 4 + 1) * length, &x[at % 4 * length..][..length]);
                     let [mut alone, mut portable] = [[f32::NAN]; 2];
                     dot::<T, 1, 1>(&rows[row.clone()], vector, length, &mut alone);
-                    dot_portable::<1, 1>(&wide[row.clone()], vector, length, &mut portable);
-                    let exact: f64 = wide[row].iter().zip(vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                    dot_portable::<1, 1>(&upcast[row.clone()], vector, length, &mut portable);
+                    let exact: f64 = upcast[row].iter().zip(vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                     assert_eq!((found, found), (alone[0], portable[0]), "{length}");
                     assert!((f64::from(found) - exact).abs() < 1e-6 * (1.0 + length as f64), "{length}");
                 }

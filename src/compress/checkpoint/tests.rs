@@ -49,7 +49,7 @@ fn tensors(directory: &Path) -> Tensors {
 fn floats(tensors: &Tensors, name: &str) -> Vec<f32> {
     let (dtype, shape, bytes) = &tensors[name];
     let mut values = vec![0.0; shape.iter().product()];
-    Float::from_dtype(*dtype).unwrap().widen(bytes, &mut values);
+    Float::from_dtype(*dtype).unwrap().upcast(bytes, &mut values);
     values
 }
 

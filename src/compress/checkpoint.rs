@@ -1,0 +1,357 @@
+//! A checkpoint compressed into another: everything is validated before anything is written, matrices are decomposed in
+//! parallel, and the destination appears whole or not at all.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Instant;
+
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use super::card;
+use super::parallel::{Task, Timed, decompose_each};
+use super::place::{Calibration, place};
+use super::report::Report;
+use crate::checkpoint::files::is_weight_file;
+use crate::checkpoint::names::{Kind, Matrix, TIED_HEAD, TOKEN_EMBEDDING, bare};
+use crate::checkpoint::read::{Checkpoint, Tensor};
+use crate::checkpoint::staging::{Destination, Stage};
+use crate::checkpoint::write::{Slot, Writer};
+use crate::error::{Error, Result};
+use crate::fit::{Fit, LowRank, Term};
+use crate::numeric::Float;
+use crate::permute::{Decomposition, Permutation};
+use crate::plan::{Job, Plan, TQConfig};
+use crate::progress::Progress;
+use crate::spec::{KroneckerShape, LowRankShape, TermSpec};
+
+/// Bytes copied between two looks at whether to stop.
+const COPIED: usize = 4 << 20;
+
+/// How a checkpoint is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The dtype of every floating tensor; `None` keeps each tensor's own.
+    pub dtype: Option<Float>,
+    /// Whether a destination that holds a checkpoint is replaced.
+    pub overwrite: bool,
+    /// The longest weight file; a longer one is split into shards.
+    pub max_shard_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { dtype: None, overwrite: false, max_shard_bytes: 5_000_000_000 }
+    }
+}
+
+/// What `config` would do to the checkpoint in the directory `source`.
+///
+/// # Errors
+/// Those of [`Checkpoint::open`] and [`Plan::for_checkpoint`].
+pub fn plan_checkpoint(source: &Path, config: &TQConfig) -> Result<Report> {
+    let checkpoint = Checkpoint::open(source)?;
+    let plan = Plan::for_checkpoint(&checkpoint, config)?;
+    let bytes_before = Some(checkpoint.weight_bytes());
+    Ok(Report { source: Some(card::source_name(source)), bytes_before, ..Report::planned(&plan) })
+}
+
+/// Compresses the checkpoint in `source` into the directory `destination`, on the current rayon pool. The bytes written
+/// do not depend on its number of threads.
+///
+/// Weights, `config.json` with a `quantization_config`, a model card and `compression_report.json` are written; the
+/// tokenizer and every other file of `source` that holds no weights is copied. For each module `M` with
+/// `W[p][:, q] ≈ Σ A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the gather indices of
+/// the forward pass that its spec allows: `M.input_permutation` (`p`; its inverse in an embedding) and
+/// `M.output_permutation` (the inverse of `q`). A low-rank matrix has `M.left` and `M.right` and one permutation instead;
+/// the tensors of a sum of several terms are those of `M.terms.0`, `M.terms.1` and so on.
+///
+/// # Errors
+/// Any of [`Error`], naming the tensor or the path. Then, and when cancelled, nothing is left behind.
+///
+/// # Cost
+/// Memory: one matrix a thread and what its decomposition needs. The source is mapped, not loaded.
+pub fn compress_checkpoint(
+    source: &Path,
+    destination: &Path,
+    config: &TQConfig,
+    calibration: &Calibration<'_>,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Report> {
+    let start = Instant::now();
+    let checkpoint = Checkpoint::open(source)?;
+    let plan = Plan::for_checkpoint(&checkpoint, config)?;
+    let dropped = dropped_head(&checkpoint, &plan)?;
+    let outputs = outputs(&checkpoint, &plan, dropped, options.dtype)?;
+    let destination = Destination::check(destination, &checkpoint, options.overwrite)?;
+    check_finite(&checkpoint, &plan, progress)?;
+
+    let stage = Stage::begin(destination)?;
+    let slots: Vec<_> = outputs.iter().map(|output| output.slot.clone()).collect();
+    let writer = Writer::create(stage.directory(), &slots, options.max_shard_bytes)?;
+    for output in &outputs {
+        match output.content {
+            Content::Copy(tensor) => copy(&checkpoint, tensor, &output.slot, &writer, progress)?,
+            Content::Guard => writer.write(&output.slot.name, 0, &[0])?,
+            Content::Factor => {}
+        }
+    }
+
+    let tasks: Vec<_> =
+        plan.jobs.iter().map(|job| Task { place: place(&job.matrix, calibration), spec: job.spec.clone() }).collect();
+    let mut report = Report { calibrated: !calibration.is_empty(), ..Report::planned(&plan) };
+    let matrices = Mutex::new(&mut report.matrices);
+    decompose_each(
+        &tasks,
+        plan.config.effort,
+        plan.config.seed,
+        progress,
+        |i| checkpoint.matrix(&plan.jobs[i].matrix),
+        |i, Timed { fit, seconds }| {
+            let matrix = &plan.jobs[i].matrix;
+            checkpoint.release(&checkpoint.tensors()[&matrix.tensor]);
+            write_factors(&writer, matrix, &fit)?;
+            let mut matrices = matrices.lock().expect("no thread panicked");
+            matrices[i].lost_energy = Some(fit.lost_energy);
+            matrices[i].seconds = Some(seconds);
+            Ok(())
+        },
+    )?;
+    progress.check()?;
+
+    report.matrices.iter_mut().for_each(|matrix| matrix.place = None);
+    report.source = Some(card::source_name(source));
+    report.dtype = options.dtype.map(Float::name);
+    report.bytes_before = Some(checkpoint.weight_bytes());
+    report.bytes_after = Some(writer.bytes());
+    writer.finish()?;
+    for path in carried(source)? {
+        progress.check()?;
+        stage.copy(&path)?;
+    }
+    stage.write("config.json", config_json(checkpoint.config(), &plan.config, options.dtype).as_bytes())?;
+    let directory = source.canonicalize().map_err(Error::io(source))?;
+    stage.write("README.md", card::model_card(&directory, checkpoint.config(), &report).as_bytes())?;
+    report.seconds = Some(start.elapsed().as_secs_f64());
+    stage.write("compression_report.json", (report.to_json(true) + "\n").as_bytes())?;
+    progress.check()?;
+    stage.commit()?;
+    Ok(report)
+}
+
+/// One tensor of the compressed checkpoint and where its values come from.
+struct Output<'a> {
+    slot: Slot,
+    content: Content<'a>,
+}
+
+enum Content<'a> {
+    /// A tensor of the source.
+    Copy(&'a Tensor),
+    /// Part of a decomposition.
+    Factor,
+    /// One zero byte under the name of a dense weight, so that a plain load, which would leave that weight random and
+    /// only warn, fails on its shape.
+    Guard,
+}
+
+/// A head that is stored although it is the token embedding, and must not be stored any more once that is factored.
+fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'a Tensor>> {
+    let embedding = plan.jobs.iter().find(|job| bare(&job.matrix.tensor) == TOKEN_EMBEDDING);
+    let (Some(head), Some(job), true) = (checkpoint.tensors().get(TIED_HEAD), embedding, checkpoint.tied()) else {
+        return Ok(None);
+    };
+    let embedding = &checkpoint.tensors()[&job.matrix.tensor];
+    let same = head.dtype == embedding.dtype && checkpoint.bytes(head) == checkpoint.bytes(embedding);
+    checkpoint.release(head);
+    if same {
+        return Ok(Some(head));
+    }
+    let problem = format!(
+        "tensor '{TIED_HEAD}' differs from '{}', though tie_word_embeddings says that they are one: set it to false in \
+         config.json, or remove the head",
+        job.matrix.tensor
+    );
+    Err(Error::Checkpoint { path: checkpoint.directory().to_owned(), problem })
+}
+
+/// The tensors of the compressed checkpoint, in model order.
+fn outputs<'a>(
+    checkpoint: &'a Checkpoint,
+    plan: &Plan,
+    dropped: Option<&Tensor>,
+    dtype: Option<Float>,
+) -> Result<Vec<Output<'a>>> {
+    let mut outputs = Vec::new();
+    let mut jobs = plan.jobs.iter().peekable();
+    let mut guarded = false;
+    for (name, tensor) in checkpoint.tensors() {
+        if dropped.is_some_and(|head| std::ptr::eq(head, tensor)) {
+            continue;
+        }
+        if jobs.peek().is_none_or(|job| job.matrix.tensor != *name) {
+            let dtype = match dtype {
+                // Integers stay integers; floats that cannot be converted are refused.
+                Some(float) if tensor.parameters() > 0 => {
+                    Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(name))?;
+                    float.dtype()
+                }
+                _ => tensor.dtype,
+            };
+            let slot = Slot { name: name.clone(), dtype, shape: tensor.shape.clone() };
+            outputs.push(Output { slot, content: Content::Copy(tensor) });
+            continue;
+        }
+        if !guarded {
+            outputs.push(Output {
+                slot: Slot { name: name.clone(), dtype: Dtype::U8, shape: vec![1] },
+                content: Content::Guard,
+            });
+            guarded = true;
+        }
+        while let Some(job) = jobs.next_if(|job| job.matrix.tensor == *name) {
+            let (_, own) = checkpoint.stored(&job.matrix)?;
+            let factors = factor_slots(job, dtype.unwrap_or(own).dtype())?;
+            outputs.extend(factors.into_iter().map(|slot| Output { slot, content: Content::Factor }));
+        }
+    }
+    debug_assert!(jobs.next().is_none(), "plan and checkpoint are in the same order");
+    Ok(outputs)
+}
+
+/// The stored name of a tensor of term `t` of a compressed matrix; the only term's have no number.
+fn factor_name(matrix: &Matrix, terms: usize, t: usize, which: &str) -> String {
+    let number = if terms == 1 { String::new() } else { format!(".terms.{t}") };
+    format!("{}{}{number}.{which}", matrix.stored_module(), matrix.part())
+}
+
+fn factor_slots(job: &Job, dtype: Dtype) -> Result<Vec<Slot>> {
+    let Job { matrix, spec, .. } = job;
+    let terms = spec.terms();
+    let mut slots = Vec::new();
+    for (t, term) in terms.iter().enumerate() {
+        let mut slot = |which: &str, dtype, shape| {
+            slots.push(Slot { name: factor_name(matrix, terms.len(), t, which), dtype, shape })
+        };
+        let (rows, columns) = match term {
+            TermSpec::Kronecker(spec) => {
+                let KroneckerShape { m1, n1, m2, n2, rank } = spec.shape(matrix.rows, matrix.columns)?;
+                slot("A", dtype, vec![rank, m1, n1]);
+                slot("B", dtype, vec![rank, m2, n2]);
+                (spec.permute.rows(), spec.permute.columns())
+            }
+            TermSpec::LowRank { rank } => {
+                let shape = LowRankShape::new(matrix.rows, matrix.columns, *rank)?;
+                slot("left", dtype, vec![shape.left().0, shape.left().1]);
+                slot("right", dtype, vec![shape.right().0, shape.right().1]);
+                (shape.pivots_on_rows(), !shape.pivots_on_rows())
+            }
+        };
+        if rows {
+            slot("input_permutation", Dtype::I64, vec![matrix.rows]);
+        }
+        if columns {
+            slot("output_permutation", Dtype::I64, vec![matrix.columns]);
+        }
+    }
+    Ok(slots)
+}
+
+fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
+    for (t, term) in fit.terms.iter().enumerate() {
+        let name = |which| factor_name(matrix, fit.terms.len(), t, which);
+        let (rows, columns) = match term {
+            Term::Kronecker(Decomposition { sum, rows, columns }) => {
+                writer.write_floats(&name("A"), 0, &sum.a)?;
+                writer.write_floats(&name("B"), 0, &sum.b)?;
+                (rows.as_ref(), columns.as_ref())
+            }
+            Term::LowRank(LowRank { shape, left, right, order, .. }) => {
+                writer.write_floats(&name("left"), 0, left)?;
+                writer.write_floats(&name("right"), 0, right)?;
+                if shape.pivots_on_rows() { (Some(order), None) } else { (None, Some(order)) }
+            }
+        };
+        if let Some(rows) = rows {
+            // A linear map gathers its input by `p`; an embedding looks up where row `id` went, which is the inverse.
+            let inverse = (matrix.kind == Kind::Embedding).then(|| rows.inverse());
+            writer.write_indices(&name("input_permutation"), inverse.as_ref().unwrap_or(rows).as_slice())?;
+        }
+        if let Some(inverse) = columns.map(Permutation::inverse) {
+            writer.write_indices(&name("output_permutation"), inverse.as_slice())?;
+        }
+    }
+    Ok(())
+}
+
+/// Looks at every weight to be compressed, so that a bad one is found now and not after minutes of work.
+fn check_finite(checkpoint: &Checkpoint, plan: &Plan, progress: &Progress) -> Result<()> {
+    let mut names: Vec<_> = plan.jobs.iter().map(|job| job.matrix.tensor.as_str()).collect();
+    names.dedup();
+    let results = names.par_iter().map(|name| {
+        progress.check()?;
+        let result = checkpoint.check_finite(name);
+        checkpoint.release(&checkpoint.tensors()[*name]);
+        result
+    });
+    // Collected first, so that of several faults the first in the model is reported.
+    results.collect::<Vec<_>>().into_iter().collect()
+}
+
+/// Copies a tensor, in pieces, converted if its slot has another dtype.
+fn copy(checkpoint: &Checkpoint, tensor: &Tensor, slot: &Slot, writer: &Writer, progress: &Progress) -> Result<()> {
+    let bytes = checkpoint.bytes(tensor);
+    if tensor.dtype == slot.dtype {
+        for (i, piece) in bytes.chunks(COPIED).enumerate() {
+            progress.check()?;
+            writer.write(&slot.name, (i * COPIED) as u64, piece)?;
+        }
+    } else {
+        let from = Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(&slot.name))?;
+        let mut values = Vec::new();
+        let mut first = 0;
+        for piece in bytes.chunks(COPIED) {
+            progress.check()?;
+            values.resize(piece.len() / from.size(), 0.0);
+            from.upcast(piece, &mut values);
+            writer.write_floats(&slot.name, first, &values)?;
+            first += values.len();
+        }
+    }
+    checkpoint.release(tensor);
+    Ok(())
+}
+
+/// The files of `source` that go along: all but weights, pickles, hidden files, and what is written anew.
+fn carried(source: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(source).map_err(Error::io(source))? {
+        let path = entry.map_err(Error::io(source))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let written = ["config.json", "README.md", "compression_report.json"].contains(&&*name);
+        let skipped = written || name.starts_with('.') || name.ends_with(".index.json") || is_weight_file(&name);
+        // Through links: huggingface_hub's cache is made of them.
+        if !skipped && path.is_file() {
+            paths.push(path);
+        }
+    }
+    paths.sort_unstable();
+    Ok(paths)
+}
+
+/// The source's `config.json` with the resolved configuration, and its dtype kept in step.
+fn config_json(source: &Map<String, Value>, config: &TQConfig, dtype: Option<Float>) -> String {
+    let mut object = source.clone();
+    if let Some(float) = dtype {
+        let key =
+            if !object.contains_key("dtype") && object.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+        object.insert(key.into(), float.name().into());
+    }
+    object.insert("quantization_config".into(), config.to_value());
+    format!("{:#}\n", Value::Object(object))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,36 @@
+//! What a fit finds: the terms of a sum, and what they lose.
+
+use super::low_rank::LowRank;
+use crate::permute::Decomposition;
+use crate::spec::MatrixSpec;
+
+/// One term of a [`Fit`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Term {
+    /// A permuted Kronecker sum.
+    Kronecker(Decomposition),
+    /// A low-rank matrix in interpolative form.
+    LowRank(LowRank),
+}
+
+impl Term {
+    /// The dense matrix that it stands for, row-major `(m, n)`, permutations undone.
+    #[must_use]
+    pub fn to_dense(&self) -> Vec<f32> {
+        match self {
+            Self::Kronecker(decomposition) => decomposition.to_dense(),
+            Self::LowRank(low_rank) => low_rank.to_dense(),
+        }
+    }
+}
+
+/// `W ≈ Σ_t Ŵ_t`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fit {
+    /// What the matrix has become.
+    pub spec: MatrixSpec,
+    /// Its terms, in the order of the spec's.
+    pub terms: Vec<Term>,
+    /// `‖W − Σ_t Ŵ_t‖² / ‖W‖²` in the norm of the fit, which is the Frobenius norm where there are no moments.
+    pub lost_energy: f64,
+}

@@ -1,0 +1,17 @@
+//! What all numeric code shares: dtypes, large buffers, instruction sets, exponentials.
+//!
+//! * [`float`]: f32, f16 and bf16, and conversion between them.
+//! * [`values`]: rows of values whose dtype is known at run time.
+//! * [`memory`]: large buffers.
+//! * [`simd`]: kernels compiled for several instruction sets.
+//! * `exponential`: powers of two.
+
+pub(crate) mod exponential;
+pub mod float;
+pub mod memory;
+pub mod simd;
+pub mod values;
+
+pub use float::{Element, Float};
+pub(crate) use values::ValuesMut;
+pub use values::{OwnedValues, Values};

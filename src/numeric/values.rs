@@ -1,0 +1,116 @@
+//! Rows of values whose dtype is known at run time: read as f32, and written from f32.
+
+use std::ops::Range;
+
+use half::vec::HalfBitsVecExt as _;
+use half::{bf16, f16};
+
+use super::float::Element;
+use super::memory::zeros;
+
+/// Borrowed row-major values.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// float32
+    F32(&'a [f32]),
+    /// float16
+    F16(&'a [f16]),
+    /// bfloat16
+    Bf16(&'a [bf16]),
+}
+
+/// Row-major values.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OwnedValues {
+    /// float32
+    F32(Vec<f32>),
+    /// float16
+    F16(Vec<f16>),
+    /// bfloat16
+    Bf16(Vec<bf16>),
+}
+
+/// Values to be written.
+pub(crate) enum ValuesMut<'a> {
+    F32(&'a mut [f32]),
+    F16(&'a mut [f16]),
+    Bf16(&'a mut [bf16]),
+}
+
+impl<'a> Values<'a> {
+    /// Number of values.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F16(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are no values.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Zeros of the same dtype and number.
+    #[must_use]
+    pub fn zeros(&self) -> OwnedValues {
+        // Integers, because only for these does the allocator hand out zeroed memory that was never touched.
+        match self {
+            Self::F32(values) => OwnedValues::F32(zeros(values.len())),
+            Self::F16(values) => OwnedValues::F16(zeros::<u16>(values.len()).reinterpret_into()),
+            Self::Bf16(values) => OwnedValues::Bf16(zeros::<u16>(values.len()).reinterpret_into()),
+        }
+    }
+
+    /// Row `index` as f32: the row itself, or a copy in `scratch`, which grows to the width of a row.
+    pub(crate) fn row<'b>(&self, index: usize, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        self.rows(index..index + 1, width, scratch)
+    }
+
+    /// Consecutive rows, as [`row`](Self::row).
+    pub(crate) fn rows<'b>(&self, rows: Range<usize>, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let range = rows.start * width..rows.end * width;
+        match *self {
+            Self::F32(values) => &values[range],
+            Self::F16(values) => Element::as_f32(&values[range], scratch),
+            Self::Bf16(values) => Element::as_f32(&values[range], scratch),
+        }
+    }
+}
+
+impl OwnedValues {
+    /// The rows, to be written by different threads.
+    pub(crate) fn rows_mut(&mut self, width: usize) -> Vec<ValuesMut<'_>> {
+        match self {
+            Self::F32(values) => values.chunks_mut(width).map(ValuesMut::F32).collect(),
+            Self::F16(values) => values.chunks_mut(width).map(ValuesMut::F16).collect(),
+            Self::Bf16(values) => values.chunks_mut(width).map(ValuesMut::Bf16).collect(),
+        }
+    }
+}
+
+impl ValuesMut<'_> {
+    /// Lets `write` write f32 values, in place or into `scratch`, from where they are rounded to nearest, ties to even.
+    pub(crate) fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
+        fn downcast<E: Element, T>(values: &mut [E], scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
+            scratch.resize(values.len(), 0.0);
+            let result = write(scratch);
+            E::downcast(scratch, values);
+            result
+        }
+        match self {
+            Self::F32(values) => write(values),
+            Self::F16(values) => downcast(values, scratch, write),
+            Self::Bf16(values) => downcast(values, scratch, write),
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! How long permutations are searched.
+
+use crate::error::{Error, Result};
+
+/// How long to search.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Effort {
+    /// Norm sort, alternating assignment and a very short annealing.
+    Fast,
+    /// The same, and a longer annealing.
+    #[default]
+    Balanced,
+    /// The same, and two annealings some fifteen times as long.
+    Best,
+}
+
+impl Effort {
+    /// Every level, with the name that configurations use.
+    pub const NAMES: [(&'static str, Self); 3] =
+        [("fast", Self::Fast), ("balanced", Self::Balanced), ("best", Self::Best)];
+
+    /// Reads a configuration's name for it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the name is none of [`Self::NAMES`].
+    pub fn from_name(name: &str) -> Result<Self> {
+        Self::NAMES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|&(_, effort)| effort)
+            .ok_or_else(|| Error::Config(format!("effort: expected \"fast\", \"balanced\" or \"best\", got {name:?}")))
+    }
+
+    /// The name that configurations use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::NAMES[self as usize].0
+    }
+}

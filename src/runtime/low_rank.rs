@@ -1,0 +1,80 @@
+//! Multiplying by a low-rank matrix in interpolative form.
+
+use std::borrow::Cow;
+
+use super::kernels::add_scaled;
+use super::order::Order;
+use super::rows::Rows;
+use super::thread_pool::Workers;
+
+/// A matrix of low rank in interpolative form.
+#[derive(Clone, Debug)]
+pub(super) enum LowRank {
+    /// `W[p] = [I; left] right`
+    OnRows {
+        /// `leftᵀ : (k, m − k)`
+        left: Rows,
+        /// `rightᵀ : (n, k)`
+        right: Rows,
+        /// `p`
+        input: Order,
+    },
+    /// `W[:, q] = left [I right]`
+    OnColumns {
+        /// `leftᵀ : (k, m)`
+        left: Rows,
+        /// `rightᵀ : (n − k, k)`
+        right: Rows,
+        /// The inverse of `q`.
+        output: Order,
+    },
+}
+
+impl LowRank {
+    /// The product `(count, n)` with `x : (count, m)`, and the order in which `y` is to be gathered from it.
+    pub fn times<'a>(&'a self, x: &[f32], count: usize, workers: &Workers) -> (Vec<f32>, Cow<'a, Order>) {
+        match self {
+            Self::OnRows { left, right, input } => {
+                let x = input.gather(x, workers);
+                let vectors = x.chunks_exact(left.rows + left.length).map(|x| x.split_at(left.rows));
+                let (pivots, others): (Vec<_>, Vec<_>) = vectors.unzip();
+                let mut inner = pivots.concat();
+                add_scaled(&mut inner, 1.0, &left.times(&others.concat(), count, workers));
+                (right.times(&inner, count, workers), Cow::Owned(Order::default()))
+            }
+            Self::OnColumns { left, right, output } => {
+                let inner = left.times(x, count, workers);
+                let rest = right.times(&inner, count, workers);
+                let both = inner.chunks_exact(left.rows).zip(rest.chunks_exact(right.rows));
+                (both.flat_map(|(inner, rest)| [inner, rest]).collect::<Vec<_>>().concat(), Cow::Borrowed(output))
+            }
+        }
+    }
+
+    /// Adds column `column` of the matrix to `out`.
+    pub fn add_column(&self, column: usize, out: &mut [f32]) {
+        match self {
+            Self::OnRows { left, right, input } => right.with_row(column, |weights| {
+                // [I; left] times a column of `right`.
+                let mut product = vec![0.0; left.rows + left.length];
+                let (pivots, others) = product.split_at_mut(left.rows);
+                pivots.copy_from_slice(weights);
+                for (k, &weight) in weights.iter().enumerate() {
+                    left.with_row(k, |row| add_scaled(others, weight, row));
+                }
+                input.scatter_add(&product, out);
+            }),
+            Self::OnColumns { left, right, output } => {
+                let at = output.at(column);
+                match at.checked_sub(left.rows) {
+                    None => left.with_row(at, |row| add_scaled(out, 1.0, row)),
+                    Some(at) => right.with_row(at, |weights| {
+                        for (k, &weight) in weights.iter().enumerate() {
+                            left.with_row(k, |row| add_scaled(out, weight, row));
+                        }
+                    }),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! The JSON of what one matrix becomes.
+
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::{Map, Value, json};
+
+use super::kronecker::{KroneckerSpec, Permute};
+use super::matrix::{MatrixSpec, TermSpec};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KroneckerFields {
+    block: (usize, usize),
+    rank: usize,
+    #[serde(default)]
+    permute: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LowRankFields {
+    rank: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MixedFields {
+    terms: Vec<Value>,
+}
+
+/// Reads the JSON of what one matrix becomes: `{"block", "rank", "permute"}`, `{"rank"}` for low rank, or `{"terms"}`.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn matrix_spec(value: Value) -> Result<MatrixSpec, String> {
+    if value.get("terms").is_none() {
+        return Ok(term_spec(value)?.into());
+    }
+    let fields: MixedFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    if fields.terms.len() < 2 {
+        return Err(format!("terms: expected at least two, got {}", fields.terms.len()));
+    }
+    let terms = fields.terms.into_iter().map(term_spec).collect::<Result<_, _>>()?;
+    MatrixSpec::new(terms).map_err(|error| error.to_string())
+}
+
+fn term_spec(value: Value) -> Result<TermSpec, String> {
+    if value.is_object() && value.get("block").is_none() {
+        let fields: LowRankFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        return Ok(TermSpec::LowRank { rank: fields.rank });
+    }
+    let fields: KroneckerFields = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    let permute = fields.permute.as_deref().map_or(Ok(Permute::default()), Permute::from_name);
+    let permute = permute.map_err(|error| error.to_string())?;
+    Ok(TermSpec::Kronecker(KroneckerSpec { block: fields.block, rank: fields.rank, permute }))
+}
+
+/// The inverse of [`matrix_spec`].
+#[must_use]
+pub fn matrix_spec_json(spec: &MatrixSpec) -> Map<String, Value> {
+    let term = |term: &TermSpec| match term {
+        TermSpec::Kronecker(KroneckerSpec { block: (m2, n2), rank, permute }) => {
+            json!({"block": [m2, n2], "rank": rank, "permute": permute.name()})
+        }
+        TermSpec::LowRank { rank } => json!({"rank": rank}),
+    };
+    let value = match spec.terms() {
+        [one] => term(one),
+        many => json!({"terms": many.iter().map(term).collect::<Vec<_>>()}),
+    };
+    match value {
+        Value::Object(object) => object,
+        _ => unreachable!("both are objects"),
+    }
+}
+
+impl Serialize for MatrixSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        matrix_spec_json(self).serialize(serializer)
+    }
+}
