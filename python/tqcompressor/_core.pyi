@@ -94,17 +94,17 @@ def choose_specs(
     usages: Sequence[str],
     moment_arrays: Sequence[_Moments],
     target_value: tuple[str, float],
-    max_multiplies: float | None,
+    max_macs: float | None,
     effort: str,
     seed: int,
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> list[_Chosen]:
-    """`(spec or None, parameters, (multiplies_before, multiplies), lost_energy, energies)` of each matrix, under one
+    """`(spec or None, parameters, (macs_before, macs), lost_energy, energies)` of each matrix, under one
     budget for all of them.
 
     The target is `("parameters", count)` or `("lost_energy", share)`; a spec is JSON, None where a matrix stays dense.
-    A usage is "map", "lookup" or "tied_lookup"; `max_multiplies` is a share of the multiplies of the dense matrices.
+    A usage is "map", "lookup" or "tied_lookup"; `max_macs` is a share of the MACs of the dense matrices.
     """
 
 def choose_specs_of_checkpoint(
@@ -112,7 +112,7 @@ def choose_specs_of_checkpoint(
     config: str,
     moment_arrays: Sequence[tuple[str, _Moments]],
     target_value: tuple[str, float],
-    max_multiplies: float | None,
+    max_macs: float | None,
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> list[tuple[str, _Chosen]]:

@@ -59,20 +59,20 @@ const LONGEST: usize = 4096;
 pub struct Limits {
     /// At most so many parameters.
     pub parameters: usize,
-    /// At most so many multiplies for one token, when this is done with it; `None` for any number.
-    pub multiplies: Option<(usize, Usage)>,
+    /// At most so many MACs for one token, when this is done with it; `None` for any number.
+    pub macs: Option<(usize, Usage)>,
 }
 
 impl Limits {
-    /// At most so many parameters, and any number of multiplies.
+    /// At most so many parameters, and any number of MACs.
     #[must_use]
     pub fn of_parameters(parameters: usize) -> Self {
-        Self { parameters, multiplies: None }
+        Self { parameters, macs: None }
     }
 
-    /// Whether an `(m, n)` matrix of that spec keeps within the multiplies.
+    /// Whether an `(m, n)` matrix of that spec keeps within the MACs.
     fn affords(&self, spec: &MatrixSpec, m: usize, n: usize) -> Result<bool> {
-        self.multiplies.map_or(Ok(true), |(most, usage)| Ok(spec.multiplies(m, n, usage)? <= most))
+        self.macs.map_or(Ok(true), |(most, usage)| Ok(spec.macs(m, n, usage)? <= most))
     }
 }
 
@@ -82,7 +82,7 @@ impl Limits {
 /// and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
 ///
 /// # Errors
-/// [`Error::Shape`] if not even rank 1 has as few parameters, or no rank as few multiplies; otherwise as [`fit`].
+/// [`Error::Shape`] if not even rank 1 has as few parameters, or no rank as few MACs; otherwise as [`fit`].
 ///
 /// # Cost
 /// At balanced effort some 100 evaluations of the norm beyond [`low_rank`]; ten times that at [`Effort::Best`].
@@ -154,8 +154,8 @@ fn largest_rank(m: usize, n: usize, limits: Limits) -> Result<usize> {
             return Ok(rank);
         }
     }
-    let (got, usage) = limits.multiplies.expect("any number of multiplies is afforded otherwise");
-    Err(refused("multiplies", MatrixSpec::low_rank(1).multiplies(m, n, usage)?, got))
+    let (got, usage) = limits.macs.expect("any number of MACs is afforded otherwise");
+    Err(refused("MACs", MatrixSpec::low_rank(1).macs(m, n, usage)?, got))
 }
 
 /// A candidate that after its second look is so many times worse than low rank is given up.

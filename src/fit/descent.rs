@@ -25,7 +25,7 @@ type Point = Vec<(Mat<f64>, Mat<f64>)>;
 
 /// Lowers `‖W − Σ_t K_t‖²` by at most `iterations` steps and returns it. Never raises it.
 ///
-/// Cost, each step: [`Norm::apply`] and `3·rank·m·n` multiplies for every term.
+/// Cost, each step: [`Norm::apply`] and `3·rank·m·n` MACs for every term.
 pub(super) fn descend(
     terms: &mut [Factors],
     target: MatRef<'_, f64>,

@@ -43,7 +43,7 @@ pub struct LowRank {
 ///
 /// # Cost
 /// With the shorter side `s` and the longer `l`: an eigendecomposition of size `s` (two with a full weight on the shorter
-/// side) and `2·s²·l` multiplies, `s·l²` more with a full weight on the longer side.
+/// side) and `2·s²·l` MACs, `s·l²` more with a full weight on the longer side.
 pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progress) -> Result<LowRank> {
     view.check_finite()?;
     let sides = Sides::new(Source::View(view), norm);
@@ -328,7 +328,7 @@ impl LowRank {
     /// The dense matrix, row-major `(m, n)`, the permutation undone; sums in f64.
     ///
     /// # Cost
-    /// `rank·(s − rank)·l` multiplies for the sides `s ≤ l`.
+    /// `rank·(s − rank)·l` MACs for the sides `s ≤ l`.
     #[must_use]
     pub fn to_dense(&self) -> Vec<f32> {
         let LowRankShape { rows, columns, rank } = self.shape;

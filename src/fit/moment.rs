@@ -111,7 +111,7 @@ impl Norm {
     /// `C_in E C_out`: half of the gradient of `‖E‖²`.
     ///
     /// # Cost
-    /// `m·n·(m + n)` multiplies with two full sides.
+    /// `m·n·(m + n)` MACs with two full sides.
     #[must_use]
     pub fn apply(&self, error: MatRef<'_, f64>) -> Mat<f64> {
         let left = self.input.times(error);

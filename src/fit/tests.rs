@@ -202,10 +202,10 @@ proptest! {
         let norm = norm(kind, m, n, seed);
         let parameters = ((m * n) as f64 * share) as usize;
         let usage = if looked_up { Usage::TiedLookup } else { Usage::Map };
-        let limits = Limits { parameters, multiplies: cap.map(|cap| ((cap * (m * n) as f64) as usize, usage)) };
+        let limits = Limits { parameters, macs: cap.map(|cap| ((cap * (m * n) as f64) as usize, usage)) };
         let fits = |spec: &MatrixSpec| {
             spec.parameters(m, n).unwrap() <= parameters
-                && limits.multiplies.is_none_or(|(most, usage)| spec.multiplies(m, n, usage).unwrap() <= most)
+                && limits.macs.is_none_or(|(most, usage)| spec.macs(m, n, usage).unwrap() <= most)
         };
         let ranks = (1..m.min(n)).rev();
         let Some(rank) = ranks.into_iter().find(|&rank| fits(&MatrixSpec::low_rank(rank))) else { return Ok(()) };
@@ -353,8 +353,8 @@ fn what_cannot_be_fitted_is_refused() {
     };
     let within = |w: &[f32], parameters| limited(w, Limits::of_parameters(parameters));
     assert!(matches!(within(&w, m + n - 2), Err(Error::Shape { operation: "parameters", .. })));
-    let starved = Limits { multiplies: Some((m + n - 2, Usage::Map)), ..Limits::of_parameters(90) };
-    assert!(matches!(limited(&w, starved), Err(Error::Shape { operation: "multiplies", .. })));
+    let starved = Limits { macs: Some((m + n - 2, Usage::Map)), ..Limits::of_parameters(90) };
+    assert!(matches!(limited(&w, starved), Err(Error::Shape { operation: "MACs", .. })));
     let misfit = MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker((5, 4), 1, Permute::Both)]).unwrap();
     assert!(matches!(fitted(MatrixView::new(&w, m, n).unwrap(), &misfit, &norm), Err(Error::Shape { .. })));
     w[20] = f32::NAN;

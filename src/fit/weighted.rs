@@ -56,7 +56,7 @@ pub(super) const ASSIGNMENTS: usize = 6;
 /// [`Error::Convergence`](crate::Error::Convergence), [`Error::Cancelled`](crate::Error::Cancelled).
 ///
 /// # Cost
-/// At balanced effort some 80 evaluations of `m·n·(m + n) + 3·rank·m·n` multiplies, and ten assignment problems or rounds
+/// At balanced effort some 80 evaluations of `m·n·(m + n) + 3·rank·m·n` MACs, and ten assignment problems or rounds
 /// of swaps for each side.
 pub fn weighted_kronecker(
     view: MatrixView<'_>,

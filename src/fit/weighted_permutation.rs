@@ -27,8 +27,8 @@ const TRIES: usize = 8;
 /// `‖target − K‖²` never rises.
 ///
 /// # Cost
-/// On each side with `e` rows: three products of `e·m·n` multiplies, then an assignment problem of size `e`, or `m·n`
-/// multiplies for every swap.
+/// On each side with `e` rows: three products of `e·m·n` MACs, then an assignment problem of size `e`, or `m·n`
+/// MACs for every swap.
 pub(super) fn improve_orders(
     factors: &mut Factors,
     target: MatRef<'_, f64>,

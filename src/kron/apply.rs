@@ -11,13 +11,13 @@ impl KroneckerSum {
     /// `y = x (Σ_k A_k ⊗ B_k)` for `batch` row vectors.
     ///
     /// Each row of `x` is read as a matrix `X : (m1, m2)`, and `Y = Σ_k A_kᵀ X B_k : (n1, n2)` is written out as a row;
-    /// whichever of `A_kᵀ X` and `X B_k` costs fewer multiplies is formed first.
+    /// whichever of `A_kᵀ X` and `X B_k` costs fewer MACs is formed first.
     ///
     /// # Errors
     /// [`Error::Shape`] if `x` does not hold `batch·m` values.
     ///
     /// # Cost
-    /// [`KroneckerShape::multiplies`] per row; as much memory as the intermediate product.
+    /// [`KroneckerShape::macs`] per row; as much memory as the intermediate product.
     pub fn apply(&self, x: &[f32], batch: usize) -> Result<Vec<f32>> {
         if batch.checked_mul(self.shape.rows()) != Some(x.len()) {
             return Err(Error::Shape {

@@ -38,7 +38,7 @@ pub struct KroneckerSum {
 /// [`Error::Shape`] if `shape` is not the view's, [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
 ///
 /// # Cost
-/// With `k = min(m1·n1, m2·n2)`: two passes over `W`, `m·n·k` multiplies for the Gram matrix and `O(k³)` for its
+/// With `k = min(m1·n1, m2·n2)`: two passes over `W`, `m·n·k` MACs for the Gram matrix and `O(k³)` for its
 /// eigenvectors; a thin SVD of `R(W)` when `k` is large.
 ///
 /// ```
@@ -206,7 +206,7 @@ impl KroneckerSum {
     /// The dense matrix `Σ_k A_k ⊗ B_k`, row-major `(m, n)`; sums over `k` in f64.
     ///
     /// # Cost
-    /// `rank·m·n` multiplies.
+    /// `rank·m·n` MACs.
     #[must_use]
     pub fn to_dense(&self) -> Vec<f32> {
         let KroneckerShape { n1, m2, n2, rank, .. } = self.shape;

@@ -17,7 +17,7 @@ use crate::spec::KroneckerShape;
 /// [`Error::Shape`] for factors or indices of another length than `shape` says; [`Error::Cancelled`].
 ///
 /// # Cost
-/// `rank·m·n` multiplies and one random read an entry: some three milliseconds for 768 × 3072, rank 4, on one core.
+/// `rank·m·n` MACs and one random read an entry: some three milliseconds for 768 × 3072, rank 4, on one core.
 ///
 /// # Panics
 /// If an index is out of range.

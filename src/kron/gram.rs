@@ -206,7 +206,7 @@ dispatched! {
 /// [`Error::Cancelled`].
 ///
 /// # Cost
-/// Reads `W` once; `m·n·m2·n2` multiplies. Memory beyond the result: a chunk of some 256 KB, or one row of blocks.
+/// Reads `W` once; `m·n·m2·n2` MACs. Memory beyond the result: a chunk of some 256 KB, or one row of blocks.
 pub fn block_gram(view: MatrixView<'_>, shape: &KroneckerShape, progress: &Progress) -> Result<Mat<f64>> {
     let entries = shape.block_entries();
     let mut gram = Mat::zeros(entries, entries);

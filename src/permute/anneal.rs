@@ -22,16 +22,16 @@ pub(super) struct Schedule {
     pub end: f64,
     /// Stages; the projector is refreshed after each.
     pub stages: usize,
-    /// Swaps tried in a stage, for each element; fewer where a swap costs more than [`SWAP_MULTIPLIES`].
+    /// Swaps tried in a stage, for each element; fewer where a swap costs more than [`SWAP_MACS`].
     pub moves: usize,
 }
 
-/// Multiplies of a swap up to which a schedule is followed to the letter: a block of (8, 8). Beyond, time is kept.
-const SWAP_MULTIPLIES: usize = 512;
+/// MACs of a swap up to which a schedule is followed to the letter: a block of (8, 8). Beyond, time is kept.
+const SWAP_MACS: usize = 512;
 
 /// Improves `order` by annealing and returns the energy kept. The order found is not always better than the one given.
 ///
-/// Cost: `stages·moves·elements` swaps at `slots·phases²` multiplies and `4·slots` cache lines each.
+/// Cost: `stages·moves·elements` swaps at `slots·phases²` MACs and `4·slots` cache lines each.
 pub(super) fn anneal(
     gram: &PhaseGram,
     order: &mut [usize],
@@ -45,8 +45,8 @@ pub(super) fn anneal(
     let unit = energy / gram.elements as f64;
     let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
     let mut projector = Projector::fit(gram, order, rank)?;
-    let multiplies = gram.slots * gram.phases * gram.phases;
-    let moves = (schedule.moves * SWAP_MULTIPLIES / multiplies.max(SWAP_MULTIPLIES)).max(1);
+    let macs = gram.slots * gram.phases * gram.phases;
+    let moves = (schedule.moves * SWAP_MACS / macs.max(SWAP_MACS)).max(1);
     let mut own = Vec::new();
     for stage in 0..schedule.stages {
         let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;

@@ -13,7 +13,7 @@ use crate::progress::Progress;
 /// sums of [`PhaseGram`] products. Refit and assignment each raise the energy kept, so it never falls; it is checked all
 /// the same, since the costs are f32.
 ///
-/// Cost, each iteration: `elements²·slots·phases²` multiplies and one assignment problem of size `elements`.
+/// Cost, each iteration: `elements²·slots·phases²` MACs and one assignment problem of size `elements`.
 pub(super) fn alternate_assignment(
     gram: &PhaseGram,
     order: &mut Vec<usize>,

@@ -19,7 +19,7 @@ impl Decomposition {
     /// The dense matrix that stands for `W`, row-major `(m, n)`, permutations undone.
     ///
     /// # Cost
-    /// `rank·m·n` multiplies.
+    /// `rank·m·n` MACs.
     #[must_use]
     pub fn to_dense(&self) -> Vec<f32> {
         let permuted = self.sum.to_dense();

@@ -39,7 +39,7 @@ impl PhaseGram {
 
     /// Forms the products of `side`'s elements, with the other side in the order that `view` carries.
     ///
-    /// Cost: `elements²·phases·(length of an element)` multiplies.
+    /// Cost: `elements²·phases·(length of an element)` MACs.
     pub fn new(
         view: MatrixView<'_>,
         side: Side,

@@ -124,9 +124,9 @@ pub fn decompose(
 /// As [`decompose`].
 ///
 /// # Cost
-/// For each visit of a side with `e` elements, slots `s` and phases `f` of the other side: `e·f·m·n` multiplies for the
-/// phase Gram and `e²·f²` values of memory; then `e²·s·f²` multiplies and an assignment problem of size `e` for each
-/// assignment, `s·f²` multiplies for each swap tried.
+/// For each visit of a side with `e` elements, slots `s` and phases `f` of the other side: `e·f·m·n` MACs for the
+/// phase Gram and `e²·f²` values of memory; then `e²·s·f²` MACs and an assignment problem of size `e` for each
+/// assignment, `s·f²` MACs for each swap tried.
 pub fn find_permutation(
     view: MatrixView<'_>,
     shape: KroneckerShape,

@@ -4,7 +4,7 @@
 //! loses nothing. Spending parameter after parameter where it saves most is a walk along the lower convex hulls of these
 //! curves in the order of their slopes (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
 //! 1988), optimal but for the last step, where what is left of the budget goes to whichever rank still fits. A cap on
-//! multiplies is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at whichever
+//! MACs is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at whichever
 //! limit is met first.
 
 use crate::error::{Error, Result};
@@ -49,17 +49,17 @@ pub struct Choice {
     pub rank: Option<usize>,
     /// Its parameters.
     pub parameters: usize,
-    /// Its multiplies for one token.
-    pub multiplies: usize,
+    /// Its MACs for one token.
+    pub macs: usize,
     /// The share of its energy that this is expected to lose.
     pub lost_energy: f64,
 }
 
 impl Candidate {
-    /// The multiplies for one token that it takes dense.
+    /// The MACs for one token that it takes dense.
     #[must_use]
-    pub fn dense_multiplies(&self) -> usize {
-        self.usage.dense_multiplies(self.rows, self.columns)
+    pub fn dense_macs(&self) -> usize {
+        self.usage.dense_macs(self.rows, self.columns)
     }
 }
 
@@ -71,12 +71,12 @@ impl Choice {
     }
 }
 
-/// Spends the budget, with at most `most_multiplies` for one token of all candidates together. Choices come in the order
+/// Spends the budget, with at most `most_macs` for one token of all candidates together. Choices come in the order
 /// of the candidates; the same candidates give the same choices.
 ///
 /// # Errors
-/// [`Error::Config`] if not even rank 1 of every matrix fits, naming the fewest parameters, or multiplies, that would do;
-/// if a share of energy cannot be reached with so few multiplies; or for one that is not between 0 and 1.
+/// [`Error::Config`] if not even rank 1 of every matrix fits, naming the fewest parameters, or MACs, that would do;
+/// if a share of energy cannot be reached with so few MACs; or for one that is not between 0 and 1.
 ///
 /// # Cost
 /// `O(R log R)` for `R` ranks in all.
@@ -95,7 +95,7 @@ pub fn allocate(
     candidates: &[Candidate],
     weighting: Weighting,
     target: Target,
-    most_multiplies: Option<usize>,
+    most_macs: Option<usize>,
 ) -> Result<Vec<Choice>> {
     let curves = candidates.iter().map(|candidate| Curve::new(candidate, weighting)).collect::<Result<Vec<_>>>()?;
     let least: usize = curves.iter().map(|curve| curve.points[0].parameters).sum();
@@ -114,10 +114,10 @@ pub fn allocate(
             curves.len()
         )));
     }
-    let mut multiplies: usize = curves.iter().map(|curve| curve.points[0].multiplies).sum();
-    let cap = most_multiplies.unwrap_or(usize::MAX);
-    if multiplies > cap {
-        return Err(too_few_multiplies(candidates, cap, "rank 1 of every matrix", multiplies));
+    let mut macs: usize = curves.iter().map(|curve| curve.points[0].macs).sum();
+    let cap = most_macs.unwrap_or(usize::MAX);
+    if macs > cap {
+        return Err(too_few_macs(candidates, cap, "rank 1 of every matrix", macs));
     }
     let mut steps: Vec<Step> = curves.iter().enumerate().flat_map(|(i, curve)| curve.steps(i)).collect();
     // Equal slopes in the order of the candidates: a sort that keeps it.
@@ -137,32 +137,30 @@ pub fn allocate(
         let points = &curves[candidate].points;
         let from = &points[chosen[candidate]];
         // All of the step, or as much of it as fits, after which nothing more of this curve does.
-        let fits = |at: usize| {
-            points[at].parameters - from.parameters <= left
-                && multiplies - from.multiplies + points[at].multiplies <= cap
-        };
+        let fits =
+            |at: usize| points[at].parameters - from.parameters <= left && macs - from.macs + points[at].macs <= cap;
         let reached = if fits(to) { to } else { (chosen[candidate]..to).rev().find(|&at| fits(at)).unwrap_or(0) };
         closed[candidate] = reached < to;
         left -= points[reached].parameters - from.parameters;
         lost -= from.lost - points[reached].lost;
-        multiplies = multiplies - from.multiplies + points[reached].multiplies;
+        macs = macs - from.macs + points[reached].macs;
         chosen[candidate] = reached;
     }
     // Where no curve was closed, what is left of it is rounding.
     if let (Target::LostEnergy(share), true) = (target, lost > allowed && closed.contains(&true)) {
-        let needed = allocate(candidates, weighting, target, None)?.iter().map(|choice| choice.multiplies).sum();
-        return Err(too_few_multiplies(candidates, cap, &format!("a lost energy of {share}"), needed));
+        let needed = allocate(candidates, weighting, target, None)?.iter().map(|choice| choice.macs).sum();
+        return Err(too_few_macs(candidates, cap, &format!("a lost energy of {share}"), needed));
     }
     Ok(curves.iter().zip(chosen).map(|(curve, at)| curve.choice(at)).collect())
 }
 
-fn too_few_multiplies(candidates: &[Candidate], cap: usize, what: &str, needed: usize) -> Error {
-    let dense: usize = candidates.iter().map(Candidate::dense_multiplies).sum();
+fn too_few_macs(candidates: &[Candidate], cap: usize, what: &str, needed: usize) -> Error {
+    let dense: usize = candidates.iter().map(Candidate::dense_macs).sum();
     // The next four digits up, so that the share that is named is enough whatever it is multiplied to.
     let share = ((1e4 * needed as f64 / dense as f64).floor() + 1.0) / 1e4;
     let compared = if dense == 0 { "none".into() } else { format!("{dense}, so that a share of {share} would do") };
     Error::Config(format!(
-        "max_multiplies: {cap} multiplies for one token are allowed, but {what} takes {needed}; the dense matrices take \
+        "max_macs: {cap} MACs for one token are allowed, but {what} takes {needed}; the dense matrices take \
          {compared}"
     ))
 }
@@ -172,7 +170,7 @@ struct Point {
     /// `None` for dense.
     rank: Option<usize>,
     parameters: usize,
-    multiplies: usize,
+    macs: usize,
     lost: f64,
 }
 
@@ -209,12 +207,12 @@ impl Curve {
             points.push(Point {
                 rank: Some(rank),
                 parameters: term.parameters(rows, columns)?,
-                multiplies: term.multiplies(rows, columns, usage)?,
+                macs: term.macs(rows, columns, usage)?,
                 lost: tails[rank.min(energies.len())],
             });
         }
-        let multiplies = candidate.dense_multiplies();
-        points.push(Point { rank: None, parameters: rows * columns, multiplies, lost: 0.0 });
+        let macs = candidate.dense_macs();
+        points.push(Point { rank: None, parameters: rows * columns, macs, lost: 0.0 });
         Ok(Self { points, total: tails[0] })
     }
 
@@ -238,8 +236,8 @@ impl Curve {
     }
 
     fn choice(&self, at: usize) -> Choice {
-        let Point { rank, parameters, multiplies, lost } = self.points[at];
-        Choice { rank, parameters, multiplies, lost_energy: if self.total > 0.0 { lost / self.total } else { 0.0 } }
+        let Point { rank, parameters, macs, lost } = self.points[at];
+        Choice { rank, parameters, macs, lost_energy: if self.total > 0.0 { lost / self.total } else { 0.0 } }
     }
 }
 

@@ -189,13 +189,13 @@ fn target((kind, value): (String, f64)) -> Result<Target> {
     }
 }
 
-/// `(spec, parameters, (multiplies_before, multiplies), lost_energy, energies)`.
+/// `(spec, parameters, (macs_before, macs), lost_energy, energies)`.
 type Chosen<'py> = (Option<String>, usize, (usize, usize), f64, Bound<'py, PyArray1<f64>>);
 
 fn chosen(py: Python<'_>, planned: Planned) -> Chosen<'_> {
-    let Planned { spec, parameters, multiplies_before, multiplies, lost_energy, energies } = planned;
+    let Planned { spec, parameters, macs_before, macs, lost_energy, energies } = planned;
     let json = spec.map(|spec| serde_json::Value::Object(matrix_spec_json(&spec)).to_string());
-    (json, parameters, (multiplies_before, multiplies), lost_energy, PyArray1::from_vec(py, energies))
+    (json, parameters, (macs_before, macs), lost_energy, PyArray1::from_vec(py, energies))
 }
 
 #[pyfunction]
@@ -207,7 +207,7 @@ fn choose_specs<'py>(
     usages: Vec<String>,
     moment_arrays: Vec<MomentArrays<'py>>,
     target_value: (String, f64),
-    max_multiplies: Option<f64>,
+    max_macs: Option<f64>,
     effort: &str,
     seed: u64,
     threads: Option<usize>,
@@ -224,7 +224,7 @@ fn choose_specs<'py>(
     let pool = jobs::pool(threads)?;
     let planned = jobs::run(py, progress, |progress| {
         let load = |i: usize| Ok(Cow::Borrowed(data[i]));
-        pool.install(|| compress::choose_specs(&places, target, max_multiplies, effort, seed, progress, load))
+        pool.install(|| compress::choose_specs(&places, target, max_macs, effort, seed, progress, load))
     })?;
     Ok(planned.into_iter().map(|planned| chosen(py, planned)).collect())
 }
@@ -237,7 +237,7 @@ fn choose_specs_of_checkpoint<'py>(
     config: &str,
     moment_arrays: Vec<(String, MomentArrays<'py>)>,
     target_value: (String, f64),
-    max_multiplies: Option<f64>,
+    max_macs: Option<f64>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<(String, Chosen<'py>)>> {
@@ -246,7 +246,7 @@ fn choose_specs_of_checkpoint<'py>(
     let pool = jobs::pool(threads)?;
     let planned = jobs::run(py, progress, |progress| {
         pool.install(|| {
-            compress::choose_specs_of_checkpoint(&source, &config, &calibration, target, max_multiplies, progress)
+            compress::choose_specs_of_checkpoint(&source, &config, &calibration, target, max_macs, progress)
         })
     })?;
     Ok(planned.into_iter().map(|(name, planned)| (name, chosen(py, planned))).collect())

@@ -131,7 +131,7 @@ impl Kronecker {
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;
         let entries = self.shape.rows() * self.shape.columns();
         let outer = rank * m1 * n1 * m2.min(n2);
-        let combined = self.shape.multiplies() - outer;
+        let combined = self.shape.macs() - outer;
         let factored = count as f64 * (outer as f64 + COMBINED * combined as f64);
         factored > entries as f64 * (count as f64 + EXPANDED * rank as f64)
     }

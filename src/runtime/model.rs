@@ -132,7 +132,7 @@ impl Gpt2 {
     /// returns.
     ///
     /// # Cost
-    /// Two multiplies per token and parameter of the blocks, and `2·width` per pair of tokens and layer.
+    /// Two MACs per token and parameter of the blocks, and `2·width` per pair of tokens and layer.
     pub fn forward(
         &self,
         sequences: &[&[u32]],
@@ -189,7 +189,7 @@ impl Gpt2 {
     /// Logits `(count, vocabulary)` of hidden states `(count, width)`.
     ///
     /// # Cost
-    /// Two multiplies per state and parameter of the head.
+    /// Two MACs per state and parameter of the head.
     #[must_use]
     pub fn logits(&self, hidden: &[f32], workers: &Workers) -> Vec<f32> {
         self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, workers)

@@ -52,7 +52,7 @@ impl Gpt2 {
     /// context; [`Error::Cancelled`].
     ///
     /// # Cost
-    /// A forward pass, `m²` multiplies a token and name, and `12·m²` bytes for each name.
+    /// A forward pass, `m²` MACs a token and name, and `12·m²` bytes for each name.
     ///
     /// # Source
     /// Wang et al., *SVD-LLM*, arXiv 2403.07378.

@@ -91,17 +91,17 @@ impl KroneckerShape {
         self.rank * (self.blocks() + self.block_entries())
     }
 
-    /// Multiplies to apply the sum to one vector, in the cheaper contraction order:
+    /// MACs to apply the sum to one vector, in the cheaper contraction order:
     /// `rank·min(m1·n1·m2 + n1·m2·n2, m1·m2·n2 + m1·n1·n2)`.
     #[must_use]
-    pub fn multiplies(&self) -> usize {
-        self.rank * self.multiplies_a_first().min(self.multiplies_b_first())
+    pub fn macs(&self) -> usize {
+        self.rank * self.macs_a_first().min(self.macs_b_first())
     }
 
-    /// Whether `Aᵀ X` first, then `· B`, costs no more multiplies than `X B` first.
+    /// Whether `Aᵀ X` first, then `· B`, costs no more MACs than `X B` first.
     #[must_use]
     pub fn a_first(&self) -> bool {
-        self.multiplies_a_first() <= self.multiplies_b_first()
+        self.macs_a_first() <= self.macs_b_first()
     }
 
     /// The shape of the transposed sum `Σ_k A_kᵀ ⊗ B_kᵀ`.
@@ -122,11 +122,11 @@ impl KroneckerShape {
         self.blocks() < self.block_entries()
     }
 
-    fn multiplies_a_first(&self) -> usize {
+    fn macs_a_first(&self) -> usize {
         self.m1 * self.n1 * self.m2 + self.n1 * self.m2 * self.n2
     }
 
-    fn multiplies_b_first(&self) -> usize {
+    fn macs_b_first(&self) -> usize {
         self.m1 * self.m2 * self.n2 + self.m1 * self.n1 * self.n2
     }
 }
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!((shape.rows(), shape.columns(), shape.blocks(), shape.block_entries()), (768, 3072, 294_912, 8));
         assert_eq!(shape.parameters(), 1_179_680);
         // A first: 384·768·2 + 768·2·4; B first: 384·2·4 + 384·768·4.
-        assert_eq!(shape.multiplies(), 4 * 595_968);
+        assert_eq!(shape.macs(), 4 * 595_968);
         assert!(shape.a_first() && !shape.transposed().a_first());
         assert_eq!(shape.transposed().transposed(), shape);
     }

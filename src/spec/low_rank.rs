@@ -58,7 +58,7 @@ impl LowRankShape {
         (self.rank, if self.pivots_on_rows() { self.columns } else { self.columns - self.rank })
     }
 
-    /// Stored parameters, `k·(m + n − k)`, which is also the number of multiplies for one vector.
+    /// Stored parameters, `k·(m + n − k)`, which is also the number of MACs for one vector.
     #[must_use]
     pub fn parameters(&self) -> usize {
         self.rank * (self.rows + self.columns - self.rank)

@@ -6,7 +6,7 @@ use super::kronecker::KroneckerSpec;
 use super::low_rank::LowRankShape;
 use crate::error::{Error, Result};
 
-/// What is done with a matrix for every token, which says what it costs in multiplies.
+/// What is done with a matrix for every token, which says what it costs in MACs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Usage {
     /// A linear map: one vector is multiplied by it.
@@ -32,9 +32,9 @@ impl Usage {
         })
     }
 
-    /// Multiplies for one token of a dense `(m, n)` matrix: `m·n`, and none for a row that is only looked up.
+    /// MACs for one token of a dense `(m, n)` matrix: `m·n`, and none for a row that is only looked up.
     #[must_use]
-    pub fn dense_multiplies(self, m: usize, n: usize) -> usize {
+    pub fn dense_macs(self, m: usize, n: usize) -> usize {
         if self == Self::Lookup { 0 } else { m * n }
     }
 }
@@ -63,15 +63,15 @@ impl TermSpec {
         }
     }
 
-    /// Multiplies for one token of an `(m, n)` matrix that is this term: those of a product with a vector,
-    /// [`KroneckerShape::multiplies`](super::KroneckerShape::multiplies) or a low rank's parameters, and, where
+    /// MACs for one token of an `(m, n)` matrix that is this term: those of a product with a vector,
+    /// [`KroneckerShape::macs`](super::KroneckerShape::macs) or a low rank's parameters, and, where
     /// rows are looked up, those that make one row: `rank·n`, less the columns that a low rank holds as they are.
     ///
     /// # Errors
     /// [`Error::Shape`] if it does not fit.
-    pub fn multiplies(&self, m: usize, n: usize, usage: Usage) -> Result<usize> {
+    pub fn macs(&self, m: usize, n: usize, usage: Usage) -> Result<usize> {
         let (product, row) = match self {
-            Self::Kronecker(spec) => (spec.shape(m, n)?.multiplies(), spec.rank * n),
+            Self::Kronecker(spec) => (spec.shape(m, n)?.macs(), spec.rank * n),
             Self::LowRank { rank } => {
                 let shape = LowRankShape::new(m, n, *rank)?;
                 (shape.parameters(), rank * shape.right().1)
@@ -144,12 +144,12 @@ impl MatrixSpec {
         self.terms.iter().map(|term| term.parameters(m, n)).sum()
     }
 
-    /// The multiplies for one token that an `(m, n)` matrix is left with.
+    /// The MACs for one token that an `(m, n)` matrix is left with.
     ///
     /// # Errors
     /// [`Error::Shape`] if a term does not fit the matrix.
-    pub fn multiplies(&self, m: usize, n: usize, usage: Usage) -> Result<usize> {
-        self.terms.iter().map(|term| term.multiplies(m, n, usage)).sum()
+    pub fn macs(&self, m: usize, n: usize, usage: Usage) -> Result<usize> {
+        self.terms.iter().map(|term| term.macs(m, n, usage)).sum()
     }
 }
 
@@ -185,22 +185,19 @@ mod tests {
     }
 
     #[test]
-    fn multiplies_are_those_of_the_terms_and_of_what_is_done_with_them() {
+    fn macs_are_those_of_the_terms_and_of_what_is_done_with_them() {
         let kronecker = TermSpec::Kronecker(KroneckerSpec { block: (2, 4), rank: 3, permute: Permute::Both });
         let low_rank = TermSpec::LowRank { rank: 5 };
         // B first would take 6·2·4 + 6·8·4 = 240; A first takes 6·8·2 + 8·2·4 = 160 for each of the three.
-        let of = |term: &TermSpec, usage| term.multiplies(12, 32, usage).unwrap();
+        let of = |term: &TermSpec, usage| term.macs(12, 32, usage).unwrap();
         assert_eq!((of(&kronecker, Usage::Map), of(&kronecker, Usage::Lookup)), (480, 96));
         // Pivots on rows, so that a row takes all columns of `right`: `[I; T] R`.
         assert_eq!((of(&low_rank, Usage::Map), of(&low_rank, Usage::Lookup)), (5 * 39, 5 * 32));
         // A table is higher than wide: a row of `L [I T]`.
-        assert_eq!(low_rank.multiplies(32, 12, Usage::Lookup).unwrap(), 5 * 7);
+        assert_eq!(low_rank.macs(32, 12, Usage::Lookup).unwrap(), 5 * 7);
         let both = MatrixSpec::new(vec![low_rank, kronecker]).unwrap();
-        assert_eq!(both.multiplies(12, 32, Usage::TiedLookup).unwrap(), 480 + 96 + 5 * 39 + 5 * 32);
-        assert_eq!(
-            [Usage::Map, Usage::Lookup, Usage::TiedLookup].map(|usage| usage.dense_multiplies(12, 32)),
-            [384, 0, 384]
-        );
-        assert!(both.multiplies(12, 30, Usage::Map).is_err() && Usage::from_name("head").is_err());
+        assert_eq!(both.macs(12, 32, Usage::TiedLookup).unwrap(), 480 + 96 + 5 * 39 + 5 * 32);
+        assert_eq!([Usage::Map, Usage::Lookup, Usage::TiedLookup].map(|usage| usage.dense_macs(12, 32)), [384, 0, 384]);
+        assert!(both.macs(12, 30, Usage::Map).is_err() && Usage::from_name("head").is_err());
     }
 }

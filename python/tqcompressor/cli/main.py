@@ -76,7 +76,7 @@ def _compress(options: argparse.Namespace) -> None:
         calibration=options.calibration,
         objective=options.objective,
         matrices=options.matrices,
-        max_multiplies=options.max_multiplies,
+        max_macs=options.max_macs,
         effort=options.effort,
         seed=options.seed,
         dtype=options.dtype,
@@ -184,7 +184,7 @@ def _inspect(options: argparse.Namespace) -> None:
         "--plan": options.plan,
         "--calibration": options.calibration,
         "--matrices": options.matrices,
-        "--max-multiplies": options.max_multiplies,
+        "--max-macs": options.max_macs,
     }
     if options.budget is not None:
         found = plan(
@@ -193,7 +193,7 @@ def _inspect(options: argparse.Namespace) -> None:
             calibration=options.calibration,
             objective=options.objective,
             matrices=options.matrices,
-            max_multiplies=options.max_multiplies,
+            max_macs=options.max_macs,
             effort=options.effort or "fast",
             seed=options.seed or 0,
             threads=options.threads,

@@ -212,10 +212,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--matrices", metavar="PATTERN", nargs="+", help="matrices that --budget is spent on (default: all worth it)"
     )
     parser.add_argument(
-        "--max-multiplies",
+        "--max-macs",
         type=float,
         metavar="X",
-        help="with --budget: multiplications for one token that these matrices may take, as a share of the dense ones'",
+        help="with --budget: MACs for one token that these matrices may take, as a share of those that they take dense",
     )
 
 

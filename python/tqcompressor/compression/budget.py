@@ -45,7 +45,7 @@ class Spending:
     calibration: Calibration | None = None
     objective: str = "auto"
     matrices: Sequence[str] | None = None
-    max_multiplies: float | None = None
+    max_macs: float | None = None
     effort: str = "fast"
     seed: int = 0
 
@@ -147,29 +147,26 @@ def eligible(listed: Sequence[Mapping[str, Any]], spending: Spending) -> dict[st
     return chosen
 
 
-def check_options(
-    config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_multiplies: float | None
-) -> None:
+def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_macs: float | None) -> None:
     """Raises `ConfigError` for options of a compression that exclude each other."""
     if config is not None and budget is not None:
         raise ConfigError("expected either a config or a budget, got both")
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
-    if max_multiplies is not None and budget is None:
-        raise ConfigError("max_multiplies: expected with a budget only: a config says what its matrices take")
+    if max_macs is not None and budget is None:
+        raise ConfigError("max_macs: expected with a budget only: a config says what its matrices take")
 
 
-def cap_of(max_multiplies: float | None) -> float | None:
-    """A cap on multiplies, for the boundary. Raises `ConfigError` for one that is no positive share."""
-    if max_multiplies is None:
+def cap_of(max_macs: float | None) -> float | None:
+    """A cap on MACs, for the boundary. Raises `ConfigError` for one that is no positive share."""
+    if max_macs is None:
         return None
-    number = isinstance(max_multiplies, Real) and not isinstance(max_multiplies, bool)
-    if not number or not 0 < max_multiplies < math.inf:
+    number = isinstance(max_macs, Real) and not isinstance(max_macs, bool)
+    if not number or not 0 < max_macs < math.inf:
         raise ConfigError(
-            "max_multiplies must be a positive share of the multiplies of the dense matrices such as 0.7, got "
-            f"{max_multiplies!r}"
+            f"max_macs must be a positive share of the MACs of the dense matrices such as 0.7, got {max_macs!r}"
         )
-    return float(max_multiplies)
+    return float(max_macs)
 
 
 def calibrated(calibration: Calibration | None, objective: str) -> bool:

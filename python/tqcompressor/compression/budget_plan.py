@@ -17,10 +17,10 @@ from ..errors import ConfigError
 from ..utils.tables import format_table
 from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, target_of
 
-# What the boundary says of a matrix: its spec in JSON or None, its parameters, its multiplies before and after, the
+# What the boundary says of a matrix: its spec in JSON or None, its parameters, its MACs before and after, the
 # energy that it loses, its energies.
 Choice: TypeAlias = tuple[str | None, int, tuple[int, int], float, NDArray[np.float64]]
-# From entries of a listing, their moments by name, and the target and the cap on multiplies for the boundary, to a
+# From entries of a listing, their moments by name, and the target and the cap on MACs for the boundary, to a
 # choice for each entry.
 Choose: TypeAlias = Callable[
     [Sequence[Mapping[str, Any]], Mapping[str, Moments], tuple[str, float], float | None], Sequence[Choice]
@@ -37,9 +37,9 @@ class PlannedMatrix:
     """None where it stays dense."""
     parameters_before: int
     parameters: int
-    multiplies_before: int
+    macs_before: int
     """For one token: none for an embedding that is only looked up."""
-    multiplies: int
+    macs: int
     """For one token, when done: of a low rank as many as parameters, and those that make a row that is looked up."""
     lost_energy: float
     """The share of its energy that it then loses, in the norm of the objective."""
@@ -65,18 +65,18 @@ class BudgetPlan:
     objective: str
     calibrated: bool
     """Whether the norm is that of a calibration."""
-    max_multiplies: float | None = None
-    """The cap on `multiplies`, as a share of `multiplies_before`."""
+    max_macs: float | None = None
+    """The cap on `macs`, as a share of `macs_before`."""
 
     @property
-    def multiplies_before(self) -> int:
-        """Multiplies for one token of all planned matrices together, while they are dense."""
-        return sum(matrix.multiplies_before for matrix in self.matrices)
+    def macs_before(self) -> int:
+        """MACs for one token of all planned matrices together, while they are dense."""
+        return sum(matrix.macs_before for matrix in self.matrices)
 
     @property
-    def multiplies(self) -> int:
-        """Multiplies for one token of all planned matrices together when done."""
-        return sum(matrix.multiplies for matrix in self.matrices)
+    def macs(self) -> int:
+        """MACs for one token of all planned matrices together when done."""
+        return sum(matrix.macs for matrix in self.matrices)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types, with what the budget means, and without the energies."""
@@ -87,8 +87,8 @@ class BudgetPlan:
                 "spec": None if matrix.spec is None else matrix.spec.to_dict(),
                 "parameters_before": matrix.parameters_before,
                 "parameters": matrix.parameters,
-                "multiplies_before": matrix.multiplies_before,
-                "multiplies": matrix.multiplies,
+                "macs_before": matrix.macs_before,
+                "macs": matrix.macs,
                 "lost_energy": matrix.lost_energy,
             }
             for matrix in self.matrices
@@ -100,9 +100,9 @@ class BudgetPlan:
             "calibrated": self.calibrated,
             "parameters_before": self.parameters_before,
             "parameters": self.parameters,
-            "multiplies_before": self.multiplies_before,
-            "multiplies": self.multiplies,
-            "max_multiplies": self.max_multiplies,
+            "macs_before": self.macs_before,
+            "macs": self.macs,
+            "max_macs": self.max_macs,
             "config": self.config.to_dict(),
             "matrices": matrices,
         }
@@ -128,13 +128,13 @@ class BudgetPlan:
         rows.append(["total", "", "", f"{before:,}", f"{after:,}", f"{after / before:.1%}", ""])
         norm = "in the norm of the calibration" if self.calibrated else "in the Frobenius norm"
         means = f"budget {self.budget}: {meaning(self.budget)}; lost energy {norm}"
-        before, after = self.multiplies_before, self.multiplies
-        multiplies = f"multiplies for one token: {before:,} by the dense matrices, then {after:,}"
+        before, after = self.macs_before, self.macs
+        macs = f"MACs for one token: {before:,} by the dense matrices, then {after:,}"
         if before:
-            multiplies += f" ({after / before:.1%})"
-        if self.max_multiplies is not None:
-            multiplies += f", at most {self.max_multiplies:.4g} of them allowed"
-        return f"{format_table(rows)}\n{means}\n{multiplies}"
+            macs += f" ({after / before:.1%})"
+        if self.max_macs is not None:
+            macs += f", at most {self.max_macs:.4g} of them allowed"
+        return f"{format_table(rows)}\n{means}\n{macs}"
 
 
 def plan_with(
@@ -147,16 +147,16 @@ def plan_with(
 
     `model` are the parameters of the whole model before, and the bytes that each takes when done.
     """
-    budget, cap = spending.budget, cap_of(spending.max_multiplies)
+    budget, cap = spending.budget, cap_of(spending.max_macs)
     chosen = eligible(listed, spending)
     entries = [entry for entry in listed if entry["name"] in chosen]
     before, bytes_each = model
     spendable = sum(entry["parameters_before"] for entry in entries)
     choices = choose(entries, chosen, target_of(budget, before, spendable, bytes_each), cap)
     found = []
-    for entry, (spec, parameters, multiplies, lost_energy, energies) in zip(entries, choices, strict=True):
+    for entry, (spec, parameters, macs, lost_energy, energies) in zip(entries, choices, strict=True):
         rows, columns = entry["shape"]
-        counts = (rows * columns, parameters, *multiplies)
+        counts = (rows * columns, parameters, *macs)
         read = None if spec is None else spec_from_dict(json.loads(spec))
         shares = energies / max(float(energies.sum()), np.finfo(np.float64).tiny)
         found.append(PlannedMatrix(entry["name"], (rows, columns), read, *counts, lost_energy, shares))
@@ -183,6 +183,6 @@ def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
             spec = LowRankSpec(min(matrix.shape) - 1)
             lost = float(matrix.energies[-1])
             count = spec.parameters(*matrix.shape)
-            matrix = replace(matrix, spec=spec, parameters=count, multiplies=count, lost_energy=lost)
+            matrix = replace(matrix, spec=spec, parameters=count, macs=count, lost_energy=lost)
         together.append(matrix)
     return together

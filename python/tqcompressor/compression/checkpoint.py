@@ -35,7 +35,7 @@ def compress_checkpoint(
     calibration: Calibration | StrPath | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
+    max_macs: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     dtype: str | None = None,
@@ -63,7 +63,7 @@ def compress_checkpoint(
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+        max_macs: Beside a budget: at most this share of the MACs for one token that the matrices it is
             spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's.
@@ -96,7 +96,7 @@ def compress_checkpoint(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
-    check_options(config, budget, matrices, max_multiplies)
+    check_options(config, budget, matrices, max_macs)
     most = byte_count(max_shard_size)
     # torch's dtypes are welcome, too: "torch.float16".
     stored = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -105,7 +105,7 @@ def compress_checkpoint(
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
     else:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
         resolved = plan_checkpoint(directory, spending, threads=threads, progress=progress, dtype=stored).config
     moments = []
     if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):

@@ -46,7 +46,7 @@ def compress(
     objective: str = "auto",
     sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
+    max_macs: float | None = None,
     effort: str | None = None,
     seed: int | None = None,
     threads: int | None = None,
@@ -77,7 +77,7 @@ def compress(
             blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
             the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_multiplies: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+        max_macs: Beside a budget: at most this share of the MACs for one token that the matrices it is
             spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
@@ -104,11 +104,11 @@ def compress(
     """
     require_transformers_model(model)
     known = load_calibration(calibration)
-    check_options(config, budget, matrices, max_multiplies)
+    check_options(config, budget, matrices, max_macs)
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     if budget is not None:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
         config = plan_budget(model, spending, threads=threads, progress=progress).config
     config = resolve_config(config, effort=effort, seed=seed)
     parameters = model.num_parameters()

@@ -24,7 +24,7 @@ def plan(
     calibration: Calibration | StrPath | None = None,
     objective: str = "auto",
     matrices: Sequence[str] | None = None,
-    max_multiplies: float | None = None,
+    max_macs: float | None = None,
     effort: str = "fast",
     seed: int = 0,
     threads: int | None = None,
@@ -49,7 +49,7 @@ def plan(
             allows.
         matrices: Patterns of the matrices that it is spent on; by default all but embeddings of positions and kinds of
             tokens, narrow ones, and what the calibration never saw in use.
-        max_multiplies: At most this share of the multiplications for one token that these matrices take dense: 0.7, or
+        max_macs: At most this share of the MACs for one token that these matrices take dense: 0.7, or
             1.5 to let sums of Kronecker terms take half as many again. `m · n` for a dense matrix, none for a row that
             is looked up; of low rank as many as parameters. Low rank ends at whichever limit it meets first; what it
             then leaves of the cap is shared out in proportion, and the best of a matrix keeps within its part.
@@ -73,7 +73,7 @@ def plan(
         >>> print(found)  # doctest: +SKIP
         >>> compress_checkpoint("gpt2", "gpt2-small", found.config)  # doctest: +SKIP
     """
-    spending = Spending(budget, load_calibration(calibration), objective, matrices, max_multiplies, effort, seed)
+    spending = Spending(budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed)
     if isinstance(model_or_dir, str | os.PathLike):
         return plan_checkpoint(model_or_dir, spending, threads=threads, progress=progress)
     from .model_plan import plan_budget

@@ -57,7 +57,7 @@ class KroneckerDecomposition:
         )
 
     def reconstruct(self) -> NDArray[np.float32]:
-        """The dense matrix Ŵ of shape (m, n), permutations undone. Cost: `rank·m·n` multiplies."""
+        """The dense matrix Ŵ of shape (m, n), permutations undone. Cost: `rank·m·n` MACs."""
         return _core.reconstruct(self.a, self.b, self.row_permutation, self.column_permutation)
 
     def apply(self, x: ArrayLike) -> NDArray[np.float32]:
@@ -65,7 +65,7 @@ class KroneckerDecomposition:
 
         Gathers `x[..., p]`, contracts it with the factors in the cheaper order, and scatters by `q`. Raises
         `ShapeError` if the last dimension is not m. Cost for each row:
-        `rank·min(m1·n1·m2 + n1·m2·n2, m1·m2·n2 + m1·n1·n2)` multiplies.
+        `rank·min(m1·n1·m2 + n1·m2·n2, m1·m2·n2 + m1·n1·n2)` MACs.
         """
         rows, columns = self.shape
         values = _inputs(x, rows)
@@ -122,7 +122,7 @@ class LowRankDecomposition:
         return rows <= columns
 
     def reconstruct(self) -> NDArray[np.float32]:
-        """The dense matrix Ŵ of shape (m, n). Cost: `k·(s − k)·l` multiplies for its sides `s ≤ l`."""
+        """The dense matrix Ŵ of shape (m, n). Cost: `k·(s − k)·l` MACs for its sides `s ≤ l`."""
         dense = np.empty(self.shape, np.float32)
         if self._picks_rows():
             dense[self.order] = np.concatenate([self.right, self.left @ self.right])
@@ -131,7 +131,7 @@ class LowRankDecomposition:
         return dense
 
     def apply(self, x: ArrayLike) -> NDArray[np.float32]:
-        """`x @ Ŵ` for `x` of shape (..., m): `k·(m + n − k)` multiplies for each row.
+        """`x @ Ŵ` for `x` of shape (..., m): `k·(m + n − k)` MACs for each row.
 
         Raises `ShapeError` if the last dimension is not m.
         """

@@ -11,7 +11,7 @@ from ..utils.torch_utils import without_autocast
 from .base import gathered, inverse
 
 
-def multiplies(block: tuple[int, int], rank: int, rows: int, columns: int) -> tuple[int, int]:
+def macs(block: tuple[int, int], rank: int, rows: int, columns: int) -> tuple[int, int]:
     """Multiplications for one input row, contracting with A first and with B first.
 
     For `A_k (m1, n1)` and `B_k (m2, n2)`: `rank · (m1·n1·m2 + n1·m2·n2)` and `rank · (m1·m2·n2 + m1·n1·n2)`.
@@ -30,7 +30,7 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
     18.9 ms; 2048 rows forward and backward 90, 225 and 98 ms.
     """
     dense = rows * columns
-    factored = min(multiplies(block, rank, rows, columns))
+    factored = min(macs(block, rank, rows, columns))
     return tokens * (1.4 * factored - dense) > 240 * dense
 
 
@@ -49,7 +49,7 @@ def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
         return torch.matmul(torch.matmul(x, a.squeeze(-1).transpose(0, 1)), b.squeeze(1))
     if m1 == n2 == 1:
         return torch.matmul(torch.matmul(x, b.squeeze(-1).transpose(0, 1)), a.squeeze(1))
-    a_first, b_first = multiplies((m2, n2), rank, m1 * m2, n1 * n2)
+    a_first, b_first = macs((m2, n2), rank, m1 * m2, n1 * n2)
     rows = x.reshape(-1, m1, m2)
     y = _contract_a_first(rows, a, b) if a_first <= b_first else _contract_b_first(rows, a, b)
     return y.reshape(*x.shape[:-1], n1 * n2)

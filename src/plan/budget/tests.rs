@@ -41,30 +41,30 @@ proptest! {
     }
 
     #[test]
-    fn a_cap_on_multiplies_is_kept_beside_the_budget(
+    fn a_cap_on_macs_is_kept_beside_the_budget(
         candidates in candidates(), budget in 0.0..1.0_f64, cap in 0.0..1.2_f64, relative in any::<bool>(),
     ) {
         let weighting = if relative { Weighting::Relative } else { Weighting::Absolute };
         let dense: usize = candidates.iter().map(|each| each.rows * each.columns).sum();
         let most = least(&candidates) + ((dense - least(&candidates)) as f64 * budget) as usize;
-        let multiplies = |choices: &[Choice]| choices.iter().map(|choice| choice.multiplies).sum::<usize>();
+        let macs = |choices: &[Choice]| choices.iter().map(|choice| choice.macs).sum::<usize>();
         let free = allocate(&candidates, weighting, Target::Parameters(most), None).unwrap();
-        let cap = (cap * multiplies(&free) as f64) as usize;
+        let cap = (cap * macs(&free) as f64) as usize;
         let curves: Vec<_> = candidates.iter().map(|each| Curve::new(each, weighting).unwrap()).collect();
-        let fewest: usize = curves.iter().map(|curve| curve.points[0].multiplies).sum();
+        let fewest: usize = curves.iter().map(|curve| curve.points[0].macs).sum();
         match allocate(&candidates, weighting, Target::Parameters(most), Some(cap)) {
             Ok(capped) => {
                 let spent: usize = capped.iter().map(|choice| choice.parameters).sum();
-                prop_assert!(multiplies(&capped) <= cap && spent <= most);
+                prop_assert!(macs(&capped) <= cap && spent <= most);
                 for (candidate, choice) in candidates.iter().zip(&capped) {
                     let (m, n) = (candidate.rows, candidate.columns);
-                    let exact = choice.spec().map_or(candidate.dense_multiplies(), |spec| {
-                        spec.multiplies(m, n, candidate.usage).unwrap()
+                    let exact = choice.spec().map_or(candidate.dense_macs(), |spec| {
+                        spec.macs(m, n, candidate.usage).unwrap()
                     });
-                    prop_assert_eq!(exact, choice.multiplies);
+                    prop_assert_eq!(exact, choice.macs);
                 }
                 // A cap far from every step changes nothing.
-                let roomy = curves.iter().flat_map(|curve| &curve.points).map(|point| point.multiplies).sum();
+                let roomy = curves.iter().flat_map(|curve| &curve.points).map(|point| point.macs).sum();
                 prop_assert_eq!(&free, &allocate(&candidates, weighting, Target::Parameters(most), Some(roomy)).unwrap());
             }
             Err(error) => {

@@ -1,4 +1,4 @@
-"""A cap on multiplies beside a budget: that they are counted as models take them, and that it is kept."""
+"""A cap on MACs beside a budget: that they are counted as models take them, and that it is kept."""
 
 import json
 import math
@@ -20,7 +20,7 @@ TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 
 
 def measured(model, ids):
-    """Multiplies of a forward pass for one token."""
+    """MACs of a forward pass for one token."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids)
     # A multiply and an addition each.
@@ -28,7 +28,7 @@ def measured(model, ids):
 
 
 def counted(spec, rows, columns):
-    """Multiplies of a matrix, by their definition."""
+    """MACs of a matrix, by their definition."""
     if isinstance(spec, MixedSpec):
         return sum(counted(term, rows, columns) for term in spec.terms)
     if isinstance(spec, KroneckerSpec):
@@ -48,7 +48,7 @@ def test_a_plan_says_what_a_model_takes(make):
     found = plan(model, 0.5, effort="fast")
     before = measured(model, some_ids())
     compress(model, found.config)
-    saves = found.multiplies_before - found.multiplies
+    saves = found.macs_before - found.macs
     assert before - measured(model, some_ids()) == pytest.approx(saves, abs=1e-6) and saves > 0
 
 
@@ -58,7 +58,7 @@ def test_sums_of_terms_are_counted_as_models_take_them():
     assert any(isinstance(matrix.spec, MixedSpec) for matrix in found.matrices)
     before = measured(model, some_ids())
     compress(model, found.config)
-    saves = found.multiplies_before - found.multiplies
+    saves = found.macs_before - found.macs
     assert before - measured(model, some_ids()) == pytest.approx(saves, abs=1e-6)
 
 
@@ -69,32 +69,32 @@ def test_an_embedding_takes_none_unless_it_is_the_head(tmp_path):
         for source in (model, saved(model, tmp_path / class_name)):
             found = plan(source, 0.5, effort="fast")
             embedding = found.matrices[0]
-            assert embedding.name == "wte" and embedding.multiplies_before == before
+            assert embedding.name == "wte" and embedding.macs_before == before
             # The columns that are not kept as they are, made of those that are.
             row = embedding.spec.rank * (32 - embedding.spec.rank)
-            assert embedding.multiplies == row + bool(before) * embedding.parameters
-            assert all(each.multiplies_before == math.prod(each.shape) for each in found.matrices[1:])
+            assert embedding.macs == row + bool(before) * embedding.parameters
+            assert all(each.macs_before == math.prod(each.shape) for each in found.matrices[1:])
 
 
 @pytest.mark.parametrize(("budget", "cap"), [(0.8, 0.3), (0.8, 0.55), (3_000_000, 0.4), ("lost_energy=0.2", 0.9)])
 def test_whichever_limit_is_met_first_is_kept(budget, cap):
-    free, capped = plan(TINY, budget), plan(TINY, budget, max_multiplies=cap)
-    assert capped.multiplies <= cap * capped.multiplies_before and capped.parameters <= free.parameters
-    if free.multiplies > cap * free.multiplies_before:
+    free, capped = plan(TINY, budget), plan(TINY, budget, max_macs=cap)
+    assert capped.macs <= cap * capped.macs_before and capped.parameters <= free.parameters
+    if free.macs > cap * free.macs_before:
         # Nearly all of the cap is used.
-        assert capped.multiplies > 0.99 * cap * capped.multiplies_before
+        assert capped.macs > 0.99 * cap * capped.macs_before
     else:
-        assert capped.to_dict() == {**free.to_dict(), "max_multiplies": cap}
-    assert capped.to_dict() == plan(TINY, budget, max_multiplies=cap).to_dict()
+        assert capped.to_dict() == {**free.to_dict(), "max_macs": cap}
+    assert capped.to_dict() == plan(TINY, budget, max_macs=cap).to_dict()
 
 
 def keeps_within(source, cap, options):
-    capped = plan(source, max_multiplies=cap, **options)
-    assert capped.multiplies <= cap * capped.multiplies_before
+    capped = plan(source, max_macs=cap, **options)
+    assert capped.macs <= cap * capped.macs_before
     assert capped.parameters <= options["budget"] * capped.parameters_before
     for matrix in capped.matrices:
         takes = math.prod(matrix.shape) if matrix.spec is None else counted(matrix.spec, *matrix.shape)
-        assert takes == matrix.multiplies
+        assert takes == matrix.macs
     return capped
 
 
@@ -103,9 +103,9 @@ def test_sums_of_terms_keep_within_a_cap():
     options = {"budget": 0.9, "matrices": ["h.1.*"], "effort": "balanced"}
     free = plan(model, **options)
     assert any(isinstance(matrix.spec, MixedSpec) for matrix in free.matrices)
-    most = free.multiplies / free.multiplies_before
+    most = free.macs / free.macs_before
     for cap in (0.4 * most, 0.7 * most, 0.95 * most):
-        assert keeps_within(model, cap, options).multiplies < free.multiplies
+        assert keeps_within(model, cap, options).macs < free.macs
     assert keeps_within(model, 1000, options).config == free.config
 
 
@@ -113,14 +113,14 @@ def test_a_trained_models_plan_keeps_within_a_cap():
     options = {"budget": 0.97, "matrices": ["h.0.mlp.*", "h.[12].attn.c_proj"], "effort": "balanced"}
     free = plan(TINY, **options)
     # As sums of terms do, and low rank cannot.
-    assert free.multiplies > 1.1 * free.multiplies_before
-    assert keeps_within(TINY, 1.0, options).multiplies < free.multiplies
+    assert free.macs > 1.1 * free.macs_before
+    assert keeps_within(TINY, 1.0, options).macs < free.macs
 
 
 def test_a_compression_keeps_the_cap(tmp_path):
     model = tiny_model()
     folder = saved(model, tmp_path / "dense")
-    options = {"budget": 0.8, "max_multiplies": 0.4}
+    options = {"budget": 0.8, "max_macs": 0.4}
     found = plan(folder, **options)
     specs = {matrix.name: matrix.spec for matrix in found.matrices if matrix.spec is not None}
     for report in (compress_checkpoint(folder, tmp_path / "out", **options), compress(model, **options)):
@@ -128,54 +128,54 @@ def test_a_compression_keeps_the_cap(tmp_path):
         assert report.parameters_after == found.parameters
 
 
-def test_a_plan_tells_of_multiplies():
-    found = plan(TINY, 0.8, max_multiplies=0.5)
+def test_a_plan_tells_of_macs():
+    found = plan(TINY, 0.8, max_macs=0.5)
     data = json.loads(found.to_json())
-    assert data["max_multiplies"] == 0.5 and plan(TINY, 0.8).to_dict()["max_multiplies"] is None
-    for key in ("multiplies_before", "multiplies"):
+    assert data["max_macs"] == 0.5 and plan(TINY, 0.8).to_dict()["max_macs"] is None
+    for key in ("macs_before", "macs"):
         assert data[key] == getattr(found, key) == sum(matrix[key] for matrix in data["matrices"])
-    line = f"multiplies for one token: {found.multiplies_before:,} by the dense matrices, then {found.multiplies:,} ("
+    line = f"MACs for one token: {found.macs_before:,} by the dense matrices, then {found.macs:,} ("
     allowed = "at most 0.5 of them allowed"
     assert line in str(found) and allowed in str(found) and allowed not in str(plan(TINY, 0.8))
     # Nothing to compare with, but what is looked up takes some.
     only_looked_up = plan(tiny_model(), 0.98, matrices=["wpe"])
-    assert "multiplies for one token: 0 by the dense matrices" in str(only_looked_up) and only_looked_up.multiplies > 0
+    assert "MACs for one token: 0 by the dense matrices" in str(only_looked_up) and only_looked_up.macs > 0
 
 
 @pytest.mark.parametrize("cap", [0, -0.5, math.nan, math.inf, True, "0.7", [0.5]], ids=repr)
 def test_nonsense_is_refused(cap):
-    with pytest.raises(ConfigError, match="max_multiplies must be a positive share"):
-        plan(TINY, 0.5, max_multiplies=cap)
+    with pytest.raises(ConfigError, match="max_macs must be a positive share"):
+        plan(TINY, 0.5, max_macs=cap)
 
 
 def share_that_would_do(budget, cap, words):
     with pytest.raises(ConfigError, match=words) as error:
-        plan(TINY, budget, max_multiplies=cap)
+        plan(TINY, budget, max_macs=cap)
     return float(re.search(r"a share of (0\.\d+) would do", str(error.value))[1])
 
 
 def test_a_cap_that_cannot_be_kept_says_what_can():
     least = share_that_would_do(0.5, 0.001, "rank 1 of every matrix takes")
-    assert plan(TINY, 0.5, max_multiplies=least).multiplies > 0
+    assert plan(TINY, 0.5, max_macs=least).macs > 0
     # So much quality takes more.
     free = plan(TINY, "lost_energy=0.05").to_dict()
     needed = share_that_would_do("lost_energy=0.05", 0.3, "a lost energy of 0.05 takes")
-    assert plan(TINY, "lost_energy=0.05", max_multiplies=needed).to_dict() == {**free, "max_multiplies": needed}
+    assert plan(TINY, "lost_energy=0.05", max_macs=needed).to_dict() == {**free, "max_macs": needed}
 
 
 def test_a_cap_without_a_budget_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="max_multiplies: expected with a budget only"):
-        compress(tiny_model(), max_multiplies=0.5)
-    with pytest.raises(ConfigError, match="max_multiplies: expected with a budget only"):
-        compress_checkpoint(TINY, tmp_path, max_multiplies=0.5)
+    with pytest.raises(ConfigError, match="max_macs: expected with a budget only"):
+        compress(tiny_model(), max_macs=0.5)
+    with pytest.raises(ConfigError, match="max_macs: expected with a budget only"):
+        compress_checkpoint(TINY, tmp_path, max_macs=0.5)
 
 
 def test_the_commands_take_a_cap(tmp_path, capsys):
-    found = plan(TINY, 0.8, max_multiplies=0.5)
-    options = ["--budget", "0.8", "--max-multiplies", "0.5", "--json"]
+    found = plan(TINY, 0.8, max_macs=0.5)
+    options = ["--budget", "0.8", "--max-macs", "0.5", "--json"]
     assert main(["inspect", str(TINY), "--plan", *options]) == 0
     assert json.loads(capsys.readouterr().out) == {**found.to_dict(), "budget": "0.8"}
     assert main(["compress", str(TINY), *options, "--out", str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out)["parameters_after"] == found.parameters
-    assert main(["inspect", str(TINY), "--max-multiplies", "0"]) == 2
-    assert "--max-multiplies needs --budget" in capsys.readouterr().err
+    assert main(["inspect", str(TINY), "--max-macs", "0"]) == 2
+    assert "--max-macs needs --budget" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from tqcompressor.errors import ConfigError, ShapeError
 from tqcompressor.modules import FusedLinear, KroneckerEmbedding, KroneckerHead, KroneckerLinear
-from tqcompressor.modules.functional import kronecker_matmul, multiplies, prefers_dense
+from tqcompressor.modules.functional import kronecker_matmul, macs, prefers_dense
 
 PERMUTES = st.sampled_from(["none", "rows", "columns", "both"])
 
@@ -84,7 +84,7 @@ def test_both_orders_of_contraction_and_transposed_factors(decomposition, transp
     assert torch.equal(kronecker_matmul(x, a, b), x @ dense)
 
 
-def count_multiplies(function, *arguments):
+def count_macs(function, *arguments):
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -96,7 +96,7 @@ def count_multiplies(function, *arguments):
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_cheaper_order_is_taken_and_costs_what_the_formula_says(block, rank):
     module = KroneckerLinear(32, 64, block, rank)
-    assert count_multiplies(module, torch.ones(5, 32)) == 5 * min(multiplies(block, rank, 32, 64))
+    assert count_macs(module, torch.ones(5, 32)) == 5 * min(macs(block, rank, 32, 64))
 
 
 @pytest.mark.parametrize("permute", ["none", "rows", "columns", "both"])
@@ -117,7 +117,7 @@ def test_many_tokens_go_through_the_matrix_with_equal_results_and_gradients(perm
         return torch.cat(pieces), inputs.grad, module.A.grad, module.B.grad, module.bias.grad
 
     # Rust makes the matrix, which torch does not count.
-    assert count_multiplies(module, x) == many * 32 * 64
+    assert count_macs(module, x) == many * 32 * 64
     # Integers are added without rounding, so both ways give the very same numbers.
     for dense, factored in zip(run(many), run(few), strict=True):
         assert torch.equal(dense, factored)
@@ -126,7 +126,7 @@ def test_many_tokens_go_through_the_matrix_with_equal_results_and_gradients(perm
 def test_logits_cost_a_quarter_of_the_dense_ones():
     embedding = KroneckerEmbedding(96, 32, (1, 4), 1)
     dense = 5 * 96 * 32
-    assert count_multiplies(KroneckerHead(embedding), torch.ones(5, 32)) == dense // 4 + 5 * 32
+    assert count_macs(KroneckerHead(embedding), torch.ones(5, 32)) == dense // 4 + 5 * 32
 
 
 @settings(max_examples=15)
