@@ -41,9 +41,12 @@ GLANCE_CHARACTERS = 20_000
 
 PUBLISHED = STAGED_RECIPES["tq-81m-staged"].stages
 STAGED = StagedRecipe(
-    (*PUBLISHED[:2], Stage("embedding-again", TQConfig({"wte": KroneckerSpec((1, 8), 3, "columns")})))
+    (
+        *PUBLISHED[:2],
+        Stage("embedding-again", TQConfig({"wte": KroneckerSpec((1, 8), 3, "columns")}, effort="balanced")),
+    )
 )
-ONE_SHOT = TQConfig({**PUBLISHED[1].config.specs, **STAGED.stages[2].config.specs})
+ONE_SHOT = TQConfig({**PUBLISHED[1].config.specs, **STAGED.stages[2].config.specs}, effort="balanced")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..calibration.calibration import Calibration
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, one_of
+from ..config.recipes import CONFIG_FORMS
 from ..config.specs import KroneckerSpec, MatrixSpec
 from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments, moments_for
@@ -43,11 +45,15 @@ class Spending:
 
     budget: Budget
     calibration: Calibration | None = None
-    objective: str = "auto"
+    objective: Objective = "auto"
     matrices: Sequence[str] | None = None
     max_multiplies: float | None = None
-    effort: str = "fast"
-    seed: int = 0
+    effort: Effort = DEFAULT_EFFORT
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        one_of("effort", self.effort, EFFORTS)
+        one_of("objective", self.objective, OBJECTIVES)
 
 
 def meaning(budget: Budget) -> str:
@@ -150,9 +156,11 @@ def eligible(listed: Sequence[Mapping[str, Any]], spending: Spending) -> dict[st
 def check_options(
     config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_multiplies: float | None
 ) -> None:
-    """Raises `ConfigError` for options of a compression that exclude each other."""
-    if config is not None and budget is not None:
-        raise ConfigError("expected either a config or a budget, got both")
+    """Raises `ConfigError` for options of a compression that exclude each other, or where neither says what to do."""
+    if (config is None) == (budget is None):
+        raise ConfigError(
+            f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
+        )
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
     if max_multiplies is not None and budget is None:
@@ -172,13 +180,13 @@ def cap_of(max_multiplies: float | None) -> float | None:
     return float(max_multiplies)
 
 
-def calibrated(calibration: Calibration | None, objective: str) -> bool:
+def calibrated(calibration: Calibration | None, objective: Objective) -> bool:
     """Whether the norm is that of a calibration, and not the Frobenius norm."""
     return calibration is not None and objective != "frobenius"
 
 
 def moments_of(
-    calibration: Calibration | None, objective: str, listed: Sequence[Mapping[str, Any]]
+    calibration: Calibration | None, objective: Objective, listed: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, Moments]]:
     """The name and the moments of every matrix of a listing; none where there is no calibration.
 
@@ -198,7 +206,7 @@ def _check_model(calibration: Calibration | None, listed: Sequence[Mapping[str, 
         )
 
 
-def _moments(calibration: Calibration | None, objective: str, matrix: str, shape: Sequence[int]) -> Moments:
+def _moments(calibration: Calibration | None, objective: Objective, matrix: str, shape: Sequence[int]) -> Moments:
     if calibration is None:
         return moments_for(objective, None, None)
     calibration.check(matrix, *shape)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config.choices import Objective
 from ..config.specs import LowRankSpec, MatrixSpec, describe, spec_from_dict
 from ..config.tq_config import TQConfig, split_part
 from ..decomposition.norm import Moments
@@ -62,7 +63,7 @@ class BudgetPlan:
     """Of the whole model; a tied head does not count again."""
     parameters_after: int
     """Of the whole model when done."""
-    objective: str
+    objective: Objective
     calibrated: bool
     """Whether the norm is that of a calibration."""
     max_multiplies: float | None = None

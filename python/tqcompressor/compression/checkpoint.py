@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from .. import _core
 from ..calibration.calibration import Calibration, load_calibration
-from ..config.recipes import resolve_config
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Objective, dtype_name
+from ..config.recipes import ConfigOption, resolve_config
 from ..config.specs import KroneckerSpec
 from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..decomposition.norm import Moments
@@ -22,23 +23,22 @@ from .budget import Budget, Spending, calibrated, check_options, every_matrix, m
 from .budget_plan import BudgetPlan, Choice, plan_with
 from .report import CompressionReport
 
-ConfigOption: TypeAlias = StrPath | Mapping[str, Any] | TQConfig | None
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 
 def compress_checkpoint(
     source: StrPath,
     out: StrPath,
-    config: ConfigOption = None,
+    config: ConfigOption | None = None,
     *,
     budget: Budget | None = None,
     calibration: Calibration | StrPath | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     matrices: Sequence[str] | None = None,
     max_multiplies: float | None = None,
-    effort: str | None = None,
+    effort: Effort | None = None,
     seed: int | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
@@ -55,7 +55,7 @@ def compress_checkpoint(
         source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
             shards), or the id of a model on the hub, fetched by huggingface_hub if that is installed.
         out: The directory to be made. It may exist if it is empty.
-        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`. Either this or `budget`.
         budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
             counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
         calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
@@ -98,14 +98,15 @@ def compress_checkpoint(
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
     check_options(config, budget, matrices, max_multiplies)
     most = byte_count(max_shard_size)
-    # torch's dtypes are welcome, too: "torch.float16".
-    stored = None if dtype is None else str(dtype).removeprefix("torch.")
+    stored = dtype_name(dtype)
     directory = local_directory(source)
     known = load_calibration(calibration)
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
     else:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        spending = Spending(
+            budget, known, objective, matrices, max_multiplies, effort or DEFAULT_EFFORT, seed or DEFAULT_SEED
+        )
         resolved = plan_checkpoint(directory, spending, threads=threads, progress=progress, dtype=stored).config
     moments = []
     if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
@@ -132,7 +133,7 @@ def plan_checkpoint(
     *,
     threads: int | None = None,
     progress: ProgressOption = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
 ) -> BudgetPlan:
     """How a budget is best spent on the checkpoint in `source`, without torch: `plan` for checkpoints.
 
@@ -160,34 +161,54 @@ def plan_checkpoint(
         found = dict(choices)
         return [found[entry["name"]] for entry in entries]
 
-    listed = json.loads(_core.plan_checkpoint(directory, every_matrix(spending.matrices)))
+    listed = list_matrices(directory, spending.matrices)
     before = listed["parameters_before"]
-    # An unknown dtype is refused by name when it is written.
     bytes_each = _BYTES.get(dtype or "", listed["bytes_before"] / max(before, 1))
     return plan_with(choose, listed["matrices"], (before, bytes_each), spending)
 
 
-def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
+def list_matrices(directory: str, patterns: Sequence[str] | None = None) -> dict[str, Any]:
+    """The matrices of the checkpoint in `directory` that match `patterns`, all by default, as a report's `to_dict`.
+
+    Nothing is planned for them: they have a name, a shape and parameters. Raises as `inspect`.
+    """
+    found: dict[str, Any] = json.loads(_core.plan_checkpoint(directory, every_matrix(patterns)))
+    for entry in found["matrices"]:
+        for key in ("block", "rank", "permute"):
+            del entry[key]
+        entry["parameters_after"] = entry["parameters_before"]
+    found |= {"parameters_after": found["parameters_before"], "bytes_after": found["bytes_before"]}
+    return found | {"effort": None, "seed": None}
+
+
+def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionReport:
     """What `config` would do to the checkpoint in `source`, without reading its weights.
 
     Takes `source` and `config` as `compress_checkpoint` does, and raises as it does for what can be told from names and
-    shapes. The report has neither lost energy nor seconds. For a compressed checkpoint and no `config`, it is the
-    report of its compression.
+    shapes. The report has neither lost energy nor seconds. Without a config it is, of a compressed checkpoint, the
+    report of its compression, and of a dense one the list of its matrices, the names that a config may match.
 
     Example:
-        >>> print(inspect("gpt2", "tq-81m"))  # doctest: +SKIP
+        >>> report = inspect("tests/data/tiny-gpt2", "tq-81m")
+        >>> report.parameters_before, report.parameters_after
+        (5289472, 3192452)
+        >>> [matrix.name for matrix in inspect("tests/data/tiny-gpt2").matrices][:3]
+        ['wte', 'wpe', 'h.0.attn.c_attn.q']
     """
     directory = local_directory(source)
-    if config is None and _is_compressed(directory):
-        path = Path(directory, "compression_report.json")
-        try:
-            return CompressionReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a compression report: {error}") from None
-    text = _core.plan_checkpoint(directory, resolve_config(config).to_json())
-    return CompressionReport.from_dict(json.loads(text))
+    if config is not None:
+        return CompressionReport.from_dict(
+            json.loads(_core.plan_checkpoint(directory, resolve_config(config).to_json()))
+        )
+    if not _is_compressed(directory):
+        return CompressionReport.from_dict(list_matrices(directory))
+    path = Path(directory, "compression_report.json")
+    try:
+        return CompressionReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 
 def _is_compressed(directory: str) -> bool:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import _core
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.sequential import calibrate_layers
-from ..config.recipes import resolve_config
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
+from ..config.recipes import ConfigOption, resolve_config
 from ..config.specs import MatrixSpec, planned_spec
 from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks
@@ -39,15 +40,15 @@ Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, 
 
 def compress(
     model: PreTrainedModel,
-    config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
+    config: ConfigOption | None = None,
     *,
     budget: Budget | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
     max_multiplies: float | None = None,
-    effort: str | None = None,
+    effort: Effort | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -63,7 +64,7 @@ def compress(
         model: Any model of transformers with any head or none, not wrapped and not compressed yet. Its `nn.Linear`,
             `Conv1D` and `nn.Embedding` modules can be named, by what `named_modules` of the base model calls them:
             "h.0.mlp.c_fc", "encoder.layer.0.attention.self.query", "layers.0.mlp.up_proj", "lm_head".
-        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`. Either this or `budget`.
         budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
             counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
         calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
@@ -108,7 +109,9 @@ def compress(
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     if budget is not None:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        spending = Spending(
+            budget, known, objective, matrices, max_multiplies, effort or DEFAULT_EFFORT, seed or DEFAULT_SEED
+        )
         config = plan_budget(model, spending, threads=threads, progress=progress).config
     config = resolve_config(config, effort=effort, seed=seed)
     parameters = model.num_parameters()
@@ -118,9 +121,9 @@ def compress(
 
 def recompress(
     model: PreTrainedModel,
-    config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
+    config: ConfigOption,
     *,
-    effort: str | None = None,
+    effort: Effort | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -158,7 +161,7 @@ def _compress_planned(
     threads: int | None,
     progress: ProgressOption,
     calibration: Calibration | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     sequential: Texts | None = None,
 ) -> CompressionReport:
     """Decomposes the matrices of `plan`, all of them dense; `kept` are those that are compressed and stay so.
@@ -201,7 +204,7 @@ def _groups(
     model: PreTrainedModel,
     planned: Sequence[Mapping[str, Any]],
     calibration: Calibration | None,
-    objective: str,
+    objective: Objective,
     sequential: Texts | None,
     report: Report | None,
 ) -> Iterator[tuple[Sequence[Mapping[str, Any]], Mapping[str, Moments]]]:

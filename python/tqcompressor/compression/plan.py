@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..calibration.calibration import Calibration, load_calibration
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from .budget import Budget, Spending
@@ -22,11 +23,11 @@ def plan(
     budget: Budget,
     *,
     calibration: Calibration | StrPath | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     matrices: Sequence[str] | None = None,
     max_multiplies: float | None = None,
-    effort: str = "fast",
-    seed: int = 0,
+    effort: Effort = DEFAULT_EFFORT,
+    seed: int = DEFAULT_SEED,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:

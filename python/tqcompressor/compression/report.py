@@ -37,9 +37,9 @@ class MatrixReport:
     """The specs of the terms, as in a config, where there are several."""
 
     @property
-    def spec(self) -> MatrixSpec:
-        """What it became, as in a config."""
-        return planned_spec(vars(self))
+    def spec(self) -> MatrixSpec | None:
+        """What it became, as in a config; None in a list of the matrices of a dense model."""
+        return None if self.rank is None and self.terms is None else planned_spec(vars(self))
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class CompressionReport:
     format_version: int
     source: str | None
     """Where the checkpoint came from; None for a model in memory."""
-    effort: str
-    seed: int
+    effort: str | None
+    """How long permutations and factors were searched; None where nothing is compressed."""
+    seed: int | None
+    """The seed of the search; None where nothing is compressed."""
     dtype: str | None
     """The dtype that was asked for; None keeps every tensor's own."""
     matrices: tuple[MatrixReport, ...]
@@ -95,7 +97,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; what is not known is left out."""
-        data = _known(asdict(self), keep=("source", "dtype"))
+        data = _known(asdict(self), keep=("source", "effort", "seed", "dtype"))
         data["matrices"] = [_known(matrix) for matrix in data["matrices"]]
         data["untouched"] = [_known(tensor) for tensor in data["untouched"]]
         return {"tqcompressor": data.pop("version"), **data}
@@ -106,11 +108,14 @@ class CompressionReport:
 
     def __str__(self) -> str:
         """A table: one line per matrix, one for all other tensors, the total."""
+        specs = [matrix.spec for matrix in self.matrices]
+        if not any(specs):
+            return self._listing()
         done = self.seconds is not None
         header = ["matrix", "shape", "becomes", "parameters", "after"]
         rows = [header + ["lost energy", "seconds"] * done]
-        for matrix in self.matrices:
-            row = [matrix.name, _times(matrix.shape), describe(matrix.spec)]
+        for matrix, spec in zip(self.matrices, specs, strict=True):
+            row = [matrix.name, _times(matrix.shape), "stays dense" if spec is None else describe(spec)]
             row += [f"{matrix.parameters_before:,}", f"{matrix.parameters_after:,}"]
             rows.append(row + [f"{matrix.lost_energy or 0:.4f}", f"{matrix.seconds or 0:.2f}"] * done)
         kept = f"{sum(tensor.parameters for tensor in self.untouched):,}"
@@ -122,6 +127,15 @@ class CompressionReport:
         if self.bytes_before is not None and self.bytes_after is not None:
             summary += f", in {self.bytes_after:,} of {self.bytes_before:,} bytes"
         return f"{format_table(rows)}\n{summary}"
+
+    def _listing(self) -> str:
+        """The table of a model of which nothing is compressed."""
+        rows = [["matrix", "shape", "parameters"]]
+        rows += [[matrix.name, _times(matrix.shape), f"{matrix.parameters_before:,}"] for matrix in self.matrices]
+        others = sum(tensor.parameters for tensor in self.untouched)
+        rows.append([f"{len(self.untouched)} other tensors", "", f"{others:,}"])
+        rows.append(["total", "", f"{self.parameters_before:,}"])
+        return format_table(rows)
 
 
 def _read(cls: Any, data: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..config.choices import Permute
 from ..config.specs import KroneckerSpec
 from .base import Factors, Term, TiedFactors, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
 from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
@@ -62,7 +63,7 @@ class KroneckerFactors(Factors):
         b: NDArray[np.float32],
         p: NDArray[np.int64],
         q: NDArray[np.int64],
-        permute: str,
+        permute: Permute,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
         **options: Any,
@@ -163,7 +164,7 @@ class KroneckerLinear(KroneckerFactors):
         b: NDArray[np.float32],
         p: NDArray[np.int64],
         q: NDArray[np.int64],
-        permute: str = "both",
+        permute: Permute = "both",
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -260,7 +261,7 @@ class KroneckerEmbedding(KroneckerFactors):
         b: NDArray[np.float32],
         p: NDArray[np.int64],
         q: NDArray[np.int64],
-        permute: str = "both",
+        permute: Permute = "both",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KroneckerEmbedding:
