@@ -136,7 +136,7 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
             distill(
                 TEACHER,
                 shared,
-                texts=task.text,
+                texts=Path(task.text),
                 out=Path(folder) / "student",
                 tokens=task.tokens,
                 heldout=glance,
