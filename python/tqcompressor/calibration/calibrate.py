@@ -88,8 +88,15 @@ def calibrate(
     tokens, and 4 without gradients.
 
     Example:
-        >>> calibration = calibrate(model, tokenizer, pathlib.Path("books/train.txt"))  # doctest: +SKIP
-        >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+        >>> from pathlib import Path
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> text = Path("tests/data/tiny-gpt2/heldout.txt")
+        >>> calibration = calibrate(model, tokenizer, text, num_samples=2, seq_len=64)
+        >>> calibration
+        Calibration(44 moments of inputs and output gradients of a gpt2, over 128 tokens)
+        >>> calibration.save("calibration.safetensors")
 
     Source: second moments of inputs, Wang et al., *SVD-LLM*, arXiv 2403.07378; of both sides, Martens & Grosse,
     arXiv 1503.05671.

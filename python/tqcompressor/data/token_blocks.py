@@ -34,10 +34,7 @@ class TokenBlocks:
     `torch.utils.data.DataLoader` and `transformers.Trainer` take it as it is, with worker processes too: they map the
     same file. `token_blocks` makes it; `take` and `section` give parts of it that hold no memory of their own.
 
-    Example:
-        >>> loader = torch.utils.data.DataLoader(blocks, batch_size=8)  # doctest: +SKIP
-        >>> next(iter(loader))["input_ids"].shape  # doctest: +SKIP
-        torch.Size([8, 128])
+    Example: see `token_blocks`.
     """
 
     seq_len: int
@@ -177,8 +174,12 @@ def token_blocks(
     6 seconds, and 0.3 when they are in the cache.
 
     Example:
-        >>> blocks = token_blocks(Path("books/*.txt"), tokenizer, 1024)  # doctest: +SKIP
-        >>> first_stage, second_stage = blocks.section(0, 400), blocks.section(400, 400)  # doctest: +SKIP
+        >>> from transformers import AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> blocks = token_blocks(Path("tests/data/tiny-gpt2/*.txt"), tokenizer, 128, tokens=12_800)
+        >>> first_stage, second_stage = blocks.section(0, 40), blocks.section(40, 60)
+        >>> len(first_stage), second_stage.tokens, blocks[0]["input_ids"].shape
+        (40, 7680, torch.Size([128]))
     """
     if seq_len < 2:
         raise ConfigError(f"seq_len: expected at least 2, got {seq_len}")

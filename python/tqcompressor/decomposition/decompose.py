@@ -96,7 +96,7 @@ def decompose(
     True
     >>> x = np.random.default_rng(1).standard_normal((1000, 64)) * np.linspace(0.1, 2, 64)
     >>> decompose(w, budget=0.5, moment=x.T @ x / 1000, effort="fast")
-    LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.2...)
+    LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.1...)
     """
     matrix = _as_matrix(w)
     if (spec is None) == (budget is None):

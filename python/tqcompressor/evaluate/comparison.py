@@ -66,7 +66,13 @@ def compare(
         progress: As in `perplexity`.
 
     Example:
-        >>> print(compare(student, teacher, tokenizer, Path("heldout.txt")))  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> teacher = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> student = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2").float()
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> table = compare(student, teacher, tokenizer, "He looked at her, and she looked at the door.")
+        >>> [(row.name, row.bytes) for row in table.rows]
+        [('student', 21157888), ('teacher', 10578944)]
     """
     return Comparison(
         tuple(

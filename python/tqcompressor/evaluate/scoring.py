@@ -70,8 +70,12 @@ def perplexity(
     Cost: about `N · context / stride` token positions through the model.
 
     Example:
-        >>> result = perplexity(model, tokenizer, Path("wiki.test.raw"), stride=512)  # doctest: +SKIP
-        >>> print(result.perplexity, result.bits_per_byte)  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> result = perplexity(model, tokenizer, "He looked at her, and she looked at the door.")
+        >>> result.tokens, 10 < result.perplexity < 100
+        (12, True)
     """
     start = time.perf_counter()
     text = one_text(text)

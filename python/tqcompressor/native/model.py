@@ -33,8 +33,9 @@ class NativeModel:
     the same results, and Python threads may share a model.
 
     Example:
-        >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2", threads=2)  # doctest: +SKIP
-        >>> model.generate("He looked at", max_new_tokens=20)  # doctest: +SKIP
+        >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2", threads=2)
+        >>> model.generate("He looked at", max_new_tokens=3)
+        ' the door.'
     """
 
     def __init__(self, directory: str, runtime: _core.Runtime) -> None:
@@ -371,8 +372,10 @@ class NativeModel:
         Cost: a forward pass over the sequences, and `m²` multiplications a token and layer of `m` inputs.
 
         Example:
-            >>> calibration = model.calibrate(pathlib.Path("books/train.txt"))  # doctest: +SKIP
-            >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+            >>> from pathlib import Path
+            >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2")
+            >>> model.calibrate(Path("tests/data/tiny-gpt2/heldout.txt"), num_samples=2)
+            Calibration(19 moments of inputs of a gpt2, over 256 tokens)
 
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
