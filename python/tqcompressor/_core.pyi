@@ -256,6 +256,10 @@ class Checkpoint:
     def bytes(self) -> int:
         """Size of its weight files."""
 
+    @property
+    def tensors(self) -> list[tuple[str, list[int], int]]:
+        """`(name, shape, parameters)` of every tensor but a tied head, in model order."""
+
     def list_matrices(self, patterns: Sequence[str] | None) -> list[MatrixInfo]:
         """Its matrices that match a pattern, all of them for None."""
 

@@ -210,7 +210,8 @@ def plot_plan(plan: BudgetPlan) -> Figure:
         MissingDependencyError: matplotlib is not installed.
 
     Example:
-        >>> plot_plan(tqcompressor.plan("gpt2", 0.65)).savefig("plan.png")  # doctest: +SKIP
+        >>> from tqcompressor import plan
+        >>> plot_plan(plan("tests/data/tiny-gpt2", 0.65)).savefig("plan.png")
     """
     matrices = plan.matrices
     names = [matrix.name for matrix in matrices]

@@ -46,7 +46,7 @@ pub(super) fn anneal(
     let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
     let mut projector = Projector::fit(gram, order, rank)?;
     let macs = gram.slots * gram.phases * gram.phases;
-    let moves = (schedule.moves * SWAP_MULTIPLIES / macs.max(SWAP_MULTIPLIES)).max(1);
+    let moves = (schedule.moves * SWAP_MACS / macs.max(SWAP_MACS)).max(1);
     let mut own = Vec::new();
     for stage in 0..schedule.stages {
         let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;

@@ -116,6 +116,13 @@ impl Checkpoint {
         self.opened.weight_bytes()
     }
 
+    /// `(name, shape, parameters)` of every tensor but a tied head, in model order.
+    #[getter]
+    fn tensors(&self) -> Vec<(String, Vec<usize>, usize)> {
+        let inputs = Model::of_checkpoint(&self.opened).inputs.into_iter();
+        inputs.map(|Input { name, shape, parameters, .. }| (name, shape, parameters)).collect()
+    }
+
     fn list_matrices(&self, patterns: Option<Vec<String>>) -> PyResult<Vec<MatrixInfo>> {
         let matrices = Model::of_checkpoint(&self.opened).matrices(patterns.as_deref())?;
         Ok(matrices.iter().map(MatrixInfo::dense).collect())

@@ -41,9 +41,12 @@ GLANCE_CHARACTERS = 20_000
 
 PUBLISHED = STAGED_RECIPES["tq-81m-staged"].stages
 STAGED = StagedRecipe(
-    (*PUBLISHED[:2], Stage("embedding-again", TQConfig({"wte": KroneckerSpec((1, 8), 3, "columns")})))
+    (
+        *PUBLISHED[:2],
+        Stage("embedding-again", TQConfig({"wte": KroneckerSpec((1, 8), 3, "columns")}, effort="balanced")),
+    )
 )
-ONE_SHOT = TQConfig({**PUBLISHED[1].config.specs, **STAGED.stages[2].config.specs})
+ONE_SHOT = TQConfig({**PUBLISHED[1].config.specs, **STAGED.stages[2].config.specs}, effort="balanced")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +136,7 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
             distill(
                 TEACHER,
                 shared,
-                texts=task.text,
+                texts=Path(task.text),
                 out=Path(folder) / "student",
                 tokens=task.tokens,
                 heldout=glance,

@@ -7,9 +7,6 @@ import subprocess
 import pytest
 from hypothesis import settings
 
-# The models here are so small that a second thread of torch only waits, on a busy machine for minutes.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 # A shell that starts the tests in the background has SIGINT ignored, in what they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.text import open_texts
 from ..data.token_blocks import TokenBlocks, token_blocks
-from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, drawn_indices, drawn_sequences, encoded, split_document
+from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, documents, drawn_indices, drawn_sequences, encoded
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -67,11 +68,10 @@ def _from_text(
     if inner < 2 or length > longest:
         least = 2 + len(before) + len(after)
         raise ConfigError(f"seq_len: expected {least} to {longest} (the model's positions), got {length}")
-    documents = [text] if isinstance(text, str) else text
-    if isinstance(documents, Sequence) and all(isinstance(document, str) for document in documents):
+    given = text if isinstance(text, list | tuple) else [text]
+    if all(isinstance(document, str) for document in given):
         encoder = Encoder(tokenizer)
-        parts = (part for document in documents for part in split_document(document, encoder.end_text) if part.strip())
-        chunks = [ids for ids, _ in encoded(parts, encoder, None)]
+        chunks = [ids for ids, _ in encoded(documents(open_texts(text), encoder.end_text), encoder, None)]
         drawn = torch.from_numpy(drawn_sequences(chunks, inner, num_samples, seed))
     else:
         drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), num_samples, seed)

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError, TextError
 from ..utils.batching import measured_together
-from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
 from .accumulators import Unit, units
@@ -33,7 +33,7 @@ _HALF_SCALE = 1024.0
 def calibrate(
     model: PreTrainedModel,
     tokenizer_or_batches: PreTrainedTokenizerBase | TokenBlocks | Iterable[Any],
-    text: str | Sequence[str] | StrPath | Sequence[StrPath] | Any | None = None,
+    text: TextOption | None = None,
     *,
     num_samples: int = 128,
     seq_len: int | None = None,
@@ -64,8 +64,8 @@ def calibrate(
             the call, and comes back as it was, whatever is raised.
         tokenizer_or_batches: Its tokenizer; or `token_blocks`' blocks; or batches, each a tensor of token ids or a
             mapping with `input_ids` and what else the model takes. `attention_mask` says what is padding.
-        text: With a tokenizer: a string is the text itself, a list of strings are documents, and everything else is
-            read as `token_blocks` does: a `pathlib.Path`, a list of them, or a dataset.
+        text: With a tokenizer: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
+            either, and a `datasets.Dataset` has a column `"text"`.
         num_samples: Sequences drawn from the text; ignored with batches, which are all read.
         seq_len: Tokens of a sequence, with the special tokens that the tokenizer adds. Default: 128, or the model's
             longest input if that is shorter.
@@ -88,8 +88,15 @@ def calibrate(
     tokens, and 4 without gradients.
 
     Example:
-        >>> calibration = calibrate(model, tokenizer, pathlib.Path("books/train.txt"))  # doctest: +SKIP
-        >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+        >>> from pathlib import Path
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> text = Path("tests/data/tiny-gpt2/heldout.txt")
+        >>> calibration = calibrate(model, tokenizer, text, num_samples=2, seq_len=64)
+        >>> calibration
+        Calibration(44 moments of inputs and output gradients of a gpt2, over 128 tokens)
+        >>> calibration.save("calibration.safetensors")
 
     Source: second moments of inputs, Wang et al., *SVD-LLM*, arXiv 2403.07378; of both sides, Martens & Grosse,
     arXiv 1503.05671.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
-from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
 from .accumulators import Unit, units
@@ -37,7 +37,7 @@ class LayerGroup:
 def calibrate_layers(
     model: PreTrainedModel,
     tokenizer_or_batches: PreTrainedTokenizerBase | TokenBlocks | Iterable[Any],
-    text: str | Sequence[str] | StrPath | Sequence[StrPath] | Any | None = None,
+    text: TextOption | None = None,
     *,
     original: Calibration | None = None,
     matrices: Container[str] | None = None,

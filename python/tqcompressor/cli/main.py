@@ -155,7 +155,7 @@ def _distill(options: argparse.Namespace) -> None:
         report = distill(
             options.teacher,
             options.recipe,
-            texts=options.text,
+            texts=[Path(text) for text in options.text],
             out=options.out,
             tokens=options.tokens,
             heldout=options.heldout,
@@ -208,12 +208,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ..data.text import read_passages, read_text
+    from ..data.text import one_text, read_passages
     from ..evaluate.results import Comparison
 
     native = _is_native(options)
     # Before the models, which take seconds to load.
-    text = read_text(options.text)
+    text = one_text(Path(options.text))
     passages = None if options.passages is None else read_passages(options.passages)
     models = [name for name in (options.model, options.teacher) if name is not None]
     # One at a time, so that memory holds one model.

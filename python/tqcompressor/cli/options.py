@@ -6,14 +6,10 @@ import argparse
 from typing import Any
 
 from .._core import __version__
+from ..config.choices import DTYPES, EFFORTS, ENGINES, OBJECTIVES
 from ..config.recipes import RECIPES
-from ..config.tq_config import EFFORTS
-from ..decomposition.norm import OBJECTIVES
 from ..distillation.config import PRECISIONS, DistillConfig, TrainingConfig
 from ..distillation.stages import STAGED_RECIPES
-
-DTYPES = ("float32", "float16", "bfloat16")
-ENGINES = ("auto", "torch", "native")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
     compress = commands.add_parser("compress", parents=[common], help="compress a checkpoint into a new directory")
     compress.add_argument("source", metavar="SRC", help="a checkpoint directory with safetensors files, or a hub id")
-    _add_config(compress, required=True)
+    _add_config(compress)
     _add_calibration(compress)
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
     _add_search(compress)
@@ -47,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         help="show what a recipe or a budget would do to a checkpoint, or what was done to a compressed one",
     )
     inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
-    _add_config(inspect, required=False)
+    _add_config(inspect)
     inspect.add_argument("--plan", action="store_true", help="how --budget is spent; reads the weights")
     _add_calibration(inspect)
     _add_search(inspect)
@@ -189,8 +185,8 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
     generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
 
-def _add_config(parser: argparse.ArgumentParser, required: bool) -> None:
-    choice = parser.add_mutually_exclusive_group(required=required)
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--recipe", metavar="NAME", help=f"a named recipe: {', '.join(RECIPES)}")
     choice.add_argument("--config", metavar="FILE", help="a TQConfig as JSON")
     choice.add_argument(

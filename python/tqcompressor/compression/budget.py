@@ -13,6 +13,8 @@ import numpy as np
 
 from .._core import MatrixInfo
 from ..calibration.calibration import Calibration
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, one_of
+from ..config.recipes import CONFIG_FORMS
 from ..decomposition.norm import Moments, moments_for
 from ..errors import ConfigError
 
@@ -42,11 +44,15 @@ class Spending:
 
     budget: Budget
     calibration: Calibration | None = None
-    objective: str = "auto"
+    objective: Objective = "auto"
     matrices: Sequence[str] | None = None
     max_macs: float | None = None
-    effort: str = "fast"
-    seed: int = 0
+    effort: Effort = DEFAULT_EFFORT
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        one_of("effort", self.effort, EFFORTS)
+        one_of("objective", self.objective, OBJECTIVES)
 
 
 def meaning(budget: Budget) -> str:
@@ -146,9 +152,11 @@ def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Mome
 
 
 def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_macs: float | None) -> None:
-    """Raises `ConfigError` for options of a compression that exclude each other."""
-    if config is not None and budget is not None:
-        raise ConfigError("expected either a config or a budget, got both")
+    """Raises `ConfigError` for options of a compression that exclude each other, or where neither says what to do."""
+    if (config is None) == (budget is None):
+        raise ConfigError(
+            f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
+        )
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
     if max_macs is not None and budget is None:
@@ -167,13 +175,13 @@ def cap_of(max_macs: float | None) -> float | None:
     return float(max_macs)
 
 
-def calibrated(calibration: Calibration | None, objective: str) -> bool:
+def calibrated(calibration: Calibration | None, objective: Objective) -> bool:
     """Whether the norm is that of a calibration, and not the Frobenius norm."""
     return calibration is not None and objective != "frobenius"
 
 
 def moments_of(
-    calibration: Calibration | None, objective: str, listed: Sequence[MatrixInfo]
+    calibration: Calibration | None, objective: Objective, listed: Sequence[MatrixInfo]
 ) -> list[tuple[str, Moments]]:
     """The name and the moments of every matrix of a listing; none where there is no calibration.
 
@@ -193,7 +201,7 @@ def _check_model(calibration: Calibration | None, listed: Sequence[MatrixInfo]) 
         )
 
 
-def _moments(calibration: Calibration | None, objective: str, matrix: MatrixInfo) -> Moments:
+def _moments(calibration: Calibration | None, objective: Objective, matrix: MatrixInfo) -> Moments:
     if calibration is None:
         return moments_for(objective, None, None)
     calibration.check(matrix.name, *matrix.shape)

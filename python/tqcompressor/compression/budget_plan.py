@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._core import Choice, MatrixInfo
+from ..config.choices import Objective
 from ..config.specs import MatrixSpec, describe
 from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments
@@ -54,7 +55,7 @@ class BudgetPlan:
     """Of the whole model; a tied head does not count again."""
     parameters_after: int
     """Of the whole model when done."""
-    objective: str
+    objective: Objective
     calibrated: bool
     """Whether the norm is that of a calibration."""
     max_macs: float | None = None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from .. import _core
 from .._core import SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
-from ..config.recipes import resolve_config
-from ..config.tq_config import QUANT_METHOD, TQConfig
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Objective, dtype_name
+from ..config.recipes import ConfigOption, resolve_config
+from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
 from ..decomposition.norm import Moments
 from ..errors import CheckpointError, ConfigError
 from ..utils.hub import StrPath, local_directory
@@ -20,25 +20,24 @@ from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
 from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
-from .report import CompressionReport
+from .report import CompressionReport, MatrixReport, UntouchedTensor
 
-ConfigOption: TypeAlias = StrPath | Mapping[str, Any] | TQConfig | None
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 
 def compress_checkpoint(
     source: StrPath,
     out: StrPath,
-    config: ConfigOption = None,
+    config: ConfigOption | None = None,
     *,
     budget: Budget | None = None,
     calibration: Calibration | StrPath | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     matrices: Sequence[str] | None = None,
     max_macs: float | None = None,
-    effort: str | None = None,
+    effort: Effort | None = None,
     seed: int | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
@@ -55,7 +54,7 @@ def compress_checkpoint(
         source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
             shards), or the id of a model on the hub, fetched by huggingface_hub if that is installed.
         out: The directory to be made. It may exist if it is empty.
-        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`. Either this or `budget`.
         budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
             counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
         calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
@@ -63,7 +62,7 @@ def compress_checkpoint(
         objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
             allows.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_macs: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+        max_macs: Beside a budget: at most this share of the MACs for one token that the matrices it is
             spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's.
@@ -91,15 +90,15 @@ def compress_checkpoint(
     Cost: memory for one matrix a thread and its search; the source is mapped, not loaded.
 
     Example:
-        >>> report = compress_checkpoint("gpt2", "gpt2-tq", "tq-81m", effort="fast")  # doctest: +SKIP
-        >>> print(report)  # doctest: +SKIP
+        >>> report = compress_checkpoint("tests/data/tiny-gpt2", "tiny-gpt2-compressed", budget=0.65)
+        >>> report.parameters_after / report.parameters_before
+        0.649...
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads must be at least 1, got {threads!r}")
     check_options(config, budget, matrices, max_macs)
     most = byte_count(max_shard_size)
-    # torch's dtypes are welcome, too: "torch.float16".
-    stored = None if dtype is None else str(dtype).removeprefix("torch.")
+    stored = dtype_name(dtype)
     known = load_calibration(calibration)
     checkpoint = _core.Checkpoint.open(local_directory(source))
     moments: list[tuple[str, Moments]] = []
@@ -109,7 +108,9 @@ def compress_checkpoint(
         if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
             moments = moments_of(known, objective, checkpoint.plan(resolved).matrices)
     else:
-        spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
+        spending = Spending(
+            budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed or DEFAULT_SEED
+        )
         request, spent = _spend(checkpoint, spending, stored, keep=True, threads=threads, progress=progress)
         resolved = request.plan(spent.choices).config
         moments = list(zip(request.names, request.moments, strict=True))
@@ -135,7 +136,7 @@ def plan_checkpoint(
     *,
     threads: int | None = None,
     progress: ProgressOption = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
 ) -> BudgetPlan:
     """How a budget is best spent on the checkpoint in `source`, without torch: `plan` for checkpoints.
 
@@ -158,7 +159,6 @@ def _spend(
     """Spends a budget on a checkpoint; with `keep`, what was spent can be fitted and written."""
     listed = checkpoint.list_matrices(matrix_patterns(spending.matrices))
     before = checkpoint.parameters
-    # An unknown dtype is refused by name when it is written.
     bytes_each = _BYTES.get(dtype or "", checkpoint.bytes / max(before, 1))
     request = BudgetRequest.of(listed, (before, bytes_each), spending)
     with reporter(progress, "plan") as report_progress:
@@ -168,27 +168,57 @@ def _spend(
     return request, spent
 
 
-def inspect(source: StrPath, config: ConfigOption = None) -> CompressionReport:
+def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionReport:
     """What `config` would do to the checkpoint in `source`, without reading its weights.
 
     Takes `source` and `config` as `compress_checkpoint` does, and raises as it does for what can be told from names and
-    shapes. The report has neither lost energy nor seconds. For a compressed checkpoint and no `config`, it is the
-    report of its compression.
+    shapes. The report has neither lost energy nor seconds. Without a config it is, of a compressed checkpoint, the
+    report of its compression, and of a dense one the list of its matrices, the names that a config may match.
 
     Example:
-        >>> print(inspect("gpt2", "tq-81m"))  # doctest: +SKIP
+        >>> report = inspect("tests/data/tiny-gpt2", "tq-81m")
+        >>> report.parameters_before, report.parameters_after
+        (5289472, 3192452)
+        >>> [matrix.name for matrix in inspect("tests/data/tiny-gpt2").matrices][:3]
+        ['wte', 'wpe', 'h.0.attn.c_attn.q']
     """
     directory = local_directory(source)
-    if config is None and _is_compressed(directory):
-        path = Path(directory, "compression_report.json")
-        try:
-            return CompressionReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a compression report: {error}") from None
-    plan = _core.Checkpoint.open(directory).plan(resolve_config(config))
-    return CompressionReport.from_dict(json.loads(plan.report))
+    if config is not None:
+        plan = _core.Checkpoint.open(directory).plan(resolve_config(config))
+        return CompressionReport.from_dict(json.loads(plan.report))
+    if not _is_compressed(directory):
+        return _listing(_core.Checkpoint.open(directory), directory)
+    path = Path(directory, "compression_report.json")
+    try:
+        return CompressionReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a compression report: {error}") from None
+
+
+def _listing(checkpoint: _core.Checkpoint, directory: str) -> CompressionReport:
+    """The matrices of a dense checkpoint, nothing planned for them."""
+    matrices = checkpoint.list_matrices(None)
+    own = {matrix.tensor for matrix in matrices}
+    return CompressionReport(
+        version=_core.__version__,
+        format_version=FORMAT_VERSION,
+        source=directory,
+        effort=None,
+        seed=None,
+        dtype=None,
+        matrices=tuple(MatrixReport.of(matrix) for matrix in matrices),
+        untouched=tuple(
+            UntouchedTensor(name, tuple(shape), parameters)
+            for name, shape, parameters in checkpoint.tensors
+            if name not in own
+        ),
+        parameters_before=checkpoint.parameters,
+        parameters_after=checkpoint.parameters,
+        bytes_before=checkpoint.bytes,
+        bytes_after=checkpoint.bytes,
+    )
 
 
 def _is_compressed(directory: str) -> bool:

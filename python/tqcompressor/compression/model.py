@@ -18,7 +18,8 @@ from .. import _core
 from .._core import Fitted, MatrixInfo, ModelPlan, SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.sequential import calibrate_layers
-from ..config.recipes import resolve_config
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
+from ..config.recipes import ConfigOption, resolve_config
 from ..config.specs import MatrixSpec
 from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks
@@ -49,15 +50,15 @@ Groups: TypeAlias = Callable[[Report | None], Iterator[tuple[Sequence[MatrixInfo
 
 def compress(
     model: PreTrainedModel,
-    config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
+    config: ConfigOption | None = None,
     *,
     budget: Budget | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
     max_macs: float | None = None,
-    effort: str | None = None,
+    effort: Effort | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -73,7 +74,7 @@ def compress(
         model: Any model of transformers with any head or none, not wrapped and not compressed yet. Its `nn.Linear`,
             `Conv1D` and `nn.Embedding` modules can be named, by what `named_modules` of the base model calls them:
             "h.0.mlp.c_fc", "encoder.layer.0.attention.self.query", "layers.0.mlp.up_proj", "lm_head".
-        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`; by default the recipe "tq-81m".
+        config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`. Either this or `budget`.
         budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
             counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
         calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
@@ -87,7 +88,7 @@ def compress(
             blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
             the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_macs: Beside a budget: at most this share of the multiplications for one token that the matrices it is
+        max_macs: Beside a budget: at most this share of the MACs for one token that the matrices it is
             spent on take dense. See `plan`.
         effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
         seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
@@ -109,8 +110,12 @@ def compress(
     Whatever is raised, Ctrl-C included, the model is then as it was.
 
     Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("gpt2")  # doctest: +SKIP
-        >>> report = tqcompressor.compress(model, "tq-81m", effort="fast")  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> report = compress(model, budget=0.65)
+        >>> report.parameters_after / report.parameters_before
+        0.649...
+        >>> model.save_pretrained("tiny-gpt2-compressed")
     """
     require_transformers_model(model)
     known = load_calibration(calibration)
@@ -119,7 +124,9 @@ def compress(
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     fits: Fits | None = None
     if budget is not None:
-        spending = Spending(budget, known, objective, matrices, max_macs, effort or "fast", seed or 0)
+        spending = Spending(
+            budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed or DEFAULT_SEED
+        )
         # With `sequential`, every layer is fitted to moments that are not known yet.
         keep = sequential is None
         request, spent = spend_budget(model, spending, keep=keep, threads=threads, progress=progress)
@@ -145,9 +152,9 @@ def compress(
 
 def recompress(
     model: PreTrainedModel,
-    config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None = None,
+    config: ConfigOption,
     *,
-    effort: str | None = None,
+    effort: Effort | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -244,7 +251,7 @@ def _groups(
     model: PreTrainedModel,
     planned: Sequence[MatrixInfo],
     calibration: Calibration | None,
-    objective: str,
+    objective: Objective,
     sequential: Texts | None,
     report: Report | None,
 ) -> Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..calibration.calibration import Calibration, load_calibration
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from .budget import Budget, Spending
@@ -22,11 +23,11 @@ def plan(
     budget: Budget,
     *,
     calibration: Calibration | StrPath | None = None,
-    objective: str = "auto",
+    objective: Objective = "auto",
     matrices: Sequence[str] | None = None,
     max_macs: float | None = None,
-    effort: str = "fast",
-    seed: int = 0,
+    effort: Effort = DEFAULT_EFFORT,
+    seed: int = DEFAULT_SEED,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
@@ -49,12 +50,12 @@ def plan(
             allows.
         matrices: Patterns of the matrices that it is spent on; by default all but embeddings of positions and kinds of
             tokens, narrow ones, and what the calibration never saw in use.
-        max_macs: At most this share of the multiplications for one token that these matrices take dense: 0.7, or
+        max_macs: At most this share of the MACs for one token that these matrices take dense: 0.7, or
             1.5 to let sums of Kronecker terms take half as many again. `m · n` for a dense matrix, none for a row that
             is looked up; of low rank as many as parameters. Low rank ends at whichever limit it meets first; what it
             then leaves of the cap is shared out in proportion, and the best of a matrix keeps within its part.
         effort: "fast" (low rank), "balanced" or "best", which also try sums of low rank and Kronecker terms. These lose
-            less with as many parameters, but take seconds to a minute a matrix to find, and more multiplications.
+            less with as many parameters, but take seconds to a minute a matrix to find, and more MACs.
         seed: With the weights, the budget and the effort all that the plan depends on.
         threads: None for all cores.
         progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
@@ -69,9 +70,11 @@ def plan(
     on two cores with the effort "fast".
 
     Example:
-        >>> found = plan("gpt2", 0.65, calibration="calibration.safetensors")  # doctest: +SKIP
-        >>> print(found)  # doctest: +SKIP
-        >>> compress_checkpoint("gpt2", "gpt2-small", found.config)  # doctest: +SKIP
+        >>> found = plan("tests/data/tiny-gpt2", 0.65)
+        >>> found.matrices[0].name, found.matrices[0].shape, found.matrices[0].spec
+        ('wte', (8192, 256), LowRankSpec(rank=...))
+        >>> found.parameters_after / found.parameters_before
+        0.649...
     """
     spending = Spending(budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed)
     if isinstance(model_or_dir, str | os.PathLike):

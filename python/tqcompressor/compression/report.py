@@ -38,17 +38,19 @@ class MatrixReport:
     """The specs of the terms, as in a config, where there are several."""
 
     @property
-    def spec(self) -> MatrixSpec:
-        """What it became, as in a config."""
-        return planned_spec(vars(self))
+    def spec(self) -> MatrixSpec | None:
+        """What it became, as in a config; None in a list of the matrices of a dense model."""
+        return None if self.rank is None and self.terms is None else planned_spec(vars(self))
 
     @classmethod
-    def of(cls, matrix: MatrixInfo, fitted: Fitted) -> MatrixReport:
-        """The row of a matrix that became what was fitted."""
+    def of(cls, matrix: MatrixInfo, fitted: Fitted | None = None) -> MatrixReport:
+        """The row of a matrix that became what was fitted, or that stays as it is."""
         counts = {"parameters_before": matrix.parameters_before, "parameters_after": matrix.parameters_after}
-        found = {"lost_energy": fitted.lost_energy, "seconds": fitted.seconds}
+        found: dict[str, Any] = {}
+        if fitted is not None:
+            found = {**fitted.spec.to_dict(), "lost_energy": fitted.lost_energy, "seconds": fitted.seconds}
         place = {"name": matrix.name, "tensor": matrix.tensor, "shape": matrix.shape}
-        row: MatrixReport = _read(cls, {**place, **counts, **fitted.spec.to_dict(), **found})
+        row: MatrixReport = _read(cls, {**place, **counts, **found})
         return row
 
 
@@ -73,8 +75,10 @@ class CompressionReport:
     format_version: int
     source: str | None
     """Where the checkpoint came from; None for a model in memory."""
-    effort: str
-    seed: int
+    effort: str | None
+    """How long permutations and factors were searched; None where nothing is compressed."""
+    seed: int | None
+    """The seed of the search; None where nothing is compressed."""
     dtype: str | None
     """The dtype that was asked for; None keeps every tensor's own."""
     matrices: tuple[MatrixReport, ...]
@@ -105,7 +109,7 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; what is not known is left out."""
-        data = _known(asdict(self), keep=("source", "dtype"))
+        data = _known(asdict(self), keep=("source", "effort", "seed", "dtype"))
         data["matrices"] = [_known(matrix) for matrix in data["matrices"]]
         data["untouched"] = [_known(tensor) for tensor in data["untouched"]]
         return {"tqcompressor": data.pop("version"), **data}
@@ -116,11 +120,14 @@ class CompressionReport:
 
     def __str__(self) -> str:
         """A table: one line per matrix, one for all other tensors, the total."""
+        specs = [matrix.spec for matrix in self.matrices]
+        if not any(specs):
+            return self._listing()
         done = self.seconds is not None
         header = ["matrix", "shape", "becomes", "parameters", "after"]
         rows = [header + ["lost energy", "seconds"] * done]
-        for matrix in self.matrices:
-            row = [matrix.name, _times(matrix.shape), describe(matrix.spec)]
+        for matrix, spec in zip(self.matrices, specs, strict=True):
+            row = [matrix.name, _times(matrix.shape), "stays dense" if spec is None else describe(spec)]
             row += [f"{matrix.parameters_before:,}", f"{matrix.parameters_after:,}"]
             rows.append(row + [f"{matrix.lost_energy or 0:.4f}", f"{matrix.seconds or 0:.2f}"] * done)
         kept = f"{sum(tensor.parameters for tensor in self.untouched):,}"
@@ -132,6 +139,15 @@ class CompressionReport:
         if self.bytes_before is not None and self.bytes_after is not None:
             summary += f", in {self.bytes_after:,} of {self.bytes_before:,} bytes"
         return f"{format_table(rows)}\n{summary}"
+
+    def _listing(self) -> str:
+        """The table of a model of which nothing is compressed."""
+        rows = [["matrix", "shape", "parameters"]]
+        rows += [[matrix.name, _times(matrix.shape), f"{matrix.parameters_before:,}"] for matrix in self.matrices]
+        others = sum(tensor.parameters for tensor in self.untouched)
+        rows.append([f"{len(self.untouched)} other tensors", "", f"{others:,}"])
+        rows.append(["total", "", f"{self.parameters_before:,}"])
+        return format_table(rows)
 
 
 def _read(cls: Any, data: Mapping[str, Any]) -> Any:

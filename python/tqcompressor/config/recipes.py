@@ -6,13 +6,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import ConfigError
 from .specs import KroneckerSpec
 from .tq_config import TQConfig
 
-DEFAULT_RECIPE = "tq-81m"
+# What every entry point takes as its config.
+ConfigOption: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | TQConfig
+CONFIG_FORMS = 'a recipe such as "tq-81m", the path of a JSON file, a dict or a TQConfig'
 RECIPES: Mapping[str, TQConfig] = MappingProxyType(
     {
         # The published 81M model (arXiv 2401.16367) in one shot: the embedding in a quarter of its width, and the
@@ -22,7 +24,8 @@ RECIPES: Mapping[str, TQConfig] = MappingProxyType(
                 "wte": KroneckerSpec(block=(1, 4), rank=1, permute="columns"),
                 "h.*[13579].mlp.c_fc": KroneckerSpec(block=(2, 4), rank=4),
                 "h.*[13579].mlp.c_proj": KroneckerSpec(block=(4, 2), rank=4),
-            }
+            },
+            effort="balanced",
         ),
     }
 )
@@ -36,22 +39,20 @@ def recipe(name: str) -> TQConfig:
         raise ConfigError(f"no recipe is called {name!r}; there is {', '.join(RECIPES)}") from None
 
 
-def resolve_config(config: str | os.PathLike[str] | Mapping[str, Any] | TQConfig | None, **changes: Any) -> TQConfig:
+def resolve_config(config: ConfigOption | None, **changes: Any) -> TQConfig:
     """The config that any entry point was given: a recipe's name, the path of a JSON file, a dict or a `TQConfig`.
 
-    None stands for the default. `changes` (`effort`, `seed`) override what the config says, unless they are None.
-    Raises `ConfigError` when the name is neither a recipe nor a file, or when its contents cannot be followed.
+    `changes` (`effort`, `seed`) override what the config says, unless they are None. Raises `ConfigError` for None, for
+    a name that is neither a recipe nor a file, and for contents that cannot be followed.
     """
-    if config is None:
-        resolved = RECIPES[DEFAULT_RECIPE]
-    elif isinstance(config, TQConfig):
+    if isinstance(config, TQConfig):
         resolved = config
     elif isinstance(config, Mapping):
         resolved = TQConfig.from_dict(config)
     elif isinstance(config, str | os.PathLike):
         resolved = _named_config(config)
     else:
-        raise ConfigError(f"a config is a recipe's name, a path, a dict or a TQConfig, got {type(config).__name__}")
+        raise ConfigError(f"config: expected {CONFIG_FORMS}, got {type(config).__name__}")
     return resolved.replace(**changes)
 
 

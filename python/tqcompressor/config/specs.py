@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, ShapeError
-
-PERMUTES = ("none", "rows", "columns", "both")
+from .choices import PERMUTES, Permute, one_of
 
 
 def integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
@@ -54,7 +53,7 @@ class KroneckerSpec:
 
     block: tuple[int, int]
     rank: int
-    permute: str = "both"
+    permute: Permute = "both"
 
     def __post_init__(self) -> None:
         try:
@@ -64,8 +63,7 @@ class KroneckerSpec:
         block = (integer("block", rows, 1), integer("block", columns, 1))
         object.__setattr__(self, "block", block)
         object.__setattr__(self, "rank", integer("rank", self.rank, 1))
-        if self.permute not in PERMUTES:
-            raise ConfigError(f"permute must be one of {', '.join(PERMUTES)}, got {self.permute!r}")
+        one_of("permute", self.permute, PERMUTES)
 
     @property
     def permutes_rows(self) -> bool:

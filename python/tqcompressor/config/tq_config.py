@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
+from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
 from .specs import KroneckerSpec, MatrixSpec, check_keys, integer, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
 # The newest format that is read. What the older one can say is written in it, so that older versions read it too.
 FORMAT_VERSION = 2
 _KRONECKER_ONLY = 1
-EFFORTS = ("fast", "balanced", "best")
 # The search draws its random numbers from an unsigned 64-bit seed.
 _LARGEST_SEED = 2**64 - 1
 
@@ -45,8 +45,8 @@ class TQConfig:
     """
 
     specs: Mapping[str, MatrixSpec]
-    effort: str = "balanced"
-    seed: int = 0
+    effort: Effort = DEFAULT_EFFORT
+    seed: int = DEFAULT_SEED
 
     # Read by transformers, which picks the quantizer by it.
     quant_method: ClassVar[str] = QUANT_METHOD
@@ -65,8 +65,7 @@ class TQConfig:
             except ConfigError as error:
                 raise ConfigError(f"specs[{pattern!r}]: {error}") from None
         object.__setattr__(self, "specs", checked)
-        if self.effort not in EFFORTS:
-            raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+        one_of("effort", self.effort, EFFORTS)
         object.__setattr__(self, "seed", integer("seed", self.seed, 0, _LARGEST_SEED))
 
     def replace(self, **changes: Any) -> TQConfig:

@@ -1,12 +1,121 @@
-"""Reading what models are evaluated on: raw text, and LAMBADA-style passages."""
+"""What a text argument means, everywhere: text as it is, files, or a dataset; and LAMBADA-style passages."""
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from ..errors import TextError
+from ..errors import ConfigError, TextError
+
+# A str is the text itself, a path is a file or a glob pattern; a list or tuple holds either. Any is `datasets.Dataset`,
+# which this package does not import.
+TextOption: TypeAlias = str | PathLike[str] | Sequence[str | PathLike[str]] | Any
+# No longer name of a file exists.
+_LONGEST_NAME = 4096
+
+
+def open_texts(text: TextOption) -> Iterable[str]:
+    """The texts that an argument stands for, one for each str, file or row; each iteration reads them anew.
+
+    A str is the text itself. A `pathlib.Path` is a file or, where there is no such file, a glob pattern, whose files
+    are sorted (`**` stands for any folders). A list or tuple holds either. A `datasets.Dataset` has a column "text".
+    Files are UTF-8.
+
+    Raises:
+        TextError: A pattern matches no file, a str is the name of a file, or there are no texts. While iterating: a
+            file is not UTF-8, or a row is not text.
+        ConfigError: `text` is something else, or the dataset has no column `"text"`.
+        OSError: A file cannot be read, while iterating.
+    """
+    dataset: Any = text
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None:
+        if "text" not in columns or isinstance(columns, dict):
+            raise ConfigError(f'expected a dataset with a column "text", got the columns or splits {list(columns)}')
+        return _Rows(dataset.select_columns(["text"]))
+    entries: list[str | Path] = []
+    for entry in text if isinstance(text, list | tuple) else [text]:
+        if isinstance(entry, str):
+            _refuse_name(entry)
+            entries.append(entry)
+        elif isinstance(entry, PathLike):
+            entries += _files(os.fspath(entry))
+        else:
+            kinds = "a str, a pathlib.Path, a list of them or a datasets.Dataset"
+            raise ConfigError(f"text: expected {kinds}, got {type(entry).__name__}")
+    if not entries:
+        raise TextError("there are no texts")
+    return _Entries(entries)
+
+
+def one_text(text: str | PathLike[str]) -> str:
+    """The text that an argument stands for which cannot be several; raises as `open_texts`."""
+    texts = list(open_texts(text))
+    if len(texts) != 1:
+        raise TextError(f"expected one text, got {len(texts)}")
+    return texts[0]
+
+
+def open_passages(passages: Sequence[str] | PathLike[str]) -> Sequence[str]:
+    """The passages that an argument stands for: themselves, or those of a file, as `read_passages` reads it."""
+    if isinstance(passages, str):
+        raise ConfigError("passages: expected a list of texts or the pathlib.Path of a file, got str")
+    return read_passages(passages) if isinstance(passages, PathLike) else passages
+
+
+class _Entries:
+    """Texts and files, in order."""
+
+    def __init__(self, entries: Sequence[str | Path]) -> None:
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[str]:
+        return (entry if isinstance(entry, str) else read_text(entry) for entry in self._entries)
+
+
+class _Rows:
+    """The rows of a dataset that has a column "text"."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[str]:
+        number = 0
+        for rows in self._dataset.iter(batch_size=1000):
+            for text in rows["text"]:
+                if not isinstance(text, str):
+                    raise TextError(
+                        f'row {number} of the dataset: expected a string as "text", got {type(text).__name__}'
+                    )
+                yield text
+                number += 1
+
+
+def _files(name: str) -> list[Path]:
+    if os.path.exists(name) or not glob.has_magic(name):
+        return [Path(name)]
+    found = _matches(name, recursive=True)
+    if not found:
+        raise TextError(f"{name}: no file matches")
+    return [Path(file) for file in found]
+
+
+def _matches(pattern: str, recursive: bool) -> list[str]:
+    return sorted(name for name in glob.glob(pattern, recursive=recursive) if os.path.isfile(name))
+
+
+def _refuse_name(text: str) -> None:
+    """Raises `TextError` for a text that is the name of a file, or a pattern of names: a path was meant."""
+    if len(text) > _LONGEST_NAME or "\n" in text or "\0" in text:
+        return
+    # A text that holds "**" must not walk every folder there is.
+    if os.path.isfile(text) or (glob.has_magic(text) and _matches(text, recursive=False)):
+        raise TextError(f"a str is the text itself, and {text!r} is the name of a file: pass pathlib.Path({text!r})")
 
 
 def read_text(path: str | PathLike[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from ..errors import ConfigError, StorageError, TextError
 from ..utils.atomic_io import WholeFile, storage_errors
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
-from .tokenize import Contents, Encoder, Tokens, digest, documents, encoded, open_texts, token_dtype
+from .text import TextOption, open_texts
+from .tokenize import Contents, Encoder, Tokens, digest, documents, encoded, token_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +34,7 @@ class TokenBlocks:
     `torch.utils.data.DataLoader` and `transformers.Trainer` take it as it is, with worker processes too: they map the
     same file. `token_blocks` makes it; `take` and `section` give parts of it that hold no memory of their own.
 
-    Example:
-        >>> loader = torch.utils.data.DataLoader(blocks, batch_size=8)  # doctest: +SKIP
-        >>> next(iter(loader))["input_ids"].shape  # doctest: +SKIP
-        torch.Size([8, 128])
+    Example: see `token_blocks`.
     """
 
     seq_len: int
@@ -128,7 +126,7 @@ class TokenBlocks:
 
 
 def token_blocks(
-    texts: StrPath | Sequence[StrPath] | Any,
+    text: TextOption,
     tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
     *,
@@ -139,8 +137,8 @@ def token_blocks(
 ) -> TokenBlocks:
     """Tokenises a corpus and packs it to blocks of `seq_len` tokens.
 
-    - A document is a file, or a row of a dataset, split further wherever the end-of-text token (`eos_token` of the
-      tokenizer, else `bos_token`) stands in the text as written. Documents of nothing but white space are left out.
+    - A document is a text, a file, or a row of a dataset, split further wherever the end-of-text token (`eos_token` of
+      the tokenizer, else `bos_token`) stands in the text as written. Documents of white space alone are left out.
     - Each document is tokenised by itself with no special tokens added, then followed by one end-of-text token. A
       tokenizer that has neither token joins documents directly.
     - Documents follow one another in the order given (the files of a glob are sorted) and are cut to blocks, so that a
@@ -152,8 +150,8 @@ def token_blocks(
     damaged one is made anew. Processes that need the same file at once make it once.
 
     Args:
-        texts: A path, a glob (`"books/*.txt"`, `**` for any folders), a list of these, or a `datasets.Dataset` with a
-            column `"text"`. Files are UTF-8.
+        text: A str is the text itself, a `pathlib.Path` is a UTF-8 file or a glob pattern (`**` for any folders), a
+            list holds either, and a `datasets.Dataset` has a column `"text"`.
         tokenizer: The tokenizer of teacher and student.
         seq_len: Tokens of a block, from 2 to the tokenizer's `model_max_length`.
         tokens: Take only the first blocks, as many as this number of tokens fills. Default: all.
@@ -165,8 +163,8 @@ def token_blocks(
             of text; not called where the cache has the tokens.
 
     Raises:
-        TextError: A glob matches no file, a file is not UTF-8, a row is not text, or there are fewer tokens than a
-            block or than `tokens`.
+        TextError: A pattern matches no file, a str is the name of a file, a file is not UTF-8, a row is not text, or
+            there are fewer tokens than a block or than `tokens`.
         ConfigError: `seq_len`, `tokens` or `workers` is out of its range, or the dataset has no column `"text"`.
         StorageError: The cache cannot be written.
         OSError: A file cannot be read.
@@ -176,8 +174,12 @@ def token_blocks(
     6 seconds, and 0.3 when they are in the cache.
 
     Example:
-        >>> blocks = token_blocks("books/*.txt", tokenizer, 1024)  # doctest: +SKIP
-        >>> first_stage, second_stage = blocks.section(0, 400), blocks.section(400, 400)  # doctest: +SKIP
+        >>> from transformers import AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> blocks = token_blocks(Path("tests/data/tiny-gpt2/*.txt"), tokenizer, 128, tokens=12_800)
+        >>> first_stage, second_stage = blocks.section(0, 40), blocks.section(40, 60)
+        >>> len(first_stage), second_stage.tokens, blocks[0]["input_ids"].shape
+        (40, 7680, torch.Size([128]))
     """
     if seq_len < 2:
         raise ConfigError(f"seq_len: expected at least 2, got {seq_len}")
@@ -188,7 +190,7 @@ def token_blocks(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected at least 1, got {workers}")
     encoder = Encoder(tokenizer)
-    source = open_texts(texts)
+    source = open_texts(text)
     contents = Contents()
     for _ in contents.watch(documents(source, encoder.end_text)):
         pass
@@ -210,7 +212,12 @@ def token_blocks(
 
 
 def _write_tokens(
-    file: WholeFile, source: Any, contents: Contents, encoder: Encoder, workers: int | None, progress: ProgressOption
+    file: WholeFile,
+    source: Iterable[str],
+    contents: Contents,
+    encoder: Encoder,
+    workers: int | None,
+    progress: ProgressOption,
 ) -> None:
     count = done = 0
     again = Contents()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -16,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TextError
-from .text import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,41 +93,8 @@ class Encoder:
         return ids.astype(self.dtype)
 
 
-def open_texts(texts: Any) -> Any:
-    """What `documents` reads: the list of files that `texts` names, or the dataset that it is.
-
-    Raises:
-        TextError: A glob matches no file, or `texts` names none.
-        ConfigError: The dataset has no column `"text"`.
-    """
-    columns = getattr(texts, "column_names", None)
-    if columns is not None:
-        if "text" not in columns or isinstance(columns, dict):
-            raise ConfigError(f'expected a dataset with a column "text", got the columns or splits {list(columns)}')
-        return texts.select_columns(["text"])
-    entries: list[Any] = [texts] if isinstance(texts, str | os.PathLike) else list(texts)
-    files: list[str] = []
-    for entry in [os.fspath(entry) for entry in entries]:
-        if os.path.exists(entry) or not glob.has_magic(entry):
-            files.append(entry)
-            continue
-        found = sorted(name for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
-        if not found:
-            raise TextError(f"{entry}: no file matches")
-        files += found
-    if not files:
-        raise TextError("there are no texts")
-    return files
-
-
-def documents(source: Any, end_text: str | None) -> Iterator[str]:
-    """Yields what stands between the end-of-text tokens of every file or row, but for mere white space.
-
-    Raises:
-        TextError: A file is not UTF-8, or a row is not text.
-        OSError: A file cannot be read.
-    """
-    texts = (read_text(path) for path in source) if isinstance(source, list) else _rows(source)
+def documents(texts: Iterable[str], end_text: str | None) -> Iterator[str]:
+    """Yields what stands between the end-of-text tokens of every text, but for mere white space."""
     for text in texts:
         yield from (part for part in split_document(text, end_text) if part.strip())
 
@@ -137,16 +102,6 @@ def documents(source: Any, end_text: str | None) -> Iterator[str]:
 def split_document(text: str, end_text: str | None) -> list[str]:
     """What stands between the end-of-text tokens."""
     return text.split(end_text) if end_text else [text]
-
-
-def _rows(dataset: Any) -> Iterator[str]:
-    number = 0
-    for rows in dataset.iter(batch_size=1000):
-        for text in rows["text"]:
-            if not isinstance(text, str):
-                raise TextError(f'row {number} of the dataset: expected a string as "text", got {type(text).__name__}')
-            yield text
-            number += 1
 
 
 def encoded(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, Objective, one_of
 from ..config.specs import KroneckerSpec, MatrixSpec
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils.progress import ProgressOption, reporter
@@ -25,9 +26,9 @@ def decompose(
     spec: KroneckerSpec,
     *,
     moment: MomentOption = None,
-    objective: str = "auto",
-    effort: str = "balanced",
-    seed: int = 0,
+    objective: Objective = "auto",
+    effort: Effort = DEFAULT_EFFORT,
+    seed: int = DEFAULT_SEED,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> KroneckerDecomposition: ...
@@ -40,9 +41,9 @@ def decompose(
     *,
     budget: float | int | None = None,
     moment: MomentOption = None,
-    objective: str = "auto",
-    effort: str = "balanced",
-    seed: int = 0,
+    objective: Objective = "auto",
+    effort: Effort = DEFAULT_EFFORT,
+    seed: int = DEFAULT_SEED,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> Decomposition: ...
@@ -54,9 +55,9 @@ def decompose(
     *,
     budget: float | int | None = None,
     moment: MomentOption = None,
-    objective: str = "auto",
-    effort: str = "balanced",
-    seed: int = 0,
+    objective: Objective = "auto",
+    effort: Effort = DEFAULT_EFFORT,
+    seed: int = DEFAULT_SEED,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> Decomposition:
@@ -94,11 +95,14 @@ def decompose(
     True
     >>> x = np.random.default_rng(1).standard_normal((1000, 64)) * np.linspace(0.1, 2, 64)
     >>> decompose(w, budget=0.5, moment=x.T @ x / 1000, effort="fast")
-    LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.2...)
+    LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.1...)
     """
     matrix = _as_matrix(w)
     if (spec is None) == (budget is None):
-        raise ConfigError("decompose takes either a spec or a budget")
+        raise ConfigError(
+            "decompose: expected either a spec or a budget, got " + ("neither" if spec is None else "both")
+        )
+    one_of("effort", effort, EFFORTS)
     rows, columns = matrix.shape
     given = moment if isinstance(moment, tuple) else (moment, None)
     arrays = as_moment(given[0], rows, "input moment"), as_moment(given[1], columns, "output moment")
@@ -158,8 +162,8 @@ def find_permutation(
     w: ArrayLike,
     spec: KroneckerSpec,
     *,
-    effort: str = "balanced",
-    seed: int = 0,
+    effort: Effort = DEFAULT_EFFORT,
+    seed: int = DEFAULT_SEED,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
@@ -173,6 +177,7 @@ def find_permutation(
     >>> sorted(p.tolist()) == list(range(8)), 0 < lost_energy < 1
     (True, True)
     """
+    one_of("effort", effort, EFFORTS)
     matrix = _as_matrix(w)
     with reporter(progress, "find_permutation") as callback:
         return _core.find_permutation(matrix, spec.block, spec.rank, spec.permute, effort, seed, threads, callback)

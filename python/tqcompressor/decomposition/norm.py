@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..config.choices import OBJECTIVES, Objective, one_of
 from ..errors import ConfigError, DtypeError, ShapeError
 
-OBJECTIVES = ("auto", "frobenius", "diagonal", "second_moment", "sensitivity")
 Moments: TypeAlias = tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]
 
 
-def moments_for(objective: str, input_moment: Any, output_moment: Any) -> Moments:
+def moments_for(objective: Objective, input_moment: Any, output_moment: Any) -> Moments:
     """The moments `(C_in, C_out)` that an objective takes into account.
 
     The error of an approximation is `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`. "frobenius" takes neither, "diagonal" the
@@ -21,8 +21,7 @@ def moments_for(objective: str, input_moment: Any, output_moment: Any) -> Moment
     gradients at the outputs; "auto" takes all that there is. Raises `ConfigError` for another name, or where what an
     objective needs is not there.
     """
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    one_of("objective", objective, OBJECTIVES)
     if objective == "frobenius":
         return None, None
     missing = {"diagonal": input_moment is None, "second_moment": input_moment is None}

@@ -109,7 +109,7 @@ def distill(
     Source: arXiv 2401.16367 (the stages); arXiv 1503.02531 (the losses).
 
     Example:
-        >>> report = distill("gpt2", texts="openwebtext/*.txt", out="gpt2-81m")  # doctest: +SKIP
+        >>> report = distill("gpt2", texts=Path("openwebtext/*.txt"), out="gpt2-81m")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
     training = training or TrainingConfig()

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..config.choices import Effort
 from ..config.recipes import RECIPES, resolve_config
 from ..config.specs import KroneckerSpec, check_keys
 from ..config.tq_config import TQConfig
@@ -87,7 +88,7 @@ class StagedRecipe:
             ends.append(round(blocks * done / total))
         return [range(begin, end) for begin, end in pairwise(ends)]
 
-    def replace(self, effort: str | None = None, seed: int | None = None) -> StagedRecipe:
+    def replace(self, effort: Effort | None = None, seed: int | None = None) -> StagedRecipe:
         """The same with another effort or seed of the permutation searches, in all stages."""
         return StagedRecipe(
             tuple(Stage(s.name, s.config.replace(effort=effort, seed=seed), s.share) for s in self.stages)
@@ -122,9 +123,11 @@ class StagedRecipe:
         return cls.from_dict(data)
 
 
-_EMBEDDING_HALVED = TQConfig({"wte": KroneckerSpec(block=(1, 2), rank=1, permute="columns")})
-_ODD_FEED_FORWARD = TQConfig({name: spec for name, spec in RECIPES["tq-81m"].specs.items() if name != "wte"})
-_EMBEDDING_QUARTERED = TQConfig({"wte": RECIPES["tq-81m"].specs["wte"]})
+_EMBEDDING_HALVED = TQConfig({"wte": KroneckerSpec(block=(1, 2), rank=1, permute="columns")}, effort="balanced")
+_ODD_FEED_FORWARD = RECIPES["tq-81m"].replace(
+    specs={name: spec for name, spec in RECIPES["tq-81m"].specs.items() if name != "wte"}
+)
+_EMBEDDING_QUARTERED = RECIPES["tq-81m"].replace(specs={"wte": RECIPES["tq-81m"].specs["wte"]})
 STAGED_RECIPES: Mapping[str, StagedRecipe] = MappingProxyType(
     {
         # The published schedule (arXiv 2401.16367): the embedding to half of its width, the feed-forward matrices of

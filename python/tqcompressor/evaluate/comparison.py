@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..utils.progress import ProgressOption
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: str | PathLike[str],
     *,
     name: str = "model",
-    passages: Sequence[str] | None = None,
+    passages: Sequence[str] | PathLike[str] | None = None,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -41,10 +42,10 @@ def compare(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: str | PathLike[str],
     *,
     names: tuple[str, str] = ("student", "teacher"),
-    passages: Sequence[str] | None = None,
+    passages: Sequence[str] | PathLike[str] | None = None,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
@@ -56,16 +57,22 @@ def compare(
         student: The compressed model. It shares the teacher's tokenizer.
         teacher: The model that it was compressed from.
         tokenizer: The tokenizer of both.
-        text: What to compute the `perplexity` on.
+        text: What the `perplexity` is of: a str is the text itself, a `pathlib.Path` is a UTF-8 file.
         names: The names of the rows, the student's first.
-        passages: If given, `last_word_accuracy` is measured on them too.
+        passages: What `last_word_accuracy` is measured on; None leaves it out.
         context: As in `perplexity`.
         stride: As in `perplexity`.
         batch_size: As in `perplexity`.
         progress: As in `perplexity`.
 
     Example:
-        >>> print(compare(student, teacher, tokenizer, read_text("heldout.txt")))  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> teacher = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> student = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2").float()
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> table = compare(student, teacher, tokenizer, "He looked at her, and she looked at the door.")
+        >>> [(row.name, row.bytes) for row in table.rows]
+        [('student', 21157888), ('teacher', 10578944)]
     """
     return Comparison(
         tuple(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
+from ..data.text import one_text, open_passages
 from ..errors import ConfigError, MissingDependencyError
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import evaluating
@@ -25,7 +27,7 @@ _LOGITS_PER_BATCH = 1 << 26
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: str | PathLike[str],
     *,
     context: int | None = None,
     stride: int | None = None,
@@ -53,7 +55,7 @@ def perplexity(
     Args:
         model: A causal language model; it is put in evaluation mode for the duration of the call.
         tokenizer: Its tokenizer.
-        text: The text as it is; see `evaluate.read_text` for files.
+        text: A str is the text itself, a `pathlib.Path` is a UTF-8 file.
         context: Longest input of the model, in tokens. Default: the model's `max_position_embeddings`.
         stride: Tokens by which the window moves, from 1 to `context`. Default: half of `context`.
         batch_size: Windows in one forward pass; results do not depend on it but for rounding. Default: as many as keep
@@ -68,10 +70,15 @@ def perplexity(
     Cost: about `N · context / stride` token positions through the model.
 
     Example:
-        >>> result = perplexity(model, tokenizer, read_text("wiki.test.raw"), stride=512)  # doctest: +SKIP
-        >>> print(result.perplexity, result.bits_per_byte)  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("tests/data/tiny-gpt2")
+        >>> tokenizer = AutoTokenizer.from_pretrained("tests/data/tiny-gpt2")
+        >>> result = perplexity(model, tokenizer, "He looked at her, and she looked at the door.")
+        >>> result.tokens, 10 < result.perplexity < 100
+        (12, True)
     """
     start = time.perf_counter()
+    text = one_text(text)
     sequence = token_sequence(tokenizer, text)
     context, stride = checked_window(_longest(model), context, stride)
     total, tokens = negative_log_likelihood(
@@ -128,7 +135,7 @@ def negative_log_likelihood(
 def last_word_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    passages: Sequence[str],
+    passages: Sequence[str] | PathLike[str],
     *,
     batch_size: int | None = None,
     progress: ProgressOption = None,
@@ -144,7 +151,7 @@ def last_word_accuracy(
     Args:
         model: A causal language model; it is put in evaluation mode for the duration of the call.
         tokenizer: Its tokenizer.
-        passages: Texts of two words or more; see `evaluate.read_passages` for files.
+        passages: Texts of two words or more, or the `pathlib.Path` of a file that `evaluate.read_passages` reads.
         batch_size: Passages in one forward pass, padded on the right under an attention mask; results do not depend on
             it but for rounding. Default: as for `perplexity`.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
@@ -159,7 +166,7 @@ def last_word_accuracy(
     torch = _import_torch()
     start = time.perf_counter()
     # Passages of one length side by side: little padding, and last words at few different positions.
-    items = last_word_items(passages, _encoder(tokenizer), _longest(model))
+    items = last_word_items(open_passages(passages), _encoder(tokenizer), _longest(model))
     batch_size = checked_batch_size(model, batch_size, len(items[0][0]))
     right, total, done = 0, 0.0, 0
     with evaluating(model), torch.inference_mode(), reporter(progress, "last words") as callback:

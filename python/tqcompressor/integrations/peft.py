@@ -65,11 +65,16 @@ def register_lora(config: LoraConfig) -> LoraConfig:
 
     To be called on the config given to `get_peft_model`, and on that given to `PeftModel.from_pretrained`:
 
-    >>> config = register_lora(LoraConfig(target_modules=["c_attn", "c_fc"]))  # doctest: +SKIP
-    >>> model = get_peft_model(compressed, config)  # doctest: +SKIP
-    >>> model.save_pretrained("adapter")  # doctest: +SKIP
-    >>> config = register_lora(LoraConfig.from_pretrained("adapter"))  # doctest: +SKIP
-    >>> model = PeftModel.from_pretrained(compressed, "adapter", config=config)  # doctest: +SKIP
+    >>> import tqcompressor
+    >>> from peft import LoraConfig, PeftModel, get_peft_model
+    >>> from transformers import AutoModelForCausalLM
+    >>> report = tqcompressor.compress_checkpoint("tests/data/tiny-gpt2", "compressed", "tq-81m", effort="fast")
+    >>> base = AutoModelForCausalLM.from_pretrained("compressed")
+    >>> model = get_peft_model(base, register_lora(LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)))
+    >>> model.save_pretrained("adapter")
+    >>> base = AutoModelForCausalLM.from_pretrained("compressed")
+    >>> config = register_lora(LoraConfig.from_pretrained("adapter"))
+    >>> model = PeftModel.from_pretrained(base, "adapter", config=config)
     """
     factored = (KroneckerLinear, LowRankLinear, MixedLinear, FusedLinear)
     config._register_custom_module(dict.fromkeys(factored, LoraKroneckerLinear))

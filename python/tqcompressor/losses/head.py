@@ -68,7 +68,7 @@ def head_distillation_loss(
 
     `student_head` may also be a factored head or embedding of any kind, whose factors get the gradients. For numpy it
     may be a `KroneckerDecomposition` of the (vocabulary, width) matrix or a tuple (A, B, p, q), and the gradients are
-    `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's multiplications; for
+    `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's MACs; for
     other blocks the dense head is formed.
 
     Computed in float32 on the CPU, whatever the dtype. Errors as for `distillation_loss`; a `NonFiniteError` names the

@@ -25,7 +25,7 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
     """Whether many rows at a time are multiplied faster by the matrix, made once, than by its factors.
 
     Making it costs as much as multiplying some 240 rows by it; the factored products move so much data between them
-    that one of their multiplications takes as long as 1.4 of a dense product. Measured on two cores, 768 × 3072, block
+    that one of their MACs takes as long as 1.4 of a dense product. Measured on two cores, 768 × 3072, block
     (2, 4), rank 4: 256 rows take 4.0 ms dense, 5.0 ms by the factors and 6.6 ms by the matrix, 1024 rows 14.5, 20.5 and
     18.9 ms; 2048 rows forward and backward 90, 225 and 98 ms.
     """
@@ -35,7 +35,7 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
 
 
 def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`x @ Σ_k A_k ⊗ B_k`, by whichever order of contraction takes fewer multiplications.
+    """`x @ Σ_k A_k ⊗ B_k`, by whichever order of contraction takes fewer MACs.
 
     With a row of `x` as the matrix `X (m1, m2)`, the result is `Y = Σ_k A_kᵀ X B_k`, flattened.
 
@@ -60,7 +60,7 @@ def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
 # part of a matrix product. Copying A (as einsum, or one product with the ranks side by side, would) costs more than
 # everything else when a single token is decoded. Measured, 768 × 3072, block (2, 4), rank 4, one token on two cores:
 # 0.10 ms against 0.37 ms with the copy, 0.58 ms by einsum and 0.15 ms dense; 512 tokens on one core: 17.6 ms against
-# 20.3 ms with a copy between the products and 15.2 ms dense (this spec saves no multiplications, rank 1 takes 5.6 ms).
+# 20.3 ms with a copy between the products and 15.2 ms dense (this spec saves no MACs, rank 1 takes 5.6 ms).
 
 
 def _contract_a_first(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def kronecker_matrix(
     Shapes: `a (rank, m1, n1)`, `b (rank, m2, n2)`, `rows (m1·m2,)` and `columns (n1·n2,)` permutations, None for the
     order as it is; the result is `(m1·m2, n1·n2)`. Gradients flow to both factors.
 
-    Cost: `rank` multiplications an entry. 768 × 3072, rank 4, both sides permuted: 2.7 ms on one core.
+    Cost: `rank` MACs an entry. 768 × 3072, rank 4, both sides permuted: 2.7 ms on one core.
     """
     if _rust_makes_it(a, b):
         matrix: torch.Tensor = _in_rust(a, b, rows, columns)
@@ -163,7 +163,7 @@ def low_rank_matmul(
     `W[:, q] = left [I right]`, `left (m, k)`, `right (k, n − k)`, and `output_permutation (n,)` is the inverse of `q`.
 
     Shapes: `x (..., m)`, the result `(..., n)`. Any floating dtype, the same for all three; autocast applies as it does
-    to `torch.matmul`. The factors may be transposed views. Cost of a row: `k · (m + n − k)` multiplications.
+    to `torch.matmul`. The factors may be transposed views. Cost of a row: `k · (m + n − k)` MACs.
     """
     rows = x.reshape(-1, x.shape[-1])
     if input_permutation is not None:

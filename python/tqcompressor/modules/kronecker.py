@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .._core import KroneckerTerm
+from ..config.choices import Permute
 from ..config.specs import KroneckerSpec
 from .base import Factors, Term, TiedFactors, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
 from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
@@ -63,7 +64,7 @@ class KroneckerFactors(Factors):
         b: NDArray[np.float32],
         p: NDArray[np.int64],
         q: NDArray[np.int64],
-        permute: str,
+        permute: Permute,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
         **options: Any,
@@ -121,7 +122,7 @@ class KroneckerLinear(KroneckerFactors):
     `output_permutation` is the inverse of `q`: `x[..., p]` goes in, `flat[..., inverse(q)]` comes out.
 
     The cost of a row is the smaller of `rank · (m1·n1·m2 + n1·m2·n2)` and `rank · (m1·m2·n2 + m1·n1·n2)`
-    multiplications. Only where that saves nothing against the dense product and there are hundreds of rows, as in
+    MACs. Only where that saves nothing against the dense product and there are hundreds of rows, as in
     training, `W` is formed for the duration of the call. Takes the place of `nn.Linear` and of transformers' `Conv1D`
     alike.
 
@@ -164,7 +165,7 @@ class KroneckerLinear(KroneckerFactors):
         b: NDArray[np.float32],
         p: NDArray[np.int64],
         q: NDArray[np.int64],
-        permute: str = "both",
+        permute: Permute = "both",
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -221,7 +222,7 @@ class KroneckerEmbedding(KroneckerFactors):
 
     Shapes: ids `(...)` to `(..., embedding_dim)`; `A (rank, num_embeddings / m2, embedding_dim / n2)`,
     `B (rank, m2, n2)`. `input_permutation` is the inverse of `p` (token `i` is row `inverse(p)[i]` of the sum) and
-    `output_permutation` the inverse of `q`. A row costs `rank · embedding_dim` multiplications.
+    `output_permutation` the inverse of `q`. A row costs `rank · embedding_dim` MACs.
 
     Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
     """
@@ -261,7 +262,7 @@ class KroneckerEmbedding(KroneckerFactors):
         b: NDArray[np.float32],
         p: NDArray[np.int64],
         q: NDArray[np.int64],
-        permute: str = "both",
+        permute: Permute = "both",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KroneckerEmbedding:
@@ -317,7 +318,7 @@ class KroneckerHead(TiedFactors, KroneckerFactors):
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. With `W[p][:, q] = Σ_k A_k ⊗ B_k`, h is gathered by
     `q`, contracted with the transposed factors and gathered by the inverse of `p`. With block (1, 4) and rank 1 the
-    logits take a quarter of the dense multiplications. `bias (num_embeddings,)` is the replaced output layer's own.
+    logits take a quarter of the dense MACs. `bias (num_embeddings,)` is the replaced output layer's own.
 
     Transformers ties parameters by name, so the head has `A` and `B` of its own that are the same tensors. Its
     permutations follow from the embedding's: they are not saved, and are derived again when the embedding's change.

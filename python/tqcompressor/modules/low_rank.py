@@ -119,7 +119,7 @@ class LowRankLinear(LowRankFactors):
     Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. With `in_features ≤ out_features`,
     `left (in_features − k, k)`, `right (k, out_features)` and `input_permutation` is `p`; otherwise
     `left (in_features, k)`, `right (k, out_features − k)` and `output_permutation` is the inverse of `q`. A row costs
-    `k · (in_features + out_features − k)` multiplications, which is less than the dense product at any rank.
+    `k · (in_features + out_features − k)` MACs, which is less than the dense product at any rank.
 
     Raises `ShapeError` unless the rank is smaller than both sides.
     """
@@ -183,7 +183,7 @@ class LowRankEmbedding(LowRankFactors):
     Shapes: ids `(...)` to `(..., embedding_dim)`. With `num_embeddings > embedding_dim`, `left (num_embeddings, k)`,
     `right (k, embedding_dim − k)` and `output_permutation` is the inverse of `q`; otherwise
     `left (num_embeddings − k, k)`, `right (k, embedding_dim)` and `input_permutation` is the inverse of `p` (where the
-    row of token `i` is). A row costs at most `k · embedding_dim` multiplications.
+    row of token `i` is). A row costs at most `k · embedding_dim` MACs.
 
     Raises `ShapeError` unless the rank is smaller than both sides.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,12 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration, merge_tied
+from ..data.text import TextOption, open_texts
 from ..data.tokenize import (
     CALIBRATION_SEQ_LEN,
     documents,
     drawn_sequences,
     encoded,
-    open_texts,
-    split_document,
     token_dtype,
 )
 from ..errors import ConfigError, TextError
@@ -47,7 +45,12 @@ class _Encoder:
 
 
 def draw_sequences(
-    runtime: _core.Runtime, tokenizer: _core.Tokenizer, text: Any, num_samples: int, seq_len: int | None, seed: int
+    runtime: _core.Runtime,
+    tokenizer: _core.Tokenizer,
+    text: TextOption,
+    num_samples: int,
+    seq_len: int | None,
+    seed: int,
 ) -> NDArray[np.int64]:
     """The sequences `(num_samples, seq_len)` that `calibrate` draws from the same text with the same seed."""
     longest = runtime.context
@@ -55,12 +58,7 @@ def draw_sequences(
     if not 2 <= length <= longest:
         raise ConfigError(f"seq_len: expected 2 to {longest} (the model's positions), got {length}")
     encoder: Any = _Encoder(tokenizer, runtime.vocab_size)
-    given = [text] if isinstance(text, str) else text
-    parts: Iterator[str]
-    if isinstance(given, Sequence) and all(isinstance(document, str) for document in given):
-        parts = (part for document in given for part in split_document(document, encoder.end_text) if part.strip())
-    else:
-        parts = documents(open_texts(text), encoder.end_text)
+    parts = documents(open_texts(text), encoder.end_text)
     return drawn_sequences([tokens for tokens, _ in encoded(parts, encoder, None)], length, num_samples, seed)
 
 

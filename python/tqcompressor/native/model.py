@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, overload
+from os import PathLike
+from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration
+from ..data.text import TextOption, one_text, open_passages
 from ..errors import ShapeError, TextError
 from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exponential
 from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
@@ -31,8 +33,9 @@ class NativeModel:
     the same results, and Python threads may share a model.
 
     Example:
-        >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2", threads=2)  # doctest: +SKIP
-        >>> model.generate("He looked at", max_new_tokens=20)  # doctest: +SKIP
+        >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2", threads=2)
+        >>> model.generate("He looked at", max_new_tokens=3)
+        ' the door.'
     """
 
     def __init__(self, directory: str, runtime: _core.Runtime) -> None:
@@ -269,7 +272,7 @@ class NativeModel:
 
     def perplexity(
         self,
-        text: str,
+        text: str | PathLike[str],
         *,
         context: int | None = None,
         stride: int | None = None,
@@ -280,7 +283,7 @@ class NativeModel:
         `perplexity = exp(−(1/N) Σ_i ln p(t_i | the tokens before t_i in its window))`
 
         Args:
-            text: The text as it is; see `evaluate.read_text` for files.
+            text: A str is the text itself, a `pathlib.Path` is a UTF-8 file.
             context: Longest input, in tokens. Default: the model's.
             stride: Tokens by which the window moves, from 1 to `context`. Default: half of `context`.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
@@ -293,6 +296,7 @@ class NativeModel:
         Cost: about `N · context / stride` token positions through the model.
         """
         start = time.perf_counter()
+        text = one_text(text)
         sequence = tokens_to_score(text, self.encode, self._begin())
         context, stride = checked_window(self.context, context, stride)
         parts = list(windows(len(sequence) - 1, context, stride))
@@ -307,11 +311,13 @@ class NativeModel:
                     report(done, len(sequence) - 1)
         return perplexity_result(text, total, done, context, stride, time.perf_counter() - start)
 
-    def last_word_accuracy(self, passages: Sequence[str], *, progress: ProgressOption = None) -> LastWordResult:
+    def last_word_accuracy(
+        self, passages: Sequence[str] | PathLike[str], *, progress: ProgressOption = None
+    ) -> LastWordResult:
         """LAMBADA's task, by the rules of `evaluate.last_word_accuracy`: how well the model finds last words.
 
         Args:
-            passages: Texts of two words or more; see `evaluate.read_passages` for files.
+            passages: Texts of two words or more, or the `pathlib.Path` of a file that `evaluate.read_passages` reads.
             progress: As in `perplexity`.
 
         Raises:
@@ -319,7 +325,7 @@ class NativeModel:
             CheckpointError: As `encode`.
         """
         start = time.perf_counter()
-        items = last_word_items(passages, self.encode, self.context)
+        items = last_word_items(open_passages(passages), self.encode, self.context)
         right, total, done = 0, 0.0, 0
         with reporter(progress, "last words") as report:
             for batch in batches(items, lambda item: len(item[0])):
@@ -335,7 +341,7 @@ class NativeModel:
 
     def calibrate(
         self,
-        text: Any,
+        text: TextOption,
         *,
         num_samples: int = 128,
         seq_len: int | None = None,
@@ -349,8 +355,8 @@ class NativeModel:
         torch. Gradients, which say how much the model minds its outputs, need torch.
 
         Args:
-            text: A string is the text itself, a list of strings are documents, and everything else is read as
-                `token_blocks` does: a `pathlib.Path` or a list of them.
+            text: A str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds either, and a
+                `datasets.Dataset` has a column `"text"`.
             num_samples: Sequences drawn from the text.
             seq_len: Tokens of a sequence. Default: 128, or the model's context if that is shorter.
             seed: Of the sequences that are drawn.
@@ -363,11 +369,13 @@ class NativeModel:
             NonFiniteError: The model computes NaN or an infinity.
             CheckpointError: As `encode`.
 
-        Cost: a forward pass over the sequences, and `m²` multiplications a token and layer of `m` inputs.
+        Cost: a forward pass over the sequences, and `m²` MACs a token and layer of `m` inputs.
 
         Example:
-            >>> calibration = model.calibrate(pathlib.Path("books/train.txt"))  # doctest: +SKIP
-            >>> calibration.save("calibration.safetensors")  # doctest: +SKIP
+            >>> from pathlib import Path
+            >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2")
+            >>> model.calibrate(Path("tests/data/tiny-gpt2/heldout.txt"), num_samples=2)
+            Calibration(19 moments of inputs of a gpt2, over 256 tokens)
 
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
@@ -376,10 +384,10 @@ class NativeModel:
 
     def score(
         self,
-        text: str,
+        text: str | PathLike[str],
         *,
         name: str = "model",
-        passages: Sequence[str] | None = None,
+        passages: Sequence[str] | PathLike[str] | None = None,
         context: int | None = None,
         stride: int | None = None,
         progress: ProgressOption = None,

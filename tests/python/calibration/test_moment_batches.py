@@ -61,8 +61,8 @@ def test_blocks_have_the_special_tokens_of_an_input(tmp_path):
 def test_errors_of_the_text(tmp_path):
     model, tokenizer = tiny_gpt2()
     for text, options, error, message in (
-        ("short", {}, TextError, r"expected 128 blocks of 128 tokens, got a text of \d+ tokens: 0"),
-        ("", {}, TextError, "expected 128 blocks"),
+        ("short", {}, TextError, r"expected 128 sequences of 128 tokens, got a text of \d+ tokens: 0"),
+        ("", {}, TextError, "expected 128 sequences"),
         (None, {}, ConfigError, "text: a tokenizer needs a text"),
         ("a" * 999, {"num_samples": 0}, ConfigError, "num_samples: expected at least 1, got 0"),
         ("a" * 999, {"seq_len": 1}, ConfigError, "seq_len: expected 2 to 128"),

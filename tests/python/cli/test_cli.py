@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tqcompressor import Calibration, __version__
+from tqcompressor import Calibration, CompressionReport, __version__, inspect
 from tqcompressor.cli import main as cli
 from tqcompressor.errors import ConvergenceError, MissingDependencyError, StorageError
 
@@ -57,10 +57,21 @@ def test_inspect_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_inspect_as_json(capsys):
-    assert cli.main(["inspect", str(TINY), "--json"]) == 0
+    assert cli.main(["inspect", str(TINY), "--recipe", "tq-81m", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["parameters_before"], plan["parameters_after"]) == (PARAMETERS, AFTER)
     assert "wte" in [matrix["name"] for matrix in plan["matrices"]]
+
+
+def test_inspect_lists_the_matrices_of_a_dense_checkpoint(capsys):
+    assert cli.main(["inspect", str(TINY)]) == 0
+    table = capsys.readouterr().out
+    assert line_of(table, "wte") == ["wte", "8192×256", "2,097,152"]
+    assert line_of(table, "total") == ["total", f"{PARAMETERS:,}"] and "block" not in table
+    assert cli.main(["inspect", str(TINY), "--json"]) == 0
+    found = CompressionReport.from_dict(json.loads(capsys.readouterr().out))
+    assert found == inspect(TINY) and found.parameters_before == found.parameters_after == PARAMETERS
+    assert all(matrix.spec is None for matrix in found.matrices) and found.effort is None
 
 
 def test_inspect_of_a_compressed_checkpoint_shows_what_was_done(compressed, capsys):
@@ -143,9 +154,9 @@ def test_inspect_shows_how_a_budget_is_spent(calibration, capsys):
     assert "low rank" in plain and "in the norm of the calibration" in calibrated
     data = json.loads(text)
     assert 0.995 * 0.65 < data["parameters_after"] / PARAMETERS <= 0.65
-    assert line_of(calibrated, "total")[1:3] == [f"{PARAMETERS:,}", f"{data['parameters']:,}"]
+    assert line_of(calibrated, "total")[1:3] == [f"{PARAMETERS:,}", f"{data['parameters_after']:,}"]
     matrix = data["matrices"][0]
-    assert matrix["name"] == "wte" and f"{matrix['parameters']:,}" in line_of(calibrated, "wte")
+    assert matrix["name"] == "wte" and f"{matrix['parameters_after']:,}" in line_of(calibrated, "wte")
     assert data["config"]["specs"]["wte"] == matrix["spec"]
 
 
@@ -222,6 +233,7 @@ def test_evaluate_beside_the_teacher(compressed, tmp_path, capsys):
         (["compress", str(TINY), "--config", "none-such.json", "--out", "out"], "none-such.json"),
         (["compress", "none-such-directory", "--recipe", "tq-81m", "--out", "out"], "none-such-directory"),
         (["inspect", "none-such-directory"], "none-such-directory"),
+        (["compress", str(TINY), "--out", "out"], "expected a config"),
         (["compress", str(TINY), "--budget", "much", "--out", "out"], "budget must be a share"),
         (["compress", str(TINY), "--budget", "0.001", "--out", "out"], "already"),
         (["compress", str(TINY), "--budget", "0.5", "--calibration", "none-such", "--out", "out"], "none-such"),
@@ -257,7 +269,6 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkey
     [
         [],
         ["distill"],
-        ["compress", str(TINY), "--out", "out"],
         ["compress", str(TINY), "--recipe", "tq-81m"],
         ["compress", str(TINY), "--recipe", "tq-81m", "--config", "x.json", "--out", "out"],
         ["compress", str(TINY), "--recipe", "tq-81m", "--budget", "0.5", "--out", "out"],
@@ -312,7 +323,7 @@ def test_version(capsys):
 def test_the_installed_command_runs():
     command = Path(sys.executable).with_name("tqcompressor")
     run = subprocess.run([command, "inspect", str(TINY)], capture_output=True, text=True)
-    assert run.returncode == 0 and f"{AFTER:,}" in run.stdout, run.stderr
+    assert run.returncode == 0 and f"{PARAMETERS:,}" in run.stdout, run.stderr
 
 
 def test_a_closed_pipe_is_no_traceback():

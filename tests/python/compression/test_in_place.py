@@ -220,8 +220,10 @@ def test_configs_that_do_not_fit(specs, error, message):
 
 def test_models_that_cannot_be_compressed():
     with pytest.raises(ConfigError, match="Linear is not a model of transformers"):
-        compress(nn.Linear(3, 3))
+        compress(nn.Linear(3, 3), CONFIG)
     model = tiny_model()
+    with pytest.raises(ConfigError, match=r"a recipe such as .* or budget=…, got neither"):
+        compress(model)
     compress(model, CONFIG)
     with pytest.raises(ConfigError, match="already"):
         compress(model, CONFIG)

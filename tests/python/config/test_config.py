@@ -3,9 +3,11 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tqcompressor import compress_checkpoint, decompose, find_permutation
 from tqcompressor.config import RECIPES, TQConfig, resolve_config
 from tqcompressor.config.specs import KroneckerSpec, LowRankSpec, MixedSpec, spec_from_dict
 from tqcompressor.errors import ConfigError, ShapeError
@@ -153,11 +155,11 @@ def test_specs_are_values():
 )
 def test_a_config_that_cannot_be_followed(changes, message):
     with pytest.raises(ConfigError, match=message):
-        TQConfig.from_dict({**TQConfig().to_dict(), **changes})
+        TQConfig.from_dict({**RECIPES["tq-81m"].to_dict(), **changes})
 
 
 def test_a_newer_format_is_named_before_its_keys_are_judged():
-    newer = {**TQConfig().to_dict(), "format_version": 3, "new_key": 1}
+    newer = {**RECIPES["tq-81m"].to_dict(), "format_version": 3, "new_key": 1}
     with pytest.raises(ConfigError, match=r"newer tqcompressor \(format 3\), this one reads up to 2: upgrade"):
         TQConfig.from_dict(newer)
 
@@ -174,38 +176,40 @@ def test_only_what_the_first_format_cannot_say_is_written_in_the_second():
         assert config.to_dict()["format_version"] == config.format_version == version
     # Either is read whatever it says.
     for version in (1, 2):
-        assert TQConfig.from_dict({**TQConfig().to_dict(), "format_version": version}) == TQConfig()
+        recipe = RECIPES["tq-81m"]
+        assert TQConfig.from_dict({**recipe.to_dict(), "format_version": version}) == recipe
 
 
 def test_missing_effort_and_seed_take_the_defaults():
     config = TQConfig.from_dict({"specs": {"wte": {"block": [1, 4], "rank": 1}}})
-    assert (config.effort, config.seed, config.specs["wte"].permute) == ("balanced", 0, "both")
+    assert (config.effort, config.seed, config.specs["wte"].permute) == ("fast", 0, "both")
     with pytest.raises(ConfigError, match="specs"):
         TQConfig.from_dict({"effort": "fast"})
 
 
-def test_the_default_is_the_published_recipe():
-    config = TQConfig()
-    assert config == TQConfig.from_recipe("tq-81m") == TQConfig(None)
+def test_a_recipe_has_the_published_size():
+    config = RECIPES["tq-81m"]
+    assert config == resolve_config("tq-81m") and config.effort == "balanced"
     # GPT-2 small: 124,439,808 parameters before, 81,336,388 after (arXiv 2401.16367).
     wte, c_fc, c_proj = config.specs.values()
     saved = 50257 * 768 - wte.parameters(50257, 768)
     saved += 6 * (2 * 768 * 3072 - c_fc.parameters(768, 3072) - c_proj.parameters(3072, 768))
     assert 124_439_808 - saved == 81_336_388
     with pytest.raises(ConfigError, match="tq-81m"):
-        TQConfig.from_recipe("tq-82m")
+        resolve_config("tq-82m")
 
 
 def test_replace_leaves_out_what_is_none():
-    config = TQConfig().replace(effort="fast", seed=None)
-    assert (config.effort, config.seed, config.specs) == ("fast", 0, TQConfig().specs)
-    assert config != TQConfig()
+    recipe = RECIPES["tq-81m"]
+    config = recipe.replace(effort="fast", seed=None)
+    assert (config.effort, config.seed, config.specs) == ("fast", 0, recipe.specs)
+    assert config != recipe
     with pytest.raises(ConfigError, match="speed"):
         config.replace(speed=1)
 
 
 def test_equality_ignores_the_order_of_specs_as_transformers_sorts_them():
-    specs = TQConfig().specs
+    specs = RECIPES["tq-81m"].specs
     assert TQConfig(dict(reversed(specs.items()))) == TQConfig(specs)
 
 
@@ -223,12 +227,11 @@ def test_every_form_of_a_config_is_resolved(tmp_path):
     for given_config in (config, config.to_dict(), file, str(file)):
         assert resolve_config(given_config) == config
         assert resolve_config(given_config, effort="best", seed=None) == config.replace(effort="best")
-    assert resolve_config(None) == TQConfig()
     for name, recipe in RECIPES.items():
         assert resolve_config(name) == recipe
 
 
-@pytest.mark.parametrize("bad", ["tq-82m", "no/such/file.json", 3, ["wte"]])
+@pytest.mark.parametrize("bad", [None, "tq-82m", "no/such/file.json", 3, ["wte"]])
 def test_what_is_no_config_is_refused(bad):
     with pytest.raises(ConfigError):
         resolve_config(bad)
@@ -239,3 +242,26 @@ def test_a_bad_file_is_named(tmp_path):
     file.write_text("{")
     with pytest.raises(ConfigError, match=r"broken\.json"):
         resolve_config(file)
+
+
+@pytest.mark.parametrize("bad", [None, "heroic", 3, ["fast"]], ids=repr)
+def test_what_is_none_of_the_choices_is_refused_by_name(bad):
+    w, spec = np.ones((4, 4), np.float32), KroneckerSpec((2, 2), 1)
+    with pytest.raises(ConfigError, match='permute: expected "none", "rows", "columns" or "both", got'):
+        KroneckerSpec((2, 2), 1, permute=bad)
+    for call in (
+        lambda: TQConfig({"wte": spec}, effort=bad),
+        lambda: decompose(w, spec, effort=bad),
+        lambda: find_permutation(w, spec, effort=bad),
+    ):
+        with pytest.raises(ConfigError, match='effort: expected "fast", "balanced" or "best", got'):
+            call()
+    with pytest.raises(ConfigError, match='objective: expected "auto", '):
+        decompose(w, spec, objective=bad)
+
+
+def test_neither_config_nor_budget_is_an_error_that_names_both(tmp_path):
+    with pytest.raises(ConfigError, match=r'a recipe such as "tq-81m".* or budget=…, got neither'):
+        compress_checkpoint("in", tmp_path / "out")
+    with pytest.raises(ConfigError, match="got both"):
+        compress_checkpoint("in", tmp_path / "out", "tq-81m", budget=0.5)

@@ -3,6 +3,7 @@
 import glob
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tqcompressor import errors, token_blocks
 from tqcompressor.data import tokenize
+from tqcompressor.data.text import one_text, open_passages, open_texts
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -103,10 +105,11 @@ def test_globs_are_sorted_and_lists_keep_their_order(tokenizer, tmp_path):
     (deep,) = write(tmp_path / "in" / "deep", three="Three is deep.")
     expected = {path: oracle(tokenizer, [path.read_text()]) for path in (one, two, deep)}
     for given_texts, order in [
-        (str(tmp_path / "in" / "*.txt"), [one, two]),
         (tmp_path / "in" / "*.txt", [one, two]),
-        (str(tmp_path / "in" / "**" / "*.txt"), [deep, one, two]),
-        ([two, str(tmp_path / "in" / "deep" / "*")], [two, deep]),
+        (tmp_path / "in" / "**" / "*.txt", [deep, one, two]),
+        ([two, tmp_path / "in" / "deep" / "*"], [two, deep]),
+        ("First one.", [one]),
+        ([two, "First one.", deep], [two, one, deep]),
         ((two, one), [two, one]),
     ]:
         tokens = [token for path in order for token in expected[path]]
@@ -165,14 +168,14 @@ def test_no_threads_are_left_behind(tmp_path):
     (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
     run_script(
         """
-        import os, sys, time
+        import os, pathlib, sys, time
         import transformers
         from tqcompressor import token_blocks
 
         del os.environ["TOKENIZERS_PARALLELISM"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
         before = len(os.listdir("/proc/self/task"))
-        token_blocks(sys.argv[2], tokenizer, 64, workers=2)
+        token_blocks(pathlib.Path(sys.argv[2]), tokenizer, 64, workers=2)
         # The system forgets a thread a moment after it was joined.
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/self/task")) > before and time.monotonic() < deadline:
@@ -233,15 +236,19 @@ def test_fingerprints_tell_apart_what_differs(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("texts", "error", "words"),
     [
-        ("in/none*.txt", errors.TextError, ["none*.txt", "no file matches"]),
-        (["in/good.txt", "in/**/*.md"], errors.TextError, ["*.md", "no file matches"]),
+        (Path("in/none*.txt"), errors.TextError, ["none*.txt", "no file matches"]),
+        ([Path("in/good.txt"), Path("in/**/*.md")], errors.TextError, ["*.md", "no file matches"]),
         ([], errors.TextError, ["no texts"]),
-        ("in/latin.txt", errors.TextError, ["latin.txt", "not UTF-8 at byte 3"]),
-        (["in/good.txt", "in/latin.txt"], errors.TextError, ["latin.txt"]),
-        ("in/blank.txt", errors.TextError, ["white space"]),
-        ("in/short.txt", errors.TextError, ["has 3", "128"]),
-        ("in/missing.txt", FileNotFoundError, ["missing.txt"]),
-        ("in", IsADirectoryError, ["in"]),
+        (Path("in/latin.txt"), errors.TextError, ["latin.txt", "not UTF-8 at byte 3"]),
+        ([Path("in/good.txt"), Path("in/latin.txt")], errors.TextError, ["latin.txt"]),
+        (Path("in/blank.txt"), errors.TextError, ["white space"]),
+        (Path("in/short.txt"), errors.TextError, ["has 3", "128"]),
+        (Path("in/missing.txt"), FileNotFoundError, ["missing.txt"]),
+        (Path("in"), IsADirectoryError, ["in"]),
+        ("in/good.txt", errors.TextError, ["name of a file", "pathlib.Path('in/good.txt')"]),
+        (["words", "in/*.txt"], errors.TextError, ["name of a file", "pathlib.Path('in/*.txt')"]),
+        (3, errors.ConfigError, ["text", "got int"]),
+        ([b"words"], errors.ConfigError, ["text", "got bytes"]),
     ],
 )
 def test_texts_that_cannot_be_used(tokenizer, cache, tmp_path, monkeypatch, tokenised, texts, error, words):
@@ -253,7 +260,7 @@ def test_texts_that_cannot_be_used(tokenizer, cache, tmp_path, monkeypatch, toke
     for word in words:
         assert word in str(caught.value).replace("have", "has")
     # Found before hours are spent on the texts before it.
-    assert tokenised == [] or "short" in texts
+    assert tokenised == [] or texts == Path("in/short.txt")
 
 
 @pytest.mark.parametrize(
@@ -276,3 +283,26 @@ def test_fewer_tokens_than_asked_for(tokenizer):
     blocks = token_blocks(HELD_OUT, tokenizer, 64)
     with pytest.raises(errors.TextError, match=f"9,999,999.*{blocks.tokens:,}"):
         token_blocks(HELD_OUT, tokenizer, 64, tokens=9_999_999)
+
+
+@pytest.mark.parametrize("text", ["What is a *word*?", "[brackets] and **/**", "in", "words " * 2000 + "*", "a\0b*"])
+def test_a_text_that_names_no_file_is_a_text(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in", good="Good words.")
+    assert list(open_texts(text)) == list(open_texts([text])) == [text]
+
+
+def test_one_text_is_one(tmp_path):
+    one, two = write(tmp_path / "in", one="First one.", two="Then two.")
+    assert one_text(one) == one_text("First one.") == one_text(tmp_path / "in" / "o*.txt") == "First one."
+    with pytest.raises(errors.TextError, match="expected one text, got 2"):
+        one_text(tmp_path / "in" / "*.txt")
+    with pytest.raises(errors.TextError, match=r"pathlib\.Path"):
+        one_text(str(two))
+
+
+def test_passages_are_a_list_or_a_file(tmp_path):
+    (file,) = write(tmp_path / "in", passages="First one.\nThen two.\n")
+    assert open_passages(file) == open_passages(["First one.", "Then two."]) == ["First one.", "Then two."]
+    with pytest.raises(errors.ConfigError, match="got str"):
+        open_passages(str(file))

@@ -79,6 +79,7 @@ def test_where_the_cache_is(tokenizer, tmp_path, monkeypatch):
 
 
 SCRIPT = """
+    import pathlib
     import sys
     import transformers
     from tqcompressor import token_blocks
@@ -90,7 +91,7 @@ SCRIPT = """
     tokenize.Encoder.__call__ = lambda self, documents: seen.append(1) or encode(self, documents)
     print("ready", flush=True)
     sys.stdin.readline()
-    blocks = token_blocks(sys.argv[2], tokenizer, 64)
+    blocks = token_blocks(pathlib.Path(sys.argv[2]), tokenizer, 64)
     print(blocks.fingerprint, int(sum(block["input_ids"].sum() for block in blocks)), bool(seen))
 """
 

@@ -149,7 +149,7 @@ def test_objectives_say_which_moments_count():
     ]:
         with pytest.raises(ConfigError, match=f"{objective!r} needs the input"):
             decompose(w, spec, moment=moment, objective=objective)
-    with pytest.raises(ConfigError, match="objective must be one of"):
+    with pytest.raises(ConfigError, match='objective: expected "auto"'):
         decompose(w, spec, objective="happiness")
 
 

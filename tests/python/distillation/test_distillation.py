@@ -160,7 +160,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(teacher, tmp_path, monkey
     with pytest.raises(TextError, match="not UTF-8 at byte 3"):
         run(teacher, out, texts=tmp_path / "latin.txt")
     with pytest.raises(TextError, match="no file matches"):
-        run(teacher, out, texts=str(tmp_path / "*.md"))
+        run(teacher, out, texts=tmp_path / "*.md")
     with pytest.raises(ConfigError, match="block_size"):
         run(teacher, out, training=TrainingConfig(block_size=33))
     with pytest.raises(ConfigError, match=r"h\.7"):

@@ -246,6 +246,17 @@ def test_figures_that_are_not_finite_are_null_in_json():
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["perplexity"] is None
 
 
+def test_files_are_scored_as_their_texts(trained, tokenizer, tmp_path):
+    text, passages = tmp_path / "text.txt", tmp_path / "passages.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    passages.write_text("He looked at her\n", encoding="utf-8")
+    score = evaluate.score(trained, tokenizer, text, passages=passages)
+    assert score.perplexity == evaluate.perplexity(trained, tokenizer, TEXT).perplexity
+    assert score.last_word.passages == 1
+    with pytest.raises(TextError, match=r"pathlib\.Path"):
+        evaluate.perplexity(trained, tokenizer, str(text))
+
+
 def test_read_text_keeps_the_text_as_it_is(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_bytes("\ufeff = Title = \n\r\n <unk> caf\u00e9 \x0c end".encode())
