@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TextError
+from ..utils.portable import processors
 from .text import read_text
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def encoded(
 ) -> Generator[tuple[Tokens, int], None, None]:
     """Yields the tokens of a few documents at a time, in order, and the bytes of text that they come from."""
     # A slow tokenizer runs under the interpreter's lock, and makes no promise about threads.
-    threads = (workers or len(os.sched_getaffinity(0))) if encoder.is_fast else 1
+    threads = (workers or processors()) if encoder.is_fast else 1
     pending: deque[tuple[Future[Tokens], list[str], int]] = deque()
     ahead = 0
 
