@@ -34,8 +34,8 @@ RUST = [
 PYTHON = {
     "errors": "",
     "utils": "errors",
-    "losses": "errors _core",
-    "config": "errors",
+    "losses": "errors _core utils",
+    "config": "errors utils",
     "data": "errors utils",
     "evaluate": "errors utils data",
     "decomposition": "errors _core utils config",

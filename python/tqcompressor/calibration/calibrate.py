@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..data.token_blocks import TokenBlocks
-from ..errors import ConfigError, TextError
+from ..errors import TextError
+from ..utils import validate
 from ..utils.batching import measured_together
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, Report, reporter
@@ -94,8 +95,9 @@ def calibrate(
     Source: second moments of inputs, Wang et al., *SVD-LLM*, arXiv 2403.07378; of both sides, Martens & Grosse,
     arXiv 1503.05671.
     """
-    if samples is not None and samples < 1:
-        raise ConfigError(f"samples: expected at least 1, got {samples}")
+    seed = validate.seed(seed)
+    if samples is not None:
+        samples = validate.integer("samples", samples, 1)
     batches = batches_of(model, tokenizer_or_batches, text, blocks=blocks, block_length=block_length, seed=seed)
     with reporter(progress, "calibrate") as report:
         found = measure(

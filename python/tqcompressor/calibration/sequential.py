@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
+from ..utils import validate
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
@@ -79,6 +80,7 @@ def calibrate_layers(
     Source: fitting each layer to the outputs of the compressed ones before it is the order of Frantar et al., *GPTQ*,
     arXiv 2210.17323.
     """
+    seed = validate.seed(seed)
     batches = batches_of(model, tokenizer_or_batches, text, blocks=blocks, block_length=block_length, seed=seed)
     if original is not None:
         for unit in units(model):

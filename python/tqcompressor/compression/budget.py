@@ -16,6 +16,7 @@ from ..config.specs import KroneckerSpec, MatrixSpec
 from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments, moments_for
 from ..errors import ConfigError
+from ..utils import validate
 
 Budget: TypeAlias = float | int | str
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b|b)?", re.IGNORECASE)
@@ -48,6 +49,9 @@ class Spending:
     max_multiplies: float | None = None
     effort: str = "fast"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        validate.seed(self.seed)
 
 
 def meaning(budget: Budget) -> str:

@@ -14,7 +14,8 @@ from ..config.recipes import resolve_config
 from ..config.specs import KroneckerSpec
 from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..decomposition.norm import Moments
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
+from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
@@ -94,8 +95,7 @@ def compress_checkpoint(
         >>> report = compress_checkpoint("gpt2", "gpt2-tq", "tq-81m", effort="fast")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    if threads is not None and (isinstance(threads, bool) or threads < 1):
-        raise ConfigError(f"threads must be at least 1, got {threads!r}")
+    threads = validate.threads(threads)
     check_options(config, budget, matrices, max_multiplies)
     most = byte_count(max_shard_size)
     # torch's dtypes are welcome, too: "torch.float16".
@@ -105,7 +105,8 @@ def compress_checkpoint(
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
     else:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        seed = 0 if seed is None else seed
+        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed)
         resolved = plan_checkpoint(directory, spending, threads=threads, progress=progress, dtype=stored).config
     moments = []
     if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):

@@ -28,6 +28,7 @@ from ..modules.base import Term
 from ..modules.build import CompressedModule
 from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
+from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
 from .budget import Budget, Spending, calibrated, check_options, moments_of
 from .model_plan import matrix_of, plan_budget, plan_model, resolved_plan
@@ -103,12 +104,14 @@ def compress(
         >>> report = tqcompressor.compress(model, "tq-81m", effort="fast")  # doctest: +SKIP
     """
     require_transformers_model(model)
+    threads = validate.threads(threads)
     known = load_calibration(calibration)
     check_options(config, budget, matrices, max_multiplies)
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     if budget is not None:
-        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed or 0)
+        seed = 0 if seed is None else seed
+        spending = Spending(budget, known, objective, matrices, max_multiplies, effort or "fast", seed)
         config = plan_budget(model, spending, threads=threads, progress=progress).config
     config = resolve_config(config, effort=effort, seed=seed)
     parameters = model.num_parameters()
@@ -132,6 +135,7 @@ def compress_again(
     Arguments and errors are those of `compress`, and whatever is raised, the model is then as it was.
     """
     require_transformers_model(model)
+    threads = validate.threads(threads)
     config = resolve_config(config, effort=effort, seed=seed)
     if next(compressed_modules(model), None) is None:
         return compress(model, config, threads=threads, progress=progress)

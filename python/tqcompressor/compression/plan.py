@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..calibration.calibration import Calibration, load_calibration
+from ..utils import validate
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from .budget import Budget, Spending
@@ -73,6 +74,7 @@ def plan(
         >>> print(found)  # doctest: +SKIP
         >>> compress_checkpoint("gpt2", "gpt2-small", found.config)  # doctest: +SKIP
     """
+    threads = validate.threads(threads)
     spending = Spending(budget, load_calibration(calibration), objective, matrices, max_multiplies, effort, seed)
     if isinstance(model_or_dir, str | os.PathLike):
         return plan_checkpoint(model_or_dir, spending, threads=threads, progress=progress)

@@ -1,6 +1,6 @@
 """What to do, as plain values and JSON: specs, configs and named recipes.
 
-May import `errors`.
+May import `errors`, `utils`.
 """
 
 from .recipes import RECIPES, resolve_config

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .specs import KroneckerSpec, MatrixSpec, check_keys, integer, spec_from_dict
+from ..utils import validate
+from .specs import KroneckerSpec, MatrixSpec, check_keys, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
 # The newest format that is read. What the older one can say is written in it, so that older versions read it too.
@@ -23,8 +24,6 @@ _KRONECKER_ONLY = 1
 EFFORTS = ("fast", "balanced", "best")
 # What is GPT-2's alone: the queries, keys and values of a module of this name are matrices of their own.
 FUSED = "c_attn"
-# The search draws its random numbers from an unsigned 64-bit seed.
-_LARGEST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class TQConfig:
         object.__setattr__(self, "specs", checked)
         if self.effort not in EFFORTS:
             raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
-        object.__setattr__(self, "seed", integer("seed", self.seed, 0, _LARGEST_SEED))
+        object.__setattr__(self, "seed", validate.seed(self.seed))
 
     def replace(self, **changes: Any) -> TQConfig:
         """A copy with the given `specs`, `effort` or `seed`; arguments that are None change nothing."""
@@ -106,7 +105,7 @@ class TQConfig:
         if method != QUANT_METHOD:
             raise ConfigError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
         # Before the keys: a newer format may well have keys that this one does not know.
-        version = integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
+        version = validate.integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
         if version > FORMAT_VERSION:
             raise ConfigError(
                 f"written by a newer tqcompressor (format {version}), this one reads up to {FORMAT_VERSION}: upgrade"

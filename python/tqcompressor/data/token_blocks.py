@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, StorageError, TextError
+from ..utils import validate
 from ..utils.atomic_io import WholeFile, storage_errors
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
@@ -179,14 +180,13 @@ def token_blocks(
         >>> blocks = token_blocks("books/*.txt", tokenizer, 1024)  # doctest: +SKIP
         >>> first_stage, second_stage = blocks.section(0, 400), blocks.section(400, 400)  # doctest: +SKIP
     """
-    if block_size < 2:
-        raise ConfigError(f"block_size: expected at least 2, got {block_size}")
+    block_size = validate.integer("block_size", block_size, 2)
     if block_size > (longest := tokenizer.model_max_length):
         raise ConfigError(f"block_size: expected at most {longest} (the tokenizer's), got {block_size}")
     if tokens is not None and tokens < block_size:
         raise ConfigError(f"tokens: expected at least {block_size:,} (one block), got {tokens:,}")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers: expected at least 1, got {workers}")
+    if workers is not None:
+        workers = validate.integer("workers", workers, 1)
     encoder = Encoder(tokenizer)
     source = open_texts(texts)
     contents = Contents()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TextError
+from ..utils import validate
 from ..utils.portable import processors
 from .text import read_text
 
@@ -223,8 +224,7 @@ def digest(*parts: str) -> str:
 
 def block_choice(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
     """Different blocks, in the order of the text."""
-    if wanted < 1:
-        raise ConfigError(f"blocks: expected at least 1, got {wanted}")
+    wanted = validate.integer("blocks", wanted, 1)
     if available < wanted:
         raise TextError(f"expected {wanted} blocks of {length} tokens, got a text of {tokens:,} tokens: {available}")
     chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..config.specs import KroneckerSpec, MatrixSpec, spec_from_dict
 from ..errors import ConfigError, DtypeError, ShapeError
+from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from .norm import as_moment, moments_for
 from .results import Decomposition, KroneckerDecomposition, from_terms
@@ -98,6 +99,7 @@ def decompose(
     LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.2...)
     """
     matrix = _as_matrix(w)
+    seed, threads = validate.seed(seed), validate.threads(threads)
     if (spec is None) == (budget is None):
         raise ConfigError("decompose takes either a spec or a budget")
     rows, columns = matrix.shape
@@ -168,6 +170,7 @@ def find_permutation(
     (True, True)
     """
     matrix = _as_matrix(w)
+    seed, threads = validate.seed(seed), validate.threads(threads)
     with reporter(progress, "find_permutation") as callback:
         return _core.find_permutation(matrix, spec.block, spec.rank, spec.permute, effort, seed, threads, callback)
 

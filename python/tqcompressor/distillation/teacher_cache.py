@@ -13,6 +13,7 @@ from ..data.token_blocks import TokenBlocks
 from ..errors import CheckpointError, ConfigError, DestinationError, NonFiniteError
 from ..evaluate.scoring import checked_batch_size
 from ..losses._arrays import check_temperature
+from ..utils import validate
 from ..utils.atomic_io import WholeFile, storage_errors
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
@@ -229,8 +230,7 @@ def cache_teacher(
     path = Path(path)
     vocabulary = int(teacher.config.vocab_size)
     positions = getattr(teacher.config, "max_position_embeddings", None)
-    if not 1 <= k <= vocabulary:
-        raise ConfigError(f"k: expected 1 to {vocabulary} (the teacher's vocabulary), got {k}")
+    k = validate.integer("k", k, 1, vocabulary)
     check_temperature(temperature)
     batch_size = checked_batch_size(teacher, batch_size, blocks.block_size)
     if blocks.vocabulary > vocabulary:

@@ -15,13 +15,16 @@ from ..calibration.calibration import Calibration
 from ..errors import ShapeError, TextError
 from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exponential
 from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
+from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from .calibrate import draw_blocks, measure
-from .tokens import Stream, TextStreams, batches, checked_tokens, integers, whole_number
+from .tokens import Stream, TextStreams, batches, checked_tokens, integers
 
 # How many tokens `generate_tokens` adds at most by default.
 _NEW_TOKENS = 128
+# That the extension module takes.
+_LARGEST_COUNT = (1 << 63) - 1
 
 
 class NativeModel:
@@ -62,8 +65,7 @@ class NativeModel:
 
         Cost: the memory of the weights in their own dtype.
         """
-        if threads is not None:
-            threads = whole_number("threads", threads, 1, 2**16)
+        threads = validate.threads(threads)
         directory = local_directory(source)
         with reporter(progress, "load") as report:
             return cls(directory, _core.Runtime.load(directory, threads, report))
@@ -167,11 +169,11 @@ class NativeModel:
             max_new_tokens = max(1, min(_NEW_TOKENS, self.context - max(map(len, sequences), default=0)))
         return self._runtime.generate(
             sequences,
-            whole_number("max_new_tokens", max_new_tokens, 0, 2**63),
+            validate.integer("max_new_tokens", max_new_tokens, 0, _LARGEST_COUNT),
             temperature,
-            whole_number("top_k", top_k, 0, 2**63),
+            validate.integer("top_k", top_k, 0, _LARGEST_COUNT),
             top_p,
-            whole_number("seed", seed, 0, 2**64),
+            validate.seed(seed),
             self._runtime.end_tokens if end_tokens is None else checked_tokens(end_tokens, self.vocabulary),
             on_tokens,
         )
@@ -370,6 +372,7 @@ class NativeModel:
 
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
+        seed = validate.seed(seed)
         drawn = draw_blocks(self._runtime, self._tokenizer, text, blocks, block_length, seed)
         return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
 

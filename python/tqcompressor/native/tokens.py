@@ -69,10 +69,3 @@ def checked_tokens(values: ArrayLike, vocabulary: int) -> list[int]:
     if wrong.size:
         raise ConfigError(f"tokens: expected 0 to {vocabulary - 1}, got {wrong[0]}")
     return [int(token) for token in tokens]
-
-
-def whole_number(name: str, value: int, least: int, end: int) -> int:
-    """`value` if it is a whole number in `[least, end)`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < end:
-        raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    return int(value)

@@ -64,7 +64,7 @@ def test_errors_of_the_text(tmp_path):
         ("short", {}, TextError, r"expected 128 blocks of 128 tokens, got a text of \d+ tokens: 0"),
         ("", {}, TextError, "expected 128 blocks"),
         (None, {}, ConfigError, "text: a tokenizer needs a text"),
-        ("a" * 999, {"blocks": 0}, ConfigError, "blocks: expected at least 1, got 0"),
+        ("a" * 999, {"blocks": 0}, ConfigError, "blocks: expected an integer from 1 up, got 0"),
         ("a" * 999, {"block_length": 1}, ConfigError, "block_length: expected 2 to 128"),
         ("a" * 999, {"block_length": 129}, ConfigError, "block_length: expected 2 to 128"),
     ):
