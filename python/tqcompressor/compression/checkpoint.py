@@ -97,7 +97,7 @@ def compress_checkpoint(
     """
     threads = validate.threads(threads)
     check_options(config, budget, matrices, max_multiplies)
-    most = byte_count(max_shard_size)
+    most = byte_count("max_shard_size", max_shard_size)
     # torch's dtypes are welcome, too: "torch.float16".
     stored = None if dtype is None else str(dtype).removeprefix("torch.")
     directory = local_directory(source)
