@@ -28,5 +28,5 @@ pub use kronecker::Way;
 pub use layer::Layer;
 pub use model::{Cache, Gpt2, Observer, Size};
 pub use score::TokenScore;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{DecodeStream, Tokenizer};
 pub use workers::Workers;

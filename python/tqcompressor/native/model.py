@@ -254,7 +254,7 @@ class NativeModel:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self.encode(text) or self._begin() for text in texts]
-        streams = TextStreams(self._text, len(texts), stream)
+        streams = None if stream is None else TextStreams(self._tokenizer, len(texts), stream)
         generated = self.generate_tokens(
             tokens,
             max_new_tokens=max_new_tokens,
@@ -262,10 +262,11 @@ class NativeModel:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            on_tokens=None if stream is None else streams.add,
+            on_tokens=None if streams is None else streams.add,
         )
         found = [self._text(continuation) for continuation in generated]
-        streams.finish(found)
+        if streams is not None:
+            streams.finish(found)
         return found[0] if isinstance(prompts, str) else found
 
     def perplexity(
