@@ -454,6 +454,14 @@ class Tokenizer:
     def eos_token_id(self) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str: ...
+    def decode_stream(self, skip_special_tokens: bool) -> DecodeStream: ...
+
+@final
+class DecodeStream:
+    """The text of tokens that come one after another."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that `tokens` add; bytes that end no character yet are held back."""
 
 @final
 class Threads:

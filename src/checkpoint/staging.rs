@@ -5,12 +5,11 @@
 //! and removes it; the destination itself is at every moment absent, or whole, or what it was.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::read::Checkpoint;
@@ -162,17 +161,19 @@ impl Lock {
         loop {
             // The directory above is what is not writable, so it is what an error names.
             let file = File::create(&path).map_err(Error::io(path.parent().unwrap_or(&path)))?;
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match file.try_lock() {
                 Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => {
+                Err(TryLockError::WouldBlock) => {
                     let problem = "another run of tqcompressor is writing it".into();
                     return Err(Error::Destination { path: destination.to_owned(), problem });
                 }
-                Err(Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOLCK | Errno::INVAL) => {
-                    let _ = fs::remove_file(&path);
-                    return Ok(None);
-                }
-                Err(error) => return Err(Error::io(&path)(error.into())),
+                Err(TryLockError::Error(error)) => match Errno::from_io_error(&error) {
+                    Some(Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOLCK | Errno::INVAL) => {
+                        let _ = fs::remove_file(&path);
+                        return Ok(None);
+                    }
+                    _ => return Err(Error::io(&path)(error)),
+                },
             }
             // Between opening and locking, the run that held the lock may have ended and removed the file: then this
             // lock is on a file without a name, and another run may hold one on a new file of that name.

@@ -18,6 +18,7 @@ const LOGITS: usize = 1 << 22;
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Runtime>()?;
     module.add_class::<Tokenizer>()?;
+    module.add_class::<DecodeStream>()?;
     module.add_class::<Layer>()?;
     module.add_class::<Threads>()
 }
@@ -225,6 +226,21 @@ impl Tokenizer {
 
     fn decode(&self, py: Python<'_>, tokens: Vec<u32>, skip_special_tokens: bool) -> PyResult<String> {
         jobs::run_here(py, |_| self.0.decode(&tokens, skip_special_tokens))
+    }
+
+    fn decode_stream(&self, skip_special_tokens: bool) -> DecodeStream {
+        DecodeStream(Mutex::new(runtime::DecodeStream::new(Arc::clone(&self.0), skip_special_tokens)))
+    }
+}
+
+/// The text of tokens that come one after another.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct DecodeStream(Mutex<runtime::DecodeStream>);
+
+#[pymethods]
+impl DecodeStream {
+    fn push(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<String> {
+        jobs::run_here(py, |_| self.0.lock().unwrap_or_else(PoisonError::into_inner).push(&tokens))
     }
 }
 

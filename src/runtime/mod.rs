@@ -30,4 +30,4 @@ pub use layer::Layer;
 pub use model::{Cache, Gpt2, Observer, Size};
 pub use score::TokenScore;
 pub use thread_pool::Workers;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{DecodeStream, Tokenizer};

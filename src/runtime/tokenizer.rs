@@ -3,11 +3,13 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
-use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::tokenizer::{DecodeStreamError, step_decode_stream};
+use tokenizers::AddedToken;
 
 use crate::checkpoint::files::read_object_if_any;
 use crate::error::{Error, Result};
@@ -123,6 +125,82 @@ impl Tokenizer {
     }
 }
 
+/// The text of tokens that come one after another.
+///
+/// All that [`push`](Self::push) returns is a prefix of the text of all tokens, and ends with a whole character: bytes
+/// that do not end one are held back.
+pub struct DecodeStream {
+    tokenizer: Arc<Tokenizer>,
+    skip_special_tokens: bool,
+    // The state of `step_decode_stream`: recent tokens, the text of those that were returned, and their number.
+    recent: Vec<u32>,
+    prefix: String,
+    prefix_index: usize,
+    /// Tokens since text was last returned, which are decoded again until they end a character.
+    held: usize,
+    /// Tokens that are not decoded yet.
+    waiting: Vec<u32>,
+}
+
+impl DecodeStream {
+    /// More tokens than a character has. Beyond that the held tokens are decoded again only when their number has
+    /// doubled, so that the cost stays linear where no character ever ends.
+    const ALWAYS: usize = 8;
+
+    /// A stream before its first token.
+    #[must_use]
+    pub fn new(tokenizer: Arc<Tokenizer>, skip_special_tokens: bool) -> Self {
+        Self {
+            tokenizer,
+            skip_special_tokens,
+            recent: Vec::new(),
+            prefix: String::new(),
+            prefix_index: 0,
+            held: 0,
+            waiting: Vec::new(),
+        }
+    }
+
+    /// The text that `tokens` add.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the tokenizer cannot tell.
+    ///
+    /// # Cost
+    /// Linear in the number of tokens pushed, all calls together.
+    pub fn push(&mut self, tokens: &[u32]) -> Result<String> {
+        let mut text = String::new();
+        for &token in tokens {
+            self.waiting.push(token);
+            if self.waiting.len() + Self::ALWAYS >= self.held
+                && let Some(fresh) = self.step()?
+            {
+                text.push_str(&fresh);
+                self.held = 0;
+            }
+        }
+        Ok(text)
+    }
+
+    fn step(&mut self) -> Result<Option<String>> {
+        let tokens = std::mem::take(&mut self.waiting);
+        self.held += tokens.len();
+        let step = step_decode_stream(
+            &*self.tokenizer.tokenizer,
+            tokens,
+            self.skip_special_tokens,
+            &mut self.recent,
+            &mut self.prefix,
+            &mut self.prefix_index,
+        );
+        match step {
+            // A decoder that tidies up, such as WordPiece's, has changed text that was returned: wait for the end.
+            Err(error) if error.is::<DecodeStreamError>() => Ok(None),
+            other => other.map_err(|error| self.tokenizer.problem(&error)),
+        }
+    }
+}
+
 /// A file's contents; none if there is no such file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
@@ -225,7 +303,71 @@ mod tests {
         assert!(message().contains("tokenizer_config.json: expected a JSON object"), "{}", message());
     }
 
+    fn stream(tokenizer: &Arc<Tokenizer>) -> DecodeStream {
+        DecodeStream::new(Arc::clone(tokenizer), true)
+    }
+
+    /// Tokens that are decoded when each of `tokens` is pushed by itself.
+    fn decoded(tokens: &[u32]) -> usize {
+        let mut stream = stream(&Arc::new(tiny()));
+        let mut total = 0;
+        for &token in tokens {
+            stream.push(&[token]).unwrap();
+            if stream.waiting.is_empty() {
+                total += stream.recent.len();
+            }
+        }
+        total
+    }
+
+    #[test]
+    fn streams_cost_no_more_for_a_token_when_there_are_more() {
+        let tokenizer = tiny();
+        let text = fs::read_to_string("tests/data/tiny-gpt2/heldout.txt").unwrap();
+        let prose = tokenizer.encode(&text[..20_000]).unwrap();
+        // Bytes that end no character, special tokens, and tokens that stand for nothing.
+        let beginning = tokenizer.encode("\u{1F600}").unwrap()[0];
+        for tokens in [prose, vec![beginning; 4000], vec![0; 4000], vec![8192; 4000]] {
+            let (half, whole) = (decoded(&tokens[..tokens.len() / 2]), decoded(&tokens));
+            assert!(whole <= 3 * half && whole <= 8 * tokens.len(), "{half} of half, {whole} of all");
+        }
+    }
+
+    #[test]
+    fn streams_hold_back_what_ends_no_character() {
+        let tokenizer = Arc::new(tiny());
+        let mut stream = stream(&tokenizer);
+        let tokens = tokenizer.encode("a\u{1F600}b<|endoftext|>c").unwrap();
+        let pieces: Vec<_> = tokens.iter().map(|&token| stream.push(&[token]).unwrap()).collect();
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')), "{pieces:?}");
+        assert_eq!(pieces.concat(), "a\u{1F600}bc");
+        assert_eq!(stream.push(&[]).unwrap(), "");
+    }
+
     proptest! {
+        #[test]
+        fn streams_give_the_text_that_decoding_at_once_gives(
+            tokens in prop::collection::vec(prop_oneof![0u32..300, 0u32..8193], 0..60),
+            cuts in prop::collection::vec(1usize..9, 60),
+        ) {
+            let tokenizer = Arc::new(tiny());
+            let (mut stream, mut found, mut rest) = (stream(&tokenizer), String::new(), &tokens[..]);
+            for cut in cuts {
+                let (part, after) = rest.split_at(cut.min(rest.len()));
+                found += &stream.push(part).unwrap();
+                rest = after;
+                // What was returned is never taken back.
+                let whole = tokenizer.decode(&tokens, true).unwrap();
+                prop_assert!(whole.starts_with(&found), "{found:?} of {whole:?}");
+            }
+            let end = tokenizer.encode("end.").unwrap();
+            for &token in end.iter().cycle().take(100 * end.len()) {
+                found += &stream.push(&[token]).unwrap();
+            }
+            let all: Vec<_> = tokens.into_iter().chain(end.repeat(100)).collect();
+            prop_assert_eq!(found, tokenizer.decode(&all, true).unwrap());
+        }
+
         #[test]
         fn any_text_comes_back(text: String) {
             let tokenizer = tiny();

@@ -32,8 +32,8 @@ RUST = [
 PYTHON = {
     "errors": "",
     "utils": "errors",
-    "losses": "errors _core",
-    "config": "errors",
+    "losses": "errors _core utils",
+    "config": "errors utils",
     "data": "errors utils",
     "evaluate": "errors utils data",
     "decomposition": "errors _core utils config",
@@ -48,7 +48,20 @@ PYTHON = {
     "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",
 }
 # What only some machines have, and what takes long to import: never at the price of `import tqcompressor`.
-HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "matplotlib", "scipy", "tqdm"}
+HEAVY = {
+    "accelerate",
+    "filelock",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "safetensors",
+    "scipy",
+    "torch",
+    "tqdm",
+    "transformers",
+}
+# Modules of Python's library that only POSIX systems have, except those that the library itself imports there.
+POSIX = ["fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"]
 
 
 RUST_SOURCES = {
@@ -200,6 +213,31 @@ def test_importing_the_package_loads_numpy_alone():
     loaded = loaded_by("import tqcompressor")
     assert "numpy" in loaded
     assert not loaded & HEAVY
+
+
+def test_every_module_imports_without_what_only_posix_has(tmp_path):
+    """And files are written with what every system has."""
+    code = f"""
+import importlib, os, pkgutil, sys, warnings
+import numpy
+sys.modules.update(dict.fromkeys({[*POSIX, "torch"]}))
+for name in ("O_CLOEXEC", "fork", "posix_fallocate", "pwrite", "sched_getaffinity"):
+    delattr(os, name)
+import tqcompressor
+for module in pkgutil.walk_packages(tqcompressor.__path__, "tqcompressor."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            assert "torch" in str(error), module
+warnings.simplefilter("ignore")
+calibration = tqcompressor.Calibration(dict(), 1)
+calibration.save({str(tmp_path / "calibration")!r})
+assert tqcompressor.Calibration.load({str(tmp_path / "calibration")!r}).tokens == 1
+assert tqcompressor.utils.portable.processors() >= 1
+"""
+    loaded_by(code)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration"]
 
 
 def test_the_public_names_load_nothing_but_what_they_need():

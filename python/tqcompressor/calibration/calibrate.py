@@ -13,7 +13,8 @@ from torch import nn
 
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
-from ..errors import ConfigError, TextError
+from ..errors import TextError
+from ..utils import validate
 from ..utils.batching import measured_together
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
@@ -101,8 +102,9 @@ def calibrate(
     Source: second moments of inputs, Wang et al., *SVD-LLM*, arXiv 2403.07378; of both sides, Martens & Grosse,
     arXiv 1503.05671.
     """
-    if samples is not None and samples < 1:
-        raise ConfigError(f"samples: expected at least 1, got {samples}")
+    seed = validate.seed(seed)
+    if samples is not None:
+        samples = validate.integer("samples", samples, 1)
     batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
     with reporter(progress, "calibrate") as report:
         found = measure(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,14 +12,13 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import CheckpointError, MomentError, NonFiniteError, ShapeError
-from ..utils.atomic_io import WholeFile, storage_errors
+from ..utils.atomic_io import WholeFile
+from ..utils.tensor_file import TensorSpec, TensorWriter, read_tensor_file
 
 Moment: TypeAlias = NDArray[np.float32]
 _FORMAT = 1
-# The bytes of a moment that are checked or written at a time.
+# The bytes of a moment that are checked at a time.
 _CHUNK = 1 << 24
-# A longer header than safetensors itself accepts is damage.
-_LONGEST_HEADER = 100_000_000
 
 
 class Calibration:
@@ -119,19 +116,11 @@ class Calibration:
         }
         if self.model_type is not None:
             metadata["model_type"] = self.model_type
-        entries: dict[str, Any] = {"__metadata__": metadata}
-        end = 0
-        for name, moment in self.moments.items():
-            begin, end = end, end + moment.nbytes
-            entries[name] = {"dtype": "F32", "shape": moment.shape, "data_offsets": [begin, end]}
-        text = json.dumps(entries).encode()
-        text += b" " * (-(8 + len(text)) % 64)
+        specs = {name: TensorSpec(np.dtype("<f4"), moment.shape) for name, moment in self.moments.items()}
         with WholeFile(path) as file:
-            file.reserve(8 + len(text) + end)
-            file.write(len(text).to_bytes(8, "little") + text)
-            for moment in self.moments.values():
-                for part in _chunks(moment):
-                    file.write(part.astype("<f4").tobytes())
+            writer = TensorWriter(file, specs, metadata)
+            for name, moment in self.moments.items():
+                writer.write(name, moment)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -145,22 +134,7 @@ class Calibration:
         Cost: reads every moment once, to check it.
         """
         path = Path(path)
-        with storage_errors(path), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise CheckpointError(f"{path}: truncated, or not a safetensors file")
-            text = file.read(length)
-        try:
-            header = json.loads(text)
-            metadata = header.pop("__metadata__")
-            version = int(metadata["format_version"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: no calibration, or its header is damaged") from error
-        if version > _FORMAT:
-            raise CheckpointError(
-                f"{path}: written by a newer tqcompressor (format {version}, this one reads {_FORMAT})"
-            )
+        metadata, moments = read_tensor_file(path, "a calibration", _FORMAT)
         try:
             fields: dict[str, Any] = {
                 "tokens": int(metadata["tokens"]),
@@ -170,7 +144,9 @@ class Calibration:
             }
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: the metadata of the calibration is damaged: {metadata}") from error
-        moments = {name: _mapped(path, name, *part) for name, part in _parts(path, header, size - 8 - length).items()}
+        for name, moment in moments.items():
+            if moment.dtype != np.float32:
+                raise CheckpointError(f"{path}: {name}: expected the dtype float32, got {moment.dtype}")
         try:
             return cls(moments, **fields)
         except (ShapeError, NonFiniteError, MomentError) as error:
@@ -214,40 +190,6 @@ def _chunks(moment: Moment) -> Iterator[Moment]:
     flat = moment.reshape(-1)
     for begin in range(0, len(flat), _CHUNK // 4):
         yield flat[begin : begin + _CHUNK // 4]
-
-
-def _parts(path: Path, header: Any, size: int) -> dict[str, tuple[tuple[int, ...], int]]:
-    """`(shape, first byte from the end of the file)` of every tensor: together they must be the whole data."""
-    found: dict[str, tuple[tuple[int, ...], int]] = {}
-    spans = []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, begin, end]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: {name}: the header of the tensor is damaged") from error
-        if dtype != "F32":
-            raise CheckpointError(f"{path}: {name}: expected the dtype F32, got {dtype}")
-        if not all(type(number) is int and number >= 0 for number in numbers) or end - begin != 4 * math.prod(shape):
-            raise CheckpointError(f"{path}: {name}: expected bytes for the shape {shape}, got {begin} to {end}")
-        spans.append((begin, end, name))
-        found[name] = (tuple(shape), size - begin)
-    expected = 0
-    for begin, end, name in sorted(spans):
-        if begin != expected:
-            raise CheckpointError(f"{path}: {name}: expected to begin at byte {expected}, got {begin}")
-        expected = end
-    if expected != size:
-        raise CheckpointError(f"{path}: truncated or damaged: expected {expected:,} bytes of tensors, got {size:,}")
-    return found
-
-
-def _mapped(path: Path, name: str, shape: tuple[int, ...], from_end: int) -> NDArray[Any]:
-    if math.prod(shape) == 0:
-        # Nothing to map; refused with the others' shapes.
-        return np.empty(shape, "<f4")
-    with storage_errors(path):
-        return np.memmap(path, "<f4", "r", os.stat(path).st_size - from_end, shape)
 
 
 def load_calibration(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:

@@ -13,6 +13,7 @@ from torch import nn
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
+from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
 from .accumulators import Unit, units
@@ -79,6 +80,7 @@ def calibrate_layers(
     Source: fitting each layer to the outputs of the compressed ones before it is the order of Frantar et al., *GPTQ*,
     arXiv 2210.17323.
     """
+    seed = validate.seed(seed)
     batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
     if original is not None:
         for unit in units(model):

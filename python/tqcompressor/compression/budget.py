@@ -17,21 +17,12 @@ from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, 
 from ..config.recipes import CONFIG_FORMS
 from ..decomposition.norm import Moments, moments_for
 from ..errors import ConfigError
+from ..utils import validate
+from ..utils.sizes import size_in_bytes
 
 Budget: TypeAlias = float | int | str
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b|b)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(%?)")
 _QUALITY = re.compile(r"lost[_ ]energy\s*=\s*(\d*\.?\d+(?:e-?\d+)?)\s*", re.IGNORECASE)
-_UNITS = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 # Narrower matrices (a classifier's, say) have nothing to save.
 _NARROWEST = 16
 # Embeddings whose rows are positions or kinds of tokens: small, and every row is used all the time.
@@ -53,6 +44,7 @@ class Spending:
     def __post_init__(self) -> None:
         one_of("effort", self.effort, EFFORTS)
         one_of("objective", self.objective, OBJECTIVES)
+        validate.seed(self.seed)
 
 
 def meaning(budget: Budget) -> str:
@@ -100,15 +92,15 @@ def _parsed(budget: Budget) -> tuple[str, float]:
         kind, value = "share", float(budget)
     elif isinstance(budget, str) and (quality := _QUALITY.fullmatch(budget.strip())):
         kind, value = "lost_energy", float(quality[1])
-    elif isinstance(budget, str) and (size := _SIZE.fullmatch(budget.strip())):
-        number, unit = float(size[1]), (size[2] or "").lower()
-        if unit == "%":
+    elif isinstance(budget, str) and (plain := _NUMBER.fullmatch(budget.strip())):
+        number = float(plain[1])
+        if plain[2]:
             kind, value = "share", number / 100
-        elif unit:
-            kind, value = "bytes", number * _UNITS[unit]
         else:
             # "0.65" as from a command line; "81336388" is a number of parameters.
             kind, value = ("parameters", number) if number > 1 else ("share", number)
+    elif isinstance(budget, str) and (size := size_in_bytes(budget)) is not None:
+        kind, value = "bytes", size
     else:
         raise wrong
     if not 0 < value < math.inf or (kind in ("share", "lost_energy") and value >= 1):

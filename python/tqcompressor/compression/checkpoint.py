@@ -14,7 +14,8 @@ from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Object
 from ..config.recipes import ConfigOption, resolve_config
 from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
 from ..decomposition.norm import Moments
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
+from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
@@ -94,10 +95,9 @@ def compress_checkpoint(
         >>> report.parameters_after / report.parameters_before
         0.649...
     """
-    if threads is not None and (isinstance(threads, bool) or threads < 1):
-        raise ConfigError(f"threads must be at least 1, got {threads!r}")
+    threads = validate.threads(threads)
     check_options(config, budget, matrices, max_macs)
-    most = byte_count(max_shard_size)
+    most = byte_count("max_shard_size", max_shard_size)
     stored = dtype_name(dtype)
     known = load_calibration(calibration)
     checkpoint = _core.Checkpoint.open(local_directory(source))
@@ -108,9 +108,8 @@ def compress_checkpoint(
         if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
             moments = moments_of(known, objective, checkpoint.plan(resolved).matrices)
     else:
-        spending = Spending(
-            budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed or DEFAULT_SEED
-        )
+        seed = DEFAULT_SEED if seed is None else seed
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed)
         request, spent = _spend(checkpoint, spending, stored, keep=True, threads=threads, progress=progress)
         resolved = request.plan(spent.choices).config
         moments = list(zip(request.names, request.moments, strict=True))

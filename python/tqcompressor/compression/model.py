@@ -32,6 +32,7 @@ from ..modules.base import Term
 from ..modules.build import CompressedModule
 from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
+from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
 from .budget import Budget, Spending, calibrated, check_options, moments_of
 from .budget_plan import BudgetRequest
@@ -118,15 +119,15 @@ def compress(
         >>> model.save_pretrained("tiny-gpt2-compressed")
     """
     require_transformers_model(model)
+    threads = validate.threads(threads)
     known = load_calibration(calibration)
     check_options(config, budget, matrices, max_macs)
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     fits: Fits | None = None
     if budget is not None:
-        spending = Spending(
-            budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed or DEFAULT_SEED
-        )
+        seed = DEFAULT_SEED if seed is None else seed
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed)
         # With `sequential`, every layer is fitted to moments that are not known yet.
         keep = sequential is None
         request, spent = spend_budget(model, spending, keep=keep, threads=threads, progress=progress)
@@ -166,6 +167,7 @@ def recompress(
     Arguments and errors are those of `compress`, and whatever is raised, the model is then as it was.
     """
     require_transformers_model(model)
+    threads = validate.threads(threads)
     config = resolve_config(config, effort=effort, seed=seed)
     if next(compressed_modules(model), None) is None:
         return compress(model, config, threads=threads, progress=progress)

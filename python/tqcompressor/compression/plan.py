@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..calibration.calibration import Calibration, load_calibration
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
+from ..utils import validate
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from .budget import Budget, Spending
@@ -76,6 +77,7 @@ def plan(
         >>> found.parameters_after / found.parameters_before
         0.649...
     """
+    threads = validate.threads(threads)
     spending = Spending(budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed)
     if isinstance(model_or_dir, str | os.PathLike):
         return plan_checkpoint(model_or_dir, spending, threads=threads, progress=progress)

@@ -1,6 +1,6 @@
 """What to do, as plain values and JSON: specs, configs and named recipes.
 
-May import `errors`.
+May import `errors`, `utils`.
 """
 
 from .choices import DTYPES, EFFORTS, ENGINES, OBJECTIVES, PERMUTES, Dtype, Effort, Engine, Objective, Permute

@@ -1,30 +1,17 @@
 """What one matrix becomes: a Kronecker sum, a product of low rank, or a sum of such.
 
-Nothing here imports more than the errors: specs are plain values, in a config, in JSON and as arguments alike.
+Specs are plain values, in a config, in JSON and as arguments alike.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, ShapeError
+from ..utils.validate import integer
 from .choices import PERMUTES, Permute, one_of
-
-
-def integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
-    """`value` as an int; raises `ConfigError` unless it is an integer within the given limits."""
-    wanted = f"{name} must be an integer from {smallest}" + (" up" if largest is None else f" to {largest}")
-    try:
-        # True would pass as 1, and 4.0 as nothing at all: neither is meant as a count.
-        number = operator.index(value) if not isinstance(value, bool) else None
-    except TypeError:
-        number = None
-    if number is None or number < smallest or (largest is not None and number > largest):
-        raise ConfigError(f"{wanted}, got {value!r}")
-    return number
 
 
 def check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:

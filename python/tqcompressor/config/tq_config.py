@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
+from ..utils import validate
 from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
-from .specs import KroneckerSpec, MatrixSpec, check_keys, integer, spec_from_dict
+from .specs import KroneckerSpec, MatrixSpec, check_keys, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
 # The newest format that is read. What the older one can say is written in it, so that older versions read it too.
 FORMAT_VERSION = 2
 _KRONECKER_ONLY = 1
-# The search draws its random numbers from an unsigned 64-bit seed.
-_LARGEST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class TQConfig:
                 raise ConfigError(f"specs[{pattern!r}]: {error}") from None
         object.__setattr__(self, "specs", checked)
         one_of("effort", self.effort, EFFORTS)
-        object.__setattr__(self, "seed", integer("seed", self.seed, 0, _LARGEST_SEED))
+        object.__setattr__(self, "seed", validate.seed(self.seed))
 
     def replace(self, **changes: Any) -> TQConfig:
         """A copy with the given `specs`, `effort` or `seed`; arguments that are None change nothing."""
@@ -103,7 +102,7 @@ class TQConfig:
         if method != QUANT_METHOD:
             raise ConfigError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
         # Before the keys: a newer format may well have keys that this one does not know.
-        version = integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
+        version = validate.integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
         if version > FORMAT_VERSION:
             raise ConfigError(
                 f"written by a newer tqcompressor (format {version}), this one reads up to {FORMAT_VERSION}: upgrade"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Iterable
 from contextlib import closing
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, StorageError, TextError
+from ..utils import validate
 from ..utils.atomic_io import WholeFile, storage_errors
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 # Part of the name of a cache file: raise it when the same text and tokenizer give other tokens.
 _FORMAT = 1
-# Of a cache file; the rest is tokens.
-_HEADER_BYTES = 128
 
 
 class TokenBlocks:
@@ -181,14 +181,13 @@ def token_blocks(
         >>> len(first_stage), second_stage.tokens, blocks[0]["input_ids"].shape
         (40, 7680, torch.Size([128]))
     """
-    if seq_len < 2:
-        raise ConfigError(f"seq_len: expected at least 2, got {seq_len}")
+    seq_len = validate.integer("seq_len", seq_len, 2)
     if seq_len > (longest := tokenizer.model_max_length):
         raise ConfigError(f"seq_len: expected at most {longest} (the tokenizer's), got {seq_len}")
     if tokens is not None and tokens < seq_len:
         raise ConfigError(f"tokens: expected at least {seq_len:,} (one block), got {tokens:,}")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers: expected at least 1, got {workers}")
+    if workers is not None:
+        workers = validate.integer("workers", workers, 1)
     encoder = Encoder(tokenizer)
     source = open_texts(text)
     contents = Contents()
@@ -222,7 +221,8 @@ def _write_tokens(
     count = done = 0
     again = Contents()
     stream = encoded(again.watch(documents(source, encoder.end_text)), encoder, workers)
-    file.write(bytes(_HEADER_BYTES))
+    # Written again when the count is known: numpy leaves room for any count, so that the length is the same.
+    file.write(_header(encoder.dtype, 0))
     with closing(stream), reporter(progress, "tokenise") as report:
         for ids, size in stream:
             file.write(ids.tobytes())
@@ -245,21 +245,22 @@ def default_cache() -> Path:
 
 
 def _header(dtype: np.dtype[Any], count: int) -> bytes:
-    """The header of a one-dimensional `.npy` file, of one length for every count: it is written last."""
-    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
-    length = _HEADER_BYTES - 10
-    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + f"{fields:<{length - 1}}\n".encode()
+    """The header of a `.npy` file of `count` numbers, of one length for every count."""
+    header = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
 
 
 def _map_tokens(path: Path, dtype: np.dtype[Any]) -> Tokens | None:
     """The tokens of a cache file; None where there is none, or one that is not exactly what would be written."""
+    begin = len(_header(dtype, 0))
     with storage_errors(path):
         try:
             with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size - _HEADER_BYTES
-                count = size // dtype.itemsize
-                if count < 1 or size % dtype.itemsize or file.read(_HEADER_BYTES) != _header(dtype, count):
+                count, rest = divmod(os.fstat(file.fileno()).st_size - begin, dtype.itemsize)
+                if count < 1 or rest or file.read(begin) != _header(dtype, count):
                     return None
-                return np.memmap(file, dtype=dtype, mode="r", offset=_HEADER_BYTES, shape=(count,))
+                return np.memmap(file, dtype=dtype, mode="r", offset=begin, shape=(count,))
         except FileNotFoundError:
             return None

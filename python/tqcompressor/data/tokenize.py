@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TextError
+from ..utils import validate
+from ..utils.portable import processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +111,7 @@ def encoded(
 ) -> Generator[tuple[Tokens, int], None, None]:
     """Yields the tokens of a few documents at a time, in order, and the bytes of text that they come from."""
     # A slow tokenizer runs under the interpreter's lock, and makes no promise about threads.
-    threads = (workers or len(os.sched_getaffinity(0))) if encoder.is_fast else 1
+    threads = (workers or processors()) if encoder.is_fast else 1
     pending: deque[tuple[Future[Tokens], list[str], int]] = deque()
     ahead = 0
 
@@ -177,8 +179,7 @@ def digest(*parts: str) -> str:
 
 def drawn_indices(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
     """Different sequences, in the order of the text."""
-    if wanted < 1:
-        raise ConfigError(f"num_samples: expected at least 1, got {wanted}")
+    wanted = validate.integer("num_samples", wanted, 1)
     if available < wanted:
         raise TextError(f"expected {wanted} sequences of {length} tokens, got a text of {tokens:,} tokens: {available}")
     chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)

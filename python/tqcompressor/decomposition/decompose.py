@@ -13,6 +13,7 @@ from .. import _core
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, Objective, one_of
 from ..config.specs import KroneckerSpec, MatrixSpec
 from ..errors import ConfigError, DtypeError, ShapeError
+from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from .norm import as_moment, moments_for
 from .results import Decomposition, KroneckerDecomposition, from_fit
@@ -98,6 +99,7 @@ def decompose(
     LowRankDecomposition(64 × 96, rank 22, 3036 parameters, lost energy 0.1...)
     """
     matrix = _as_matrix(w)
+    seed, threads = validate.seed(seed), validate.threads(threads)
     if (spec is None) == (budget is None):
         raise ConfigError(
             "decompose: expected either a spec or a budget, got " + ("neither" if spec is None else "both")
@@ -179,6 +181,7 @@ def find_permutation(
     """
     one_of("effort", effort, EFFORTS)
     matrix = _as_matrix(w)
+    seed, threads = validate.seed(seed), validate.threads(threads)
     with reporter(progress, "find_permutation") as callback:
         return _core.find_permutation(matrix, spec.block, spec.rank, spec.permute, effort, seed, threads, callback)
 

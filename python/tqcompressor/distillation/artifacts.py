@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils.atomic_io import WholeFile, storage_errors, sync, sync_folder
+from ..utils.atomic_io import WholeFile, storage_errors, sync_folder
+from ..utils.portable import sync
 
 
 def load_model(folder: Path) -> PreTrainedModel:

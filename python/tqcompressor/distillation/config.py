@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..losses._arrays import check_temperature
+from ..utils import validate
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+# transformers seeds numpy's old generator, too, which takes 32 bits.
+_LARGEST_SEED = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "batch_size", "gradient_accumulation_steps", "checkpoints"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and not (name == "block_size" and value is None):
-                raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
+            if name != "block_size" or self.block_size is not None:
+                object.__setattr__(self, name, validate.integer(name, getattr(self, name), 1))
+        object.__setattr__(self, "seed", validate.integer("seed", self.seed, 0, _LARGEST_SEED))
         for name in ("learning_rate", "warmup", "weight_decay"):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (name == "warmup" and value > 1):

@@ -31,6 +31,7 @@ from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.results import exponential
 from ..evaluate.scoring import begin_tokens, negative_log_likelihood, token_sequence
+from ..utils import validate
 from ..utils.atomic_io import require_space, whole_folder
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
@@ -113,6 +114,7 @@ def distill(
         >>> print(report)  # doctest: +SKIP
     """
     training = training or TrainingConfig()
+    threads = validate.threads(threads)
     run = _Run(Path(out), training, losses or DistillConfig(), device, threads, progress)
     if dtype not in PRECISIONS:
         raise ConfigError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {dtype!r}")

@@ -13,7 +13,8 @@ from ..data.token_blocks import TokenBlocks
 from ..errors import CheckpointError, ConfigError, DestinationError, NonFiniteError
 from ..evaluate.scoring import checked_batch_size
 from ..losses._arrays import check_temperature
-from ..utils.atomic_io import WholeFile, storage_errors
+from ..utils import validate
+from ..utils.atomic_io import WholeFile
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import evaluating
@@ -89,14 +90,11 @@ class CachedTeacher:
         return cached
 
     def _map(self) -> None:
-        file = TeacherFile.read(self._path)
+        file, tensors = TeacherFile.read(self._path)
         self.k, self.temperature, self.vocabulary = file.k, file.temperature, file.vocabulary
         self.block_size, self._blocks = file.block_size, file.blocks
         self.fingerprint, self.teacher, self.weights = file.fingerprint, file.teacher, file.weights
-        with storage_errors(self._path):
-            self._tail, self._tokens, self._steps = (
-                np.memmap(self._path, part.dtype, "r", part.begin, part.shape) for part in file.parts()
-            )
+        self._tail, self._tokens, self._steps = tensors.values()
 
     def __len__(self) -> int:
         """The number of blocks."""
@@ -229,8 +227,7 @@ def cache_teacher(
     path = Path(path)
     vocabulary = int(teacher.config.vocab_size)
     positions = getattr(teacher.config, "max_position_embeddings", None)
-    if not 1 <= k <= vocabulary:
-        raise ConfigError(f"k: expected 1 to {vocabulary} (the teacher's vocabulary), got {k}")
+    k = validate.integer("k", k, 1, vocabulary)
     check_temperature(temperature)
     batch_size = checked_batch_size(teacher, batch_size, blocks.seq_len)
     if blocks.vocab_size > vocabulary:
@@ -260,7 +257,7 @@ def cache_teacher(
 
 def _check_existing(path: Path, contents: TeacherFile) -> None:
     try:
-        found = asdict(TeacherFile.read(path))
+        found = asdict(TeacherFile.read(path)[0])
     except CheckpointError as error:
         raise DestinationError(f"{path}: exists, and cannot be used: {error}") from error
     for name, expected in asdict(contents).items():
@@ -277,9 +274,7 @@ def _write(
     batch_size: int,
     progress: ProgressOption,
 ) -> None:
-    parts = contents.parts()
-    file.reserve(parts[-1].end)
-    file.write_at(0, contents.header())
+    writer = contents.writer(file)
     with evaluating(teacher), torch.inference_mode(), reporter(progress, "cache the teacher") as report:
         for first in range(0, len(blocks), batch_size):
             end = min(first + batch_size, len(blocks))
@@ -288,8 +283,8 @@ def _write(
             arrays = largest(logits, contents.k, contents.temperature)
             if arrays is None:
                 raise NonFiniteError(f"the teacher's logits are not finite in blocks {first} to {end - 1}")
-            for part, array in zip(parts, arrays, strict=True):
-                file.write_at(part.begin + first * part.stride, array.astype(part.dtype).tobytes())
+            for name, array in zip(contents.tensors(), arrays, strict=True):
+                writer.write(name, array, first)
             if report is not None:
                 report(end, len(blocks))
 

@@ -1,20 +1,18 @@
-"""The file of a cached teacher: its bytes, and how probabilities become 16 bits and come back."""
+"""The file of a cached teacher: its contents, and how probabilities become 16 bits and come back."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..data.tokenize import token_dtype
 from ..errors import CheckpointError
-from ..utils.atomic_io import storage_errors
+from ..utils.atomic_io import WholeFile
+from ..utils.tensor_file import TensorSpec, TensorWriter, read_tensor_file
 
 if TYPE_CHECKING:
     import torch
@@ -23,31 +21,11 @@ _FORMAT = 1
 # A log-probability is kept as a number of steps below zero, in 16 bits: down to e^-32, with an error of half a step.
 _LOWEST = 32.0
 _STEPS = (1 << 16) - 1
-_SAFETENSORS_DTYPES = {"<f4": "F32", "<u4": "U32", "<u2": "U16"}
-
-
-class Part(NamedTuple):
-    """One tensor, and the offset of its first byte in the file."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def stride(self) -> int:
-        """Bytes of one block."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def end(self) -> int:
-        """The offset behind its last byte."""
-        return self.begin + self.shape[0] * self.stride
 
 
 @dataclass(frozen=True)
 class TeacherFile:
-    """What a file of a cached teacher says of itself; everything about its bytes follows from it."""
+    """The metadata of a cached teacher's file; the dtypes and shapes of its tensors follow from them."""
 
     blocks: int
     block_size: int
@@ -58,61 +36,41 @@ class TeacherFile:
     teacher: str
     weights: str
 
-    def parts(self, begin: int | None = None) -> tuple[Part, Part, Part]:
-        """`tail_mass`, `tokens` and `log_probability_steps`, from the end of the header (or from `begin`) on.
-
-        Those of wide elements come first, so that all are aligned.
-        """
+    def tensors(self) -> dict[str, TensorSpec]:
+        """The tensors of the file, in their order: those of wide elements first, so that all are aligned."""
         shape = (self.blocks, self.block_size, self.k)
-        tail = Part("tail_mass", np.dtype("<f4"), shape[:2], len(self.header()) if begin is None else begin)
-        tokens = Part("tokens", token_dtype(self.vocabulary), shape, tail.end)
-        return tail, tokens, Part("log_probability_steps", np.dtype("<u2"), shape, tokens.end)
+        return {
+            "tail_mass": TensorSpec(np.dtype("<f4"), shape[:2]),
+            "tokens": TensorSpec(token_dtype(self.vocabulary), shape),
+            "log_probability_steps": TensorSpec(np.dtype("<u2"), shape),
+        }
 
-    def header(self) -> bytes:
-        """The header of the file, its length in front."""
+    def writer(self, file: WholeFile) -> TensorWriter:
+        """Begins to write the file: reserves its space and writes its header."""
         metadata = {name: value if isinstance(value, str) else repr(value) for name, value in asdict(self).items()}
-        entries: dict[str, Any] = {"__metadata__": {"format_version": str(_FORMAT), **metadata}}
-        for part in self.parts(begin=0):
-            dtype = _SAFETENSORS_DTYPES[part.dtype.str]
-            entries[part.name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [part.begin, part.end]}
-        text = json.dumps(entries).encode()
-        text += b" " * (-(8 + len(text)) % 64)
-        return len(text).to_bytes(8, "little") + text
+        return TensorWriter(file, self.tensors(), {"format_version": str(_FORMAT), **metadata})
 
     @classmethod
-    def read(cls, path: Path) -> TeacherFile:
-        """Reads the header of the file at `path`.
+    def read(cls, path: Path) -> tuple[TeacherFile, dict[str, NDArray[Any]]]:
+        """What the file at `path` says of itself, and its tensors, memory-mapped.
 
         Raises:
-            CheckpointError: It is no file of a cached teacher, is damaged, has another size than its header says, or
-                is of a newer version.
+            CheckpointError: It is no file of a cached teacher, is truncated or damaged, has other tensors than its
+                metadata say, or is of a newer version.
             StorageError: It cannot be read.
         """
-        with storage_errors(path), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length < size else b""
-        try:
-            metadata = json.loads(text)["__metadata__"]
-            version = int(metadata.pop("format_version"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: no cached teacher, or its header is damaged") from error
-        if version > _FORMAT:
-            raise CheckpointError(
-                f"{path}: written by a newer tqcompressor (format {version}, this one reads {_FORMAT})"
-            )
+        metadata, tensors = read_tensor_file(path, "a cached teacher", _FORMAT)
         # With annotations postponed, the types of the fields are their names.
         readers: dict[Any, Any] = {"int": int, "float": float, "str": str}
         try:
-            found = cls(**{field.name: readers[field.type](metadata[field.name]) for field in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: the header of the cached teacher is damaged") from error
-        # What differs in anything from what would be written is not to be trusted in anything.
-        if min(found.blocks, found.block_size, found.k) < 1 or found.header()[8:] != text:
-            raise CheckpointError(f"{path}: the header of the cached teacher is damaged")
-        if size != (expected := found.parts()[-1].end):
-            raise CheckpointError(f"{path}: truncated or damaged: expected {expected:,} bytes, got {size:,}")
-        return found
+            found = cls(**{field.name: readers[field.type](metadata.pop(field.name)) for field in fields(cls)})
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: the metadata of the cached teacher are damaged") from error
+        specs = [(name, (tensor.dtype, tensor.shape)) for name, tensor in tensors.items()]
+        # Refuse a file that differs in anything from what is written.
+        if metadata or min(found.blocks, found.block_size, found.k) < 1 or specs != list(found.tensors().items()):
+            raise CheckpointError(f"{path}: the tensors of the cached teacher are not those of its metadata: damaged")
+        return found, tensors
 
 
 def largest(logits: torch.Tensor, k: int, temperature: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None:

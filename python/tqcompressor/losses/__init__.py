@@ -3,7 +3,7 @@
 Given numpy arrays, a function returns `(value, gradient)`; given torch tensors, a differentiable scalar. The teacher's
 side gets no gradient. Logits are computed in one fused pass: softmax, loss and gradient of a row while it is in cache.
 
-May import `errors` and `_core`. torch is imported when the first tensor comes.
+May import `errors`, `_core`, `utils`. torch is imported when the first tensor comes.
 
 >>> import numpy as np
 >>> student = np.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=np.float32)

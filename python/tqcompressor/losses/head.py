@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import ConfigError
+from ..utils import validate
 from ._arrays import checked_objective, is_tensor, label_rows, single_matrix
 from .factored_head import dense_head, dense_head_of_arrays, is_factored
 
@@ -82,6 +83,7 @@ def head_distillation_loss(
     >>> round(value, 4), by_hidden.shape, by_head.shape
     (2.0794, (4, 2), (8, 2))
     """
+    threads = validate.threads(threads)
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
     if (teacher_hidden is None) != (teacher_head is None):

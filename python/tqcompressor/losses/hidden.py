@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from .. import _core
 from ..errors import ConfigError
+from ..utils import validate
 from ._arrays import check_shapes, float_matrix, gradient_like, is_tensor, mask_rows
 from .logits import ValueAndGradient
 
@@ -52,6 +53,7 @@ def hidden_state_loss(
     >>> hidden_state_loss(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]), kind="cosine")[0]
     1.0
     """
+    threads = validate.threads(threads)
     if kind not in ("mse", "cosine"):
         raise ConfigError(f'kind: expected "mse" or "cosine", got {kind!r}')
     if is_tensor(student_hidden):

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import ConfigError
+from ..utils import validate
 from ._arrays import (
     Objective,
     check_shapes,
@@ -191,6 +192,7 @@ def kl_divergence(
 
 
 def _logit_loss(student: Any, teacher: Any, labels: Any, objective: Objective, threads: int | None) -> Any:
+    threads = validate.threads(threads)
     if is_tensor(student):
         from ._torch_ops import logit_loss
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import ConfigError, DtypeError, ShapeError
+from ..utils import validate
 from ._arrays import check_shapes, checked_objective, float_matrix, gradient_like, is_tensor, label_rows, single_matrix
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def topk_distillation_loss(
     >>> round(value, 6), gradient.shape, bool(abs(gradient).max() < 1e-6)
     (0.0, (1, 4), True)
     """
+    threads = validate.threads(threads)
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
     hard = 0.0 if labels is None else 1 - alpha

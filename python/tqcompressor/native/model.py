@@ -17,13 +17,16 @@ from ..data.text import TextOption, one_text, open_passages
 from ..errors import ShapeError, TextError
 from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exponential
 from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
+from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from .calibrate import draw_sequences, measure
-from .tokens import Streamer, TextStreams, batches, checked_tokens, integers, whole_number
+from .tokens import Streamer, TextStreams, batches, checked_tokens, integers
 
 # How many tokens `generate_tokens` adds at most by default.
 _NEW_TOKENS = 128
+# That the extension module takes.
+_LARGEST_COUNT = (1 << 63) - 1
 
 
 class NativeModel:
@@ -65,8 +68,7 @@ class NativeModel:
 
         Cost: the memory of the weights in their own dtype.
         """
-        if threads is not None:
-            threads = whole_number("threads", threads, 1, 2**16)
+        threads = validate.threads(threads)
         directory = local_directory(source)
         with reporter(progress, "load") as report:
             return cls(directory, _core.Runtime.load(directory, threads, report))
@@ -171,11 +173,11 @@ class NativeModel:
         ends = self._runtime.eos_token_id if eos_token_id is None else np.atleast_1d(eos_token_id)
         return self._runtime.generate(
             sequences,
-            whole_number("max_new_tokens", max_new_tokens, 0, 2**63),
+            validate.integer("max_new_tokens", max_new_tokens, 0, _LARGEST_COUNT),
             temperature,
-            whole_number("top_k", top_k, 0, 2**63),
+            validate.integer("top_k", top_k, 0, _LARGEST_COUNT),
             top_p,
-            whole_number("seed", seed, 0, 2**64),
+            validate.seed(seed),
             checked_tokens(ends, self.vocab_size),
             on_tokens,
         )
@@ -256,7 +258,7 @@ class NativeModel:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self.encode(text) or self._begin() for text in texts]
-        streams = TextStreams(self._text, len(texts), streamer)
+        streams = None if streamer is None else TextStreams(self._tokenizer, len(texts), streamer)
         generated = self.generate_tokens(
             tokens,
             max_new_tokens=max_new_tokens,
@@ -264,10 +266,11 @@ class NativeModel:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            on_tokens=None if streamer is None else streams.add,
+            on_tokens=None if streams is None else streams.add,
         )
         found = [self._text(continuation) for continuation in generated]
-        streams.finish(found)
+        if streams is not None:
+            streams.finish(found)
         return found[0] if isinstance(prompts, str) else found
 
     def perplexity(
@@ -379,6 +382,7 @@ class NativeModel:
 
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
+        seed = validate.seed(seed)
         drawn = draw_sequences(self._runtime, self._tokenizer, text, num_samples, seq_len, seed)
         return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
 

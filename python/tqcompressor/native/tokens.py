@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .. import _core
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils.batching import fitting
 
@@ -20,31 +21,36 @@ _TOKENS_PER_PASS = 1024
 
 
 class TextStreams:
-    """Hands on what continuations say as their tokens come."""
+    """Passes on the text of several continuations as their tokens come.
 
-    def __init__(self, decode: Callable[[list[int]], str], prompts: int, tell: Streamer | None) -> None:
-        self._decode, self._tell = decode, tell
-        self._tokens: list[list[int]] = [[] for _ in range(prompts)]
-        self._told = [0] * prompts
+    Args:
+        tokenizer: Decodes the tokens, each once; special tokens are skipped.
+        prompts: How many continuations there are.
+        streamer: Called with the number of a prompt and the text that is new behind it; a character comes whole.
+    """
+
+    def __init__(self, tokenizer: _core.Tokenizer, prompts: int, streamer: Streamer) -> None:
+        self._streamer = streamer
+        self._decoders = [tokenizer.decode_stream(True) for _ in range(prompts)]
+        self._passed_on = [0] * prompts
 
     def add(self, fresh: list[tuple[int, int]]) -> None:
         """Takes new `(number of prompt, token)`."""
+        tokens: dict[int, list[int]] = {}
         for prompt, token in fresh:
-            self._tokens[prompt].append(token)
-        for prompt in sorted({prompt for prompt, _ in fresh}):
-            # A character whose bytes are not all there yet is U+FFFD for the time being.
-            text = self._decode(self._tokens[prompt]).rstrip("\ufffd")
-            self._tell_more(prompt, text)
+            tokens.setdefault(prompt, []).append(token)
+        for prompt in sorted(tokens):
+            self._pass_on(prompt, self._decoders[prompt].push(tokens[prompt]))
 
     def finish(self, texts: Sequence[str]) -> None:
-        """Tells the rest of the whole `texts`."""
+        """Passes on what is missing of the whole `texts`, such as the beginning of a last character."""
         for prompt, text in enumerate(texts):
-            self._tell_more(prompt, text)
+            self._pass_on(prompt, text[self._passed_on[prompt] :])
 
-    def _tell_more(self, prompt: int, text: str) -> None:
-        if self._tell is not None and len(text) > self._told[prompt]:
-            self._tell(prompt, text[self._told[prompt] :])
-            self._told[prompt] = len(text)
+    def _pass_on(self, prompt: int, text: str) -> None:
+        if text:
+            self._passed_on[prompt] += len(text)
+            self._streamer(prompt, text)
 
 
 def batches(items: Sequence[_Item], length: Callable[[_Item], int]) -> Iterator[list[_Item]]:
@@ -69,10 +75,3 @@ def checked_tokens(values: ArrayLike, vocab_size: int) -> list[int]:
     if wrong.size:
         raise ConfigError(f"tokens: expected 0 to {vocab_size - 1}, got {wrong[0]}")
     return [int(token) for token in tokens]
-
-
-def whole_number(name: str, value: int, least: int, end: int) -> int:
-    """`value` if it is a whole number in `[least, end)`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < end:
-        raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    return int(value)

@@ -1,4 +1,4 @@
-"""Helpers that know nothing of models: progress, tables, batching, atomic files and folders, hub ids, sizes.
+"""Helpers that know nothing of models: progress, tables, batching, files and folders, hub ids, sizes, checks.
 
 May import `errors`.
 """

@@ -1,25 +1,29 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to disk, renamed."""
+"""Files and folders that appear whole or not at all: written aside, flushed to disk, renamed.
+
+What is to become `NAME` is written as `.NAME.partial` beside it, by the process that holds the lock `.NAME.lock`. The
+operating system releases the lock of a process that is killed, so that the next writer of `NAME` takes both over.
+Locks are filelock's.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import StorageError
+from . import portable
 
 
 class WholeFile:
-    """A context manager that writes beside `path` and takes its place when the block ends well.
+    """A context manager that writes a file beside `path` and renames it to `path` when the block ends well.
 
-    When the block raises, or `discard` was called, nothing is left and `path` stays what it was. Processes that write
-    the same path wait for one another when they enter; a process that is killed leaves `.NAME.partial`, which the next
-    one that writes the path takes over.
+    When the block raises, or `discard` was called, nothing is left and `path` stays what it was. Processes and threads
+    that write the same path wait for one another when they enter.
 
     Raises:
         StorageError: The operating system refused: no space, no permission, no locks.
@@ -27,47 +31,34 @@ class WholeFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._end = 0
         self._discarded = False
 
     def __enter__(self) -> WholeFile:
-        with storage_errors(self._partial):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                # Neither "w", which would empty what another process is writing, nor "a", which ignores offsets.
-                descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._file = open(descriptor, "r+b", buffering=0)
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX)
-                    if _is_at(self._file.fileno(), self._partial):
-                        self._file.truncate(0)
-                        return self
-                except BaseException:
-                    self._file.close()
-                    raise
-                # What was waited for has been renamed or removed by the process that held it.
-                self._file.close()
+        with ExitStack() as stack:
+            self._partial = stack.enter_context(_locked(self.path))
+            with storage_errors(self._partial):
+                self._file = stack.enter_context(open(self._partial, "w+b", buffering=0))
+            self._stack = stack.pop_all()
+        return self
 
     def reserve(self, length: int) -> None:
         """Makes the file `length` bytes long, so that a full disk is found before the work is done."""
         with storage_errors(self.path):
-            os.posix_fallocate(self._file.fileno(), 0, length)
+            portable.reserve(self._file.fileno(), length, self.path.parent)
 
     def write(self, data: bytes) -> None:
-        """Writes `data` behind what was written by this method before."""
-        view = memoryview(data)
-        with storage_errors(self.path):
-            while view:
-                view = view[self._file.write(view) :]
+        """Writes `data` behind what this method has written before."""
+        self.write_at(self._end, data)
+        self._end += len(data)
 
     def write_at(self, offset: int, data: bytes) -> None:
         """Writes `data` from byte `offset` on."""
         view = memoryview(data)
         with storage_errors(self.path):
+            self._file.seek(offset)
             while view:
-                written = os.pwrite(self._file.fileno(), view, offset)
-                view = view[written:]
-                offset += written
+                view = view[self._file.write(view) :]
 
     def discard(self) -> None:
         """Leaves `path` as it is when the block ends."""
@@ -76,17 +67,74 @@ class WholeFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._stack:
             if kind is None and not self._discarded:
                 with storage_errors(self.path):
                     os.fsync(self._file.fileno())
-                    self._partial.replace(self.path)
-                    sync(self.path.parent)
+                    # Windows renames no open file.
+                    self._file.close()
+                    _publish(self._partial, self.path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, renamed to `path` when the block ends well, and removed otherwise.
+
+    `path` must not exist. Processes and threads that write the same path wait for one another when they enter.
+
+    Raises:
+        StorageError: The operating system refused: no space, no permission, no locks, or `path` is not empty.
+    """
+    with _locked(path) as partial:
+        with storage_errors(partial):
+            partial.mkdir()
+        yield partial
+        with storage_errors(path):
+            sync_folder(partial)
+            _publish(partial, path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """Yields the free name `.NAME.partial` beside `path`, which only the holder of the lock on `path` may use.
+
+    What is there at the end is removed.
+    """
+    # Imported here because `import tqcompressor` needs numpy alone.
+    from filelock import FileLock
+
+    partial, lock_path = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "lock"))
+    lock = FileLock(lock_path)
+    with storage_errors(lock_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        with storage_errors(partial):
+            # A killed process left it.
+            _remove(partial)
+        yield partial
+    finally:
+        try:
+            with storage_errors(partial):
+                _remove(partial)
         finally:
-            # Before the lock goes: behind it, the name may be another process's.
-            if _is_at(self._file.fileno(), self._partial):
-                self._partial.unlink()
-            self._file.close()
+            # Removed while it is held: filelock sees that a lock that it was waiting for has lost its name, and takes
+            # a new one. Windows removes no open file; there, filelock does it on release.
+            with suppress(OSError):
+                lock_path.unlink()
+            lock.release()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    partial.replace(path)
+    portable.sync(path.parent)
 
 
 @contextmanager
@@ -98,60 +146,22 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path`, which takes its name when the block ends well, and is removed otherwise.
-
-    A process that is killed leaves `.NAME.partial`, which the next one that writes the path replaces. `path` must not
-    exist. Raises `StorageError` when the operating system refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    with storage_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        with storage_errors(path):
-            sync_folder(partial)
-            partial.rename(path)
-            sync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def sync_folder(folder: Path) -> None:
     """Waits until everything in the folder is on the disk."""
     for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+        portable.sync(path)
+    portable.sync(folder)
 
 
 def free_space(folder: Path) -> int:
-    """Bytes left on the disk of a folder, or of what is to hold it; raises `StorageError` where there is no saying."""
+    """Bytes free on the disk that holds a folder, or will hold it. Raises `StorageError` where that is not known."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with storage_errors(folder):
         return shutil.disk_usage(existing).free
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raises `StorageError` unless the disk that `folder` is on has `needed` bytes left."""
+    """Raises `StorageError` unless the disk of `folder` has `needed` bytes free."""
     free = free_space(folder)
     if free < needed:
         message = f"{what} may need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"

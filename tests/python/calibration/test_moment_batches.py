@@ -64,7 +64,7 @@ def test_errors_of_the_text(tmp_path):
         ("short", {}, TextError, r"expected 128 sequences of 128 tokens, got a text of \d+ tokens: 0"),
         ("", {}, TextError, "expected 128 sequences"),
         (None, {}, ConfigError, "text: a tokenizer needs a text"),
-        ("a" * 999, {"num_samples": 0}, ConfigError, "num_samples: expected at least 1, got 0"),
+        ("a" * 999, {"num_samples": 0}, ConfigError, "num_samples: expected an integer from 1 up, got 0"),
         ("a" * 999, {"seq_len": 1}, ConfigError, "seq_len: expected 2 to 128"),
         ("a" * 999, {"seq_len": 129}, ConfigError, "seq_len: expected 2 to 128"),
     ):

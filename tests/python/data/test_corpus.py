@@ -266,10 +266,10 @@ def test_texts_that_cannot_be_used(tokenizer, cache, tmp_path, monkeypatch, toke
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seq_len": 1}, ["seq_len", "at least 2", "got 1"]),
+        ({"seq_len": 1}, ["seq_len", "from 2 up", "got 1"]),
         ({"seq_len": 129}, ["seq_len", "at most 128", "got 129"]),
         ({"tokens": 63}, ["tokens", "at least 64", "got 63"]),
-        ({"workers": 0}, ["workers", "at least 1", "got 0"]),
+        ({"workers": 0}, ["workers", "from 1 up", "got 0"]),
     ],
 )
 def test_options_out_of_range(tokenizer, options, words):

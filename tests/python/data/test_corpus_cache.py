@@ -1,6 +1,7 @@
 """The cache of tokens: found again, made anew, never half written."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -123,11 +124,10 @@ def test_a_killed_run_leaves_no_cache_and_the_next_one_cleans_up(tokenizer, cach
     command = [sys.executable, "-c", script, str(TINY), str(HELD_OUT)]
     run = subprocess.run(command, input="\n", capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     assert run.returncode == -9, run.stderr
-    (left,) = cache.iterdir()
-    assert left.name.endswith(".npy.partial")
+    left = sorted(path.name for path in cache.iterdir())
     token_blocks(HELD_OUT, tokenizer, 64)
     (made,) = cache.iterdir()
-    assert made.name == left.name.removeprefix(".").removesuffix(".partial")
+    assert made.suffix == ".npy" and left == [f".{made.name}.lock", f".{made.name}.partial"]
 
 
 def test_what_fails_midway_leaves_nothing(tokenizer, cache, monkeypatch):
@@ -171,3 +171,14 @@ def test_a_cache_that_cannot_be_made(tokenizer, tmp_path):
     with pytest.raises(errors.StorageError) as caught:
         token_blocks(HELD_OUT, tokenizer, 64, cache=tmp_path / "file" / "cache")
     assert caught.value.errno == errno.ENOTDIR and str(tmp_path / "file") in caught.value.filename
+
+
+def test_the_header_of_a_cache_file_has_one_length_for_every_count():
+    """It is written before the count is known, and again behind the tokens."""
+    for dtype in (np.dtype("<u2"), np.dtype("<u4")):
+        headers = [corpus._header(dtype, count) for count in (0, 1, 10**9, 2**62)]
+        assert {len(header) for header in headers} == {128}
+        for header, count in zip(headers, (0, 1, 10**9, 2**62), strict=True):
+            file = io.BytesIO(header)
+            assert np.lib.format.read_magic(file) == (1, 0)
+            assert np.lib.format.read_array_header_1_0(file) == ((count,), False, dtype)

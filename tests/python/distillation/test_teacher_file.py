@@ -67,10 +67,12 @@ def test_a_file_of_another_length(cached, tmp_path, length):
         ('"blocks": "7"', '"blocks": "0"', "damaged"),
         ('"temperature": "2.0"', '"temperature": "2,0"', "damaged"),
         ('"vocabulary": "8192"', '"vocabulary": "81920"', "damaged"),
-        ('"U16"', '"I16"', "damaged"),
+        ('"U16"', '"U32"', "damaged"),
+        ('"U16"', '"I16"', "tokens: expected one of the dtypes F32, U32, U16, got I16"),
         ('"format_version": "1"', '"format_version": "2"', "newer tqcompressor"),
         ('"fingerprint"', '"fingerprimt"', "damaged"),
-        ('{"__metadata__"', '["__metadata__"', "no cached teacher"),
+        ('"format_version"', '"format_versiom"', "expected the file of a cached teacher"),
+        ('{"__metadata__"', '["__metadata__"', "not a safetensors file"),
     ],
 )
 def test_a_header_that_lies(cached, tmp_path, before, after, words):

@@ -248,12 +248,22 @@ def test_the_files_of_a_tokenizer_mean_what_they_mean_to_transformers(tmp_path, 
 
 
 def test_streams_give_whole_characters_and_all_of_the_text(trained):
-    pieces = []
-    text = "naïve \u4e16\u754c \U0001f600\U0001f468\u200d\U0001f469 end"
-    streams = TextStreams(trained.decode, 1, lambda prompt, piece: pieces.append(piece))
+    pieces = [[], []]
+    text = "naïve \u4e16\u754c \U0001f600\U0001f468\u200d\U0001f469<|endoftext|> end"
+    streams = TextStreams(trained._tokenizer, 2, lambda prompt, piece: pieces[prompt].append(piece))
     for token in trained.encode(text):
-        streams.add([(0, token)])
-    assert len(pieces) > 5 and "".join(pieces) == text
+        streams.add([(1, token), (0, token)])
+    plain = text.replace("<|endoftext|>", "")
+    assert len(pieces[0]) > 5 and pieces[0] == pieces[1] and "".join(pieces[0]) == plain
+    assert not any("\ufffd" in piece for piece in pieces[0])
+    # The end of a text is no whole character: it comes with the whole text.
+    cut = [trained.encode("end \U0001f600")[:-1]]
+    streams = TextStreams(trained._tokenizer, 1, lambda prompt, piece: pieces[prompt].append(piece))
+    pieces[0].clear()
+    streams.add([(0, token) for token in cut[0]])
+    assert "".join(pieces[0]).strip() == "end"
+    streams.finish([trained.decode(cut[0])])
+    assert "".join(pieces[0]) == trained.decode(cut[0]) and "".join(pieces[0]).endswith("\ufffd")
     # At a high temperature, tokens are drawn that are parts of characters.
     told = {0: "", 1: ""}
 
@@ -262,6 +272,32 @@ def test_streams_give_whole_characters_and_all_of_the_text(trained):
 
     found = trained.generate(["He", "She"], temperature=40.0, max_new_tokens=100, seed=1, streamer=stream)
     assert [told[0], told[1]] == found and any("\ufffd" in text for text in found)
+
+
+def test_streams_decode_every_token_once(trained):
+    tokenizer = trained._tokenizer
+    pushed, decoded = [], []
+
+    class Stream:
+        def __init__(self, skip_special_tokens):
+            self._stream = tokenizer.decode_stream(skip_special_tokens)
+
+        def push(self, tokens):
+            pushed.append(len(tokens))
+            return self._stream.push(tokens)
+
+    class Tokenizer:
+        encode, decode_stream = tokenizer.encode, Stream
+
+        def decode(self, tokens, skip_special_tokens):
+            decoded.append(len(tokens))
+            return tokenizer.decode(tokens, skip_special_tokens)
+
+    native = NativeModel(trained._directory, trained._runtime)
+    vars(native)["_tokenizer"] = Tokenizer()
+    native.generate(["He", "She"], max_new_tokens=100, temperature=1.0, stream=lambda prompt, piece: None)
+    # Once as they come and once all together, however many times the stream was called.
+    assert sum(pushed) == sum(decoded) and len(decoded) == 2
 
 
 def test_texts_are_continued(trained):

@@ -1,0 +1,45 @@
+"""Checks of numbers that callers pass: counts, seeds, threads. Each returns the checked value as an `int`."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from ..errors import ConfigError
+
+# Random generators in Rust and numpy take an unsigned 64-bit seed.
+LARGEST_SEED = (1 << 64) - 1
+_MOST_THREADS = (1 << 16) - 1
+
+
+def integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
+    """`value` as an `int` from `smallest` to `largest`; numpy's integers are accepted.
+
+    Raises:
+        ConfigError: `value` is out of range, or no integer. The message gives `name`, the range and the value.
+
+    >>> integer("rank", 4, 1)
+    4
+    >>> integer("rank", 0, 1)
+    Traceback (most recent call last):
+    tqcompressor.errors.ConfigError: rank: expected an integer from 1 up, got 0
+    """
+    try:
+        # Reject bools and floats: `True` would count as 1.
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < smallest or (largest is not None and number > largest):
+        limits = f"from {smallest} up" if largest is None else f"from {smallest} to {largest}"
+        raise ConfigError(f"{name}: expected an integer {limits}, got {value!r}")
+    return number
+
+
+def seed(value: Any) -> int:
+    """A seed, from 0 to 2⁶⁴ − 1. Raises `ConfigError` as `integer` does."""
+    return integer("seed", value, 0, LARGEST_SEED)
+
+
+def threads(value: Any) -> int | None:
+    """A number of threads from 1 up; None stands for one per core. Raises `ConfigError` as `integer` does."""
+    return None if value is None else integer("threads", value, 1, _MOST_THREADS)

@@ -1,0 +1,169 @@
+"""Files and folders that are written aside: whole, or absent, or what they were; writers of one path wait."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from tqcompressor import errors
+from tqcompressor.utils import portable
+from tqcompressor.utils.atomic_io import WholeFile, whole_folder
+
+
+def test_it_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file"
+    with WholeFile(path) as file:
+        file.reserve(8)
+        file.write(b"abcd")
+        file.write_at(6, b"gh")
+        file.write_at(1, b"B")
+        file.write(b"ef")
+        assert not path.exists()
+    assert path.read_bytes() == b"aBcdefgh"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_it_is_durable_before_it_appears(tmp_path, monkeypatch):
+    """A crash of the machine must not leave a name without its contents."""
+    path = tmp_path / "file"
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, path.exists())))
+    with WholeFile(path) as file:
+        file.write(b"new")
+    assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_what_fails_or_is_discarded_changes_nothing(tmp_path, before):
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    with pytest.raises(KeyboardInterrupt), WholeFile(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    with WholeFile(path) as file:
+        file.write(b"new")
+        file.discard()
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [before] * (before is not None)
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path):
+    path = tmp_path / "file"
+    (tmp_path / ".file.partial").write_bytes(b"left over, and longer")
+    with WholeFile(path) as file:
+        file.write(b"new")
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"new"]
+
+
+def test_writers_wait_for_one_another(tmp_path):
+    path = tmp_path / "file"
+    found = []
+
+    def write():
+        with WholeFile(path) as file:
+            found.append(path.read_bytes() if path.exists() else None)
+            file.write(b"%d" % len(found))
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    with WholeFile(path) as file:
+        for thread in threads:
+            thread.start()
+        file.write(b"0")
+        assert found == []
+    for thread in threads:
+        thread.join(60)
+    # Each saw, whole, what the one before it wrote.
+    assert found == [b"%d" % number for number in range(8)]
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"8"]
+
+
+@pytest.mark.parametrize("write", ["write", "write_at", "reserve"])
+def test_what_the_system_refuses(tmp_path, write):
+    path = tmp_path / "file"
+    calls = {"write": (bytes(4000),), "write_at": (0, bytes(4000)), "reserve": (4000,)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(errors.StorageError) as caught, WholeFile(path) as file:
+            getattr(file, write)(*calls[write])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", ["file", "folder"])
+def test_a_killed_process_is_taken_over(tmp_path, write):
+    script = f"""
+        import os
+        from pathlib import Path
+        from tqcompressor.utils.atomic_io import WholeFile, whole_folder
+
+        path = Path({str(tmp_path / "it")!r})
+        with WholeFile(path) if {write!r} == "file" else whole_folder(path) as partial:
+            partial.write(b"half") if {write!r} == "file" else (partial / "half").write_bytes(b"half")
+            os.kill(os.getpid(), 9)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == -9, run.stderr
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".it.lock", ".it.partial"]
+    # What is left may be of the other kind.
+    with whole_folder(tmp_path / "it") as folder:
+        assert list(folder.iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "folder"
+    with whole_folder(path) as partial:
+        (partial / "a").write_bytes(b"a")
+        assert not path.exists()
+    assert (path / "a").read_bytes() == b"a" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "second") as partial:
+        raise KeyboardInterrupt
+    # What is there already is left alone.
+    with pytest.raises(errors.StorageError), whole_folder(path) as partial:
+        (partial / "b").write_bytes(b"b")
+    assert (path / "a").read_bytes() == b"a" and list(path.parent.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [path.parent]
+
+
+def test_writers_of_a_folder_wait_for_one_another(tmp_path):
+    path = tmp_path / "folder"
+    found = []
+
+    def write():
+        with pytest.raises(errors.StorageError), whole_folder(path) as partial:
+            found.append((path / "a").exists())
+            (partial / "b").touch()
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    with whole_folder(path) as partial:
+        for thread in threads:
+            thread.start()
+        (partial / "a").touch()
+        assert found == []
+    for thread in threads:
+        thread.join(60)
+    assert found == [True] * 3 and [entry.name for entry in path.iterdir()] == ["a"]
+
+
+def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    with WholeFile(tmp_path / "file") as file:
+        file.write(b"abc")
+        file.reserve(4000)
+    assert (tmp_path / "file").read_bytes() == b"abc" + bytes(3997)
+    with pytest.raises(errors.StorageError) as caught, WholeFile(tmp_path / "huge") as file:
+        file.reserve(1 << 60)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "huge")
+
+
+def test_processors_are_counted_where_the_system_has_no_call_for_it(monkeypatch):
+    assert portable.processors() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert portable.processors() == os.cpu_count()
