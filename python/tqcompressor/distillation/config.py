@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..losses._arrays import check_temperature
+from ..losses._arrays import check_alpha, check_temperature
+from ..losses.hidden import HiddenKind, check_hidden_kind
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -27,17 +28,15 @@ class DistillConfig:
     temperature: float = 2.0
     alpha: float = 0.5
     hidden_weight: float = 0.0
-    hidden_kind: str = "mse"
+    hidden_kind: HiddenKind = "mse"
     hidden_layers: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
+        check_alpha(self.alpha)
         if not 0 <= self.hidden_weight < math.inf:
             raise ConfigError(f"hidden_weight: expected a number from 0 up, got {self.hidden_weight}")
-        if self.hidden_kind not in ("mse", "cosine"):
-            raise ConfigError(f'hidden_kind: expected "mse" or "cosine", got {self.hidden_kind!r}')
+        check_hidden_kind("hidden_kind", self.hidden_kind)
         if self.hidden_layers is not None:
             pairs = self.hidden_layers.items() if isinstance(self.hidden_layers, Mapping) else self.hidden_layers
             object.__setattr__(self, "hidden_layers", tuple((int(ours), int(theirs)) for ours, theirs in pairs))
