@@ -1,4 +1,4 @@
-"""The file of a cached teacher: its bytes, and how probabilities become 16 bits and come back."""
+"""The file of a cached teacher: its layout, and probabilities as 16 bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMAT = 1
-# A log-probability is kept as a number of steps below zero, in 16 bits: down to e^-32, with an error of half a step.
+# A log-probability is stored as a number of steps below zero, in 16 bits: down to -32, with an error of half a step.
 _LOWEST = 32.0
 _STEPS = (1 << 16) - 1
 _SAFETENSORS_DTYPES = {"<f4": "F32", "<u4": "U32", "<u2": "U16"}
@@ -36,24 +36,24 @@ class Part(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Bytes of one block."""
+        """Bytes of one sample."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def end(self) -> int:
-        """The offset behind its last byte."""
+        """The offset after its last byte."""
         return self.begin + self.shape[0] * self.stride
 
 
 @dataclass(frozen=True)
 class TeacherFile:
-    """What a file of a cached teacher says of itself; everything about its bytes follows from it."""
+    """The header of a cached teacher's file; the layout of its bytes follows from these fields."""
 
-    blocks: int
-    block_size: int
+    num_samples: int
+    seq_len: int
     k: int
     temperature: float
-    vocabulary: int
+    vocab_size: int
     fingerprint: str
     teacher: str
     weights: str
@@ -61,15 +61,15 @@ class TeacherFile:
     def parts(self, begin: int | None = None) -> tuple[Part, Part, Part]:
         """`tail_mass`, `tokens` and `log_probability_steps`, from the end of the header (or from `begin`) on.
 
-        Those of wide elements come first, so that all are aligned.
+        The widest elements come first, so that all are aligned.
         """
-        shape = (self.blocks, self.block_size, self.k)
+        shape = (self.num_samples, self.seq_len, self.k)
         tail = Part("tail_mass", np.dtype("<f4"), shape[:2], len(self.header()) if begin is None else begin)
-        tokens = Part("tokens", token_dtype(self.vocabulary), shape, tail.end)
+        tokens = Part("tokens", token_dtype(self.vocab_size), shape, tail.end)
         return tail, tokens, Part("log_probability_steps", np.dtype("<u2"), shape, tokens.end)
 
     def header(self) -> bytes:
-        """The header of the file, its length in front."""
+        """The header of the file, preceded by its length."""
         metadata = {name: value if isinstance(value, str) else repr(value) for name, value in asdict(self).items()}
         entries: dict[str, Any] = {"__metadata__": {"format_version": str(_FORMAT), **metadata}}
         for part in self.parts(begin=0):
@@ -84,8 +84,8 @@ class TeacherFile:
         """Reads the header of the file at `path`.
 
         Raises:
-            CheckpointError: It is no file of a cached teacher, is damaged, has another size than its header says, or
-                is of a newer version.
+            CheckpointError: The file is no cached teacher's, is damaged, does not have the size that its header states,
+                or has a newer version.
             StorageError: It cannot be read.
         """
         with storage_errors(path), open(path, "rb") as file:
@@ -107,8 +107,8 @@ class TeacherFile:
             found = cls(**{field.name: readers[field.type](metadata[field.name]) for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: the header of the cached teacher is damaged") from error
-        # What differs in anything from what would be written is not to be trusted in anything.
-        if min(found.blocks, found.block_size, found.k) < 1 or found.header()[8:] != text:
+        # Accept only the header that would be written for these fields.
+        if min(found.num_samples, found.seq_len, found.k) < 1 or found.header()[8:] != text:
             raise CheckpointError(f"{path}: the header of the cached teacher is damaged")
         if size != (expected := found.parts()[-1].end):
             raise CheckpointError(f"{path}: truncated or damaged: expected {expected:,} bytes, got {size:,}")
@@ -120,23 +120,23 @@ def largest(logits: torch.Tensor, k: int, temperature: float) -> tuple[NDArray[A
 
     None where a row has NaN or plus infinity.
     """
-    # Differences first: they are exact where logits are close, however small the temperature.
+    # Subtract before dividing: differences of close logits are exact at any temperature.
     exponentials = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     total = exponentials.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         return None
     values, tokens = exponentials.topk(k)
     steps = ((total.log() - values.log()) * (_STEPS / _LOWEST)).round_().clamp_(0, _STEPS)
-    # The rest summed by itself: 1 minus the others would lose a small mass in rounding.
+    # Sum the rest directly: 1 minus the kept mass would round a small tail away.
     exponentials.scatter_(-1, tokens, 0.0)
     tail = exponentials.sum(-1).div_(total[..., 0]).clamp_(0, 1)
     return tail.cpu().numpy(), tokens.cpu().numpy(), steps.cpu().numpy()
 
 
 def probabilities_of(steps: NDArray[np.uint16], tail: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The probabilities `(positions, k)` that `steps` stand for, where all others have the mass `tail`."""
+    """The probabilities `(positions, k)` of `steps`, given the mass `tail` of all other tokens."""
     probabilities = np.exp(steps * (-_LOWEST / _STEPS))
-    # All share the error of the sum, and rounding to float32 must not lift it above 1.
+    # Normalise, to slightly below 1: rounding to float32 must not lift the sum above 1.
     scale = (1 - 2.0**-24) / (probabilities.sum(-1) + tail)
     scaled: NDArray[np.float32] = (probabilities * scale[:, None]).astype(np.float32)
     return scaled
