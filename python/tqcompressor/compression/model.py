@@ -133,10 +133,22 @@ def compress_again(
     """
     require_transformers_model(model)
     config = resolve_config(config, effort=effort, seed=seed)
-    if next(compressed_modules(model), None) is None:
-        return compress(model, config, threads=threads, progress=progress)
-    plan = resolved_plan(model, config)
+    plan = plan_model if next(compressed_modules(model), None) is None else resolved_plan
+    return recompress_planned(model, config, plan(model, config), threads=threads, progress=progress)
+
+
+def recompress_planned(
+    model: PreTrainedModel,
+    config: TQConfig,
+    plan: Mapping[str, Any],
+    *,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> CompressionReport:
+    """`compress_again` with the plan of `config` for this model, or for the dense model that it was made from."""
     parameters = model.num_parameters()
+    if next(compressed_modules(model), None) is None:
+        return _compress_planned(model, config, plan, {}, parameters, threads, progress)
     named = {entry["name"] for entry in plan["matrices"]}
     before: TQConfig = model.config.quantization_config
     kept = {name: spec for name, spec in before.specs.items() if name not in named}

@@ -24,7 +24,7 @@ from tqcompressor.evaluate.results import exponential
 from tqcompressor.evaluate.scoring import negative_log_likelihood, token_sequence
 from transformers import GPT2LMHeadModel
 
-TRAINING = TrainingConfig(batch_size=4, learning_rate=1e-3, checkpoints=4)
+TRAINING = TrainingConfig(batch_size=4, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def teacher(tmp_path_factory):
 
 
 def run(data, out, **changes):
-    options = {"texts": data.text, "out": out, "cache": data.cache, "training": TRAINING, "device": "cpu"}
+    options = {"text": data.text, "out": out, "cache": data.cache, "training": TRAINING, "device": "cpu"}
     return distill(changes.pop("teacher", data.path), changes.pop("recipe", RECIPE), **{**options, **changes})
 
 
@@ -152,17 +152,17 @@ def test_what_is_wrong_is_said_before_anything_is_done(teacher, tmp_path, monkey
     (tmp_path / "few.txt").write_text(letters(300), encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
     with pytest.raises(TextError, match="one block needs 32"):
-        run(teacher, out, texts=tmp_path / "short.txt")
-    with pytest.raises(TextError, match="stage half has 2 blocks of 32 tokens to train on, and a step takes 4"):
-        run(teacher, out, texts=tmp_path / "few.txt")
-    with pytest.raises(TextError, match=r"1,000,000 are asked for, the texts have"):
+        run(teacher, out, text=tmp_path / "short.txt")
+    with pytest.raises(TextError, match="stage half has 2 samples of 32 tokens to train on, and a step takes 4"):
+        run(teacher, out, text=tmp_path / "few.txt")
+    with pytest.raises(TextError, match=r"tokens: expected at most .* got 1,000,000"):
         run(teacher, out, tokens=1_000_000)
     with pytest.raises(TextError, match="not UTF-8 at byte 3"):
-        run(teacher, out, texts=tmp_path / "latin.txt")
+        run(teacher, out, text=tmp_path / "latin.txt")
     with pytest.raises(TextError, match="no file matches"):
-        run(teacher, out, texts=str(tmp_path / "*.md"))
-    with pytest.raises(ConfigError, match="block_size"):
-        run(teacher, out, training=TrainingConfig(block_size=33))
+        run(teacher, out, text=tmp_path / "*.md")
+    with pytest.raises(ConfigError, match="seq_len"):
+        run(teacher, out, training=TrainingConfig(seq_len=33))
     with pytest.raises(ConfigError, match=r"h\.7"):
         recipe = TQConfig({"h.7.mlp.c_fc": KroneckerSpec((2, 2), 1)})
         run(teacher, out, recipe=StagedRecipe((RECIPE.stages[0], Stage("none", recipe))))
