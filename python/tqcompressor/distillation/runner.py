@@ -91,8 +91,8 @@ def distill(
             `transformers.TrainingArguments`. Of the latter `output_dir`, `max_steps`, `save_total_limit` (at least 2),
             `dataloader_drop_last`, `remove_unused_columns` and `disable_tqdm` are set for every stage. Arguments that
             contradict a stage, such as `max_steps`, `num_train_epochs` other than 1, `eval_strategy`, or a
-            `save_strategy` other than "steps", are refused. The samples then have `min(positions, 1024)` tokens;
-            pass a `TokenBlocks` as `text` for another length.
+            `save_strategy` other than "steps", are refused. `logging_steps` is the step of the report's loss curve.
+            Samples have `min(positions, 1024)` tokens; pass a `TokenBlocks` as `text` for another length.
         effort: "fast", "balanced" or "best", in place of the recipe's.
         seed: Of the permutation searches, in place of the recipe's. The seed of the training is `training.seed`.
         device: "cpu" to train there though there is a GPU; by default transformers chooses.
