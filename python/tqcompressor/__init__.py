@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .compression.model import compress, recompress
     from .data.token_blocks import token_blocks
     from .distillation.runner import distill
-    from .distillation.teacher_cache import CachedTeacher, TaughtBlocks, cache_teacher
+    from .distillation.teacher_cache import CachedTeacher, CachedTeacherDataset, cache_teacher
     from .distillation.trainer import DistillTrainer
     from .evaluate.comparison import compare
     from .evaluate.scoring import perplexity
@@ -44,6 +44,7 @@ __all__ = [
     "STAGED_RECIPES",
     "BudgetPlan",
     "CachedTeacher",
+    "CachedTeacherDataset",
     "Calibration",
     "CompressionReport",
     "DistillConfig",
@@ -59,7 +60,6 @@ __all__ = [
     "StagedRecipe",
     "TQConfig",
     "TQError",
-    "TaughtBlocks",
     "TrainingConfig",
     "__version__",
     "cache_teacher",
@@ -87,8 +87,8 @@ __all__ = [
 # Names that need torch, transformers or peft, or serve only with them, and the module that each is in.
 _LAZY_NAMES = {
     "CachedTeacher": "distillation.teacher_cache",
+    "CachedTeacherDataset": "distillation.teacher_cache",
     "DistillTrainer": "distillation.trainer",
-    "TaughtBlocks": "distillation.teacher_cache",
     "cache_teacher": "distillation.teacher_cache",
     "calibrate": "calibration.calibrate",
     "compare": "evaluate.comparison",

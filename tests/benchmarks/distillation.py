@@ -2,13 +2,13 @@
 
 The teacher is the small GPT-2 of this repository; the students have about 65% of its parameters. Rivals:
 
-- staged, distilled: the stages of `tq-81m-staged`, its last one milder, so that 65% are left and not 60%;
-- one-shot, distilled: the same shapes at once, then the same training;
-- staged, labels alone: the stages, trained on the next token and not on the teacher;
+- staged, distilled: the stages of `tq-81m-staged`, with a milder last one, so that 65% are left and not 60%;
+- one-shot, distilled: the same shapes in one step, then the same training;
+- staged, labels alone: the same stages, trained on the next token without the teacher;
 - from scratch: a narrower dense GPT-2 of as many parameters, random weights, trained on the next token.
 
-Budgets are in tokens; 567,000 is 3.1% of what the teacher was trained on. The text is not in the repository: `--text`
-names yours (by default the books that the teacher was trained on, where they are at hand). Each run takes minutes.
+Budgets are in tokens; 567,000 is 3.1% of what the teacher was trained on. The text is not in the repository: pass yours
+as `--text` (default: the books that the teacher was trained on, if present). Each run takes minutes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, P
 TEACHER = ROOT / "tests" / "data" / "tiny-gpt2"
 BOOKS = ROOT.parent / "shared" / "data" / "books" / "train.txt"
 TEACHER_TOKENS = 18_300_000
-# What `distill` scores on after every stage; the table has the whole text.
+# `distill` scores on this beginning of the text after every stage; the table scores on the whole text.
 GLANCE_CHARACTERS = 20_000
 
 PUBLISHED = STAGED_RECIPES["tq-81m-staged"].stages
@@ -57,20 +57,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of compressed students")
     parser.add_argument("--learning-rate-from-scratch", type=float, default=2e-3)
-    parser.add_argument("--batch-size", type=int, default=16, help="blocks of 128 tokens per step")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples of 128 tokens per step")
     parser.add_argument("--alpha", type=float, default=0.5, help="share of the teacher in the loss of the distilled")
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--shares", type=float, nargs=3, default=[1, 1, 8], help="of the stages in the tokens")
-    parser.add_argument("--precision", default="bfloat16", help="of the forward pass of every student")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="in the forward pass")
     parser.add_argument("--effort", default="balanced")
     parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, each on one thread")
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
     if options.text is None:
-        raise SystemExit("--text FILES: the books that the teacher was trained on are not here")
+        raise SystemExit("--text FILES: expected, as the books that the teacher was trained on are not present")
     common = {name: value for name, value in vars(options).items() if name in TRAINING}
-    # One thread each: two that wait for one another are slower than two students at a time.
+    # One thread each: two students at a time are faster than one student on two threads.
     with ThreadPoolExecutor(options.jobs) as pool:
         for student in ("teacher", "one-shot, untrained"):
             yield in_fresh_process(common | {"student": student, "tokens": 0, "seed": 0})
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def means(results: list[dict]) -> Iterator[dict]:
-    """Of one budget, over the seeds."""
+    """The mean over the seeds, for every student of one budget."""
     for student in dict.fromkeys(result["student"] for result in results):
         of_seeds = [result for result in results if result["student"] == student]
         found = [result["perplexity"] for result in of_seeds]
@@ -110,7 +110,7 @@ def in_fresh_process(task: dict) -> dict:
 
 
 def one_student(task: argparse.Namespace) -> dict:
-    """Trains the student that `task` names, or takes the teacher, and scores it."""
+    """Trains the student that `task` names, or loads the teacher, and scores it."""
     start = time.perf_counter()
     if task.tokens:
         model = STUDENTS[task.student](task)
@@ -136,7 +136,7 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
             distill(
                 TEACHER,
                 shared,
-                texts=Path(task.text),
+                text=Path(task.text),
                 out=Path(folder) / "student",
                 tokens=task.tokens,
                 heldout=glance,
@@ -159,22 +159,27 @@ def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
     config = type(config)(**{**config.to_dict(), "n_embd": 196})
     torch.manual_seed(task.seed)
     student = GPT2LMHeadModel(config)
-    blocks = token_blocks(task.text, tokenizer, config.n_positions).take(task.tokens)
+    samples = token_blocks(Path(task.text), tokenizer, config.n_positions).take(task.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(settings, Path(folder), len(blocks) // settings.batch_size, "cpu")
-        # It is not resumed.
+        arguments = training_arguments(settings, Path(folder), len(samples) // settings.batch_size, "cpu")
+        # This run is not resumed.
         arguments.set_save("no")
-        trainer = DistillTrainer(student, arguments, distill=DistillConfig(alpha=0.0), train_dataset=blocks)
+        trainer = DistillTrainer(student, arguments, distill=DistillConfig(alpha=0.0), train_dataset=samples)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        # Without the mixed precision of its training, as the others are scored.
+        # Score in float32, as the other students.
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     return student
 
 
 def training(task: argparse.Namespace) -> TrainingConfig:
-    settings = TrainingConfig(batch_size=task.batch_size, learning_rate=task.learning_rate, checkpoints=1)
-    return replace(settings, precision=task.precision, seed=task.seed)
+    return TrainingConfig(
+        batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        bf16=task.bf16,
+        save_steps=0.5,
+        seed=task.seed,
+    )
 
 
 STUDENTS: dict[str, Callable] = {
@@ -183,7 +188,7 @@ STUDENTS: dict[str, Callable] = {
     "staged, labels alone": distilled(STAGED, False),
     "from scratch": from_scratch,
 }
-# What a student's own process is told.
+# Options that are passed to the process of a student.
 TRAINING = (
     "text",
     "heldout",
@@ -193,7 +198,7 @@ TRAINING = (
     "alpha",
     "temperature",
     "shares",
-    "precision",
+    "bf16",
     "effort",
 )
 

@@ -144,8 +144,9 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    # What is wrong with them is said before torch is imported.
-    training = TrainingConfig(**{field.name: getattr(options, field.name) for field in fields(TrainingConfig)})
+    # Before torch is imported, so that errors in them come at once.
+    values = {**vars(options), "seed": options.data_seed}
+    training = TrainingConfig(**{field.name: values[field.name] for field in fields(TrainingConfig)})
     losses = DistillConfig(options.temperature, options.alpha, options.hidden_weight, options.hidden_kind)
     try:
         from ..distillation.runner import distill
@@ -155,10 +156,10 @@ def _distill(options: argparse.Namespace) -> None:
         report = distill(
             options.teacher,
             options.recipe,
-            texts=[Path(text) for text in options.text],
+            text=[Path(name) for name in options.text],
             out=options.out,
             tokens=options.tokens,
-            heldout=options.heldout,
+            heldout=None if options.heldout is None else Path(options.heldout),
             losses=losses,
             training=training,
             effort=options.effort,
@@ -169,9 +170,9 @@ def _distill(options: argparse.Namespace) -> None:
             threads=options.threads,
         )
     except KeyboardInterrupt:
-        print(f"tqcompressor: {options.out} holds what is done: go on with --resume", file=sys.stderr)
+        print(f"tqcompressor: {options.out} has the state of the run: resume it with --resume", file=sys.stderr)
         raise
-    # One of several processes speaks for all.
+    # Only the first of several processes prints.
     if int(os.environ.get("RANK", "0")) == 0:
         print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
 

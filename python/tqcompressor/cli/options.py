@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from .._core import __version__
 from ..config.choices import DTYPES, EFFORTS, ENGINES, OBJECTIVES
 from ..config.recipes import RECIPES
-from ..distillation.config import PRECISIONS, DistillConfig, TrainingConfig
-from ..distillation.stages import STAGED_RECIPES
+from ..distillation.config import DistillConfig, HiddenKind, TrainingConfig
+from ..distillation.stages import DEFAULT_RECIPE, STAGED_RECIPES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,44 +60,67 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     distill = commands.add_parser(
         "distill",
         parents=[common],
-        help="compress a checkpoint stage by stage, and let it learn from its teacher after each",
-        description="Compress a checkpoint stage by stage, and let it learn from its teacher after each stage. "
-        "A run that was killed goes on with --resume. Several processes: torchrun -m tqcompressor.cli distill ...",
+        help="compress a checkpoint, in one stage or several, and train it to imitate what it was",
+        description="Compress a checkpoint, in one stage or several, and train it after each to imitate the teacher, "
+        "the checkpoint as it was. A killed run resumes with --resume. For several processes: "
+        "torchrun -m tqcompressor.cli distill ...",
     )
-    names = ", ".join((*STAGED_RECIPES, *RECIPES))
+    names = ", ".join((*RECIPES, *STAGED_RECIPES))
     distill.add_argument("--teacher", metavar="DIR", required=True, help="a dense checkpoint directory, or a hub id")
-    distill.add_argument("--recipe", metavar="NAME", default="tq-81m-staged", help=f"{names}, or a JSON file")
-    distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to learn from")
+    distill.add_argument(
+        "--recipe",
+        metavar="NAME",
+        default=DEFAULT_RECIPE,
+        help=f"{names}, or a JSON file (default: {DEFAULT_RECIPE})",
+    )
+    distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to train on")
     distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
-    distill.add_argument("--resume", action="store_true", help="go on where a run with the same options was killed")
+    distill.add_argument("--resume", action="store_true", help="resume a killed run that had the same options")
     distill.add_argument("--tokens", type=_positive, metavar="N", help="to train on in all (default: all of the text)")
-    distill.add_argument("--heldout", metavar="FILE", help="measures perplexity (default: the end of the text)")
+    distill.add_argument("--heldout", metavar="FILE", help="text to measure perplexity on (default: the end of --text)")
     group = distill.add_argument_group("training")
-    group.add_argument("--block-size", type=_positive, metavar="N", help="tokens of a block (default: the context)")
-    group.add_argument("--batch-size", type=_positive, metavar="N", default=training.batch_size, help="blocks per step")
+    group.add_argument("--seq-len", type=_positive, metavar="N", help="tokens of a sample (default: the context)")
+    group.add_argument(
+        "--batch-size", type=_positive, metavar="N", default=training.batch_size, help="samples of a batch"
+    )
     group.add_argument(
         "--gradient-accumulation-steps",
         type=_positive,
         metavar="N",
         default=training.gradient_accumulation_steps,
-        help="batches per step",
+        help="batches per optimiser step",
     )
     group.add_argument("--learning-rate", type=float, metavar="X", default=training.learning_rate)
-    group.add_argument("--warmup", type=float, metavar="X", default=training.warmup, help="share of the steps")
-    group.add_argument("--weight-decay", type=float, metavar="X", default=training.weight_decay)
-    group.add_argument("--precision", choices=PRECISIONS, default=training.precision, help="of the forward pass")
     group.add_argument(
-        "--checkpoints", type=_positive, metavar="N", default=training.checkpoints, help="of a stage, to resume from"
+        "--warmup-ratio", type=float, metavar="X", default=training.warmup_ratio, help="share of the steps"
+    )
+    group.add_argument("--weight-decay", type=float, metavar="X", default=training.weight_decay)
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument("--bf16", action="store_true", help="bfloat16 in the forward pass (default: float32)")
+    precision.add_argument("--fp16", action="store_true", help="float16 in the forward pass (default: float32)")
+    group.add_argument(
+        "--save-steps",
+        type=_number,
+        metavar="N",
+        default=training.save_steps,
+        help="steps between checkpoints, or below 1 a share of a stage's steps (default: %(default)s)",
     )
     group.add_argument("--device", choices=("cpu",), help="train on the CPU though there is a GPU")
-    group.add_argument("--seed", type=int, default=training.seed, help="of the search and of the order of the text")
+    group.add_argument(
+        "--data-seed",
+        type=int,
+        metavar="N",
+        default=training.seed,
+        help="of the order of the samples and of dropout (default: %(default)s)",
+    )
     group = distill.add_argument_group("loss: alpha·T²·KL(teacher‖student at T) + (1 − alpha)·CE + hidden_weight·H")
     group.add_argument("--temperature", type=float, metavar="T", default=losses.temperature)
     group.add_argument("--alpha", type=float, metavar="X", default=losses.alpha)
     group.add_argument("--hidden-weight", type=float, metavar="X", default=losses.hidden_weight)
-    group.add_argument("--hidden-kind", choices=("mse", "cosine"), default=losses.hidden_kind)
+    group.add_argument("--hidden-kind", choices=get_args(HiddenKind), default=losses.hidden_kind)
     group = distill.add_argument_group("compression")
-    group.add_argument("--effort", choices=EFFORTS, help="how hard permutations are searched (default: the recipe's)")
+    group.add_argument("--effort", choices=EFFORTS, help="effort of the permutation search (default: the recipe's)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the permutation search (default: the recipe's)")
     group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: float32)")
 
@@ -232,3 +255,10 @@ def _positive(text: str) -> int:
 
 # What argparse calls the type in "invalid positive integer value: '0'".
 _positive.__name__ = "positive integer"
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+_number.__name__ = "number"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,8 +45,6 @@ Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, 
 
 # From matrices, their names, their specs and their moments to their fits, in that order.
 Fits: TypeAlias = Callable[..., Sequence[Fitted]]
-# From a progress callback to the matrices that are fitted together, and their moments by name.
-Groups: TypeAlias = Callable[[Report | None], Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]]
 
 
 def compress(
@@ -134,20 +132,14 @@ def compress(
         config = request.plan(spent.choices).config
         fits = partial(_planned_fits, spent, request) if keep else None
     config = resolve_config(config, effort=effort, seed=seed)
-    plan = plan_model(model, config)
-    if fits is None:
-        fits = partial(_core.fit_many, effort=config.effort, seed=config.seed)
-    groups = partial(_groups, model, plan.matrices, known, objective, sequential)
     return _compress_planned(
         model,
         config,
-        plan,
-        fits,
-        groups,
-        threads,
-        progress,
-        calibrated(known, objective),
-        sequential=sequential is not None,
+        plan_model(model, config),
+        fits=fits,
+        norm=_Norm(known, objective, sequential),
+        threads=threads,
+        progress=progress,
     )
 
 
@@ -169,9 +161,21 @@ def recompress(
     require_transformers_model(model)
     threads = validate.threads(threads)
     config = resolve_config(config, effort=effort, seed=seed)
+    plan = plan_model if next(compressed_modules(model), None) is None else resolved_plan
+    return recompress_planned(model, config, plan(model, config), threads=threads, progress=progress)
+
+
+def recompress_planned(
+    model: PreTrainedModel,
+    config: TQConfig,
+    plan: ModelPlan,
+    *,
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> CompressionReport:
+    """`recompress` with the plan of `config` for this model, or for the dense model that it was made from."""
     if next(compressed_modules(model), None) is None:
-        return compress(model, config, threads=threads, progress=progress)
-    plan = resolved_plan(model, config)
+        return _compress_planned(model, config, plan, threads=threads, progress=progress)
     parameters = model.num_parameters()
     named = {matrix.name for matrix in plan.matrices}
     before: TQConfig = model.config.quantization_config
@@ -179,10 +183,8 @@ def recompress(
     with swapped(model, dense_modules(model, {matrix.module for matrix in plan.matrices})):
         detach(model)
         try:
-            fits = partial(_core.fit_many, effort=config.effort, seed=config.seed)
-            groups = partial(_groups, model, plan.matrices, None, "auto", None)
             return _compress_planned(
-                model, config, plan, fits, groups, threads, progress, False, kept=kept, parameters=parameters
+                model, config, plan, threads=threads, progress=progress, kept=kept, parameters=parameters
             )
         except BaseException:
             attach(model, before)
@@ -203,24 +205,35 @@ def _planned_fits(
     return spent.fit(order, matrices, names, moments, **options)
 
 
+@dataclass(frozen=True)
+class _Norm:
+    """The norm that errors are measured in: of a calibration, and with a text, as it changes from layer to layer."""
+
+    calibration: Calibration | None = None
+    objective: Objective = "auto"
+    sequential: Texts | None = None
+
+
 def _compress_planned(
     model: PreTrainedModel,
     config: TQConfig,
     plan: ModelPlan,
-    fits: Fits,
-    groups: Groups,
+    *,
     threads: int | None,
     progress: ProgressOption,
-    calibrated: bool,
-    *,
-    sequential: bool = False,
-    kept: Mapping[str, MatrixSpec] = MappingProxyType({}),
+    fits: Fits | None = None,
+    norm: _Norm | None = None,
+    kept: Mapping[str, MatrixSpec] | None = None,
     parameters: int | None = None,
 ) -> CompressionReport:
-    """Decomposes the matrices of `plan`, all of them dense; `kept` are those that are compressed and stay so.
+    """Decomposes the matrices of `plan`, all of them dense, and swaps their modules.
 
-    `parameters` are the model's before, for the report; by default those that it has now.
+    `fits` is where the fits come from, by default made as `config` says; `kept` are matrices that are compressed and
+    stay so; `parameters` are the model's before, for the report, by default those that it has now.
     """
+    norm = norm or _Norm()
+    if fits is None:
+        fits = partial(_core.fit_many, effort=config.effort, seed=config.seed)
     started = time.perf_counter()
     parameters = model.num_parameters() if parameters is None else parameters
     specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
@@ -229,8 +242,8 @@ def _compress_planned(
     try:
         with swapped(model, {}) as swap:
             with reporter(progress, "compress") as report:
-                measuring, fitting = (report, report) if report is None or not sequential else _halves(report)
-                for matrices, moments in groups(measuring):
+                measuring, fitting = (report, report) if report is None or norm.sequential is None else _halves(report)
+                for matrices, moments in _groups(model, plan.matrices, norm, measuring):
                     names = [matrix.name for matrix in matrices]
                     found = fits(
                         [matrix_of(model, matrix) for matrix in matrices],
@@ -242,43 +255,39 @@ def _compress_planned(
                     )
                     results.update(zip(names, found, strict=True))
                     swap(_filled(model, modules, matrices, results))
-            attach(model, config.replace(specs={**kept, **specs}))
+            attach(model, config.replace(specs={**(kept or {}), **specs}))
     except BaseException:
         detach(model)
         raise
-    return _report(model, plan, results, parameters, time.perf_counter() - started, calibrated)
+    in_its_norm = calibrated(norm.calibration, norm.objective)
+    return _report(model, plan, results, parameters, time.perf_counter() - started, in_its_norm)
 
 
 def _groups(
-    model: PreTrainedModel,
-    planned: Sequence[MatrixInfo],
-    calibration: Calibration | None,
-    objective: Objective,
-    sequential: Texts | None,
-    report: Report | None,
+    model: PreTrainedModel, planned: Sequence[MatrixInfo], norm: _Norm, report: Report | None
 ) -> Iterator[tuple[Sequence[MatrixInfo], Mapping[str, Moments]]]:
     """The matrices of a plan that are fitted together, and their moments, once those before them are compressed."""
-    moments = dict(moments_of(calibration, objective, planned))
-    if sequential is None or calibration is None:
+    moments = dict(moments_of(norm.calibration, norm.objective, planned))
+    if norm.sequential is None or norm.calibration is None:
         yield planned, moments
         return
-    source, text = sequential, None
+    source, text = norm.sequential, None
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PreTrainedTokenizerBase):
         source, text = source
     layers = calibrate_layers(
         model,
         source,
         text,
-        original=calibration,
+        original=norm.calibration,
         matrices=moments.keys(),
-        seed=calibration.seed,
+        seed=norm.calibration.seed,
         progress=report or False,
     )
     for group, measured in layers:
         matrices = [matrix for matrix in planned if matrix.name in group.matrices]
         # A layer that no text goes through has no moments.
         used = [matrix for matrix in matrices if measured.input(matrix.name) is not None]
-        yield matrices, moments | dict(moments_of(measured, objective, used))
+        yield matrices, moments | dict(moments_of(measured, norm.objective, used))
 
 
 def _halves(report: Report) -> tuple[Report, Report]:

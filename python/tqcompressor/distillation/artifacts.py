@@ -1,4 +1,4 @@
-"""Models and JSON in the folders of a distillation, and which trainer checkpoints are complete."""
+"""Models and JSON in the folders of a distillation; markers of complete trainer checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A checkpoint of the model with its tokenizer."""
+    """Writes a checkpoint of the model with its tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -37,7 +37,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes `data` whole, or not at all."""
+    """Writes `data` atomically."""
     with WholeFile(path) as file:
         file.write(json.dumps(data, indent=2).encode())
 
@@ -47,12 +47,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# Its presence says that all of a checkpoint folder was written.
+# A checkpoint folder with this file is complete.
 COMPLETE = "complete"
 
 
 def mark_complete(folder: Path) -> None:
-    """Says, durably, that everything in the folder is written."""
+    """Marks the folder as complete, once everything in it is on the disk."""
     with storage_errors(folder):
         sync_folder(folder)
         (folder / COMPLETE).touch()
@@ -61,6 +61,6 @@ def mark_complete(folder: Path) -> None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a `DistillTrainer` that was written to its end, or None."""
+    """The newest complete checkpoint of a `DistillTrainer`, or None."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,91 +1,104 @@
-"""What a student learns from, and how it is trained. Nothing here imports torch."""
+"""The loss of a distillation and the settings of its training, as plain values. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from ..errors import ConfigError
-from ..losses._arrays import check_temperature
+from ..losses._arrays import check_alpha, check_temperature
+from ..losses.hidden import HiddenKind as HiddenKind
+from ..losses.hidden import check_hidden_kind
 from ..utils import validate
 
-PRECISIONS = ("float32", "bfloat16", "float16")
 # transformers seeds numpy's old generator, too, which takes 32 bits.
 _LARGEST_SEED = (1 << 32) - 1
+ResultDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What the student learns from: `alpha·T²·KL(teacher ‖ student at T) + (1 − alpha)·CE + hidden_weight·H`.
+    """The loss of the student: `alpha·T²·KL(teacher ‖ student at T) + (1 − alpha)·CE + hidden_weight·H`.
 
-    `H` is the mean over the pairs of `hidden_layers` of the distance (`hidden_kind`: "mse" or "cosine") between hidden
-    states. A pair is (student's, teacher's) number of a state: 0 is the sum of the embeddings, `i` the output of block
-    `i`; the last one comes after the final normalisation. By default every block of a student with as many blocks as
-    its teacher is paired with its own, and of a shallower one with the blocks that divide the teacher evenly.
+    `H` is the mean distance of hidden states over the pairs of `hidden_layers`; `hidden_kind` is "mse" or "cosine". A
+    pair is (student's, teacher's) number of a state: 0 is the sum of the embeddings, `i` the output of transformer
+    block `i`, the last one after the final normalisation. By default block `i` of the student is paired with block
+    `i · (teacher's depth / student's depth)` of the teacher.
 
-    Raises `ConfigError` for values that cannot be followed.
+    Raises `ConfigError` for values out of range.
     """
 
     temperature: float = 2.0
     alpha: float = 0.5
     hidden_weight: float = 0.0
-    hidden_kind: str = "mse"
+    hidden_kind: HiddenKind = "mse"
     hidden_layers: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
+        check_alpha(self.alpha)
         if not 0 <= self.hidden_weight < math.inf:
             raise ConfigError(f"hidden_weight: expected a number from 0 up, got {self.hidden_weight}")
-        if self.hidden_kind not in ("mse", "cosine"):
-            raise ConfigError(f'hidden_kind: expected "mse" or "cosine", got {self.hidden_kind!r}')
+        check_hidden_kind("hidden_kind", self.hidden_kind)
         if self.hidden_layers is not None:
             pairs = self.hidden_layers.items() if isinstance(self.hidden_layers, Mapping) else self.hidden_layers
             object.__setattr__(self, "hidden_layers", tuple((int(ours), int(theirs)) for ours, theirs in pairs))
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything is learned from the teacher."""
+        """Whether the loss depends on the teacher."""
         return self.alpha > 0 or self.hidden_weight > 0
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How every stage is trained: AdamW, a linear warm-up, then a cosine down to zero.
+    """How every stage is trained: AdamW, a linear warm-up, then a cosine decay to zero.
 
-    Raises `ConfigError` for values that cannot be followed.
+    The short form of a `transformers.TrainingArguments`, which `distill` takes as well. Fields that both have mean the
+    same.
+
+    Raises `ConfigError` for values out of range.
     """
 
-    block_size: int | None = None
-    """Tokens of a block; by default the teacher's positions, at most 1024."""
+    seq_len: int | None = None
+    """Tokens of a sample; by default the teacher's positions, at most 1024."""
     batch_size: int = 8
-    """Blocks of a step on each process."""
+    """Samples of a batch on each process."""
     gradient_accumulation_steps: int = 1
-    """Batches that are added up to one optimiser step."""
+    """Batches whose gradients are averaged for one optimiser step."""
     learning_rate: float = 5e-4
     """At the end of the warm-up."""
-    warmup: float = 0.05
+    warmup_ratio: float = 0.05
     """Share of a stage's steps."""
     weight_decay: float = 0.0
-    precision: str = "float32"
-    """Of the forward pass; weights and optimiser are float32 always."""
-    checkpoints: int = 10
-    """Checkpoints of a stage, from which a killed run can go on; two are kept at a time."""
+    bf16: bool = False
+    """bfloat16 in the forward pass; weights and optimiser stay float32."""
+    fp16: bool = False
+    """float16 in the forward pass; weights and optimiser stay float32."""
+    save_steps: float = 0.25
+    """Steps from one checkpoint to the next, an integer, or below 1 a share of the stage's steps. A killed run resumes
+    from the last checkpoint; the last two are kept."""
     seed: int = 0
-    """Of the order of the blocks, and of dropout."""
+    """Of the order of the samples, and of dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "batch_size", "gradient_accumulation_steps", "checkpoints"):
-            if name != "block_size" or self.block_size is not None:
+        for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):
+            if name != "seq_len" or self.seq_len is not None:
                 object.__setattr__(self, name, validate.integer(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", validate.integer("seed", self.seed, 0, _LARGEST_SEED))
-        for name in ("learning_rate", "warmup", "weight_decay"):
+        for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf or (name == "warmup" and value > 1):
-                raise ConfigError(
-                    f"{name}: expected a finite number from 0 up{' to 1' * (name == 'warmup')}, got {value}"
-                )
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name}: expected a finite number from 0 up, got {value}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio: expected a number from 0 to 1, got {self.warmup_ratio}")
+        if not _is_count(self.save_steps) and not 0 < self.save_steps < 1:
+            raise ConfigError(f"save_steps: expected a positive integer or a share below 1, got {self.save_steps!r}")
+        if self.bf16 and self.fp16:
+            raise ConfigError("bf16 and fp16: expected at most one of them")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

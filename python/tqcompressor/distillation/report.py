@@ -1,4 +1,4 @@
-"""What a staged distillation did: the report that `distill` returns and keeps as `training_report.json`."""
+"""The report of a distillation: what `distill` returns, and writes as `training_report.json`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..utils.tables import format_table
 
 @dataclass(frozen=True)
 class LossRecord:
-    """A point of the loss curve: means over the steps since the point before."""
+    """A point of the loss curve: means over the steps since the previous point."""
 
     step: int
-    """Optimiser steps done in this stage."""
+    """Optimiser steps of this stage so far."""
     tokens: int
-    """Tokens trained on in this stage, over all processes."""
+    """Tokens trained on in this stage so far, over all processes."""
     loss: float
     learning_rate: float
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model of the ladder, scored on the held-out text."""
+    """A model with its perplexity on the held-out text."""
 
     parameters: int
     perplexity: float
@@ -32,20 +32,20 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage: what was compressed, and what training then made of it."""
+    """One stage: the student after its compression and after its training."""
 
     name: str
     compressed: ModelResult
-    """The student right after this stage's compression."""
+    """The student after this stage's compression, before its training."""
     trained: ModelResult
     """The student at the end of the stage."""
     lost_energy: Mapping[str, float]
-    """Of each matrix that this stage decomposed, against the student's weights at that time."""
+    """Of each matrix that this stage decomposed, relative to the student's weights before."""
     tokens: int
     """Trained on in this stage."""
     steps: int
     seconds: float
-    """Of training, from its last start: a resumed stage counts only what it did since."""
+    """Of training, since the last start: a resumed stage does not count the time before."""
     tokens_per_second: float
     losses: Sequence[LossRecord]
 
@@ -64,18 +64,18 @@ class StageResult:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """The ladder from the teacher to the distilled student; `str()` is a table of it."""
+    """The scores from the teacher to the distilled student, with all settings; `str()` is a table of them."""
 
     version: str
     """The version of tqcompressor."""
     settings: Mapping[str, Any]
-    """All that the result depends on: teacher, recipe, text, losses, optimiser, seed."""
+    """Everything that the result depends on: teacher, recipe, text, losses, training, processes, dtype."""
     versions: Mapping[str, str]
     """Of Python, torch and transformers."""
     heldout_tokens: int
     teacher: ModelResult
     one_shot: ModelResult
-    """The teacher compressed to the final student's shapes at once, without training."""
+    """The teacher compressed to the final student's shapes in one step, without training."""
     stages: Sequence[StageResult]
 
     @property
@@ -107,7 +107,7 @@ class TrainingReport:
         )
 
     def rows(self) -> list[list[str]]:
-        """The ladder as cells, a header first."""
+        """The table of `str()` as cells, the header first."""
         rows = [["model", "parameters", "perplexity", "tokens", "tokens/s", "final loss"]]
 
         def add(name: str, model: ModelResult, *training: str) -> None:

@@ -1,8 +1,10 @@
-"""The whole of it: compress and train by turns, each stage from the student as it is then, its state on disk.
+"""Distillation from end to end: every stage compresses the student and trains it, with its state on disk.
 
-`out/stages/N-NAME/compressed` is the student after the stage's compression, `checkpoints` are its trainer's, `trained`
-is the student after the stage. Each takes its name only when it is complete, so that a run that was killed goes on from
-the last of them, and ends with the same weights as one that was not.
+`out/stages/N-NAME/compressed` is the student after the stage's compression, `checkpoints` are the trainer's, `trained`
+is the student after the stage. Each gets its name only when it is complete. So a killed run resumes from the last of
+them, and ends with the same weights as a run that was not killed.
+
+In several processes, whatever is done once is done by the first of them, within `main_process_first`.
 """
 
 from __future__ import annotations
@@ -14,344 +16,283 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .._core import __version__
-from ..compression.model import compress, recompress
-from ..compression.model_plan import plan_model
+from ..compression.model import compress, recompress_planned
 from ..config.tq_config import TQConfig
-from ..data.text import read_text
-from ..data.token_blocks import TokenBlocks, token_blocks
-from ..errors import ConfigError, DestinationError, TextError
+from ..data.token_blocks import TokenBlocks
+from ..errors import ConfigError
 from ..evaluate.results import exponential
-from ..evaluate.scoring import begin_tokens, negative_log_likelihood, token_sequence
-from ..utils import validate
-from ..utils.atomic_io import require_space, whole_folder
+from ..evaluate.scoring import negative_log_likelihood
+from ..utils.atomic_io import whole_folder
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
-from ..utils.torch_utils import move
+from ..utils.torch_utils import on_device
 from .artifacts import load_model, read_json, save_model, weights_digest, write_json
-from .config import PRECISIONS, DistillConfig, TrainingConfig
+from .config import DistillConfig, ResultDtype, TrainingConfig
+from .prepare import Prepared, PreparedStage, prepare
 from .report import ModelResult, StageResult, TrainingReport
-from .stages import Stage, StagedRecipe, resolve_staged_recipe
-from .training import Trained, quiet_transformers, train_stage, training_arguments
+from .stages import DEFAULT_RECIPE, StagedRecipe
+from .training import Trained, quiet_transformers, train_stage, training_arguments, training_settings
 
 _REPORT = "training_report.json"
 _STATE = "training_state.json"
-# Held out by default: a hundredth of the text, and no more than scoring it takes a while.
-_HELDOUT_SHARE, _HELDOUT_TOKENS = 100, 1 << 16
 
 
 def distill(
     teacher: StrPath | PreTrainedModel,
-    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig = "tq-81m-staged",
+    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig = DEFAULT_RECIPE,
     *,
-    texts: StrPath | Sequence[StrPath] | Any,
+    text: str | Path | Sequence[str | Path] | TokenBlocks | Any,
     out: StrPath,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tokens: int | None = None,
-    heldout: StrPath | None = None,
+    heldout: str | Path | None = None,
     losses: DistillConfig | None = None,
-    training: TrainingConfig | None = None,
+    training: TrainingConfig | TrainingArguments | None = None,
     effort: str | None = None,
     seed: int | None = None,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: ResultDtype = "float32",
     cache: StrPath | None = None,
     resume: bool = False,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> TrainingReport:
-    """Compresses a GPT-2 stage by stage, and lets it learn from its teacher after every stage.
+    """Compresses a GPT-2 and trains it to imitate the model that it was, its teacher.
 
-    Each stage decomposes the matrices that it names *as the student then has them*, and trains the student on its share
-    of the text, every token once. The result in `out` is a compressed checkpoint with its tokenizer, a model card and
-    `training_report.json`; `out/stages` has the student after every stage.
+    A recipe has one stage or several. Each stage decomposes the matrices that it names, *as the student has them by
+    then*, and trains the student on its share of the text, every token once. The result in `out` is a compressed
+    checkpoint with its tokenizer, a model card and `training_report.json`; `out/stages` has the student after every
+    stage.
 
-    Several processes: call it from a script under `torchrun` or `accelerate launch`, or start the command line so.
+    For several processes, call it from a script under `torchrun` or `accelerate launch`, or launch the command line.
 
     Args:
-        teacher: A checkpoint directory or hub id, or a live model (then `tokenizer` is needed too).
-        recipe: The name of a staged recipe or of one of `RECIPES` (a single stage), the path of a JSON file, a dict, a
-            `StagedRecipe` or a `TQConfig`.
-        texts: To learn from: as for `token_blocks`.
+        teacher: A checkpoint directory or hub id, or a live model, which needs `tokenizer` too.
+        recipe: The name of one of `RECIPES` (a single stage) or `STAGED_RECIPES`, the path of a JSON file, a dict, a
+            `StagedRecipe` or a `TQConfig`. One-shot "tq-81m" by default: on equal text it ends with a lower perplexity
+            than "tq-81m-staged".
+        text: The training text: a str is the text itself, a `Path` a UTF-8 file or a glob pattern, and a list holds
+            either. A `datasets.Dataset` with a column "text", and a `TokenBlocks`, are taken as they are.
         out: The folder to write; it must not exist, or be empty, unless `resume`.
         tokenizer: By default the teacher's own.
-        tokens: Of training, for all stages together; by default all that the texts have.
-        heldout: A UTF-8 text to measure perplexity on; by default the end of `texts`, which is then not trained on: a
-            hundredth of it, from one block up to 65,536 tokens.
-        losses: What the student learns from.
-        training: Batches, optimiser, checkpoints.
+        tokens: Tokens to train on, all stages together; by default all of the text.
+        heldout: A text to measure perplexity on, a str or the `Path` of a file. By default the end of `text`, which is
+            then not trained on: a hundredth of it, from one sample up to 65,536 tokens.
+        losses: The loss of the student.
+        training: Batches, optimiser and checkpoints of every stage: a `TrainingConfig` or, for any other setting, a
+            `transformers.TrainingArguments`. Of the latter `output_dir`, `max_steps`, `save_total_limit` (at least 2),
+            `dataloader_drop_last`, `remove_unused_columns` and `disable_tqdm` are set for every stage. Arguments that
+            contradict a stage, such as `max_steps`, `num_train_epochs` other than 1, `eval_strategy`, or a
+            `save_strategy` other than "steps", are refused. `logging_steps` is the step of the report's loss curve.
+            Samples have `min(positions, 1024)` tokens; pass a `TokenBlocks` as `text` for another length.
         effort: "fast", "balanced" or "best", in place of the recipe's.
-        seed: Of the permutation searches, in place of the recipe's.
+        seed: Of the permutation searches, in place of the recipe's. The seed of the training is `training.seed`.
         device: "cpu" to train there though there is a GPU; by default transformers chooses.
         dtype: Of the result: "float32", "float16" or "bfloat16". Training is float32.
-        cache: Where tokenised texts are kept; as for `token_blocks`.
-        resume: Go on where a run with the same arguments was killed; starts from the beginning where nothing is yet.
-        threads: Threads of the permutation search.
+        cache: The folder of tokenised text; as for `token_blocks`.
+        resume: Resumes a killed run that had the same arguments; starts one where `out` is empty.
+        threads: Threads of the permutation search; they do not change the result.
         progress: True, False, None (bars when on a terminal or in a notebook) or a callable `(done, total)`, called
             for each piece of the work in turn.
 
     Returns:
-        The ladder: teacher, one-shot, and the student before and after the training of every stage.
+        The scores of the teacher, of the one-shot student, and of the student before and after the training of every
+        stage.
 
     Raises:
-        ConfigError: Recipe, teacher, tokenizer and settings do not fit together, or `resume` finds another run's state.
+        ConfigError: Recipe, teacher, tokenizer and settings do not fit together, or `resume` finds a run with other
+            arguments.
         TextError: Too little text for the stages, or files that are not UTF-8.
         DestinationError: `out` is not empty.
-        StorageError: The disk is full, or would become so.
+        StorageError: The disk is full, or has too little space for the stages.
+
+    Cost: for every stage a compression, and on every token a forward and a backward pass of the student and a forward
+    pass of the teacher. The disk holds two students for every stage, and two checkpoints of three times their size.
 
     Source: arXiv 2401.16367 (the stages); arXiv 1503.02531 (the losses).
 
     Example:
-        >>> report = distill("gpt2", texts=Path("openwebtext/*.txt"), out="gpt2-81m")  # doctest: +SKIP
+        >>> report = distill("gpt2", text=Path("openwebtext/*.txt"), out="gpt2-81m")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    training = training or TrainingConfig()
-    threads = validate.threads(threads)
-    run = _Run(Path(out), training, losses or DistillConfig(), device, threads, progress)
-    if dtype not in PRECISIONS:
-        raise ConfigError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {dtype!r}")
-    run.recipe = resolve_staged_recipe(recipe, effort=effort, seed=seed)
-    run.check_destination(resume)
     with quiet_transformers():
-        run.load_teacher(teacher, tokenizer)
-        one_shot = run.one_shot_config()
-        run.load_texts(texts, tokens, heldout, cache)
-        run.check_space()
-        run.begin(one_shot, dtype)
-        stages = tuple(run.stage(number) for number in range(1, len(run.recipe.stages) + 1))
-        return run.finish(stages, getattr(torch, dtype))
-
-
-class _Run:
-    """One distillation: what it was asked for, and where it stands."""
-
-    recipe: StagedRecipe
-    teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    blocks: list[TokenBlocks | None]
-    steps: list[int]
-    heldout: list[int]
-    state: dict[str, Any]
-
-    def __init__(
-        self,
-        out: Path,
-        training: TrainingConfig,
-        losses: DistillConfig,
-        device: str | None,
-        threads: int | None,
-        progress: ProgressOption,
-    ) -> None:
-        self.out, self.training, self.losses = out, training, losses
-        self.device, self.threads, self.progress = device, threads, progress
-        # Made early: it knows of other processes, and refuses a precision that the machine does not have.
-        self.arguments = training_arguments(training, self.out / "stages", 1, device)
-
-    # What is asked for, checked before anything takes long.
-
-    def check_destination(self, resume: bool) -> None:
-        with self.arguments.main_process_first(local=False):
-            taken = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
-            if taken and not resume and self.arguments.process_index == 0:
-                raise DestinationError(f"{self.out} exists and is not empty: choose another, or resume")
-
-    def load_teacher(self, teacher: StrPath | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        if isinstance(teacher, PreTrainedModel):
-            if tokenizer is None:
-                raise ConfigError("tokenizer: expected one along with a teacher that is a live model")
-            # A copy, because it is moved about.
-            self.teacher = copy.deepcopy(teacher)
-            move(self.teacher, "cpu")
-            self.teacher.to(torch.float32)  # type: ignore[arg-type]
-        else:
-            self.teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher)
-        vocabulary = self.teacher.config.vocab_size
-        if len(self.tokenizer) > vocabulary:
-            raise ConfigError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the teacher's vocabulary only {vocabulary}: "
-                "it is another model's tokenizer"
-            )
-        positions = self.teacher.config.max_position_embeddings
-        self.block_size = self.training.block_size or min(positions, 1024)
-        if not 2 <= self.block_size <= positions:
-            raise ConfigError(f"block_size: expected 2 to {positions} (the teacher's positions), got {self.block_size}")
-
-    def one_shot_config(self) -> TQConfig:
-        """All stages at once: each matrix as the last stage that names it has it. Checks that every stage fits."""
-        specs: dict[str, Any] = {}
-        for stage in self.recipe.stages:
-            for matrix in plan_model(self.teacher, stage.config).matrices:
-                specs[matrix.name] = matrix.spec
-        return self.recipe.stages[-1].config.replace(specs=specs)
-
-    def load_texts(self, texts: Any, tokens: int | None, heldout: StrPath | None, cache: StrPath | None) -> None:
-        if heldout is not None:
-            self.heldout = token_sequence(self.tokenizer, read_text(heldout))
-        all_blocks = token_blocks(texts, self.tokenizer, self.block_size, cache=cache, progress=self.progress)
-        available = len(all_blocks)
-        if heldout is None:
-            most = max(1, _HELDOUT_TOKENS // self.block_size)
-            held_out = min(max(1, available // _HELDOUT_SHARE), most)
-            available -= held_out
-            rows = [all_blocks[available + index]["input_ids"].tolist() for index in range(held_out)]
-            self.heldout = [*begin_tokens(self.tokenizer), *chain.from_iterable(rows)]
-        wanted = available if tokens is None else tokens // self.block_size
-        if wanted > available:
-            raise TextError(
-                f"tokens: {tokens:,} are asked for, the texts have {available * self.block_size:,} to train on"
-            )
-        per_step = self.training.batch_size * self.training.gradient_accumulation_steps * self.arguments.world_size
-        self.blocks, self.steps = [], []
-        for stage, share in zip(self.recipe.stages, self.recipe.blocks_of_stages(wanted), strict=True):
-            if stage.share and len(share) < per_step:
-                raise TextError(
-                    f"stage {stage.name} has {len(share)} blocks of {self.block_size} tokens to train on, and a step "
-                    f"takes {per_step}: give more text or smaller batches"
-                )
-            self.blocks.append(all_blocks.section(share.start, len(share)) if share else None)
-            self.steps.append(len(share) // per_step)
-        self.tokens_per_step = per_step * self.block_size
-
-    def check_space(self) -> None:
-        """At worst there are two students for each stage, two checkpoints with two moments each, and the result."""
-        size = 4 * self.teacher.num_parameters()
-        require_space(self.out, size * (2 * len(self.recipe.stages) + 2 * 3 + 1), "the stages and their checkpoints")
-
-    # The work. What one process does for all is done within `main_process_first`, and found done by the others.
-
-    def begin(self, one_shot: TQConfig, dtype: str) -> None:
-        """Scores teacher and one-shot student, or finds that a run with the same settings did so."""
-        settings = {
-            "teacher": weights_digest(self.teacher),
-            "recipe": self.recipe.to_dict(),
-            "texts": [blocks and blocks.fingerprint for blocks in self.blocks],
-            "heldout": hashlib.sha256(str(self.heldout).encode()).hexdigest(),
-            "losses": asdict(self.losses),
-            "training": {**asdict(self.training), "block_size": self.block_size},
-            "processes": self.arguments.world_size,
-            "dtype": dtype,
-        }
-        settings = json.loads(json.dumps(settings))
-        path = self.out / _STATE
-        with self.arguments.main_process_first(local=False):
-            if not path.exists():
-                teacher = self._score(self.teacher, "score teacher")
-                state = {"settings": settings, "heldout_tokens": len(self.heldout) - 1, "teacher": asdict(teacher)}
-                # The compression of a single stage is the one-shot one, and the stage scores it.
-                if len(self.recipe.stages) > 1:
-                    student = copy.deepcopy(self.teacher)
-                    compress(student, one_shot, threads=self.threads, progress=self.progress)
-                    state["one_shot"] = asdict(self._score(student, "score one-shot"))
-                write_json(path, state)
-            self.state = read_json(path)
-        before = self.state["settings"]
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            raise ConfigError(f"{self.out} is of a run with other settings ({', '.join(differing)}): it cannot go on")
-
-    def stage(self, number: int) -> StageResult:
-        """Does what is left to do of a stage."""
-        stage, folder = self.recipe.stages[number - 1], self._folder(number)
-        compressed, trained = folder / "compressed", folder / "trained"
-        if trained.is_dir():
-            return StageResult.from_dict(read_json(trained / "stage.json"))
-        with self.arguments.main_process_first(local=False):
-            if not compressed.is_dir():
-                self._compress(stage, number, compressed)
-        start = read_json(compressed / "stage.json")
-        student = load_model(compressed)
-        blocks, steps = self.blocks[number - 1], self.steps[number - 1]
-        run = Trained((), 0.0, 0.0)
-        if blocks is not None:
-            run = train_stage(
-                student,
-                self.teacher,
-                self.tokenizer,
-                blocks,
-                training_arguments(self.training, folder / "checkpoints", steps, self.device),
-                self.losses,
-                f"stage {number}/{len(self.recipe.stages)} {stage.name}",
-                self.progress,
-            )
-        with self.arguments.main_process_first(local=False):
-            if not trained.is_dir():
-                result = StageResult(
-                    name=stage.name,
-                    compressed=ModelResult(**start["compressed"]),
-                    trained=self._score(student, f"score stage {number}"),
-                    lost_energy=start["lost_energy"],
-                    tokens=steps * self.tokens_per_step,
-                    steps=steps,
-                    seconds=run.seconds,
-                    tokens_per_second=run.tokens_per_second,
-                    losses=run.losses,
-                )
-                with whole_folder(trained) as partial:
-                    save_model(student, self.tokenizer, partial)
-                    write_json(partial / "stage.json", asdict(result))
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return StageResult.from_dict(read_json(trained / "stage.json"))
-
-    def finish(self, stages: tuple[StageResult, ...], dtype: torch.dtype) -> TrainingReport:
-        """Puts the last stage's student into `out`; the report, which is written last, says that it is all there."""
-        one_shot = self.state.get("one_shot")
-        report = TrainingReport(
-            version=__version__,
-            settings=self.state["settings"],
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            heldout_tokens=self.state["heldout_tokens"],
-            teacher=ModelResult(**self.state["teacher"]),
-            one_shot=ModelResult(**one_shot) if one_shot else stages[0].compressed,
-            stages=stages,
+        prepared = prepare(
+            teacher,
+            recipe,
+            text=text,
+            out=out,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            heldout=heldout,
+            losses=losses or DistillConfig(),
+            training=training or TrainingConfig(),
+            effort=effort,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            cache=cache,
+            resume=resume,
+            threads=threads,
+            progress=progress,
         )
-        with self.arguments.main_process_first(local=False):
-            if not (self.out / _REPORT).exists():
-                final = self.out / "final"
-                shutil.rmtree(final, ignore_errors=True)
-                with whole_folder(final) as partial:
-                    student: Any = load_model(self._folder(len(stages)) / "trained")
-                    student.to(dtype)
-                    save_model(student, self.tokenizer, partial)
-                    (partial / "README.md").write_text(report.model_card(), encoding="utf-8")
-                for path in final.iterdir():
-                    path.replace(self.out / path.name)
-                final.rmdir()
-                for number in range(1, len(stages) + 1):
-                    for done in ("compressed", "checkpoints"):
-                        shutil.rmtree(self._folder(number) / done, ignore_errors=True)
-                write_json(self.out / _REPORT, report.to_dict())
-        return report
+        state = begin(prepared)
+        results = tuple(run_stage(prepared, stage) for stage in prepared.stages)
+        return finish(prepared, state, results)
 
-    def _compress(self, stage: Stage, number: int, folder: Path) -> None:
-        student = copy.deepcopy(self.teacher) if number == 1 else load_model(self._folder(number - 1) / "trained")
-        report = recompress(student, stage.config, threads=self.threads, progress=self.progress)
-        start = {
-            "compressed": asdict(self._score(student, f"score stage {number}")),
-            "lost_energy": {matrix.name: matrix.lost_energy for matrix in report.matrices},
-        }
-        with whole_folder(folder) as partial:
-            save_model(student, self.tokenizer, partial)
-            write_json(partial / "stage.json", start)
 
-    def _score(self, model: PreTrainedModel, title: str) -> ModelResult:
-        move(model, self.arguments.device)
-        with reporter(self.progress, title) as report:
-            total, tokens = negative_log_likelihood(model, self.heldout, progress=report or False)
-        move(model, "cpu")
-        return ModelResult(model.num_parameters(), exponential(total / tokens))
+def begin(prepared: Prepared) -> Mapping[str, Any]:
+    """Scores teacher and one-shot student, or reads the scores of the run that is resumed: the state of the run.
 
-    def _folder(self, number: int) -> Path:
-        return self.out / "stages" / f"{number}-{self.recipe.stages[number - 1].name}"
+    Raises `ConfigError` where `out` has the state of a run with other settings.
+    """
+    settings = _settings(prepared)
+    path = prepared.out / _STATE
+    with prepared.arguments.main_process_first(local=False):
+        if not path.exists():
+            teacher = _score(prepared, prepared.teacher, "score teacher")
+            state = {"settings": settings, "heldout_tokens": len(prepared.heldout) - 1, "teacher": asdict(teacher)}
+            # With a single stage, its compressed student is the one-shot one, and is scored there.
+            if len(prepared.stages) > 1:
+                student = copy.deepcopy(prepared.teacher)
+                compress(student, prepared.one_shot, threads=prepared.threads, progress=prepared.progress)
+                state["one_shot"] = asdict(_score(prepared, student, "score one-shot"))
+            write_json(path, state)
+    found: Mapping[str, Any] = read_json(path)
+    differing = [name for name in settings if found["settings"].get(name) != settings[name]]
+    if differing:
+        raise ConfigError(
+            f"{prepared.out} has a run with other settings ({', '.join(differing)}): resume it with its own, or "
+            "choose another folder"
+        )
+    return found
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+    """Everything that the result depends on, as JSON types."""
+    settings = {
+        "teacher": weights_digest(prepared.teacher),
+        "recipe": prepared.recipe.to_dict(),
+        "text": [stage.samples and stage.samples.fingerprint for stage in prepared.stages],
+        "heldout": hashlib.sha256(str(list(prepared.heldout)).encode()).hexdigest(),
+        "losses": asdict(prepared.losses),
+        "training": training_settings(prepared.training, prepared.seq_len),
+        "processes": prepared.arguments.world_size,
+        "dtype": prepared.dtype,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def run_stage(prepared: Prepared, stage: PreparedStage) -> StageResult:
+    """Does what a stage still lacks: compresses the student, trains it, scores it."""
+    compressed, trained = stage.folder / "compressed", stage.folder / "trained"
+    if trained.is_dir():
+        return _read_result(trained)
+    with prepared.arguments.main_process_first(local=False):
+        if not compressed.is_dir():
+            _compress(prepared, stage, compressed)
+    start = read_json(compressed / "stage.json")
+    student = load_model(compressed)
+    training = Trained((), 0.0, 0.0)
+    if stage.samples is not None:
+        training = train_stage(
+            student,
+            prepared.teacher,
+            prepared.tokenizer,
+            stage.samples,
+            training_arguments(prepared.training, stage.folder / "checkpoints", stage.steps, prepared.device),
+            prepared.losses,
+            f"stage {stage.number}/{len(prepared.stages)} {stage.stage.name}",
+            prepared.progress,
+        )
+    with prepared.arguments.main_process_first(local=False):
+        if not trained.is_dir():
+            result = StageResult(
+                name=stage.stage.name,
+                compressed=ModelResult(**start["compressed"]),
+                trained=_score(prepared, student, f"score stage {stage.number}"),
+                lost_energy=start["lost_energy"],
+                tokens=stage.steps * prepared.tokens_per_step,
+                steps=stage.steps,
+                seconds=training.seconds,
+                tokens_per_second=training.tokens_per_second,
+                losses=training.losses,
+            )
+            with whole_folder(trained) as partial:
+                save_model(student, prepared.tokenizer, partial)
+                write_json(partial / "stage.json", asdict(result))
+            shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+    return _read_result(trained)
+
+
+def _read_result(trained: Path) -> StageResult:
+    return StageResult.from_dict(read_json(trained / "stage.json"))
+
+
+def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
+    """Compresses the student of the stage before, or the teacher, into `folder`."""
+    if stage.number == 1:
+        student = copy.deepcopy(prepared.teacher)
+    else:
+        student = load_model(prepared.stages[stage.number - 2].folder / "trained")
+    report = recompress_planned(
+        student, stage.stage.config, stage.plan, threads=prepared.threads, progress=prepared.progress
+    )
+    start = {
+        "compressed": asdict(_score(prepared, student, f"score stage {stage.number}")),
+        "lost_energy": {matrix.name: matrix.lost_energy for matrix in report.matrices},
+    }
+    with whole_folder(folder) as partial:
+        save_model(student, prepared.tokenizer, partial)
+        write_json(partial / "stage.json", start)
+
+
+def _score(prepared: Prepared, model: PreTrainedModel, title: str) -> ModelResult:
+    """Scores a model on the held-out text, on the device of the training; it ends on the CPU."""
+    with on_device(prepared.arguments.device, model), reporter(prepared.progress, title) as report:
+        total, tokens = negative_log_likelihood(model, prepared.heldout, progress=report or False)
+    return ModelResult(model.num_parameters(), exponential(total / tokens))
+
+
+def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageResult, ...]) -> TrainingReport:
+    """Puts the last stage's student into `out`. The report is written last: where it is, everything is."""
+    one_shot = state.get("one_shot")
+    report = TrainingReport(
+        version=__version__,
+        settings=state["settings"],
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        heldout_tokens=state["heldout_tokens"],
+        teacher=ModelResult(**state["teacher"]),
+        one_shot=ModelResult(**one_shot) if one_shot else results[0].compressed,
+        stages=results,
+    )
+    out = prepared.out
+    with prepared.arguments.main_process_first(local=False):
+        if not (out / _REPORT).exists():
+            final = out / "final"
+            shutil.rmtree(final, ignore_errors=True)
+            with whole_folder(final) as partial:
+                student: Any = load_model(prepared.stages[-1].folder / "trained")
+                student.to(getattr(torch, prepared.dtype))
+                save_model(student, prepared.tokenizer, partial)
+                (partial / "README.md").write_text(report.model_card(), encoding="utf-8")
+            for path in final.iterdir():
+                path.replace(out / path.name)
+            final.rmdir()
+            for stage in prepared.stages:
+                for done in ("compressed", "checkpoints"):
+                    shutil.rmtree(stage.folder / done, ignore_errors=True)
+            write_json(out / _REPORT, report.to_dict())
+    return report

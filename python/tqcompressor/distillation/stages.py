@@ -1,4 +1,4 @@
-"""Staged recipes: what to compress, then for how long to train, several times over. Nothing here imports torch."""
+"""Staged recipes: which matrices each stage compresses, and its share of the training. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the matrices that `config` names are decomposed as the student has them then, and it is trained.
+    """One stage: it decomposes the matrices that `config` names, as the student has them by then, and trains.
 
     A matrix that an earlier stage compressed may be named again: its factors are multiplied out first. `share` is the
     stage's part of the training tokens, relative to the other stages' shares; 0 compresses without training. `name`
-    is for people, and for the names of folders.
+    is part of the name of the stage's folder.
 
-    Raises `ConfigError` for values that cannot be followed.
+    Raises `ConfigError` for values out of range.
     """
 
     name: str
@@ -75,21 +75,21 @@ class StagedRecipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
-            raise ConfigError("a staged recipe needs at least one stage")
+            raise ConfigError("stages: expected at least one stage")
         if not any(stage.share for stage in self.stages):
-            raise ConfigError("every stage has share 0, so that nothing would be trained: use compress")
+            raise ConfigError("stages: every share is 0, and nothing would be trained: use compress instead")
 
-    def blocks_of_stages(self, blocks: int) -> list[range]:
-        """The consecutive blocks of the training text that each stage gets: together all of them, none twice."""
+    def samples_of_stages(self, num_samples: int) -> list[range]:
+        """The consecutive samples of the training text that each stage gets: together all of them, none twice."""
         total = sum(stage.share for stage in self.stages)
         done, ends = 0.0, [0]
         for stage in self.stages:
             done += stage.share
-            ends.append(round(blocks * done / total))
+            ends.append(round(num_samples * done / total))
         return [range(begin, end) for begin, end in pairwise(ends)]
 
     def replace(self, effort: Effort | None = None, seed: int | None = None) -> StagedRecipe:
-        """The same with another effort or seed of the permutation searches, in all stages."""
+        """The recipe with another effort or seed of the permutation searches, in all stages."""
         return StagedRecipe(
             tuple(Stage(s.name, s.config.replace(effort=effort, seed=seed), s.share) for s in self.stages)
         )
@@ -100,7 +100,7 @@ class StagedRecipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StagedRecipe:
-        """The inverse of `to_dict`; raises `ConfigError` for what cannot be followed."""
+        """The inverse of `to_dict`; raises `ConfigError` for unknown keys and invalid values."""
         check_keys(data, "staged recipe", known=("format_version", "stages"), required=("stages",))
         version = data.get("format_version", _FORMAT)
         if version != _FORMAT:
@@ -131,7 +131,7 @@ _EMBEDDING_QUARTERED = RECIPES["tq-81m"].replace(specs={"wte": RECIPES["tq-81m"]
 STAGED_RECIPES: Mapping[str, StagedRecipe] = MappingProxyType(
     {
         # The published schedule (arXiv 2401.16367): the embedding to half of its width, the feed-forward matrices of
-        # every odd block, then the embedding to a quarter. It ends with the very shapes of "tq-81m".
+        # every odd block, then the embedding to a quarter. It ends with the shapes of "tq-81m".
         "tq-81m-staged": StagedRecipe(
             (
                 Stage("embedding-half", _EMBEDDING_HALVED),
@@ -142,15 +142,18 @@ STAGED_RECIPES: Mapping[str, StagedRecipe] = MappingProxyType(
     }
 )
 
+# One-shot: on equal text it measures better than the staged schedule.
+DEFAULT_RECIPE = "tq-81m"
+
 
 def resolve_staged_recipe(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | StagedRecipe | TQConfig, **changes: Any
 ) -> StagedRecipe:
-    """The staged recipe that an entry point was given: a name, the path of a JSON file, a dict or a `StagedRecipe`.
+    """The staged recipe behind the `recipe` argument: a name, the path of a JSON file, a dict or a `StagedRecipe`.
 
-    What `compress` would take (a recipe of `RECIPES`, a `TQConfig`, its JSON) is a single stage: one-shot compression,
+    A config of `compress` (a name in `RECIPES`, a `TQConfig`, its JSON) becomes a single stage: one-shot compression,
     then training. `changes` (`effort`, `seed`) override the stages', unless they are None.
-    Raises `ConfigError` when the name is neither a recipe nor a file, or when its contents cannot be followed.
+    Raises `ConfigError` when the name is neither a recipe nor a file, or its contents are invalid.
     """
     if isinstance(recipe, StagedRecipe):
         resolved = recipe

@@ -1,4 +1,4 @@
-"""What a teacher says of a corpus, kept on disk: of every next-token distribution the k largest and the rest's mass."""
+"""A teacher's predictions on disk: the k largest of every next-token distribution, and the mass of the rest."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class CachedTeacher:
-    """The distributions of a teacher over the next token, at every position of every block, memory-mapped.
+    """The distributions of a teacher over the next token, at every position of every sample, memory-mapped.
 
-    `cache_teacher` makes the file, `CachedTeacher.open` maps it. Of the teacher's softmax at the temperature, each
-    position keeps the `k` largest probabilities and the mass of all others.
+    `cache_teacher` writes the file, `CachedTeacher.open` maps it. Each position has the `k` largest probabilities of
+    the teacher's softmax at the temperature, and the mass of all others.
 
-    The file is safetensors: `tail_mass`, float32 `(blocks, block_size)`; `tokens`, uint16 (uint32 where the vocabulary
-    exceeds 65,536) and `log_probability_steps`, uint16, both `(blocks, block_size, k)`, with
+    The file is safetensors: `tail_mass`, float32 `(num_samples, seq_len)`; `tokens`, uint16 (uint32 where the
+    vocabulary exceeds 65,536) and `log_probability_steps`, uint16, both `(num_samples, seq_len, k)`, with
     `ln p = −32/65535 · steps`. That is `4k + 4` bytes a token (`6k + 4` for a wide vocabulary): 260 bytes at `k = 64`,
     where the logits of GPT-2 take 201,028 in float32.
 
@@ -43,13 +43,13 @@ class CachedTeacher:
     k: int
     """Probabilities kept of each distribution."""
     temperature: float
-    """What the teacher's logits were divided by."""
+    """Divisor of the teacher's logits."""
     fingerprint: str
-    """That of the blocks."""
-    vocabulary: int
-    """The teacher's: every token is below it."""
-    block_size: int
-    """Positions of a block."""
+    """Of the samples: see `TokenBlocks.fingerprint`."""
+    vocab_size: int
+    """Of the teacher; every token is below it."""
+    seq_len: int
+    """Positions of a sample."""
     teacher: str
     """The teacher: its class, name and number of parameters."""
     weights: str
@@ -64,24 +64,24 @@ class CachedTeacher:
     def open(
         cls, path: StrPath, *, blocks: TokenBlocks | None = None, k: int | None = None, temperature: float | None = None
     ) -> CachedTeacher:
-        """Maps the file at `path`, and checks that it is what the caller thinks it is.
+        """Maps the file at `path`, and checks that it is of the expected samples and settings.
 
         Args:
-            path: What `cache_teacher` wrote.
-            blocks: The blocks that the teacher has to have read.
-            k: The number of probabilities that there have to be.
-            temperature: The temperature that there has to be.
+            path: A file that `cache_teacher` wrote.
+            blocks: The expected samples.
+            k: The expected number of probabilities.
+            temperature: The expected temperature.
 
         Raises:
-            CheckpointError: The file is no such cache, is damaged, or is of a newer version.
-            ConfigError: It is of other blocks, of another `k` or of another temperature.
+            CheckpointError: The file is no cached teacher's, is damaged, or has a newer version.
+            ConfigError: It has other samples, another `k` or another temperature.
             StorageError: It cannot be read.
 
-        Cost: the header is read, nothing else.
+        Cost: only the header is read.
         """
         cached = cls(path)
         for name, expected, found in (
-            ("the blocks' fingerprint", None if blocks is None else blocks.fingerprint, cached.fingerprint),
+            ("fingerprint of the samples", None if blocks is None else blocks.fingerprint, cached.fingerprint),
             ("k", k, cached.k),
             ("temperature", temperature, cached.temperature),
         ):
@@ -91,42 +91,42 @@ class CachedTeacher:
 
     def _map(self) -> None:
         file, tensors = TeacherFile.read(self._path)
-        self.k, self.temperature, self.vocabulary = file.k, file.temperature, file.vocabulary
-        self.block_size, self._blocks = file.block_size, file.blocks
+        self.k, self.temperature, self.vocab_size = file.k, file.temperature, file.vocab_size
+        self.seq_len, self._num_samples = file.seq_len, file.num_samples
         self.fingerprint, self.teacher, self.weights = file.fingerprint, file.teacher, file.weights
         self._tail, self._tokens, self._steps = tensors.values()
 
     def __len__(self) -> int:
-        """The number of blocks."""
-        return self._blocks
+        """The number of samples."""
+        return self._num_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The distributions of block `index`, for `losses.topk_distillation_loss`; the most probable come first.
+        """The distributions of sample `index`, the most probable first, for `losses.topk_distillation_loss`.
 
         Returns:
-            `{"teacher_tokens": int64 (block_size, k), "teacher_probabilities": float32 (block_size, k)}`. Row `i` is
-            of the token behind position `i`. A row's sum does not exceed 1; what it lacks to 1 is the mass of all
-            other tokens.
+            `{"teacher_tokens": int64 (seq_len, k), "teacher_probabilities": float32 (seq_len, k)}`. Row `i` is the
+            distribution of the token after position `i`. The sum of a row is at most 1, and 1 minus the sum is the mass
+            of all other tokens.
 
         Raises:
-            IndexError: There is no such block.
-            CheckpointError: The block is damaged: a token outside the vocabulary, a mass outside [0, 1].
+            IndexError: There is no such sample.
+            CheckpointError: The sample is damaged: a token outside the vocabulary, a mass outside [0, 1].
         """
-        if not -self._blocks <= index < self._blocks:
-            raise IndexError(f"block {index} of {self._blocks}")
+        if not -self._num_samples <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
         tail, tokens = self._tail[index].astype(np.float64), self._tokens[index].astype(np.int64)
-        if tokens.max() >= self.vocabulary or not ((tail >= 0) & (tail <= 1)).all():
-            raise CheckpointError(f"{self._path}: block {index} is damaged")
+        if tokens.max() >= self.vocab_size or not ((tail >= 0) & (tail <= 1)).all():
+            raise CheckpointError(f"{self._path}: sample {index} is damaged")
         return {
             "teacher_tokens": torch.from_numpy(tokens),
             "teacher_probabilities": torch.from_numpy(probabilities_of(self._steps[index], tail)),
         }
 
     def mean_tail_mass(self) -> float:
-        """The mean mass of what was not kept: how much of the teacher's distributions `k` and the temperature lose.
+        """The mean mass of the tokens that were not kept: what `k` and the temperature lose of the distributions.
 
-        A high temperature spreads the mass: for the checkpoint of 8,192 tokens in `tests/data`, the 64 most probable
-        leave 0.29 at temperature 1 and 0.85 at 2, and 1,024 leave 0.09 and 0.54.
+        A high temperature spreads the mass. For the checkpoint of 8,192 tokens in `tests/data`, the 64 most probable
+        tokens leave 0.29 at temperature 1 and 0.85 at 2, and 1,024 leave 0.09 and 0.54.
 
         Cost: reads 4 bytes a token.
         """
@@ -134,8 +134,8 @@ class CachedTeacher:
 
     def __repr__(self) -> str:
         return (
-            f"CachedTeacher({self._blocks:,} blocks of {self.block_size:,} positions, the {self.k} most probable of "
-            f"{self.vocabulary:,} tokens at temperature {self.temperature:g}, by {self.teacher})"
+            f"CachedTeacher({self._num_samples:,} samples of {self.seq_len:,} positions, the {self.k} most probable of "
+            f"{self.vocab_size:,} tokens at temperature {self.temperature:g}, by {self.teacher})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,37 +147,37 @@ class CachedTeacher:
         self._map()
 
 
-class TaughtBlocks:
-    """Blocks of tokens together with what the teacher says of them: a map-style dataset.
+class CachedTeacherDataset:
+    """Samples of tokens with the teacher's predictions on them: a map-style dataset.
 
-    An item has the keys of both: `input_ids`, `teacher_tokens` and `teacher_probabilities`.
+    An item has the keys `input_ids`, `teacher_tokens` and `teacher_probabilities`.
 
     Raises:
-        ConfigError: The teacher was cached on other blocks.
+        ConfigError: The teacher was cached on other samples.
     """
 
     def __init__(self, blocks: TokenBlocks, teacher: CachedTeacher) -> None:
         if blocks.fingerprint != teacher.fingerprint:
             raise ConfigError(
-                f"the teacher was cached on other blocks: expected the fingerprint {blocks.fingerprint}, "
+                f"the teacher was cached on other samples: expected the fingerprint {blocks.fingerprint}, "
                 f"got {teacher.fingerprint}"
             )
         self.blocks, self.teacher = blocks, teacher
         self._first = 0
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """The number of samples."""
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Block `index`: what `TokenBlocks` and `CachedTeacher` return for it, in one dictionary."""
+        """Sample `index`: the items of `TokenBlocks` and `CachedTeacher` in one dictionary."""
         item = self.blocks[index]
         return item | self.teacher[self._first + index % len(self)]
 
-    def section(self, first: int, blocks: int) -> TaughtBlocks:
-        """The `blocks` consecutive blocks from block `first` on, as `TokenBlocks.section`."""
-        part = object.__new__(TaughtBlocks)
-        part.blocks, part.teacher = self.blocks.section(first, blocks), self.teacher
+    def section(self, first: int, num_samples: int) -> CachedTeacherDataset:
+        """The `num_samples` consecutive samples from sample `first` on, as `TokenBlocks.section`."""
+        part = object.__new__(CachedTeacherDataset)
+        part.blocks, part.teacher = self.blocks.section(first, num_samples), self.teacher
         part._first = self._first + first
         return part
 
@@ -192,54 +192,55 @@ def cache_teacher(
     batch_size: int | None = None,
     progress: ProgressOption = None,
 ) -> CachedTeacher:
-    """Runs the teacher over all blocks once, and keeps the `k` largest of each `softmax(logits / temperature)`.
+    """Runs the teacher over all samples once, and writes the `k` largest of each `softmax(logits / temperature)`.
 
-    Distilling from the file saves the teacher's forward pass in every epoch and run. The file is written aside and
-    appears when it is whole; its space is reserved before the teacher starts. When `path` already holds what would be
-    written, made by a teacher of the same weights, it is opened instead; processes that start together make it once.
+    Training on the file saves the teacher's forward pass in every epoch and run. The file appears only when it is
+    complete; its space is reserved before the teacher runs. A file at `path` with the same samples, settings and
+    teacher's weights is opened instead. Processes that start together write it once.
 
     Args:
         teacher: A causal language model on any device; it is in evaluation mode for the duration of the call.
-        blocks: What it reads, one block after another, each from its first token.
-        path: The file to write, `.safetensors` by custom; missing folders are made.
+        blocks: The samples, each read from its first token.
+        path: The file to write, usually `.safetensors`; missing folders are created.
         k: Probabilities kept, from 1 to the vocabulary.
         temperature: The temperature of the distillation, from 1e-4 to 1e4.
-        batch_size: Blocks in one forward pass; it changes the result only by rounding. Default: as many as keep the
+        batch_size: Samples in one forward pass; it changes the result only by rounding. Default: as many as keep the
             logits under 256 MB, at most 32.
-        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in blocks.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in
+            samples.
 
     Raises:
-        ConfigError: `k`, `temperature` or `batch_size` is out of its range, or the teacher knows fewer tokens or
-            positions than the blocks have.
-        DestinationError: `path` exists and is something else.
+        ConfigError: `k`, `temperature` or `batch_size` is out of its range, or the teacher's vocabulary or positions
+            are fewer than the samples need.
+        DestinationError: `path` exists and is another file.
         NonFiniteError: The teacher's logits are NaN or infinite.
-        StorageError: The file cannot be written; nothing is left of it.
+        StorageError: The file cannot be written; no part of it stays.
 
-    Cost: one forward pass of every block, a top-k of its logits, and `4k + 4` bytes a token.
+    Cost: one forward pass of every sample, a top-k of its logits, and `4k + 4` bytes a token.
 
     Example:
         >>> cached = cache_teacher(teacher, blocks, "teacher.safetensors", k=64)  # doctest: +SKIP
-        >>> taught = TaughtBlocks(blocks, cached)  # doctest: +SKIP
+        >>> dataset = CachedTeacherDataset(blocks, cached)  # doctest: +SKIP
 
-    Source: distilling from truncated distributions on disk is studied by Peng et al., *Pre-training Distillation for
+    Source: distillation from truncated distributions on disk: Peng et al., *Pre-training Distillation for
     Large Language Models: A Design Space Exploration*, arXiv 2410.16215.
     """
     path = Path(path)
-    vocabulary = int(teacher.config.vocab_size)
+    vocab_size = int(teacher.config.vocab_size)
     positions = getattr(teacher.config, "max_position_embeddings", None)
-    k = validate.integer("k", k, 1, vocabulary)
+    k = validate.integer("k", k, 1, vocab_size)
     check_temperature(temperature)
     batch_size = checked_batch_size(teacher, batch_size, blocks.seq_len)
-    if blocks.vocab_size > vocabulary:
-        raise ConfigError(f"the teacher knows {vocabulary:,} tokens, the blocks' tokenizer has {blocks.vocab_size:,}")
+    if blocks.vocab_size > vocab_size:
+        raise ConfigError(f"the teacher has {vocab_size:,} tokens, the samples' tokenizer {blocks.vocab_size:,}")
     if positions is not None and blocks.seq_len > positions:
-        raise ConfigError(f"the teacher knows {positions:,} positions, a block has {blocks.seq_len:,}")
+        raise ConfigError(f"the teacher has {positions:,} positions, a sample {blocks.seq_len:,}")
     contents = TeacherFile(
-        blocks=len(blocks),
-        block_size=blocks.seq_len,
+        num_samples=len(blocks),
+        seq_len=blocks.seq_len,
         k=k,
         temperature=float(temperature),
-        vocabulary=vocabulary,
+        vocab_size=vocab_size,
         fingerprint=blocks.fingerprint,
         teacher=_description(teacher),
         weights=weights_digest(teacher),
@@ -247,7 +248,7 @@ def cache_teacher(
     if not path.exists():
         with WholeFile(path) as file:
             if path.exists():
-                # Made by the process that this one waited for.
+                # Written by the process that held the lock.
                 file.discard()
             else:
                 _write(file, contents, teacher, blocks, batch_size, progress)
@@ -261,7 +262,7 @@ def _check_existing(path: Path, contents: TeacherFile) -> None:
     except CheckpointError as error:
         raise DestinationError(f"{path}: exists, and cannot be used: {error}") from error
     for name, expected in asdict(contents).items():
-        # The description holds the path that the teacher was loaded from: its weights say more.
+        # The description has the path that the teacher was loaded from; the weights identify it.
         if name != "teacher" and found[name] != expected:
             raise DestinationError(f"{path}: exists, with another {name}: expected {expected}, got {found[name]}")
 
@@ -282,7 +283,7 @@ def _write(
             logits = teacher(input_ids=inputs, use_cache=False).logits.float()
             arrays = largest(logits, contents.k, contents.temperature)
             if arrays is None:
-                raise NonFiniteError(f"the teacher's logits are not finite in blocks {first} to {end - 1}")
+                raise NonFiniteError(f"the teacher's logits are not finite in samples {first} to {end - 1}")
             for name, array in zip(contents.tensors(), arrays, strict=True):
                 writer.write(name, array, first)
             if report is not None:

@@ -1,4 +1,4 @@
-"""The file of a cached teacher: its contents, and how probabilities become 16 bits and come back."""
+"""The file of a cached teacher: its layout, and probabilities as 16 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMAT = 1
-# A log-probability is kept as a number of steps below zero, in 16 bits: down to e^-32, with an error of half a step.
+# A log-probability is stored as a number of steps below zero, in 16 bits: down to -32, with an error of half a step.
 _LOWEST = 32.0
 _STEPS = (1 << 16) - 1
 
@@ -27,21 +27,21 @@ _STEPS = (1 << 16) - 1
 class TeacherFile:
     """The metadata of a cached teacher's file; the dtypes and shapes of its tensors follow from them."""
 
-    blocks: int
-    block_size: int
+    num_samples: int
+    seq_len: int
     k: int
     temperature: float
-    vocabulary: int
+    vocab_size: int
     fingerprint: str
     teacher: str
     weights: str
 
     def tensors(self) -> dict[str, TensorSpec]:
         """The tensors of the file, in their order: those of wide elements first, so that all are aligned."""
-        shape = (self.blocks, self.block_size, self.k)
+        shape = (self.num_samples, self.seq_len, self.k)
         return {
             "tail_mass": TensorSpec(np.dtype("<f4"), shape[:2]),
-            "tokens": TensorSpec(token_dtype(self.vocabulary), shape),
+            "tokens": TensorSpec(token_dtype(self.vocab_size), shape),
             "log_probability_steps": TensorSpec(np.dtype("<u2"), shape),
         }
 
@@ -68,7 +68,7 @@ class TeacherFile:
             raise CheckpointError(f"{path}: the metadata of the cached teacher are damaged") from error
         specs = [(name, (tensor.dtype, tensor.shape)) for name, tensor in tensors.items()]
         # Refuse a file that differs in anything from what is written.
-        if metadata or min(found.blocks, found.block_size, found.k) < 1 or specs != list(found.tensors().items()):
+        if metadata or min(found.num_samples, found.seq_len, found.k) < 1 or specs != list(found.tensors().items()):
             raise CheckpointError(f"{path}: the tensors of the cached teacher are not those of its metadata: damaged")
         return found, tensors
 
@@ -78,23 +78,23 @@ def largest(logits: torch.Tensor, k: int, temperature: float) -> tuple[NDArray[A
 
     None where a row has NaN or plus infinity.
     """
-    # Differences first: they are exact where logits are close, however small the temperature.
+    # Subtract before dividing: differences of close logits are exact at any temperature.
     exponentials = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     total = exponentials.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         return None
     values, tokens = exponentials.topk(k)
     steps = ((total.log() - values.log()) * (_STEPS / _LOWEST)).round_().clamp_(0, _STEPS)
-    # The rest summed by itself: 1 minus the others would lose a small mass in rounding.
+    # Sum the rest directly: 1 minus the kept mass would round a small tail away.
     exponentials.scatter_(-1, tokens, 0.0)
     tail = exponentials.sum(-1).div_(total[..., 0]).clamp_(0, 1)
     return tail.cpu().numpy(), tokens.cpu().numpy(), steps.cpu().numpy()
 
 
 def probabilities_of(steps: NDArray[np.uint16], tail: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The probabilities `(positions, k)` that `steps` stand for, where all others have the mass `tail`."""
+    """The probabilities `(positions, k)` of `steps`, given the mass `tail` of all other tokens."""
     probabilities = np.exp(steps * (-_LOWEST / _STEPS))
-    # All share the error of the sum, and rounding to float32 must not lift it above 1.
+    # Normalise, to slightly below 1: rounding to float32 must not lift the sum above 1.
     scale = (1 - 2.0**-24) / (probabilities.sum(-1) + tail)
     scaled: NDArray[np.float32] = (probabilities * scale[:, None]).astype(np.float32)
     return scaled

@@ -1,6 +1,6 @@
-"""Training a student to imitate its teacher: `DistillTrainer`, a `transformers.Trainer` with another loss.
+"""`DistillTrainer`: a `transformers.Trainer` whose loss compares the student with its teacher.
 
-Everything but the loss is transformers' own: logging, checkpoints and resuming, gradient accumulation, schedulers,
+Everything but the loss is transformers': logging, checkpoints and resuming, gradient accumulation, schedulers,
 mixed precision, several processes and hosts by `torchrun` or `accelerate launch`.
 """
 
@@ -29,7 +29,7 @@ from .artifacts import mark_complete
 from .config import DistillConfig
 from .teacher_cache import CachedTeacher
 
-# What a training set of `teacher_cache` has besides the tokens.
+# Columns of a `CachedTeacherDataset` besides the tokens.
 _CACHED = ("teacher_tokens", "teacher_probabilities")
 
 
@@ -37,19 +37,18 @@ class DistillTrainer(Trainer):
     """A `transformers.Trainer` whose loss is that of `DistillConfig`, computed by Rust on the CPU.
 
     The teacher runs in evaluation and inference mode, on the student's device, in its own dtype or in that of the
-    mixed precision. With a training set of `teacher_cache.TaughtBlocks` it need not be given: what was cached takes
-    the place of its logits. The evaluation loss is the cross-entropy of the labels alone, whose exponential is the
-    perplexity.
+    mixed precision. It may be None where the training set is a `CachedTeacherDataset`, whose probabilities replace its
+    logits. The evaluation loss is the cross-entropy of the labels alone; its exponential is the perplexity.
 
-    Items of the datasets have "input_ids" and may have "attention_mask" and "labels"; without labels every token that
-    is attended to is one. Labels are shifted here, as for transformers' own causal models.
+    Items of the datasets have "input_ids" and optionally "attention_mask" and "labels". Without labels, every attended
+    token is a label. The trainer shifts labels by one position, as the causal models of transformers do.
 
     Args:
         model: The student; compressed or not.
         args: As for `transformers.Trainer`.
-        teacher: A causal model with the student's vocabulary, or None where nothing is learned from it.
-        distill: What to learn from.
-        teacher_tokenizer: If given along with `processing_class`, both must give equal ids to equal text.
+        teacher: A causal model with the student's vocabulary, or None where the loss does not depend on it.
+        distill: The loss.
+        teacher_tokenizer: Beside `processing_class`: both must have equal ids for equal tokens.
         **options: As for `transformers.Trainer`: `train_dataset`, `eval_dataset`, `callbacks`, `processing_class`, …
 
     Raises `ConfigError` when teacher and student do not fit together: vocabularies, tokenizers, layers, widths.
@@ -74,7 +73,7 @@ class DistillTrainer(Trainer):
         self.distill = distill or DistillConfig()
         self.teacher = teacher
         if teacher is None and self.distill.hidden_weight > 0:
-            raise ConfigError("hidden_weight: hidden states are learned from a teacher, and none is given")
+            raise ConfigError("hidden_weight: expected 0 without a teacher, whose hidden states it weighs")
         self.hidden_pairs: tuple[tuple[int, int], ...] = ()
         if teacher is not None:
             require_same_vocabulary(model, teacher)
@@ -84,12 +83,12 @@ class DistillTrainer(Trainer):
         if teacher_tokenizer is not None and processing_class is not None:
             require_same_tokenizer(processing_class, teacher_tokenizer)
         _check_cached(options.get("train_dataset"), model, self.distill)
-        # With a tokenizer at hand, transformers would choose one that pads.
+        # Given a tokenizer, transformers would choose a collator that pads.
         options.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, **options)
-        # The loss is a mean over the tokens of each batch, so that the accumulated batches' must be averaged.
+        # The loss is a mean over the tokens of one batch: average it over the accumulated batches.
         self.model_accepts_loss_kwargs = False
-        # Cached columns are not arguments of the model's forward pass, and must not be dropped for that.
+        # Keep the cached columns, although they are no arguments of the model's forward pass.
         self.args.remove_unused_columns = False
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -126,7 +125,7 @@ class DistillTrainer(Trainer):
         weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
         taught: Any = None
         if self.teacher is not None and (tokens is None or self.hidden_pairs):
-            # Accelerate puts only the model that it prepares, the student, under the mixed precision.
+            # Accelerate applies the mixed precision only to the model that it prepares, the student.
             with torch.inference_mode(), self.accelerator.autocast():
                 taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
         loss: torch.Tensor
@@ -135,7 +134,7 @@ class DistillTrainer(Trainer):
         elif taught is not None:
             loss = distillation_loss(outputs.logits, taught.logits, labels, **weights)
         else:
-            raise ConfigError("there is no teacher, and the training set has no cached teacher probabilities")
+            raise ConfigError("teacher: expected one, since the training set has no cached teacher probabilities")
         if self.hidden_pairs:
             mask = inputs.get("attention_mask")
             mask = None if mask is None else mask.bool()
@@ -154,7 +153,7 @@ class DistillTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As `Trainer`'s, which computes no loss for batches that come without labels."""
+        """As in `Trainer`, with the tokens as labels of a batch that has none; `Trainer` would compute no loss."""
         if "labels" not in inputs:
             inputs = {**inputs, "labels": _own_labels(inputs)}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -164,15 +163,15 @@ class DistillTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # The libraries that write have an error each, and not all say which the system's was.
+            # Each library that writes has its own error, and not all of them keep the system's error number.
             code = getattr(error, "errno", None) or (errno.EIO if free_space(folder) > 1 << 20 else errno.ENOSPC)
             raise StorageError(code, f"the checkpoint is not written: {error}", str(folder)) from error
-        # A process that is killed while it writes leaves a folder that looks like a checkpoint.
+        # Only the marker tells a complete checkpoint from that of a process killed while it wrote.
         if self.args.should_save and folder.is_dir():
             mark_complete(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A compressed checkpoint has the guard tensor, and its tied head is not stored.
+        # Expected in a compressed checkpoint: the guard tensor is there, and the tied head is missing.
         model: Any = self.model
         if next(compressed_modules(model), None) is not None:
             tied = set(model.all_tied_weights_keys)
@@ -202,7 +201,7 @@ def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) 
 
 
 def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises `ConfigError` naming the first token that has not the same id in both."""
+    """Raises `ConfigError` naming the first token whose ids differ."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=lambda token: ours.get(token, theirs.get(token, 0))):
         if ours.get(token) != theirs.get(token):
@@ -213,13 +212,13 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 
 
 def _check_cached(dataset: Any, student: PreTrainedModel, distill: DistillConfig) -> None:
-    """Raises `ConfigError` if what the training set has cached of a teacher is not what the student is to learn."""
+    """Raises `ConfigError` for a cached teacher of another vocabulary or temperature."""
     cached = getattr(dataset, "teacher", None)
     if not isinstance(cached, CachedTeacher):
         return
-    if cached.vocabulary != student.config.vocab_size:
+    if cached.vocab_size != student.config.vocab_size:
         raise ConfigError(
-            f"the student's vocabulary has {student.config.vocab_size} tokens, the cached teacher's {cached.vocabulary}"
+            f"the student's vocabulary has {student.config.vocab_size} tokens, the cached teacher's {cached.vocab_size}"
         )
     if cached.temperature != distill.temperature:
         raise ConfigError(

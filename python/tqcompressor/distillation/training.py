@@ -1,10 +1,12 @@
-"""Training a student for one stage: the arguments of transformers' trainer, its progress, its loss curve."""
+"""The training of one stage: the arguments of transformers' trainer, its progress, its loss curve."""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,59 +15,141 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils import logging
 
 from ..data.token_blocks import TokenBlocks
+from ..errors import ConfigError
 from ..utils.progress import ProgressOption, Report, reporter
-from ..utils.torch_utils import move
+from ..utils.torch_utils import on_device
 from .artifacts import last_complete_checkpoint
 from .config import DistillConfig, TrainingConfig
 from .report import LossRecord
 from .trainer import DistillTrainer
 
-# Points of a stage's loss curve.
+# Points of a stage's loss curve, about.
 _LOSS_RECORDS = 50
 
 
 class Trained(NamedTuple):
-    """How the training of a stage went."""
+    """The loss curve and speed of a stage's training."""
 
     losses: tuple[LossRecord, ...]
     seconds: float
-    """Since its last start."""
+    """Since the last start of the stage."""
     tokens_per_second: float
 
 
-def training_arguments(training: TrainingConfig, folder: Path, steps: int, device: str | None) -> TrainingArguments:
-    """What transformers' trainer is told; its checkpoints go to `folder`."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(training.warmup * steps),
-        bf16=training.precision == "bfloat16",
-        fp16=training.precision == "float16",
-        seed=training.seed,
-        data_seed=training.seed,
-        logging_steps=max(1, steps // _LOSS_RECORDS),
-        save_strategy="steps",
-        save_steps=max(1, steps // training.checkpoints),
-        # The one before it is still there when the newest is only half written.
-        save_total_limit=2,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device == "cpu",
-    )
+def training_arguments(
+    training: TrainingConfig | TrainingArguments, folder: Path, steps: int, device: str | None
+) -> TrainingArguments:
+    """The arguments of transformers' trainer for one stage of `steps` steps, whose checkpoints go to `folder`.
+
+    Raises `ConfigError` for values that a stage cannot follow, or that this machine does not support.
+    """
+    if isinstance(training, TrainingArguments):
+        _check_arguments(training, device)
+        arguments = copy.copy(training)
+    else:
+        arguments = _arguments_of(training, steps, device)
+    arguments.output_dir = str(folder)
+    arguments.max_steps = steps
+    # With two, one complete checkpoint is left while the newest is written.
+    arguments.save_total_limit = max(2, arguments.save_total_limit or 2)
+    arguments.dataloader_drop_last = True
+    arguments.disable_tqdm = True
+    return arguments
+
+
+def _arguments_of(training: TrainingConfig, steps: int, device: str | None) -> TrainingArguments:
+    try:
+        return TrainingArguments(
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(training.warmup_ratio * steps),
+            bf16=training.bf16,
+            fp16=training.fp16,
+            seed=training.seed,
+            data_seed=training.seed,
+            logging_steps=max(1, steps // _LOSS_RECORDS),
+            save_strategy="steps",
+            save_steps=training.save_steps,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+        )
+    except ValueError as error:
+        # A precision that the device does not have.
+        raise ConfigError(f"training: {error}") from error
+
+
+# Values of TrainingArguments that a stage can follow, and why it cannot follow others.
+_FOLLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "max_steps": ((-1, 0), "the steps follow from `tokens`"),
+    # The default is 3.
+    "num_train_epochs": ((1, 3), "every sample is trained on once"),
+    "save_strategy": (("steps",), "resuming needs a checkpoint every `save_steps` steps"),
+    "save_only_model": ((False,), "resuming needs the state of the optimiser"),
+    "ignore_data_skip": ((False,), "a resumed stage skips the samples that it has trained on"),
+    "resume_from_checkpoint": ((None, False), "distill's `resume` finds the checkpoint"),
+    "load_best_model_at_end": ((False,), "a stage ends with its last weights"),
+    "eval_strategy": (("no",), "every stage is scored on `heldout`"),
+    "eval_on_start": ((False,), "every stage is scored on `heldout`"),
+    "auto_find_batch_size": ((False,), "the steps are counted for one batch size"),
+    "label_smoothing_factor": ((0,), "the loss is that of `losses`"),
+    "push_to_hub": ((False,), "push the result in `out`"),
+    "deepspeed": ((None, False, ""), "every process holds the whole student"),
+    "fsdp": ((None, False, ""), "every process holds the whole student"),
+    "parallelism_config": ((None,), "every process holds the whole student"),
+}
+
+
+def _check_arguments(arguments: TrainingArguments, device: str | None) -> None:
+    """Raises `ConfigError` with every argument that contradicts what a stage does."""
+    contradictions = []
+    for name, (followed, why) in _FOLLOWED.items():
+        value = getattr(arguments, name, followed[0])
+        if value not in followed and value != []:
+            contradictions.append(f"{name}={getattr(value, 'value', value)!r} ({why})")
+    if device == "cpu" and not arguments.use_cpu:
+        contradictions.append("use_cpu=False (device is 'cpu')")
+    if contradictions:
+        raise ConfigError(f"training: distill cannot follow {', '.join(contradictions)}")
+
+
+# Arguments that do not change a result: where files, logs and reports go, and who the process is.
+_WITHOUT_EFFECT = (
+    "output_dir",
+    "run_name",
+    "project",
+    "report_to",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "disable_tqdm",
+    "local_rank",
+)
+
+
+def training_settings(training: TrainingConfig | TrainingArguments, seq_len: int) -> dict[str, Any]:
+    """The settings of the training as JSON types; equal for equal arguments, in every process of a run."""
+    if isinstance(training, TrainingConfig):
+        return {**asdict(training), "seq_len": seq_len}
+    arguments = training.to_sanitized_dict()
+    return {**{name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}, "seq_len": seq_len}
+
+
+def samples_per_step(arguments: TrainingArguments) -> int:
+    """Samples of one optimiser step, over all devices and processes."""
+    samples: int = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return samples
 
 
 def train_stage(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: TokenBlocks,
+    samples: TokenBlocks,
     arguments: TrainingArguments,
     losses: DistillConfig,
     title: str,
@@ -73,27 +157,25 @@ def train_stage(
 ) -> Trained:
     """Trains the student in place, from its last complete checkpoint if there is one. Both models end on the CPU."""
     last = last_complete_checkpoint(Path(arguments.output_dir or "."))
-    batches = arguments.gradient_accumulation_steps * arguments.world_size
-    tokens_per_step = arguments.per_device_train_batch_size * batches * blocks.seq_len
+    tokens_per_step = samples_per_step(arguments) * samples.seq_len
     started = time.perf_counter()
-    with reporter(progress if arguments.process_index == 0 else False, title) as report:
+    shown = progress if arguments.process_index == 0 else False
+    with on_device(arguments.device, student, teacher), reporter(shown, title) as report:
         follower = _Follower(report, tokens_per_step)
         trainer = DistillTrainer(
             student,
             arguments,
             teacher=teacher,
             distill=losses,
-            train_dataset=blocks,
+            train_dataset=samples,
             processing_class=tokenizer,
             callbacks=[follower],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    seconds = time.perf_counter() - started
-    # Undoes mixed precision, which accelerate wraps around the model's own forward pass.
-    trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    move(student, "cpu")
-    move(teacher, "cpu")
+        seconds = time.perf_counter() - started
+        # Removes the mixed precision that accelerate wraps around the model's forward pass.
+        trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     curve = tuple(
         LossRecord(entry["step"], entry["step"] * tokens_per_step, entry["loss"], entry["learning_rate"])
         for entry in cast("list[dict[str, Any]]", trainer.state.log_history)
@@ -103,7 +185,7 @@ def train_stage(
 
 
 class _Follower(TrainerCallback):
-    """Tells the progress bar of tokens, loss and speed."""
+    """Shows tokens, loss and speed on the progress bar."""
 
     def __init__(self, report: Report | None, tokens_per_step: int) -> None:
         self.report, self.tokens_per_step = report, tokens_per_step
@@ -128,7 +210,7 @@ class _Follower(TrainerCallback):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and notes of transformers among ours."""
+    """Silences the bars and messages of transformers for the block."""
     hub: Any = logging
     verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
     hub.set_verbosity_error()

@@ -1,9 +1,9 @@
-"""Losses of distillation with their gradients: for numpy arrays and for torch tensors.
+"""Distillation losses with their gradients, computed in Rust, for numpy arrays and for torch tensors.
 
-Given numpy arrays, a function returns `(value, gradient)`; given torch tensors, a differentiable scalar. The teacher's
-side gets no gradient. Logits are computed in one fused pass: softmax, loss and gradient of a row while it is in cache.
+Given numpy arrays, a function returns `(value, gradient)`; given torch tensors, a differentiable scalar. The teacher
+gets no gradient. Logits are read in one fused pass: softmax, loss and gradient of a row while it is in cache.
 
-May import `errors`, `_core`, `utils`. torch is imported when the first tensor comes.
+May import `errors`, `_core`, `utils`. torch is imported with the first tensor.
 
 >>> import numpy as np
 >>> student = np.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=np.float32)

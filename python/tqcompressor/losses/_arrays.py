@@ -1,34 +1,49 @@
-"""Arguments of the losses, checked: rows of float32 or the bits of a half precision, labels, and the objective."""
+"""Arguments of the losses, checked: rows of floats, labels, masks, and the weights of the two terms."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError, DtypeError, ShapeError
 
-# Beyond these, nothing is left of the logits, or nothing but their largest. As in src/loss/distillation.rs.
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Lower temperatures leave only the largest logit, higher ones a uniform distribution. As in src/loss/distillation.rs.
 _TEMPERATURES = (1e-4, 1e4)
 
 
-class Objective(NamedTuple):
-    """`divergence · KL_T + cross_entropy · CE`, checked."""
+class DistillationOptions(TypedDict, total=False):
+    """The keywords that the distillation losses share; their defaults are in the functions."""
+
+    temperature: float
+    alpha: float
+    ignore_index: int
+    threads: int | None
+
+
+class LossWeights(NamedTuple):
+    """`divergence · KL at the temperature + cross_entropy · CE`, in the order that the kernels take."""
 
     temperature: float
     divergence: float
     cross_entropy: float
-    reverse: bool
-    ignore_index: int
+    reverse: bool = False
+    """`KL(student ‖ teacher)` in place of `KL(teacher ‖ student)`."""
+    ignore_index: int = -100
+    """The label of rows that do not count."""
 
 
-def checked_objective(
-    temperature: float, divergence: float, cross_entropy: float, reverse: bool, ignore_index: int
-) -> Objective:
-    """The objective; raises `ConfigError` for a temperature out of range."""
+def distillation_weights(temperature: float, alpha: float, labels: Any, ignore_index: int) -> LossWeights:
+    """The weights of `alpha·T²·KL + (1 − alpha)·CE`; without labels those of the first term alone.
+
+    Raises `ConfigError` for a temperature or an alpha out of range.
+    """
     check_temperature(temperature)
-    return Objective(float(temperature), float(divergence), float(cross_entropy), reverse, ignore_index)
+    check_alpha(alpha)
+    cross_entropy = 0.0 if labels is None else 1.0 - alpha
+    return LossWeights(float(temperature), float(alpha * temperature**2), cross_entropy, False, ignore_index)
 
 
 def check_temperature(temperature: float) -> None:
@@ -38,47 +53,55 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(f"temperature: expected a number from {low:g} to {high:g}, got {temperature}")
 
 
+def check_alpha(alpha: float) -> None:
+    """Raises `ConfigError` unless `alpha` is a share."""
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
+
+
 def is_tensor(value: Any) -> bool:
-    """Whether this is a torch tensor, found out without importing torch."""
+    """Whether this is a torch tensor; torch is not imported to find out."""
     return hasattr(value, "requires_grad")
 
 
-def check_shapes(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
-    """Raises `ShapeError` unless the two are equal."""
+def check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    """Raises `ShapeError` unless the two shapes are equal."""
     if tuple(expected) != tuple(got):
         raise ShapeError(f"{name}: expected the shape {tuple(expected)}, got {tuple(got)}")
 
 
-def check_rows(name: str, shape: tuple[int, ...]) -> None:
-    """Raises `ShapeError` unless this is a shape of rows that are not empty."""
+def check_rows(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Raises `DtypeError` unless `dtype` is one of `FLOATS`, and `ShapeError` unless the rows have values."""
+    if dtype.removeprefix("torch.") not in FLOATS:
+        raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
     if len(shape) == 0 or shape[-1] == 0:
         raise ShapeError(f"{name}: expected the shape (..., at least one), got {tuple(shape)}")
 
 
+def check_tokens_shape(student: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """Raises `ShapeError` unless `teacher_tokens` has as many rows as the logits, and 1 to vocabulary columns."""
+    *rows, vocabulary = student
+    if len(tokens) != len(student) or list(tokens[:-1]) != rows or not 1 <= tokens[-1] <= vocabulary:
+        expected = ", ".join(map(str, (*rows, f"1 to {vocabulary}")))
+        raise ShapeError(f"teacher_tokens: expected the shape ({expected}), got {tuple(tokens)}")
+
+
 def float_matrix(value: ArrayLike, name: str) -> tuple[NDArray[Any], str]:
-    """Rows of float32, or the bits of a half precision, and the name of the dtype that they are in."""
+    """Rows of float32, or the bits of a half precision as uint16, and the name of the dtype that they stand for."""
     array = np.asarray(value)
+    # numpy has no bfloat16; that of ml_dtypes has this name.
     dtype = array.dtype.name
-    # numpy has no bfloat16 of its own; that of ml_dtypes calls itself so.
-    if dtype not in ("float16", "float32", "float64", "bfloat16"):
-        raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}")
-    check_rows(name, array.shape)
-    array = np.ascontiguousarray(array).reshape(-1, array.shape[-1])
-    if dtype == "float64":
-        # What is beyond float32's range becomes an infinity, which the kernels refuse by name and place.
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
+    check_rows(name, dtype, array.shape)
     if dtype in ("float32", "float64"):
-        return array, "float32"
-    return array.view(np.uint16), dtype
+        return single_matrix(array, name), "float32"
+    return np.ascontiguousarray(array).reshape(-1, array.shape[-1]).view(np.uint16), dtype
 
 
 def single_matrix(value: ArrayLike, name: str) -> NDArray[np.float32]:
     """Rows rounded or widened to float32."""
     array = np.asarray(value)
-    if array.dtype.name not in ("float16", "float32", "float64", "bfloat16"):
-        raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {array.dtype}")
-    check_rows(name, array.shape)
+    check_rows(name, array.dtype.name, array.shape)
+    # A float64 beyond float32's range becomes an infinity, which the kernels refuse with its row and column.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, array.shape[-1])
 
@@ -88,7 +111,7 @@ def label_rows(labels: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.int64]:
     array = np.asarray(labels)
     if array.dtype.kind not in "iu" and array.size:
         raise DtypeError(f"labels: expected integers, got {array.dtype}")
-    check_shapes("labels", shape, array.shape)
+    check_shape("labels", shape, array.shape)
     return np.ascontiguousarray(array, dtype=np.int64).reshape(-1)
 
 
@@ -97,12 +120,12 @@ def mask_rows(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     array = np.asarray(mask)
     if array.dtype != np.bool_:
         raise DtypeError(f"mask: expected booleans, got {array.dtype}")
-    check_shapes("mask", shape, array.shape)
+    check_shape("mask", shape, array.shape)
     return np.ascontiguousarray(array).reshape(-1)
 
 
 def gradient_like(gradient: NDArray[Any] | None, value: ArrayLike) -> NDArray[Any]:
-    """The gradient in the shape of `value`, and in its dtype if that is a half precision."""
+    """The gradient in the shape of `value`; bits of a half precision become values of its dtype."""
     assert gradient is not None
     array = np.asarray(value)
     return (gradient.view(array.dtype) if gradient.dtype == np.uint16 else gradient).reshape(array.shape)

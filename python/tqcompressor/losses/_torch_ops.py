@@ -1,7 +1,7 @@
 """The losses as torch operators: Rust for CPU tensors, the same formulas in torch for other devices and for float64.
 
-An operator computes its gradient along with the value, and keeps it for the backward pass. `tqcompressor.losses` has
-the public functions and their documentation.
+An operator computes its gradient along with the value, and keeps it for the backward pass. The public functions, with
+their documentation, are in `tqcompressor.losses`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 from .. import _core
 from ..errors import DtypeError, ShapeError
+from ._arrays import LossWeights, check_rows, check_shape, check_tokens_shape
 from ._torch_reference import (
     array,
+    check_integers,
     check_on_cpu,
-    check_rows,
-    check_shape,
     check_soft_labels,
     computed_dtype,
     counted_rows,
@@ -32,31 +32,30 @@ from ._torch_reference import (
 )
 
 if TYPE_CHECKING:
-    Objective: TypeAlias = tuple[float, float, float, bool, int]
     Context: TypeAlias = Any
 
-# Of a chunk of rows, student and teacher together: the larger, the fewer passes over the gradient by the head.
+# Logits of student and teacher held at a time. Larger chunks need fewer passes over the gradient by the head.
 _LOGITS_BYTES = 40 << 20
-_OBJECTIVE = "float temperature, float divergence, float cross_entropy, bool reverse, int ignore_index"
+_WEIGHTS = "float temperature, float divergence, float cross_entropy, bool reverse, int ignore_index"
 
 
 def logit_loss(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     labels: torch.Tensor | None,
-    objective: Objective,
+    weights: LossWeights,
     threads: int | None,
 ) -> torch.Tensor:
     """`distillation_loss`, `cross_entropy` and `kl_divergence` of `tqcompressor.losses`, for tensors."""
-    check_rows("student_logits", student)
+    _check_rows("student_logits", student)
     if teacher is not None:
-        check_rows("teacher_logits", teacher)
+        _check_rows("teacher_logits", teacher)
         check_shape("teacher_logits", student.shape, teacher.shape)
         teacher = flat(teacher.detach())
     if labels is not None:
         labels = flat_labels(labels, student.shape[:-1])
     wanted = torch.is_grad_enabled() and student.requires_grad
-    loss: torch.Tensor = _distillation_loss(flat(student), teacher, labels, *objective, wanted, threads)[0]
+    loss: torch.Tensor = _distillation_loss(flat(student), teacher, labels, *weights, wanted, threads)[0]
     return loss
 
 
@@ -64,8 +63,8 @@ def hidden_state_loss(
     student: torch.Tensor, teacher: torch.Tensor, kind: str, mask: torch.Tensor | None, threads: int | None
 ) -> torch.Tensor:
     """`tqcompressor.losses.hidden_state_loss`, for tensors."""
-    check_rows("student_hidden", student)
-    check_rows("teacher_hidden", teacher)
+    _check_rows("student_hidden", student)
+    _check_rows("teacher_hidden", teacher)
     check_shape("teacher_hidden", student.shape, teacher.shape)
     if mask is not None:
         if mask.dtype != torch.bool:
@@ -83,7 +82,7 @@ def head_loss(
     teacher_hidden: torch.Tensor | None,
     teacher_head: torch.Tensor | None,
     labels: torch.Tensor | None,
-    objective: Objective,
+    weights: LossWeights,
     threads: int | None,
 ) -> torch.Tensor:
     """`tqcompressor.losses.head_distillation_loss`, for tensors."""
@@ -97,25 +96,53 @@ def head_loss(
         labels = flat_labels(labels, student_hidden.shape[:-1])
     wanted = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     arguments = (flat(student_hidden), student_head, teacher_hidden, teacher_head, labels)
-    loss: torch.Tensor = _head_loss(*arguments, *objective, wanted, threads)[0]
+    loss: torch.Tensor = _head_loss(*arguments, *weights, wanted, threads)[0]
     return loss
 
 
+def topk_loss(
+    student: torch.Tensor,
+    tokens: torch.Tensor,
+    probabilities: torch.Tensor,
+    labels: torch.Tensor | None,
+    weights: LossWeights,
+    threads: int | None,
+) -> torch.Tensor:
+    """`tqcompressor.losses.topk_distillation_loss`, for tensors."""
+    _check_rows("student_logits", student)
+    check_integers("teacher_tokens", tokens)
+    check_tokens_shape(student.shape, tokens.shape)
+    _check_rows("teacher_probabilities", probabilities)
+    check_shape("teacher_probabilities", tokens.shape, probabilities.shape)
+    if labels is not None:
+        labels = flat_labels(labels, student.shape[:-1])
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    kept = probabilities.detach().to(computed_dtype(student))
+    arguments = (flat(student), flat(tokens).long(), flat(kept), labels)
+    numbers = (weights.temperature, weights.divergence, weights.cross_entropy, weights.ignore_index)
+    loss: torch.Tensor = _topk_loss(*arguments, *numbers, wanted, threads)[0]
+    return loss
+
+
+def _check_rows(name: str, rows: torch.Tensor) -> None:
+    check_rows(name, str(rows.dtype), rows.shape)
+
+
 def _check_head(side: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
-    check_rows(f"{side}_hidden", hidden)
-    check_rows(f"{side}_head", head)
+    _check_rows(f"{side}_hidden", hidden)
+    _check_rows(f"{side}_head", head)
     if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != hidden.shape[-1]:
         expected = f"(vocabulary, {hidden.shape[-1]})"
         raise ShapeError(f"{side}_head: expected the shape {expected}, got {tuple(head.shape)}")
 
 
-# Operators. First the value, in float32 (float64 for float64), then the gradients, empty if they are not wanted.
+# Operators. They return the value, in float32 (float64 for float64), then the gradients, empty unless `gradient`.
 
 
 @torch.library.custom_op(
     "tqcompressor::distillation_loss",
     mutates_args=(),
-    schema=f"(Tensor student, Tensor? teacher, Tensor? labels, {_OBJECTIVE}, bool gradient, int? threads)"
+    schema=f"(Tensor student, Tensor? teacher, Tensor? labels, {_WEIGHTS}, bool gradient, int? threads)"
     " -> (Tensor, Tensor)",
 )
 def _distillation_loss(
@@ -130,13 +157,13 @@ def _distillation_loss(
     gradient: bool,
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
+    weights = LossWeights(temperature, divergence, cross_entropy, reverse, ignore_index)
     if for_rust(student, teacher):
         student_array, student_dtype = array(student)
         teacher_array, teacher_dtype = (None, "") if teacher is None else array(teacher)
         targets = None if labels is None else labels.contiguous().numpy()
         arguments = (student_array, student_dtype, teacher_array, teacher_dtype, targets)
-        value, written = _core.distillation_loss(*arguments, *objective, gradient, thread_count(threads))
+        value, written = _core.distillation_loss(*arguments, *weights, gradient, thread_count(threads))
         return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
     counted = counted_rows(student, labels, ignore_index)
     check_on_cpu(student, teacher, labels, counted)
@@ -145,7 +172,7 @@ def _distillation_loss(
     loss = student.new_zeros((), dtype=computed_dtype(student))
     for rows in row_chunks(student.shape[0], student.shape[1]):
         chunk = (student[rows], None if teacher is None else teacher[rows], None if labels is None else labels[rows])
-        value_tensor, by_logits = rows_in_torch(*chunk, counted[rows], objective, gradient)
+        value_tensor, by_logits = rows_in_torch(*chunk, counted[rows], weights, gradient)
         loss += value_tensor * scale
         if by_logits is not None:
             written_tensor[rows] = by_logits.mul_(scale)
@@ -194,7 +221,7 @@ def _hidden_state_loss(
     "tqcompressor::head_loss",
     mutates_args=(),
     schema="(Tensor hidden, Tensor head, Tensor? teacher_hidden, Tensor? teacher_head, Tensor? labels, "
-    f"{_OBJECTIVE}, bool gradient, int? threads) -> (Tensor, Tensor, Tensor)",
+    f"{_WEIGHTS}, bool gradient, int? threads) -> (Tensor, Tensor, Tensor)",
 )
 def _head_loss(
     hidden: torch.Tensor,
@@ -210,10 +237,10 @@ def _head_loss(
     gradient: bool,
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    objective = (temperature, divergence, cross_entropy, reverse, ignore_index)
+    weights = LossWeights(temperature, divergence, cross_entropy, reverse, ignore_index)
     if for_rust(hidden, head):
         teacher = (teacher_hidden, teacher_head)
-        return _head_loss_on_cpu(hidden, head, *teacher, labels, objective, gradient, thread_count(threads))
+        return _head_loss_on_cpu(hidden, head, *teacher, labels, weights, gradient, thread_count(threads))
     counted = counted_rows(hidden, labels, ignore_index)
     dtype = computed_dtype(hidden)
     scale = counted.sum().clamp(min=1).to(dtype).reciprocal()
@@ -227,7 +254,7 @@ def _head_loss(
             teacher_logits = teacher_hidden[rows_of_chunk] @ teacher_head.to(teacher_hidden.dtype).T
         check_on_cpu(logits, teacher_logits, targets, counted[rows_of_chunk], first=rows_of_chunk.start)
         value_of_chunk, by_logits = rows_in_torch(
-            logits, teacher_logits, targets, counted[rows_of_chunk], objective, gradient
+            logits, teacher_logits, targets, counted[rows_of_chunk], weights, gradient
         )
         loss += value_of_chunk * scale
         if by_logits is not None:
@@ -243,17 +270,17 @@ def _head_loss_on_cpu(
     teacher_hidden: torch.Tensor | None,
     teacher_head: torch.Tensor | None,
     labels: torch.Tensor | None,
-    objective: Objective,
+    weights: LossWeights,
     gradient: bool,
     threads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Matrix products by torch, whose BLAS is the fastest there is, and the loss by Rust, some rows at a time."""
+    """The matrix products by torch's BLAS, and the loss by Rust, a chunk of rows at a time."""
     states, weight = hidden.detach().float(), head.detach().float()
     taught = None
-    if teacher_hidden is not None and teacher_head is not None and objective[1] > 0:
+    if teacher_hidden is not None and teacher_head is not None and weights.divergence > 0:
         taught = teacher_hidden.float(), teacher_head.float()
     rows, vocabulary = states.shape[0], weight.shape[0]
-    counted = rows if labels is None else int((labels != objective[-1]).sum())
+    counted = rows if labels is None else int((labels != weights.ignore_index).sum())
     models = 1 if taught is None else 2
     size = max(1, min(rows, _LOGITS_BYTES // (4 * models * vocabulary)))
     buffers = [states.new_empty(size, vocabulary) for _ in range(models)]
@@ -268,111 +295,12 @@ def _head_loss_on_cpu(
             teacher_logits = torch.mm(taught[0][chunk], taught[1].T, out=buffers[1][: chunk.stop - first]).numpy()
         targets = None if labels is None else labels[chunk].contiguous().numpy()
         total += _core.distillation_loss_in_place(
-            logits.numpy(), teacher_logits, targets, *objective, first, 1 / max(counted, 1), gradient, threads
+            logits.numpy(), teacher_logits, targets, *weights, first, 1 / max(counted, 1), gradient, threads
         )
         if gradient:
             torch.mm(logits, weight, out=by_hidden[chunk])
             by_head.addmm_(logits.T, states[chunk])
     return hidden.new_tensor(total, dtype=torch.float32), by_hidden.to(hidden.dtype), by_head.to(head.dtype)
-
-
-@torch.library.custom_op(
-    "tqcompressor::scaled_gradient", mutates_args=(), schema="(Tensor gradient, Tensor by) -> Tensor"
-)
-def _scaled_gradient(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    return (gradient * by.to(gradient.device)).to(gradient.dtype)
-
-
-# What torch must know of them to trace and to differentiate.
-
-
-@_distillation_loss.register_fake
-def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
-
-
-@_hidden_state_loss.register_fake
-def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
-
-
-@_head_loss.register_fake
-def _(hidden: torch.Tensor, head: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wanted = arguments[-2]
-    by_hidden = hidden.new_empty(hidden.shape if wanted else (0,))
-    return fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
-
-
-@_scaled_gradient.register_fake
-def _(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(gradient)
-
-
-def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    # Zeros for the gradients of the gradients would take as much memory as all the rest.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.unused = len(inputs) - len(output) + 1
-
-
-def _return_gradients(ctx: Context, by_value: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    gradients = [None if by_value is None else _scale(gradient, by_value) for gradient in ctx.saved_tensors]
-    return *gradients, *([None] * ctx.unused)
-
-
-def _scale(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    # Mostly the loss itself is differentiated, and a product with 1 would take a second gradient's memory. Traced
-    # tensors have no value to look at, and those of other devices none that is at hand.
-    at_hand = type(gradient) is torch.Tensor and type(by) is torch.Tensor and by.device.type == "cpu"
-    if at_hand and not torch.is_grad_enabled() and by.item() == 1:
-        # An output of the operator, it would drag the graph along.
-        return gradient.detach()
-    scaled: torch.Tensor = _scaled_gradient(gradient, by)
-    return scaled
-
-
-def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
-    raise RuntimeError("the losses of tqcompressor are not twice differentiable")
-
-
-def returns_gradients(operator: Any) -> None:
-    """Registers the backward pass of an operator whose outputs are a value and its gradients."""
-    operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
-
-
-for _operator in (_distillation_loss, _hidden_state_loss, _head_loss):
-    returns_gradients(_operator)
-
-
-_scaled_gradient.register_autograd(_refuse)
-
-
-def topk_loss(
-    student: torch.Tensor,
-    tokens: torch.Tensor,
-    probabilities: torch.Tensor,
-    labels: torch.Tensor | None,
-    objective: Objective,
-    threads: int | None,
-) -> torch.Tensor:
-    """`tqcompressor.losses.topk_distillation_loss`, for tensors."""
-    check_rows("student_logits", student)
-    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-        raise DtypeError(f"teacher_tokens: expected integers, got {tokens.dtype}")
-    width = student.shape[-1]
-    if tokens.shape[:-1] != student.shape[:-1] or tokens.dim() != student.dim() or not 1 <= tokens.shape[-1] <= width:
-        expected = f"({', '.join(map(str, (*student.shape[:-1], f'1 to {width}')))})"
-        raise ShapeError(f"teacher_tokens: expected the shape {expected}, got {tuple(tokens.shape)}")
-    check_rows("teacher_probabilities", probabilities)
-    check_shape("teacher_probabilities", tokens.shape, probabilities.shape)
-    if labels is not None:
-        labels = flat_labels(labels, student.shape[:-1])
-    wanted = torch.is_grad_enabled() and student.requires_grad
-    kept = probabilities.detach().to(computed_dtype(student))
-    temperature, divergence, cross_entropy, _, ignore_index = objective
-    numbers = (temperature, divergence, cross_entropy, ignore_index, wanted, threads)
-    loss: torch.Tensor = _topk_loss(flat(student), flat(tokens).long(), flat(kept), labels, *numbers)[0]
-    return loss
 
 
 @torch.library.custom_op(
@@ -396,9 +324,9 @@ def _topk_loss(
     if for_rust(student, probabilities):
         targets = None if labels is None else labels.contiguous().numpy()
         named = (tokens.contiguous().numpy(), probabilities.contiguous().numpy())
-        objective = (temperature, divergence, cross_entropy)
+        numbers = (temperature, divergence, cross_entropy)
         value, written = _core.topk_distillation_loss(
-            *array(student), *named, targets, *objective, ignore_index, gradient, thread_count(threads)
+            *array(student), *named, targets, *numbers, ignore_index, gradient, thread_count(threads)
         )
         return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
     counted = counted_rows(student, labels, ignore_index)
@@ -407,7 +335,7 @@ def _topk_loss(
     by_logits = student.new_empty(student.shape if gradient else 0)
     scale = counted.sum().clamp(min=1).to(computed_dtype(student)).reciprocal()
     loss = student.new_zeros((), dtype=computed_dtype(student))
-    weights = (temperature, divergence, cross_entropy, False, ignore_index)
+    weights = LossWeights(temperature, divergence, cross_entropy, ignore_index=ignore_index)
     for rows in row_chunks(student.shape[0], student.shape[1]):
         targets_of_chunk = None if labels is None else labels[rows]
         chunk = (student[rows], tokens[rows], probabilities[rows], targets_of_chunk, counted[rows])
@@ -418,9 +346,70 @@ def _topk_loss(
     return loss, by_logits
 
 
+@torch.library.custom_op(
+    "tqcompressor::scaled_gradient", mutates_args=(), schema="(Tensor gradient, Tensor by) -> Tensor"
+)
+def _scaled_gradient(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return (gradient * by.to(gradient.device)).to(gradient.dtype)
+
+
+# Shapes for tracing, and backward passes.
+
+
+@_distillation_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+@_hidden_state_loss.register_fake
+def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+@_head_loss.register_fake
+def _(hidden: torch.Tensor, head: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wanted = arguments[-2]
+    by_hidden = hidden.new_empty(hidden.shape if wanted else (0,))
+    return fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
+
+
 @_topk_loss.register_fake
 def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
 
 
-returns_gradients(_topk_loss)
+@_scaled_gradient.register_fake
+def _(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(gradient)
+
+
+def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    # Else torch allocates zeros for the gradients of the gradients, as large as the gradients.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.unused = len(inputs) - len(output) + 1
+
+
+def _return_gradients(ctx: Context, by_value: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    gradients = [None if by_value is None else _scale(gradient, by_value) for gradient in ctx.saved_tensors]
+    return *gradients, *([None] * ctx.unused)
+
+
+def _scale(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    # Usually the loss itself is differentiated: `by` is 1, and the product would only allocate a second gradient.
+    # Traced tensors have no value, and reading one from another device would synchronise with it.
+    at_hand = type(gradient) is torch.Tensor and type(by) is torch.Tensor and by.device.type == "cpu"
+    if at_hand and not torch.is_grad_enabled() and by.item() == 1:
+        # The gradient is an output of the operator: detached, it does not keep the graph alive.
+        return gradient.detach()
+    scaled: torch.Tensor = _scaled_gradient(gradient, by)
+    return scaled
+
+
+def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
+    raise RuntimeError("the losses of tqcompressor are not twice differentiable")
+
+
+for _operator in (_distillation_loss, _hidden_state_loss, _head_loss, _topk_loss):
+    _operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
+_scaled_gradient.register_autograd(_refuse)

@@ -1,4 +1,4 @@
-"""The losses in torch, for devices and dtypes that Rust does not serve, and tensors as every loss takes them."""
+"""The losses by the same formulas in torch, for devices and dtypes that Rust does not compute; checks of tensors."""
 
 from __future__ import annotations
 
@@ -7,69 +7,61 @@ from typing import Any
 
 import torch
 
-from ..errors import DtypeError, LabelError, NonFiniteError, ShapeError
+from ..errors import DtypeError, LabelError, NonFiniteError
+from ._arrays import LossWeights, check_shape
 
 _IN_RUST = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def flat(rows: torch.Tensor) -> torch.Tensor:
-    """Rows, whatever the shape before the last dimension."""
+    """`(..., width)` as a matrix of rows."""
     return rows.reshape(-1, rows.shape[-1])
 
 
 def flat_labels(labels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """One label per row of `shape`; raises `DtypeError` and `ShapeError`."""
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise DtypeError(f"labels: expected integers, got {labels.dtype}")
+    check_integers("labels", labels)
     check_shape("labels", shape, labels.shape)
     return labels.reshape(-1).long()
 
 
-def check_shape(name: str, expected: torch.Size, got: torch.Size) -> None:
-    """Raises `ShapeError` unless the two are equal."""
-    if expected != got:
-        raise ShapeError(f"{name}: expected the shape {tuple(expected)}, got {tuple(got)}")
-
-
-def check_rows(name: str, rows: torch.Tensor) -> None:
-    """Raises unless these are rows of floats that are not empty."""
-    if rows.dtype not in _IN_RUST and rows.dtype != torch.float64:
-        raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {rows.dtype}")
-    if rows.dim() == 0 or rows.shape[-1] == 0:
-        raise ShapeError(f"{name}: expected the shape (..., at least one), got {tuple(rows.shape)}")
+def check_integers(name: str, values: torch.Tensor) -> None:
+    """Raises `DtypeError` unless these are integers."""
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        raise DtypeError(f"{name}: expected integers, got {values.dtype}")
 
 
 def fake_loss(values: torch.Tensor) -> torch.Tensor:
-    """A scalar of the dtype that a loss of these values has."""
+    """A scalar without a value, in the dtype of the loss of these values."""
     return values.new_empty((), dtype=computed_dtype(values))
 
 
 def for_rust(*tensors: torch.Tensor | None) -> bool:
-    """Whether Rust computes on these."""
+    """Whether Rust computes these: CPU tensors of float32 or a half precision."""
     return all(tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _IN_RUST) for tensor in tensors)
 
 
 def thread_count(threads: int | None) -> int:
-    """As many as torch may use, unless said otherwise."""
+    """`threads`, by default as many as torch uses."""
     return torch.get_num_threads() if threads is None else threads
 
 
 def array(tensor: torch.Tensor) -> tuple[Any, str]:
-    """The tensor's memory as float32 or as bits, and the name of its dtype."""
+    """The tensor's memory as float32, or as the bits of a half precision, and the name of its dtype."""
     tensor = tensor.detach().contiguous()
     bits = tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
     return bits.numpy(), _IN_RUST[tensor.dtype]
 
 
 def tensor_like(gradient: Any, like: torch.Tensor) -> torch.Tensor:
-    """A gradient from Rust in the dtype of `like`; an empty tensor for none."""
+    """A gradient from Rust in the dtype of `like`; an empty tensor for None."""
     if gradient is None:
         return like.new_empty(0)
     tensor = torch.from_numpy(gradient)
     return tensor if like.dtype == torch.float32 else tensor.view(like.dtype)
 
 
-# Logits worked on at a time.
+# Logits computed at a time: bounds the memory of the intermediate tensors.
 _CHUNK = 1 << 24
 
 
@@ -79,13 +71,13 @@ def computed_dtype(values: torch.Tensor) -> torch.dtype:
 
 
 def row_chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of rows of so many values, such that what is computed from each takes little memory."""
+    """Slices that cover `rows` rows of `width` values, at most `_CHUNK` values each."""
     step = max(1, _CHUNK // width)
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def counted_rows(rows: torch.Tensor, labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
-    """Which rows count, as booleans."""
+    """True for every row that counts."""
     if labels is None:
         return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
     return labels != ignore_index
@@ -99,9 +91,10 @@ def check_on_cpu(
     names: tuple[str, str] = ("student_logits", "teacher_logits"),
     first: int = 0,
 ) -> None:
-    """Refuses what Rust refuses; elsewhere than on the CPU, looking would mean waiting for the device.
+    """Raises as Rust does for wrong labels and values that are not finite.
 
-    `first` is the number of the first of these rows in the whole batch, which errors name.
+    Tensors of other devices are not searched, since reading a value would synchronise with the device. `first` is the
+    number of the first row in the whole batch, for the error message.
     """
     if student.device.type != "cpu":
         return
@@ -123,14 +116,11 @@ def rows_in_torch(
     teacher: torch.Tensor | None,
     labels: torch.Tensor | None,
     counted: torch.Tensor,
-    objective: tuple[float, float, float, bool, int],
+    weights: LossWeights,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sum of the rows' losses, and its gradient by the logits.
-
-    `objective` is (temperature, weight of the divergence, weight of the cross-entropy, reverse, ignored index).
-    """
-    temperature, divergence, cross_entropy, reverse, _ = objective
+    """The sum of the rows' losses, and its gradient by the logits."""
+    temperature, divergence, reverse = weights.temperature, weights.divergence, weights.reverse
     z = student.to(computed_dtype(student))
     losses, by_logits = z.new_zeros(z.shape[0]), torch.zeros_like(z) if gradient else None
     if teacher is not None and divergence > 0:
@@ -143,7 +133,7 @@ def rows_in_torch(
         if by_logits is not None:
             by_divergence = q * (difference - divergences) if reverse else q - first
             by_logits += (divergence / temperature) * by_divergence
-    return _with_cross_entropy(z, losses, by_logits, labels, counted, cross_entropy)
+    return _with_cross_entropy(z, losses, by_logits, labels, counted, weights.cross_entropy)
 
 
 def _with_cross_entropy(
@@ -162,7 +152,8 @@ def _with_cross_entropy(
             by_logits += cross_entropy * log_s.exp()
             by_logits.scatter_add_(-1, targets, torch.full_like(targets, -cross_entropy, dtype=z.dtype))
     if by_logits is not None:
-        # The entries sum to zero, and at the largest logit that is more exact than a difference of two near 1.
+        # The entries of a row sum to zero. At the largest logit, minus the sum of the others is more exact than a
+        # difference of two numbers near 1.
         largest = z.argmax(-1, keepdim=True)
         by_logits.scatter_(-1, largest, 0.0)
         by_logits.scatter_(-1, largest, -by_logits.sum(-1, keepdim=True))
@@ -176,15 +167,15 @@ def topk_rows_in_torch(
     probabilities: torch.Tensor,
     labels: torch.Tensor | None,
     counted: torch.Tensor,
-    objective: tuple[float, float, float, bool, int],
+    weights: LossWeights,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same against the `tokens` that a teacher finds likeliest, all others taken as one."""
-    temperature, divergence, cross_entropy, _, _ = objective
+    """As `rows_in_torch`, against the teacher's k most probable `tokens`; all others count as one token."""
+    temperature, divergence = weights.temperature, weights.divergence
     z = student.to(computed_dtype(student))
     losses, by_logits = z.new_zeros(z.shape[0]), torch.zeros_like(z) if gradient else None
     if divergence > 0:
-        # Rows that do not count may name anything.
+        # Rows that do not count may hold invalid tokens.
         tokens = torch.where(counted[:, None], tokens, 0)
         p = probabilities.to(z.dtype)
         sums = p.sum(-1, keepdim=True)
@@ -201,11 +192,11 @@ def topk_rows_in_torch(
             in_tail = torch.where(others == -torch.inf, 0.0, (others - log_q_tail).exp() * (log_q_tail.exp() - p_tail))
             by_divergence = in_tail.scatter(-1, tokens, log_q.gather(-1, tokens).exp() - p)
             by_logits += (divergence / temperature) * by_divergence
-    return _with_cross_entropy(z, losses, by_logits, labels, counted, cross_entropy)
+    return _with_cross_entropy(z, losses, by_logits, labels, counted, weights.cross_entropy)
 
 
 def check_soft_labels(width: int, tokens: torch.Tensor, probabilities: torch.Tensor, counted: torch.Tensor) -> None:
-    """Refuses what Rust refuses of a teacher's tokens and probabilities; on the CPU only, as `check_on_cpu`."""
+    """Raises as Rust does for a teacher's tokens and probabilities; on the CPU only, as `check_on_cpu`."""
     if tokens.device.type != "cpu" or tokens.shape[0] == 0:
         return
     order = tokens.sort(-1).values

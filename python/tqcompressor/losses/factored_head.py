@@ -1,9 +1,9 @@
-"""Heads held as factors, made dense ones of hidden states that are contracted first.
+"""Factored heads as narrower dense heads of transformed hidden states.
 
-With `W[p][:, q] = Σ_k A_k ⊗ B_k` for a head `W (vocabulary, width)` and blocks of one row, `h Wᵀ` is the hidden states
-gathered by `q`, contracted with every `B_k`, times the `A_k` side by side: a dense head of width `rank · width / n2`.
-Blocks of several rows have no such form: there `W` is formed. A head of rank k is a dense one of width k, and a sum is
-one of the widths of its terms together.
+Let `W[p][:, q] = Σ_k A_k ⊗ B_k` for a head `W (vocabulary, width)` and blocks of one row. Then `h Wᵀ` is the product of
+the hidden states, gathered by `q` and contracted with every `B_k`, and of the `A_k` side by side: a dense head of width
+`rank · width / n2`. For blocks of several rows `W` is formed. A head of rank k becomes a dense one of width k. A sum of
+terms becomes one whose width is the sum of the terms' widths.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FactorGradients: TypeAlias = tuple[NDArray[np.float32], tuple[NDArray[np.float32
 
 
 def is_factored(head: Any) -> bool:
-    """Whether this is a factored head or embedding of any kind, a Kronecker decomposition, or a tuple (A, B, p, q)."""
+    """Whether this is a factored head or embedding, a Kronecker decomposition, or a tuple (A, B, p, q)."""
     if isinstance(head, tuple):
-        # Four rows of a dense head would be no arrays of three dimensions.
+        # A tuple of four may also be a dense head of four rows; only A has three dimensions.
         return len(head) == 4 and np.ndim(head[0]) == 3
     return any(hasattr(head, name) for name in ("row_permutation", "A", "left", "terms"))
 
@@ -35,10 +35,10 @@ def is_factored(head: Any) -> bool:
 def dense_head(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and a dense head with the same logits, differentiable by the hidden states and the factors.
 
-    Raises `ConfigError` for a head with a bias, which hidden states and a matrix have no place for.
+    Raises `ConfigError` for a head with a bias.
     """
     if getattr(head, "bias", None) is not None:
-        raise ConfigError("student_head: a head with a bias is not handled")
+        raise ConfigError("student_head: expected a head without a bias")
     if hasattr(head, "terms"):
         import torch
 
@@ -86,7 +86,7 @@ def _dense_low_rank_head(
 def dense_head_of_arrays(
     hidden: ArrayLike, head: Any
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], Callable[[tuple[Any, Any]], FactorGradients]]:
-    """The same of arrays, and what turns the gradients by the two into those by hidden states, `A` and `B`."""
+    """`dense_head` for arrays, and a function from its gradients to those by the hidden states, `A` and `B`."""
     if not isinstance(head, tuple):
         head = (head.a, head.b, head.row_permutation, head.column_permutation)
     a, b = (np.asarray(factor, dtype=np.float32) for factor in head[:2])

@@ -1,4 +1,4 @@
-"""The distillation loss fused with the output head, so that logits are never held whole."""
+"""The distillation loss fused with the output head: the logits of all rows are never in memory at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..errors import ConfigError
 from ..utils import validate
-from ._arrays import checked_objective, is_tensor, label_rows, single_matrix
+from ._arrays import DistillationOptions, check_alpha, distillation_weights, is_tensor, label_rows, single_matrix
 from .factored_head import dense_head, dense_head_of_arrays, is_factored
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
 ValueAndHeadGradients: TypeAlias = tuple[float, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
@@ -26,11 +27,7 @@ def head_distillation_loss(
     teacher_hidden: torch.Tensor | None = None,
     teacher_head: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    *,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
-    ignore_index: int = -100,
-    threads: int | None = None,
+    **options: Unpack[DistillationOptions],
 ) -> torch.Tensor: ...
 
 
@@ -41,11 +38,7 @@ def head_distillation_loss(
     teacher_hidden: ArrayLike | None = None,
     teacher_head: ArrayLike | None = None,
     labels: ArrayLike | None = None,
-    *,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
-    ignore_index: int = -100,
-    threads: int | None = None,
+    **options: Unpack[DistillationOptions],
 ) -> ValueAndHeadGradients: ...
 
 
@@ -61,21 +54,21 @@ def head_distillation_loss(
     ignore_index: int = -100,
     threads: int | None = None,
 ) -> Any:
-    """`distillation_loss` of `hidden @ head.T` of student and teacher, whose logits are never held whole.
+    """`distillation_loss` of the logits `hidden @ head.T` of student and teacher, computed a chunk of rows at a time.
 
-    Hidden states have shape (..., width), heads (vocabulary, width) as `lm_head.weight` does; the teacher's width may
+    Hidden states have shape (..., width), heads (vocabulary, width) as `lm_head.weight`; the teacher's width may
     differ. Without a teacher the loss is the cross-entropy alone, whatever `alpha`. numpy arrays give
-    `(value, (gradient by the hidden states, gradient by the head))`, float32 both.
+    `(value, (gradient by the hidden states, gradient by the head))`, both float32.
 
-    `student_head` may also be a factored head or embedding of any kind, whose factors get the gradients. For numpy it
-    may be a `KroneckerDecomposition` of the (vocabulary, width) matrix or a tuple (A, B, p, q), and the gradients are
-    `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's MACs; for
-    other blocks the dense head is formed.
+    `student_head` may also be a factored head or embedding of any kind; its factors get the gradients. For numpy it may
+    be a `KroneckerDecomposition` of the (vocabulary, width) matrix or a tuple (A, B, p, q), and the gradients are
+    `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's MACs; for other blocks
+    the dense head is formed.
 
-    Computed in float32 on the CPU, whatever the dtype. Errors as for `distillation_loss`; a `NonFiniteError` names the
-    place among the logits. Cost: one matrix product for each of student, teacher and gradient, by torch for tensors and
-    by faer, which gives the same bytes on any number of threads, for arrays. Memory beyond the gradients: 40 MiB of
-    logits at a time, 28 MiB for arrays.
+    Computed in float32 on the CPU, whatever the dtype. Errors as for `distillation_loss`; a `NonFiniteError` names
+    row and column of the logits. Cost: one matrix product for each of student, teacher and gradient, by torch for
+    tensors, and for arrays by faer, whose bytes do not depend on the number of threads. Memory beyond the gradients:
+    40 MiB of logits at a time, 28 MiB for arrays.
 
     >>> import numpy as np
     >>> hidden, head = np.ones((4, 2), np.float32), np.zeros((8, 2), np.float32)
@@ -84,22 +77,20 @@ def head_distillation_loss(
     (2.0794, (4, 2), (8, 2))
     """
     threads = validate.threads(threads)
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
+    check_alpha(alpha)
     if (teacher_hidden is None) != (teacher_head is None):
         raise ConfigError("teacher_hidden and teacher_head: expected both or neither")
     if teacher_hidden is None:
         alpha = 0.0
         if labels is None:
             raise ConfigError("labels: expected them where there is no teacher")
-    hard = 0.0 if labels is None else 1 - alpha
-    objective = checked_objective(temperature, alpha * temperature**2, hard, False, ignore_index)
+    weights = distillation_weights(temperature, alpha, labels, ignore_index)
     if is_tensor(student_hidden):
         from ._torch_ops import head_loss
 
         if is_factored(student_head):
             student_hidden, student_head = dense_head(student_hidden, student_head)
-        return head_loss(student_hidden, student_head, teacher_hidden, teacher_head, labels, objective, threads)
+        return head_loss(student_hidden, student_head, teacher_hidden, teacher_head, labels, weights, threads)
     by_factors = None
     if is_factored(student_head):
         student_hidden, student_head, by_factors = dense_head_of_arrays(student_hidden, student_head)
@@ -109,6 +100,6 @@ def head_distillation_loss(
     if teacher_hidden is not None:
         teacher = (single_matrix(teacher_hidden, "teacher_hidden"), single_matrix(teacher_head, "teacher_head"))
     rows = None if labels is None else label_rows(labels, shape[:-1])
-    value, gradients = _core.head_loss(student, teacher, rows, *objective, True, threads)
+    value, gradients = _core.head_loss(student, teacher, rows, *weights, True, threads)
     assert gradients is not None
     return value, (gradients[0].reshape(shape), gradients[1]) if by_factors is None else by_factors(gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,11 +10,19 @@ from numpy.typing import ArrayLike
 from .. import _core
 from ..errors import ConfigError
 from ..utils import validate
-from ._arrays import check_shapes, float_matrix, gradient_like, is_tensor, mask_rows
+from ._arrays import check_shape, float_matrix, gradient_like, is_tensor, mask_rows
 from .logits import ValueAndGradient
 
 if TYPE_CHECKING:
     import torch
+
+HiddenKind: TypeAlias = Literal["mse", "cosine"]
+
+
+def check_hidden_kind(name: str, kind: str) -> None:
+    """Raises `ConfigError` unless `kind` is one of `HiddenKind`."""
+    if kind not in get_args(HiddenKind):
+        raise ConfigError(f'{name}: expected "mse" or "cosine", got {kind!r}')
 
 
 @overload
@@ -22,7 +30,7 @@ def hidden_state_loss(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     *,
-    kind: str = "mse",
+    kind: HiddenKind = "mse",
     mask: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor: ...
@@ -33,19 +41,24 @@ def hidden_state_loss(
     student_hidden: ArrayLike,
     teacher_hidden: ArrayLike,
     *,
-    kind: str = "mse",
+    kind: HiddenKind = "mse",
     mask: ArrayLike | None = None,
     threads: int | None = None,
 ) -> ValueAndGradient: ...
 
 
 def hidden_state_loss(
-    student_hidden: Any, teacher_hidden: Any, *, kind: str = "mse", mask: Any = None, threads: int | None = None
+    student_hidden: Any,
+    teacher_hidden: Any,
+    *,
+    kind: HiddenKind = "mse",
+    mask: Any = None,
+    threads: int | None = None,
 ) -> Any:
-    """The distance of hidden states of shape (..., width), the mean over the rows where `mask` (...) is true.
+    """The mean distance of hidden states (..., width) over the rows where `mask` (...) is true.
 
-    `kind` is "mse", `‖s − t‖² / width`, or "cosine", `1 − s·t / (‖s‖‖t‖)`, which is 1 with a zero gradient where a
-    state is zero. If no row counts the loss is 0. Dtypes, errors and torch as for `distillation_loss`.
+    `kind` is "mse", `‖s − t‖² / width`, or "cosine", `1 − s·t / (‖s‖‖t‖)`. The cosine distance of a zero state is 1,
+    and its gradient zero. If no row counts, the loss is 0. Dtypes, errors and torch as for `distillation_loss`.
 
     >>> import numpy as np
     >>> hidden_state_loss(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]))[0]
@@ -54,8 +67,7 @@ def hidden_state_loss(
     1.0
     """
     threads = validate.threads(threads)
-    if kind not in ("mse", "cosine"):
-        raise ConfigError(f'kind: expected "mse" or "cosine", got {kind!r}')
+    check_hidden_kind("kind", kind)
     if is_tensor(student_hidden):
         from ._torch_ops import hidden_state_loss
 
@@ -63,7 +75,7 @@ def hidden_state_loss(
     student, student_dtype = float_matrix(student_hidden, "student_hidden")
     teacher, teacher_dtype = float_matrix(teacher_hidden, "teacher_hidden")
     shape = np.shape(student_hidden)
-    check_shapes("teacher_hidden", shape, np.shape(teacher_hidden))
+    check_shape("teacher_hidden", shape, np.shape(teacher_hidden))
     flags = None if mask is None else mask_rows(mask, shape[:-1])
     value, gradient = _core.hidden_state_loss(
         student, student_dtype, teacher, teacher_dtype, flags, kind, True, threads

@@ -1,14 +1,4 @@
-"""Losses of distillation, computed in Rust together with their gradients: for numpy arrays and for torch tensors.
-
-Given numpy arrays, a function returns `(value, gradient)`; given torch tensors, a differentiable scalar. The teacher's
-side gets no gradient. Logits are computed in one fused pass: softmax, loss and gradient of a row while it is in cache.
-
->>> import numpy as np
->>> student = np.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=np.float32)
->>> value, gradient = cross_entropy(student, np.array([0, -100]))
->>> round(value, 4), gradient.shape, gradient[1].any()
-(0.1698, (2, 3), np.False_)
-"""
+"""Losses of logits: cross-entropy, Kullback-Leibler divergence, and their weighted sum for distillation."""
 
 from __future__ import annotations
 
@@ -18,12 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from ..errors import ConfigError
 from ..utils import validate
 from ._arrays import (
-    Objective,
-    check_shapes,
-    checked_objective,
+    DistillationOptions,
+    LossWeights,
+    check_shape,
+    check_temperature,
+    distillation_weights,
     float_matrix,
     gradient_like,
     is_tensor,
@@ -33,7 +24,7 @@ from ._arrays import (
 
 if TYPE_CHECKING:
     import torch
-
+    from typing_extensions import Unpack
 
 ValueAndGradient: TypeAlias = tuple[float, NDArray[Any]]
 
@@ -43,11 +34,7 @@ def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor | None = None,
-    *,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
-    ignore_index: int = -100,
-    threads: int | None = None,
+    **options: Unpack[DistillationOptions],
 ) -> torch.Tensor: ...
 
 
@@ -56,11 +43,7 @@ def distillation_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     labels: ArrayLike | None = None,
-    *,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
-    ignore_index: int = -100,
-    threads: int | None = None,
+    **options: Unpack[DistillationOptions],
 ) -> ValueAndGradient: ...
 
 
@@ -79,13 +62,13 @@ def distillation_loss(
     With `p` and `q` the softmax of the teacher's and the student's logits divided by the temperature `T`, a row's
     gradient by its logits is `alpha·T·(q − p) + (1 − alpha)·(softmax(student) − onehot(label))`.
 
-    Logits have shape (..., vocabulary), labels (...); shift them against each other beforehand, as a causal model asks.
+    Logits have shape (..., vocabulary) and labels (...). For a causal model, shift the labels by one position first.
     Rows whose label is `ignore_index` do not count: they are not read, and their gradient is exactly zero. If no row
     counts, or there is none, the loss is 0. Without labels every row counts and the second term is left out.
 
     The gradient has the student's shape and dtype. float32, float16 and bfloat16 are computed in float32 with float64
-    sums; numpy float64 is rounded to float32 first (torch float64 is not). In float16 gradients below 6e-8 vanish: give
-    float32 logits where the loss is scaled. The result does not depend on `threads` (None: all cores, or as many as
+    sums; numpy float64 is rounded to float32 first (torch float64 is not). float16 gradients below 6e-8
+    underflow: scale the loss on float32 logits. The result does not depend on `threads` (None: all cores, or as many as
     torch may use). Torch: CPU tensors are computed by Rust, those of other devices (and float64) by the same formula in
     torch. Works under `torch.compile(fullgraph=True)`; not twice differentiable.
 
@@ -102,11 +85,8 @@ def distillation_loss(
     >>> value == 0, gradient.shape, bool(abs(gradient).max() < 1e-7)
     (True, (2, 4, 50), True)
     """
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
-    hard = 0.0 if labels is None else 1 - alpha
-    objective = checked_objective(temperature, alpha * temperature**2, hard, False, ignore_index)
-    return _logit_loss(student_logits, teacher_logits, labels, objective, threads)
+    weights = distillation_weights(temperature, alpha, labels, ignore_index)
+    return _logit_loss(student_logits, teacher_logits, labels, weights, threads)
 
 
 @overload
@@ -131,7 +111,7 @@ def cross_entropy(logits: Any, labels: Any, *, ignore_index: int = -100, threads
     >>> round(cross_entropy(np.zeros((3, 8)), [1, 2, 3])[0], 4)  # ln 8
     2.0794
     """
-    return _logit_loss(logits, None, labels, checked_objective(1.0, 0.0, 1.0, False, ignore_index), threads)
+    return _logit_loss(logits, None, labels, LossWeights(1.0, 0.0, 1.0, ignore_index=ignore_index), threads)
 
 
 @overload
@@ -178,7 +158,8 @@ def kl_divergence(
     >>> round(kl_divergence(np.zeros((1, 3)), np.log(p))[0], 4)  # ln 3 minus the entropy of p
     0.0589
     """
-    # A mask is a row of labels that no cross-entropy looks at.
+    check_temperature(temperature)
+    # A mask becomes labels for a cross-entropy of weight 0: 0 counts, -1 is ignored.
     labels = None
     if mask is not None:
         if is_tensor(student_logits):
@@ -186,25 +167,24 @@ def kl_divergence(
         else:
             flags = mask_rows(mask, np.shape(student_logits)[:-1])
             labels = np.where(flags, 0, -1).reshape(np.shape(mask))
-    return _logit_loss(
-        student_logits, teacher_logits, labels, checked_objective(temperature, 1.0, 0.0, reverse, -1), threads
-    )
+    weights = LossWeights(float(temperature), 1.0, 0.0, reverse, ignore_index=-1)
+    return _logit_loss(student_logits, teacher_logits, labels, weights, threads)
 
 
-def _logit_loss(student: Any, teacher: Any, labels: Any, objective: Objective, threads: int | None) -> Any:
+def _logit_loss(student: Any, teacher: Any, labels: Any, weights: LossWeights, threads: int | None) -> Any:
     threads = validate.threads(threads)
     if is_tensor(student):
         from ._torch_ops import logit_loss
 
-        return logit_loss(student, teacher, labels, objective, threads)
+        return logit_loss(student, teacher, labels, weights, threads)
     student_matrix, student_dtype = float_matrix(student, "student_logits")
     shape = np.shape(student)
     teacher_matrix, teacher_dtype = None, ""
     if teacher is not None:
         teacher_matrix, teacher_dtype = float_matrix(teacher, "teacher_logits")
-        check_shapes("teacher_logits", shape, np.shape(teacher))
+        check_shape("teacher_logits", shape, np.shape(teacher))
     rows = None if labels is None else label_rows(labels, shape[:-1])
     value, gradient = _core.distillation_loss(
-        student_matrix, student_dtype, teacher_matrix, teacher_dtype, rows, *objective, True, threads
+        student_matrix, student_dtype, teacher_matrix, teacher_dtype, rows, *weights, True, threads
     )
     return value, gradient_like(gradient, student)

@@ -31,5 +31,17 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def move(model: Any, device: Any) -> None:
-    """`model.to(device)`, in place; the stubs of transformers do not know that a model has it."""
+    """`model.to(device)`, in place; the stubs of transformers lack this method."""
     model.to(device)
+
+
+@contextmanager
+def on_device(device: Any, *models: Module) -> Iterator[None]:
+    """Moves models to a device for the block, and to the CPU after it."""
+    try:
+        for model in models:
+            move(model, device)
+        yield
+    finally:
+        for model in models:
+            move(model, "cpu")

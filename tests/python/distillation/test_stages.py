@@ -28,12 +28,12 @@ def test_the_published_recipe_ends_where_the_one_shot_recipe_does():
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=6).filter(any), st.integers(0, 1000))
-def test_stages_share_all_blocks_in_order(shares, blocks):
+def test_stages_share_all_samples_in_order(shares, num_samples):
     recipe = StagedRecipe(tuple(Stage(str(n), HALF, share) for n, share in enumerate(shares)))
-    ranges = recipe.blocks_of_stages(blocks)
-    assert [block for part in ranges for block in part] == list(range(blocks))
+    ranges = recipe.samples_of_stages(num_samples)
+    assert [sample for part in ranges for sample in part] == list(range(num_samples))
     for share, part in zip(shares, ranges, strict=True):
-        assert abs(len(part) - blocks * share / sum(shares)) <= 1
+        assert abs(len(part) - num_samples * share / sum(shares)) <= 1
 
 
 def test_json_round_trip_and_files(tmp_path):

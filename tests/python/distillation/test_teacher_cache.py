@@ -16,7 +16,7 @@ import transformers
 from helpers.processes import ENVIRONMENT
 from helpers.teachers import TINY, check, dense, held_out_blocks, random_model
 from tqcompressor import errors, token_blocks
-from tqcompressor.distillation.teacher_cache import CachedTeacher, TaughtBlocks, cache_teacher
+from tqcompressor.distillation.teacher_cache import CachedTeacher, CachedTeacherDataset, cache_teacher
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def cached(model, blocks, tmp_path_factory):
 def test_distributions_are_the_dense_ones(model, blocks, tmp_path, k, temperature):
     two = blocks.section(0, 2)
     cached = cache_teacher(model, two, tmp_path / "new" / "cache", k=k, temperature=temperature)
-    assert (len(cached), cached.k, cached.temperature, cached.vocabulary) == (2, k, temperature, 8192)
-    assert (cached.fingerprint, cached.block_size) == (two.fingerprint, 16)
+    assert (len(cached), cached.k, cached.temperature, cached.vocab_size) == (2, k, temperature, 8192)
+    assert (cached.fingerprint, cached.seq_len) == (two.fingerprint, 16)
     assert cached.teacher.startswith("GPT2LMHeadModel") and str(model.num_parameters()) in cached.teacher.replace(
         ",", ""
     )
@@ -108,7 +108,7 @@ def test_modes_are_restored_and_dropout_is_off(blocks, cached, tmp_path):
 
 
 def test_taught_blocks_are_both(blocks, cached, every_block):
-    taught = TaughtBlocks(blocks, cached)
+    taught = CachedTeacherDataset(blocks, cached)
     assert len(taught) == 7
     for index in (0, 4, -2):
         item, expected = taught[index], blocks[index] | cached[index]
@@ -124,12 +124,12 @@ def test_taught_blocks_are_both(blocks, cached, every_block):
         cached[7]
     for others in (every_block, blocks.section(0, 6), every_block.section(4, 7)):
         with pytest.raises(errors.ConfigError) as caught:
-            TaughtBlocks(others, cached)
+            CachedTeacherDataset(others, cached)
         assert others.fingerprint in str(caught.value) and cached.fingerprint in str(caught.value)
 
 
 def test_loaders_take_them_with_worker_processes(blocks, cached):
-    taught = TaughtBlocks(blocks, cached)
+    taught = CachedTeacherDataset(blocks, cached)
     loader = torch.utils.data.DataLoader(taught, 4, num_workers=1, multiprocessing_context="fork")
     batches = list(loader)
     assert [len(batch["input_ids"]) for batch in batches] == [4, 3]
@@ -198,7 +198,7 @@ def test_what_does_not_fit(model, blocks, tmp_path, options, words):
 def test_a_teacher_that_is_not_finite(blocks, tmp_path, value):
     broken = random_model()
     broken.transformer.wte.weight.data[5, 3] = value
-    with pytest.raises(errors.NonFiniteError, match=r"teacher's logits .*blocks 0 to 1"):
+    with pytest.raises(errors.NonFiniteError, match=r"teacher's logits .*samples 0 to 1"):
         cache_teacher(broken, blocks, tmp_path / "cache", k=8, batch_size=2)
     assert list(tmp_path.iterdir()) == []
 

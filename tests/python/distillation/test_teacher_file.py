@@ -64,9 +64,9 @@ def test_a_file_of_another_length(cached, tmp_path, length):
     [
         ('"k": "8"', '"k": "7"', "damaged"),
         ('"k": "8"', '"k": "x"', "damaged"),
-        ('"blocks": "7"', '"blocks": "0"', "damaged"),
+        ('"num_samples": "7"', '"num_samples": "0"', "damaged"),
         ('"temperature": "2.0"', '"temperature": "2,0"', "damaged"),
-        ('"vocabulary": "8192"', '"vocabulary": "81920"', "damaged"),
+        ('"vocab_size": "8192"', '"vocab_size": "81920"', "damaged"),
         ('"U16"', '"U32"', "damaged"),
         ('"U16"', '"I16"', "tokens: expected one of the dtypes F32, U32, U16, got I16"),
         ('"format_version": "1"', '"format_version": "2"', "newer tqcompressor"),
@@ -97,5 +97,5 @@ def test_damaged_contents_are_not_passed_on(cached, tmp_path, name, value):
     (tmp_path / "damaged").write_bytes(whole)
     damaged = CachedTeacher.open(tmp_path / "damaged")
     assert damaged[5]["teacher_tokens"].equal(cached[5]["teacher_tokens"])
-    with pytest.raises(errors.CheckpointError, match="block 6 is damaged"):
+    with pytest.raises(errors.CheckpointError, match="sample 6 is damaged"):
         damaged[6]

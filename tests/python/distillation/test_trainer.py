@@ -13,7 +13,7 @@ from tqcompressor import KroneckerSpec, TQConfig, token_blocks
 from tqcompressor.compression.model import compress
 from tqcompressor.distillation.artifacts import COMPLETE, last_complete_checkpoint
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
-from tqcompressor.distillation.teacher_cache import TaughtBlocks, cache_teacher
+from tqcompressor.distillation.teacher_cache import CachedTeacherDataset, cache_teacher
 from tqcompressor.distillation.trainer import DistillTrainer, require_same_tokenizer
 from tqcompressor.errors import ConfigError, StorageError
 from transformers import PrinterCallback, TrainingArguments
@@ -208,7 +208,7 @@ def corpus(tmp_path):
 def test_a_cache_of_the_whole_vocabulary_is_as_good_as_the_teacher(corpus, tmp_path):
     teacher = tiny_model()
     cached = cache_teacher(teacher, corpus, tmp_path / "teacher.safetensors", k=VOCABULARY)
-    taught = TaughtBlocks(corpus, cached)
+    taught = CachedTeacherDataset(corpus, cached)
     curves, students = [], [make_student(), make_student()]
     for student, blocks, live in zip(students, (corpus, taught), (teacher, None), strict=True):
         trainer = make_trainer(tmp_path, student, live, blocks=blocks)
@@ -219,7 +219,7 @@ def test_a_cache_of_the_whole_vocabulary_is_as_good_as_the_teacher(corpus, tmp_p
 
 
 def test_a_few_cached_tokens_teach_too(corpus, tmp_path):
-    taught = TaughtBlocks(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
+    taught = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
     trainer = make_trainer(tmp_path, make_student(), None, DistillConfig(alpha=1.0), taught, max_steps=40)
     trainer.train()
     found = losses(trainer)
@@ -227,7 +227,7 @@ def test_a_few_cached_tokens_teach_too(corpus, tmp_path):
 
 
 def test_a_cache_of_another_temperature_or_vocabulary_is_refused(corpus, tmp_path):
-    taught = TaughtBlocks(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
+    taught = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
     with pytest.raises(ConfigError, match="temperature: expected 2, that of the cached teacher, got 3"):
         make_trainer(tmp_path, make_student(), None, DistillConfig(temperature=3.0), taught)
     with pytest.raises(ConfigError, match="cached teacher's 104"):
@@ -252,7 +252,7 @@ def test_labels_alone_need_no_teacher(tmp_path):
 def test_student_and_teacher_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"104 tokens, the teacher's 50"):
         make_trainer(tmp_path, make_student(), tiny_model(vocab_size=50))
-    with pytest.raises(ConfigError, match="none is given"):
+    with pytest.raises(ConfigError, match="expected 0 without a teacher"):
         make_trainer(tmp_path, make_student(), None, DistillConfig(hidden_weight=1.0))
     with pytest.raises(ConfigError, match="32 values, the teacher's 16"):
         make_trainer(tmp_path, make_student(), tiny_model(n_embd=16), DistillConfig(hidden_weight=1.0))
@@ -290,10 +290,13 @@ def test_different_tokenizers_are_told_apart(tmp_path):
         (DistillConfig, {"hidden_weight": float("nan")}, "hidden_weight"),
         (DistillConfig, {"hidden_kind": "huber"}, "hidden_kind"),
         (TrainingConfig, {"batch_size": 0}, "batch_size"),
-        (TrainingConfig, {"block_size": 2.5}, "block_size"),
+        (TrainingConfig, {"seq_len": 2.5}, "seq_len"),
         (TrainingConfig, {"learning_rate": float("inf")}, "learning_rate"),
-        (TrainingConfig, {"warmup": 2}, "warmup"),
-        (TrainingConfig, {"precision": "int8"}, "precision"),
+        (TrainingConfig, {"warmup_ratio": 2}, "warmup_ratio"),
+        (TrainingConfig, {"bf16": True, "fp16": True}, "at most one"),
+        (TrainingConfig, {"save_steps": 0}, "save_steps"),
+        (TrainingConfig, {"save_steps": 2.5}, "save_steps"),
+        (TrainingConfig, {"save_steps": True}, "save_steps"),
     ],
 )
 def test_settings_that_cannot_be_followed(kind, values, message):

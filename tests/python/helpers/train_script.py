@@ -12,10 +12,10 @@ def train(folder, out, batch_size):
     distill(
         folder / "teacher",
         RECIPE,
-        texts=folder / "text.txt",
+        text=folder / "text.txt",
         out=out,
         cache=folder / "cache",
-        training=TrainingConfig(batch_size=batch_size, learning_rate=1e-3, checkpoints=1),
+        training=TrainingConfig(batch_size=batch_size, learning_rate=1e-3, save_steps=0.5),
         device="cpu",
     )
 
