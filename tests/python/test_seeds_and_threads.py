@@ -8,7 +8,7 @@ from helpers.corpora import TINY
 from helpers.models import CONFIG, tiny_model
 from tqcompressor import KroneckerSpec, NativeModel, TrainingConfig, losses
 from tqcompressor.calibration.sequential import calibrate_layers
-from tqcompressor.compression.model import compress_again
+from tqcompressor.compression.model import recompress
 from tqcompressor.errors import ConfigError
 
 SEEDS = [-1, 2**64, 1.0, True, "1"]
@@ -38,7 +38,7 @@ WITH_BOTH = {
     "plan, checkpoint": lambda model, tmp_path, **given: tqcompressor.plan(TINY, 0.5, **given),
     "compress": lambda model, tmp_path, **given: tqcompressor.compress(model, CONFIG, **given),
     "compress, budget": lambda model, tmp_path, **given: tqcompressor.compress(model, budget=0.5, **given),
-    "compress_again": lambda model, tmp_path, **given: compress_again(model, CONFIG, **given),
+    "recompress": lambda model, tmp_path, **given: recompress(model, CONFIG, **given),
     "compress_checkpoint": lambda model, tmp_path, **given: tqcompressor.compress_checkpoint(
         TINY, tmp_path / "out", "tq-81m", **given
     ),
