@@ -1,4 +1,4 @@
-"""What a calibration reads: blocks of a text, batches, and those that it refuses."""
+"""The batches of a calibration: blocks of a text, the caller's own, and invalid ones."""
 
 from pathlib import Path
 
