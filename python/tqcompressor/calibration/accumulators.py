@@ -1,4 +1,4 @@
-"""Which modules of a model have moments, what they are named, and the sums that become them."""
+"""Modules of a model that have moments, the names of the moments, and the sums that they are computed from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .. import _core
 from ..errors import NonFiniteError
 from ..models.matrices import base_prefix
 
-# A layer with more outputs, such as a head, keeps the diagonal of their moment: the whole would be 512 MB and more.
+# A layer with more outputs, such as a head, keeps only the diagonal of their moment: all of it takes 512 MB or more.
 WIDEST_OUTPUT = 8192
-# Rows that are summed in float32 before float64 takes over. The error is then below 1e-6 of the diagonal's, and a
-# product takes 0.6 of the time of one in float64 (measured: 2048 rows of 768 and 3072 features in 42 and 452 ms
+# Rows summed in float32 before the sum is added to the float64 total. The error is below 1e-6 of the diagonal, and a
+# product takes 0.6 of its time in float64 (measured: 2048 rows of 768 and 3072 features in 42 and 452 ms
 # against 72 and 732).
 _ROWS = 4096
 
@@ -37,16 +37,16 @@ class Unit:
     inputs: int
     """Inputs of the layer, or rows of the embedding."""
     outputs: tuple[tuple[str, int], ...]
-    """The matrices that stand side by side in it, and the outputs of each."""
+    """The matrices that stand side by side in it, each with its number of outputs."""
     tied_to: str | None = None
-    """Of a head, the embedding whose weight it shares."""
+    """The embedding whose weight a tied head shares."""
 
     def is_diagonal(self, outputs: int) -> bool:
-        """Whether of a moment of so many outputs only the diagonal is kept."""
+        """Whether only the diagonal is kept of a moment of `outputs` outputs."""
         return self.tied_to is not None or outputs > WIDEST_OUTPUT
 
     def bytes(self, sensitivity: bool) -> int:
-        """What its sums take."""
+        """Memory of its sums, in bytes."""
         elements = self.inputs if self.embedding else self.inputs**2
         if sensitivity:
             elements += sum(count if self.is_diagonal(count) else count**2 for _, count in self.outputs)
@@ -57,7 +57,7 @@ class Unit:
 def units(model: nn.Module) -> list[Unit]:
     """Every linear layer and embedding of a model, dense or compressed, in model order.
 
-    Of modules within one another the outermost counts: a fused one stands for its parts.
+    Of nested modules only the outermost is listed: a fused module includes its parts.
     """
     prefix = base_prefix(model) if isinstance(model, PreTrainedModel) else ""
     head, embedding = _tied(model)
@@ -107,7 +107,7 @@ def _tied(model: nn.Module) -> tuple[Any, Any]:
 
 
 class _Sum:
-    """A float64 sum of float32 arrays, each of which stands for some rows."""
+    """A float64 sum of float32 arrays, each the sum over some rows."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._total = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -144,7 +144,7 @@ class Sums:
         self._calls += 1
 
     def add_gradient(self, gradient: torch.Tensor, weights: torch.Tensor) -> None:
-        """Adds rows of the gradient at the output; `weights` says for how many tokens each row stands."""
+        """Adds rows of the gradient at the output; `weights` is the number of tokens that each row represents."""
         rows = _counted(gradient, weights)
         first = 0
         for (_, count), total in zip(self.unit.outputs, self._outputs, strict=True):
@@ -160,10 +160,10 @@ class Sums:
     def moments(self, tokens: int, scale: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows seen.
 
-        So the product of both is right for a layer that sees only some tokens, such as a pooler. `scale` is that of
-        the gradients. Nothing is there for what was never called.
+        With these denominators the product of both is right for a layer that sees only some tokens, such as a pooler.
+        The gradients were computed `scale` times larger. A unit that was never called has no moments.
 
-        Raises `NonFiniteError`, naming the moment.
+        Raises `NonFiniteError`, which names the moment.
         """
         if self._calls:
             yield f"input.{self.unit.name}", _mean(f"input.{self.unit.name}", self._input.result(), tokens)
@@ -173,13 +173,13 @@ class Sums:
 
 
 def outer_products(x: torch.Tensor, weights: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-    """`Σ xᵀx` over the rows of `x` whose weight is not zero, in float32 of so many rows at a time."""
+    """`Σ xᵀx` over the rows of `x` with nonzero weight: float32 parts, each with its number of rows."""
     return list(_outer_products(_counted(x, weights)))
 
 
 def token_counts(ids: torch.Tensor, weights: torch.Tensor, vocabulary: int) -> list[tuple[torch.Tensor, int]]:
-    """How often each token is in `ids`, in the form of `outer_products`."""
-    # Counts are integers, and exact.
+    """How often each token occurs in `ids`, in the form of `outer_products`."""
+    # Counts are integers, hence exact.
     return [(torch.bincount(ids.reshape(-1), weights.double(), minlength=vocabulary).float(), ids.numel())]
 
 
@@ -190,14 +190,14 @@ def _outer_products(rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
 
 
 def _counted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The rows of `x` in float32 that stand for a token at least."""
+    """The rows of `x` with nonzero weight, in float32."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     return rows if bool(weights.all()) else rows[weights > 0]
 
 
 def _mean(name: str, total: torch.Tensor, count: float) -> NDArray[np.float32]:
     mean = (total / count).float()
-    # What is not finite in a row of its sum is so on the diagonal.
+    # A row with a non-finite entry has a non-finite diagonal entry.
     if not bool((mean if mean.ndim == 1 else mean.diagonal()).isfinite().all()):
         raise NonFiniteError(f"{name}: the model computes NaN or an infinity, or one in float32")
     # Products of rounded sums need not be exactly symmetric on every device.

@@ -1,4 +1,4 @@
-"""What a model reads while its moments are measured: sequences of tokens drawn from a text, or the caller's batches."""
+"""The batches that a calibration reads: sequences of tokens drawn from a text, or the caller's own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, documents, drawn_indic
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
-# Of one batch: what the backward pass keeps of a GPT-2 small is then about half a gigabyte, and the logits of a wide
-# vocabulary at most 128 MB.
+# Limits of one batch: the activations that a GPT-2 small keeps for the backward pass then take about half a gigabyte,
+# and the logits of a wide vocabulary at most 128 MB.
 _TOKENS_PER_BATCH = 1 << 10
 _LOGITS_PER_BATCH = 1 << 25
 
@@ -52,7 +52,7 @@ def batches_of(
 
 
 def mask_of(batch: Batch) -> torch.Tensor:
-    """Of a batch `(rows, positions)`: 1 where a token is, 0 where padding is."""
+    """The mask `(rows, positions)` of a batch: 1 at tokens, 0 at padding."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]) if mask is None else (mask != 0).long()
 
@@ -60,7 +60,7 @@ def mask_of(batch: Batch) -> torch.Tensor:
 def _from_text(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Any, num_samples: int, seq_len: int | None, seed: int
 ) -> torch.Tensor:
-    """Sequences drawn from a text, with the special tokens around each that the tokenizer puts around an input."""
+    """Sequences drawn from a text, each between the special tokens that the tokenizer adds to an input."""
     longest = min(_positions(model), tokenizer.model_max_length)
     length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     before, after = _special_tokens(tokenizer)
@@ -85,7 +85,7 @@ def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind a single text, such as [CLS] and [SEP]."""
+    """The special tokens that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for begin in range(len(full) - len(bare) + 1):
@@ -107,7 +107,7 @@ def _checked(number: int, batch: Any) -> Batch:
     tensors = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
     if not isinstance(tensors, Mapping) or not isinstance(tensors.get("input_ids"), torch.Tensor):
         raise ConfigError(f'batch {number}: expected a tensor "input_ids", got {type(batch).__name__}')
-    # With labels, models compute a loss that nobody reads.
+    # Labels would make the model compute a loss that is not used.
     found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name != "labels"}
     found = {name: value[None] if value.ndim == 1 else value for name, value in found.items()}
     shape = tuple(found["input_ids"].shape)

@@ -1,4 +1,4 @@
-"""Measuring second moments: a live model reads text, and hooks see what goes into its layers and what comes back."""
+"""Measures second moments: a live model reads a text, and hooks record its layers' inputs and output gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Moments = dict[str, NDArray[np.float32]]
-# float16 gradients of single tokens would vanish: they are computed this many times larger.
+# Gradients of single tokens underflow in float16: they are scaled by this.
 _HALF_SCALE = 1024.0
 
 
@@ -44,10 +44,10 @@ def calibrate(
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Calibration:
-    """Measures the second moments of a model's activations, and of its gradients, on a text: what compressing needs.
+    """Measures the second moments of a model's activations and gradients on a text, for compressing in their norm.
 
-    For every linear layer `y = x W + b` (`nn.Linear`, `Conv1D` and the compressed ones): `E[xᵀx]` over all tokens but
-    padding, and with `sensitivity` also `E[gᵀg]`, where `g` is the gradient at `y` of
+    For every linear layer `y = x W + b` (`nn.Linear`, `Conv1D` and the compressed ones): `E[xᵀx]` over all tokens
+    except padding, and with `sensitivity` also `E[gᵀg]`, where `g` is the gradient at `y` of
 
     - the summed cross-entropy of labels that are drawn from the model's own softmax, where it returns `.logits` (`g`
       then has the second moment of the Fisher information);
@@ -61,25 +61,27 @@ def calibrate(
     and `d₂` is 1. Layers of more than 8,192 outputs keep the diagonal of the output moment.
 
     Args:
-        model: A model of transformers on any device, compressed or not. It is in evaluation mode for the duration of
-            the call, and comes back as it was, whatever is raised.
+        model: A model of transformers on any device, compressed or not. It is in evaluation mode during the call
+            and restored afterwards, also after an error.
         tokenizer_or_batches: Its tokenizer; or `token_blocks`' blocks; or batches, each a tensor of token ids or a
-            mapping with `input_ids` and what else the model takes. `attention_mask` says what is padding.
+            mapping with `input_ids` and other inputs of the model. `attention_mask` is 0 at padding.
         text: With a tokenizer: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
             either, and a `datasets.Dataset` has a column `"text"`.
-        num_samples: Sequences drawn from the text; ignored with batches, which are all read.
+        num_samples: How many sequences are drawn from a text; ignored with batches, all of which are read.
         seq_len: Tokens of a sequence, with the special tokens that the tokenizer adds. Default: 128, or the model's
             longest input if that is shorter.
         sensitivity: Whether gradients are measured, which more than doubles the time.
-        seed: Of the sequences that are drawn, and of labels and random vectors. Equal seeds give equal results on one
-            machine.
-        max_memory: Bytes that the sums may take, beside the model and the result. What needs more is measured in
+        samples: Random gradients for each text. Default: 1 for logits, 8 for embeddings. More samples cost a backward
+            pass each and reduce the noise of `E[gᵀg]`.
+        seed: The seed of the sequences that are drawn, and of labels and random vectors. Equal seeds give equal results
+            on one machine.
+        max_memory: Bytes that the sums may take, beside the model and the result. Larger ones are measured in
             several passes over the text, with the same result.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in
             batches.
 
     Raises:
-        TextError: The text has fewer than `num_samples` sequences, or there is no token that is not padding.
+        TextError: The text has fewer sequences than asked for, or all tokens are padding.
         ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, returns neither
             `.logits` nor `.last_hidden_state`, or one layer alone needs more than `max_memory`.
         NonFiniteError: The model computes NaN or an infinity; the message names the first moment that has it.
@@ -143,18 +145,18 @@ def measure(
 ) -> Moments:
     """The moments of the units `wanted`, by their names in a `Calibration`; a tied head's are in its embedding's.
 
-    `stop_behind` is the module whose end ends a forward pass, where no gradients are asked for. Raises as `calibrate`.
+    Without gradients, a forward pass ends after the module `stop_behind`. Raises as `calibrate`.
     """
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
-        raise TextError("there is no token that is not padding")
+        raise TextError("all tokens are padding")
     groups = measured_together(wanted, lambda unit: unit.bytes(sensitivity), lambda unit: unit.name, max_memory)
     scale = _HALF_SCALE if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
     moments: Moments = {}
     done, total = 0, len(groups) * len(batches)
     with _frozen(model, sensitivity):
         for group in groups:
-            # Anew for every group, so that the number of passes makes no difference.
+            # A new generator for every group: the result does not depend on the number of passes.
             generator = torch.Generator().manual_seed(seed)
             with ReadingPass(model, group, sensitivity, samples, stop_behind) as reading:
                 for batch in batches:
@@ -172,7 +174,7 @@ def measure(
 
 @contextmanager
 def _frozen(model: nn.Module, sensitivity: bool) -> Iterator[None]:
-    """Evaluation mode without gradients of parameters; then everything as it was."""
+    """Evaluation mode, without gradients of parameters, within the block; everything is restored afterwards."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(sensitivity):
         try:

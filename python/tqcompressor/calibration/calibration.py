@@ -1,4 +1,4 @@
-"""What is known of a model's activations and gradients: the second moments of every matrix, and their file."""
+"""Second moments of a model's activations and gradients, matrix by matrix, and their file."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _CHUNK = 1 << 24
 
 
 class Calibration:
-    """Second moments of a model's activations and gradients: what `calibrate` measures, and compressing weighs by.
+    """Second moments of a model's activations and gradients: measured by `calibrate`, the norm of compression errors.
 
     For a matrix `W` (m, n) in × out, `y = x W`:
 
     - `input(matrix)` is `E[xᵀx]`, float32 `(m, m)`: the mean over tokens of the outer product of the layer's input;
-    - `output(matrix)` is `E[gᵀg]`, float32 `(n, n)`: the same of `g`, the gradient at the layer's output of what the
-      model says (see `calibrate`), or None where `sensitivity` is False.
+    - `output(matrix)` is `E[gᵀg]`, float32 `(n, n)`: the same for `g`, the gradient at the layer's output of the
+      objective that `calibrate` describes, or None where `sensitivity` is False.
 
-    Either is `(m,)` or `(n,)` where only the diagonal is kept. For an embedding, `(vocabulary, dimension)`, the input
-    moment is that of one-hot rows: the relative frequency of each token. One that is tied to the head stands for both
-    uses. Together they are the two-sided norm `tr(C_in Δ C_out Δᵀ)` of an error `Δ = W − Ŵ`.
+    Either has the shape `(m,)` or `(n,)` where only the diagonal is kept. For an embedding, `(vocabulary, dimension)`,
+    the input moment is that of one-hot rows: the relative frequency of each token. An embedding that is tied to the
+    head has one moment for both uses. The two moments define the norm `tr(C_in Δ C_out Δᵀ)` of an error `Δ = W − Ŵ`.
 
-    The file is safetensors: `input.<module>` and `output.<matrix>`, named without the base prefix as in configs, and
-    the other fields as metadata.
+    The file is safetensors. Its tensors are `input.<module>` and `output.<matrix>`, named without the base prefix as in
+    configs; the other fields are metadata.
 
     Example:
         >>> calibration = calibrate(model, tokenizer, text)  # doctest: +SKIP
@@ -48,13 +48,13 @@ class Calibration:
     """
 
     moments: dict[str, Moment]
-    """All of them, by their names in the file, sorted."""
+    """The moments by their names in the file, sorted."""
     tokens: int
-    """Tokens that the means are over."""
+    """The number of tokens that the means are taken over."""
     seed: int
-    """Of the blocks and of the sampled gradients."""
+    """The seed of the blocks and of the sampled gradients."""
     sensitivity: bool
-    """Whether gradients were measured, too."""
+    """Whether gradients were measured as well."""
     model_type: str | None
     """The `model_type` of the model's config."""
 
@@ -66,13 +66,13 @@ class Calibration:
         sensitivity: bool = True,
         model_type: str | None = None,
     ) -> None:
-        """Takes `moments` as float32, without a copy where they are that already.
+        """Converts `moments` to float32; arrays that are float32 already are not copied.
 
         Raises:
             ShapeError: A moment is neither square nor one-dimensional, or is empty.
-            NonFiniteError: A moment holds NaN, or what is infinite in float32.
-            MomentError: A moment is not symmetric or has a negative diagonal, its name says neither `input.` nor
-                `output.`, or `tokens` is not positive.
+            NonFiniteError: A moment holds NaN, or a value that is infinite in float32.
+            MomentError: A moment is not symmetric or has a negative diagonal, its name begins with neither `input.`
+                nor `output.`, or `tokens` is not positive.
 
         Cost: reads every moment once.
         """
@@ -82,7 +82,7 @@ class Calibration:
         self.tokens, self.seed, self.sensitivity, self.model_type = tokens, seed, sensitivity, model_type
 
     def input(self, matrix: str) -> Moment | None:
-        """The moment of the input of `matrix`, which a part of a fused one shares; None where there is none."""
+        """The moment of the input of `matrix`, or None. The parts of a fused matrix share it."""
         found = self.moments.get(f"input.{matrix}")
         return self.moments.get(f"input.{_core.split_part(matrix)[0]}") if found is None else found
 
@@ -91,7 +91,7 @@ class Calibration:
         return self.moments.get(f"output.{matrix}")
 
     def check(self, matrix: str, rows: int, columns: int) -> None:
-        """Raises `ShapeError` where the moments of `matrix` are not of a `(rows, columns)` matrix."""
+        """Raises `ShapeError` unless the moments of `matrix` fit a `(rows, columns)` matrix."""
         for side, moment, expected in (
             ("input", self.input(matrix), rows),
             ("output", self.output(matrix), columns),
@@ -124,11 +124,11 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Maps the file at `path`; the moments stay on the disk until they are used.
+        """Maps the file at `path`; moments are read from the disk where they are used.
 
         Raises:
-            CheckpointError: It is no such file, is truncated or damaged, or is of a newer version.
-            ShapeError, NonFiniteError, MomentError: As for the constructor, the message beginning with the path.
+            CheckpointError: It is not a calibration, is truncated or damaged, or is of a newer version.
+            ShapeError, NonFiniteError, MomentError: As the constructor; the message begins with the path.
             StorageError: It cannot be read.
 
         Cost: reads every moment once, to check it.
@@ -171,7 +171,7 @@ def _checked(name: str, moment: NDArray[Any]) -> Moment:
     if (lowest := float((moment if moment.ndim == 1 else moment.diagonal()).min())) < 0:
         raise MomentError(f"{name}: expected a diagonal that is not negative, got {lowest:g}")
     if moment.ndim == 2:
-        # In blocks: the transpose of a whole large matrix is slow to read.
+        # In blocks: reading the transpose of a whole large matrix is slow.
         step = 512
         for row in range(0, len(moment), step):
             for column in range(0, row + 1, step):
@@ -193,12 +193,12 @@ def _chunks(moment: Moment) -> Iterator[Moment]:
 
 
 def load_calibration(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
-    """The calibration that any entry point was given: itself, or the path of its file."""
+    """The calibration that a caller gives as itself or as the path of its file."""
     return Calibration.load(calibration) if isinstance(calibration, str | os.PathLike) else calibration
 
 
 def merge_tied(moments: dict[str, Moment], embedding: str, head: str) -> None:
-    """Replaces the moments of an embedding and its tied head by those of the matrix that both are."""
+    """Replaces the moments of an embedding and its tied head by those of their shared matrix; see `calibrate`."""
     rows, columns = moments.get(f"input.{embedding}"), moments.pop(f"input.{head}", None)
     gradients, logits = moments.get(f"output.{embedding}"), moments.pop(f"output.{head}", None)
     if rows is None or columns is None:

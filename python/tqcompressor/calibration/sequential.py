@@ -1,4 +1,4 @@
-"""Measuring layer by layer: each sees the activations of the layers before it as they are by then, compressed."""
+"""Measures layer by layer: each layer's moments are those of the model with all earlier layers compressed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Matrices that are measured, and compressed, together: those of one transformer block, or before, or behind."""
+    """Matrices that are measured and compressed together: of one transformer block, or before or after all blocks."""
 
     matrices: tuple[str, ...]
     """Named as in configs, in model order; a tied head is its embedding."""
     block: str | None = None
-    """The full name of the block behind which a forward pass may end, if it runs once in every pass."""
+    """The full name of the block after which a forward pass may end, if it runs once in every pass."""
 
 
 def calibrate_layers(
@@ -49,24 +49,24 @@ def calibrate_layers(
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Iterator[tuple[LayerGroup, Calibration]]:
-    """Yields the groups of a model's layers in order, each with its moments in the model as it is at that moment.
+    """Yields the groups of a model's layers in order, each with its moments in the current state of the model.
 
-    The caller compresses a group, in place, before it asks for the next, whose inputs then carry the errors made so
-    far; what is fitted to them makes up for these errors. The model is nobody's between two groups: no hook stays.
+    The caller compresses a group in place before it asks for the next. The inputs of the next group then include the
+    errors made so far, and a fit to them compensates for these errors. No hooks remain on the model between yields.
 
-    With `original`, what `calibrate` measured of the dense model, only the inputs of linear layers are measured anew,
+    With `original`, the calibration of the dense model, only the inputs of linear layers are measured anew,
     and the moments of gradients and of embeddings are those of `original`. Without it, everything is measured anew for
     every group; with `sensitivity` that is a whole forward and backward pass each. Without gradients a pass ends
-    behind the group's block, so that all groups together cost about half a forward pass for each of them.
+    after the group's block, so that a group costs about half a forward pass on average.
 
     Args:
         model: A model of transformers.
         tokenizer_or_batches, text, num_samples, seq_len, seed, max_memory: As for `calibrate`; every group reads the
             same text.
         original: The moments of the model before any compression.
-        matrices: The names of those that will be compressed: only they are measured. None stands for all.
+        matrices: The names of the matrices to measure. None stands for all.
         sensitivity: Whether gradients are measured; ignored with `original`.
-        progress: As for `calibrate`, in batches, of every group as many.
+        progress: As for `calibrate`, in batches; every group counts the same number.
 
     Raises:
         ConfigError, TextError: As `calibrate`, before the first group is measured.
@@ -107,7 +107,7 @@ def _measured(
 ) -> Iterator[tuple[LayerGroup, Calibration]]:
     with reporter(progress, "calibrate layers") as report:
         for index, group in enumerate(groups):
-            # Found anew: the caller has replaced modules.
+            # Listed again: the caller has replaced modules.
             wanted = [unit for unit in units(model) if _is_part(unit, group)]
             moments = {} if original is None else _kept(original, wanted)
             if original is not None:
@@ -135,7 +135,7 @@ def _is_part(unit: Unit, group: LayerGroup) -> bool:
 
 
 def _kept(original: Calibration, wanted: Sequence[Unit]) -> Moments:
-    """The moments of some units, as they were in the dense model."""
+    """The moments of some units in the dense model."""
     names = {f"input.{unit.name}" for unit in wanted}
     names |= {f"output.{matrix}" for unit in wanted for matrix, _ in unit.outputs}
     return {name: moment for name, moment in original.moments.items() if name in names}
@@ -144,15 +144,15 @@ def _kept(original: Calibration, wanted: Sequence[Unit]) -> Moments:
 def _share(report: Report | None, index: int, groups: int, batches: int) -> Report | None:
     if report is None:
         return None
-    # However many passes a group needs, it counts as one.
+    # A group counts once, whatever its number of passes.
     return lambda done, total: report(index * batches + done * batches // total, groups * batches)
 
 
 def layer_groups(model: nn.Module, batch: Batch) -> list[LayerGroup]:
     """The groups of a model's matrices, in the order in which the model computes them.
 
-    The entries of the longest `nn.ModuleList` that is within no other are the blocks; what runs before the first block
-    is a group, and everything else is one behind the last. `batch` is something that the model can read.
+    The blocks are the entries of the longest `nn.ModuleList` that is not inside another. Modules that run before the
+    first block are a group, and all others are one after the last. `batch` is any input of the model.
 
     Raises `ConfigError` for a model without any matrix.
     """
@@ -192,7 +192,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _calls(model: nn.Module, batch: Batch, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Which of `modules` the model calls on a single row, in order, each as often as it is called."""
+    """The calls of `modules` in a forward pass of one row, in order."""
     calls: list[nn.Module] = []
 
     def keep(module: nn.Module, _args: object) -> None:

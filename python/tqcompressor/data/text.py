@@ -119,7 +119,7 @@ def _refuse_name(text: str) -> None:
 
 
 def read_text(path: str | PathLike[str]) -> str:
-    """Reads a raw text such as `wiki.test.raw`, exactly as it is but for a byte order mark.
+    """Reads a raw text such as `wiki.test.raw` unchanged, without its byte order mark.
 
     Raises:
         TextError: The file is not UTF-8; the message gives the offset of the first wrong byte.
@@ -133,15 +133,16 @@ def read_text(path: str | PathLike[str]) -> str:
 
 
 def read_passages(path: str | PathLike[str]) -> list[str]:
-    """Reads the passages of a LAMBADA-style file: one a line, or JSON lines with a `"text"` when its name ends in
-    `.jsonl`. Blank lines are skipped.
+    """Reads a file of passages: one a line, or in a `.jsonl` file one JSON object with a `"text"` a line.
+
+    Blank lines are skipped.
 
     Raises:
         TextError: The file is not UTF-8, holds no passage, or a line is not an object with a string `"text"`.
         OSError: It cannot be read.
     """
     passages = []
-    # Not `splitlines`, which also breaks at form feeds and other characters that may stand inside a passage.
+    # Not `splitlines`: it also splits at form feeds and other characters that a passage may contain.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue

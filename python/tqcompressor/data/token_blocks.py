@@ -1,4 +1,4 @@
-"""Text as training data: documents, tokenised in parallel, packed to blocks of one length, memory-mapped."""
+"""Text as training data: documents are tokenised in parallel, packed to blocks of one length, memory-mapped."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# Part of the name of a cache file: raise it when the same text and tokenizer give other tokens.
+# Part of the name of a cache file. Raise it when the same text and tokenizer give other tokens.
 _FORMAT = 1
 
 
 class TokenBlocks:
     """A corpus as consecutive blocks of `seq_len` tokens, memory-mapped: a map-style dataset.
 
-    `torch.utils.data.DataLoader` and `transformers.Trainer` take it as it is, with worker processes too: they map the
-    same file. `token_blocks` makes it; `take` and `section` give parts of it that hold no memory of their own.
+    `torch.utils.data.DataLoader` and `transformers.Trainer` take it as it is. Worker processes map
+    the same file. `token_blocks` makes it; `take` and `section` return parts of it that use no memory of their own.
 
     Example: see `token_blocks`.
     """
@@ -42,10 +42,10 @@ class TokenBlocks:
     vocab_size: int
     """Every token is below it."""
     corpus_tokens: int
-    """Tokens of the whole corpus, of which these blocks may be a part."""
+    """Tokens of the whole corpus; these blocks may be a part of it."""
 
     def __init__(self, path: StrPath, corpus: str, vocab_size: int, seq_len: int) -> None:
-        """Maps the cache file at `path`, whose contents are known as `corpus`; rather call `token_blocks`."""
+        """Maps the cache file at `path`, whose contents have the digest `corpus`. Call `token_blocks` instead."""
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self._path, self._corpus = Path(path), corpus
         self._map()
@@ -77,16 +77,16 @@ class TokenBlocks:
 
     @property
     def left_over(self) -> int:
-        """Tokens at the end of the corpus that fill no block, and are in none."""
+        """Tokens at the end of the corpus that do not fill a block and are left out."""
         return self.corpus_tokens % self.seq_len
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: equal where the text, the tokenizer, `seq_len` and the part of it are equal."""
+        """32 hexadecimal digits: equal where text, tokenizer, sequence length and section are equal."""
         return digest(self._corpus, str(self.seq_len), str(self._first), str(self._blocks))
 
     def take(self, tokens: int) -> TokenBlocks:
-        """The first blocks, as many as `tokens` fill.
+        """The first blocks: as many as `tokens` tokens fill.
 
         Raises:
             TextError: There are fewer tokens.
@@ -99,10 +99,10 @@ class TokenBlocks:
         return self.section(0, tokens // self.seq_len)
 
     def section(self, first: int, num_samples: int) -> TokenBlocks:
-        """The `num_samples` consecutive blocks from block `first` on: the share of one stage of training.
+        """The `num_samples` consecutive blocks from block `first` on, such as those of one training stage.
 
         Raises:
-            TextError: They are not all there.
+            TextError: There are fewer blocks.
         """
         if first < 0 or num_samples < 1 or first + num_samples > self._blocks:
             raise TextError(f"expected blocks {first} to {first + num_samples - 1}, the texts have {self._blocks}")
@@ -138,29 +138,29 @@ def token_blocks(
     """Tokenises a corpus and packs it to blocks of `seq_len` tokens.
 
     - A document is a text, a file, or a row of a dataset, split further wherever the end-of-text token (`eos_token` of
-      the tokenizer, else `bos_token`) stands in the text as written. Documents of white space alone are left out.
+      the tokenizer, else `bos_token`) is in the text. Documents of white space alone are left out.
     - Each document is tokenised by itself with no special tokens added, then followed by one end-of-text token. A
       tokenizer that has neither token joins documents directly.
-    - Documents follow one another in the order given (the files of a glob are sorted) and are cut to blocks, so that a
-      block may hold the end of one document and the beginning of the next. What fills no block at the end is dropped:
-      `left_over` says how many tokens.
+    - Documents are joined in the order given (the files of a glob are sorted) and cut to blocks, so that a block may
+      hold the end of one document and the beginning of the next. The rest that fills no block is dropped; `left_over`
+      is its number of tokens.
 
-    The tokens are kept in `cache` as a `.npy` file named by the documents' contents and the tokenizer, not by paths,
-    dates or sequence length: it is used again whatever the files are called, and another is made when a byte changes. A
-    damaged one is made anew. Processes that need the same file at once make it once.
+    The tokens are cached as a `.npy` file. Its name depends on the documents' contents and the tokenizer, not on paths,
+    dates or sequence length: the file is found again when the texts are renamed, and not when a byte changes. A damaged
+    file is written anew. Processes that need the same file at the same time write it once.
 
     Args:
         text: A str is the text itself, a `pathlib.Path` is a UTF-8 file or a glob pattern (`**` for any folders), a
             list holds either, and a `datasets.Dataset` has a column `"text"`.
         tokenizer: The tokenizer of teacher and student.
-        seq_len: Tokens of a block, from 2 to the tokenizer's `model_max_length`.
-        tokens: Take only the first blocks, as many as this number of tokens fills. Default: all.
-        cache: The folder of the cache. Default: `$TQCOMPRESSOR_CACHE`, else `$XDG_CACHE_HOME/tqcompressor`, else
+        seq_len: Tokens of a sequence, from 2 to the tokenizer's `model_max_length`.
+        tokens: Take only the first blocks: as many as this number of tokens fills. Default: all.
+        cache: The cache folder. Default: `$TQCOMPRESSOR_CACHE`, else `$XDG_CACHE_HOME/tqcompressor`, else
             `~/.cache/tqcompressor`.
-        workers: Threads that tokenise, if the tokenizer is a fast one. Default: one for every processor that this
+        workers: Threads that tokenise; a slow (Python) tokenizer uses one. Default: one for every processor that this
             process may use. The result does not depend on it.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in bytes
-            of text; not called where the cache has the tokens.
+            of text; not called when the tokens are cached.
 
     Raises:
         TextError: A pattern matches no file, a str is the name of a file, a file is not UTF-8, a row is not text, or
@@ -169,8 +169,8 @@ def token_blocks(
         StorageError: The cache cannot be written.
         OSError: A file cannot be read.
 
-    Cost: every text is read once to find the cache file, and tokenised if there is none. Memory holds one file and,
-    per thread, about 200 bytes for every character of the document that it works on. On two cores, 24 MB of books take
+    Cost: every text is read once to find the cache file, and once more to tokenise it if there is none. Memory: one
+    text file and, per thread, about 200 bytes for every character of its document. On two cores, 24 MB of books take
     6 seconds, and 0.3 when they are in the cache.
 
     Example:
@@ -194,7 +194,7 @@ def token_blocks(
     for _ in contents.watch(documents(source, encoder.end_text)):
         pass
     if contents.bytes == 0:
-        raise TextError("there is no text but white space")
+        raise TextError("the texts are empty or white space")
     corpus = digest(str(_FORMAT), encoder.identity, contents.digest)
     path = Path(default_cache() if cache is None else cache) / f"tokens-{corpus}.npy"
     if _map_tokens(path, encoder.dtype) is None:
@@ -202,7 +202,7 @@ def token_blocks(
             if _map_tokens(path, encoder.dtype) is None:
                 _write_tokens(file, source, contents, encoder, workers, progress)
             else:
-                # Made by the process that this one waited for.
+                # Another process made it meanwhile.
                 file.discard()
     blocks = TokenBlocks(path, corpus, encoder.vocab_size, seq_len)
     if len(blocks) == 0:
@@ -233,12 +233,12 @@ def _write_tokens(
     if again.digest != contents.digest:
         raise TextError("the texts changed while they were tokenised")
     if count == 0:
-        raise TextError("the tokenizer finds no token in the texts")
+        raise TextError("the tokenizer returned no tokens for the texts")
     file.write_at(0, _header(encoder.dtype, count))
 
 
 def default_cache() -> Path:
-    """Where caches are: `$TQCOMPRESSOR_CACHE`, else `$XDG_CACHE_HOME/tqcompressor`, else `~/.cache/tqcompressor`."""
+    """The default folder: `$TQCOMPRESSOR_CACHE`, else `$XDG_CACHE_HOME/tqcompressor`, else `~/.cache/tqcompressor`."""
     if own := os.environ.get("TQCOMPRESSOR_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqcompressor"
@@ -253,7 +253,7 @@ def _header(dtype: np.dtype[Any], count: int) -> bytes:
 
 
 def _map_tokens(path: Path, dtype: np.dtype[Any]) -> Tokens | None:
-    """The tokens of a cache file; None where there is none, or one that is not exactly what would be written."""
+    """The tokens of a cache file; None if it does not exist or its header and size are not those of such a file."""
     begin = len(_header(dtype, 0))
     with storage_errors(path):
         try:

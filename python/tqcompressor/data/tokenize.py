@@ -1,4 +1,4 @@
-"""Documents of a corpus, and their tokens: read in order, tokenised in parallel, a bounded number ahead."""
+"""Documents of a corpus and their tokens: read in order, tokenised in parallel, with bounded read-ahead."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
-# Short documents go to a thread together: its answer costs about as much as 10,000 characters.
+# Short documents are passed to a thread in batches: a call costs about as much as 10,000 characters.
 _BATCH_CHARACTERS = 1 << 16
-# Tokens of a sequence that is drawn for a calibration: at equal cost, more text tells more of a layer's input than
-# longer contexts do.
+# Tokens of a sequence that is drawn for a calibration. At equal cost, more short sequences describe a layer's input
+# better than fewer long ones.
 CALIBRATION_SEQ_LEN = 128
-# What is read before the first of it is written, per thread.
+# Characters read ahead of the tokens that are written, per thread.
 _CHARACTERS_AHEAD = 1 << 20
 
 
 class Contents:
-    """What passed by: its digest and its size."""
+    """The digest and the size of the documents that were read."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self._hash = hashlib.blake2b(digest_size=16)
 
     def watch(self, documents: Iterable[str]) -> Iterator[str]:
-        """Yields `documents`, each counted."""
+        """Yields `documents` and adds each to the digest and the size."""
         for document in documents:
             data = document.encode()
             self._hash.update(len(data).to_bytes(8, "little"))
@@ -49,20 +49,20 @@ class Contents:
 
     @property
     def digest(self) -> str:
-        """32 hexadecimal digits that tell apart other documents, another order, or other places of the cuts."""
+        """32 hexadecimal digits; they differ where documents, their order or their boundaries do."""
         return self._hash.hexdigest()
 
 
 class Encoder:
-    """A tokenizer as it is needed here: what identifies it, and the token ids of documents, from any thread."""
+    """A tokenizer's identity, and the token ids that it gives documents; callable from any thread."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Copies what is needed of `tokenizer`; the copy does not follow later changes of it."""
+        """Copies the state of `tokenizer`; later changes to it have no effect."""
         self.end_text, self.end = tokenizer.eos_token, tokenizer.eos_token_id
         if self.end is None:
             self.end_text, self.end = tokenizer.bos_token, tokenizer.bos_token_id
         vocabulary = tokenizer.get_vocab()
-        # Not the number of tokens alone: ids may have gaps.
+        # Not only the number of tokens: ids may have gaps.
         self.vocab_size = max(len(tokenizer), 1 + max(vocabulary.values()))
         self.dtype = token_dtype(self.vocab_size)
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -70,7 +70,7 @@ class Encoder:
             self._tokenizer, self._backend = tokenizer, None
             state = f"{type(tokenizer).__qualname__} {sorted(vocabulary.items())}"
         else:
-            # A copy, so that the caller's tokenizer keeps its settings and may be used meanwhile.
+            # A copy: the caller's tokenizer keeps its settings and stays usable.
             settings = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
             self._backend = type(backend).from_str(json.dumps(settings))
             self._backend.encode_special_tokens = backend.encode_special_tokens
@@ -79,7 +79,7 @@ class Encoder:
 
     @property
     def is_fast(self) -> bool:
-        """Whether it works outside the interpreter's lock, in any number of threads."""
+        """Whether it releases the interpreter's lock, so that threads tokenise in parallel."""
         return self._backend is not None
 
     def __call__(self, documents: list[str]) -> Tokens:
@@ -96,21 +96,21 @@ class Encoder:
 
 
 def documents(texts: Iterable[str], end_text: str | None) -> Iterator[str]:
-    """Yields what stands between the end-of-text tokens of every text, but for mere white space."""
+    """Yields the parts of every text between end-of-text tokens, except those of white space alone."""
     for text in texts:
         yield from (part for part in split_document(text, end_text) if part.strip())
 
 
 def split_document(text: str, end_text: str | None) -> list[str]:
-    """What stands between the end-of-text tokens."""
+    """The parts of `text` between end-of-text tokens."""
     return text.split(end_text) if end_text else [text]
 
 
 def encoded(
     documents: Iterable[str], encoder: Encoder, workers: int | None
 ) -> Generator[tuple[Tokens, int], None, None]:
-    """Yields the tokens of a few documents at a time, in order, and the bytes of text that they come from."""
-    # A slow tokenizer runs under the interpreter's lock, and makes no promise about threads.
+    """Yields the tokens of a few documents at a time, in order, with the bytes of their text."""
+    # A slow tokenizer holds the interpreter's lock and need not be thread-safe.
     threads = (workers or processors()) if encoder.is_fast else 1
     pending: deque[tuple[Future[Tokens], list[str], int]] = deque()
     ahead = 0
@@ -151,10 +151,10 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def _own_threads_only() -> Iterator[None]:
-    """Keeps the tokenizers library from starting threads of its own.
+    """Prevents the tokenizers library from starting threads of its own.
 
-    They would take every processor whatever the number of workers, and stay; versions before 0.23 then print a warning
-    at every fork, such as a DataLoader's.
+    They would use every processor whatever the number of workers, and stay alive; versions before 0.23 then print a
+    warning at every fork, such as a DataLoader's.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -173,12 +173,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def digest(*parts: str) -> str:
-    """32 hexadecimal digits that stand for `parts`."""
+    """A digest of `parts`: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def drawn_indices(available: int, wanted: int, length: int, tokens: int, seed: int) -> list[int]:
-    """Different sequences, in the order of the text."""
+    """The indices of `wanted` different sequences, drawn with `seed`, in ascending order."""
     wanted = validate.integer("num_samples", wanted, 1)
     if available < wanted:
         raise TextError(f"expected {wanted} sequences of {length} tokens, got a text of {tokens:,} tokens: {available}")
@@ -187,7 +187,7 @@ def drawn_indices(available: int, wanted: int, length: int, tokens: int, seed: i
 
 
 def drawn_sequences(chunks: list[Tokens], length: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Sequences `(wanted, length)` drawn from tokens that follow one another; the end that fills none is left out."""
+    """Sequences `(wanted, length)` drawn from the joined `chunks`; a last sequence that is not full is left out."""
     tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
     count = len(tokens) // length
     chosen = drawn_indices(count, wanted, length, len(tokens), seed)

@@ -1,4 +1,4 @@
-"""Second moments of a GPT-2's inputs, measured by the native runtime: what compressing in their norm needs."""
+"""Second moments of a GPT-2's layer inputs, measured by the native runtime."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BYTES_PER_ENTRY = 12
 
 
 class _Encoder:
-    """A native tokenizer, as `data.tokenize` needs one."""
+    """A native tokenizer with the interface of `data.tokenize.Encoder`."""
 
-    # The extension module lets go of the interpreter's lock.
+    # The extension module releases the interpreter's lock.
     is_fast = True
 
     def __init__(self, tokenizer: _core.Tokenizer, vocab_size: int) -> None:
@@ -65,10 +65,10 @@ def draw_sequences(
 def measure(
     runtime: _core.Runtime, sequences: NDArray[np.int64], *, seed: int, max_memory: int, progress: ProgressOption
 ) -> Calibration:
-    """The `Calibration` of the inputs that the layers see while the model reads `sequences`."""
+    """The `Calibration` of the inputs of the layers while the model reads `sequences`."""
     tokens = sequences.size
     if tokens == 0:
-        raise TextError("there is no token")
+        raise TextError("sequences: expected at least one token, got none")
     rows = sequences.tolist()
     layers = runtime.linear_layers()
     groups = measured_together(
@@ -92,6 +92,6 @@ def measure(
         counts = np.bincount(ids.ravel(), minlength=size)
         moments[f"input.{name}"] = (counts / tokens).astype(np.float32)
     if runtime.tied:
-        # What was measured of a head is of the embedding then; without a head there is nothing to merge.
+        # The head and the embedding are one matrix; without a head there is nothing to merge.
         merge_tied(moments, "wte", "lm_head")
     return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2")

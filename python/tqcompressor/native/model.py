@@ -1,4 +1,4 @@
-"""GPT-2 without torch: text continued and scored by the extension module's own runtime, numpy in and out."""
+"""GPT-2 without torch: the extension module's runtime generates and scores text, with numpy arrays in and out."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ..utils.progress import ProgressOption, reporter
 from .calibrate import draw_sequences, measure
 from .tokens import Streamer, TextStreams, batches, checked_tokens, integers
 
-# How many tokens `generate_tokens` adds at most by default.
+# The default limit of new tokens of `generate_tokens`.
 _NEW_TOKENS = 128
-# That the extension module takes.
+# The largest count that the extension module takes.
 _LARGEST_COUNT = (1 << 63) - 1
 
 
 class NativeModel:
-    """A GPT-2 checkpoint, dense or compressed, that computes on the CPU without torch and transformers.
+    """A GPT-2 checkpoint, dense or compressed, that runs on the CPU without torch and transformers.
 
-    Weights stay in the dtype that they are stored in, everything is computed in float32. Any number of threads gives
-    the same results, and Python threads may share a model.
+    Weights stay in their stored dtype; everything is computed in float32. The results do not depend on the number of
+    threads, and Python threads may share a model.
 
     Example:
         >>> model = NativeModel.from_pretrained("tests/data/tiny-gpt2", threads=2)
@@ -42,7 +42,7 @@ class NativeModel:
     """
 
     def __init__(self, directory: str, runtime: _core.Runtime) -> None:
-        """Rather call `from_pretrained`."""
+        """Call `from_pretrained` instead."""
         self._directory, self._runtime = directory, runtime
 
     @classmethod
@@ -59,11 +59,11 @@ class NativeModel:
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
         Raises:
-            CheckpointError: There is no such directory, or what is wrong with it: a tensor that is missing, superfluous
-                or of another shape than `config.json` says, a truncated file, a config that cannot be followed.
+            CheckpointError: There is no such directory, or its checkpoint is faulty: a tensor is missing, superfluous
+                or of another shape than `config.json` says, a file is truncated, the config is invalid.
             NonFiniteError: A weight is NaN or infinite.
             DtypeError: A weight is not float32, float16 or bfloat16.
-            ConfigError: `threads` is less than 1.
+            ConfigError: `threads` is not an integer from 1 up.
             OSError: A file cannot be read.
 
         Cost: the memory of the weights in their own dtype.
@@ -80,7 +80,7 @@ class NativeModel:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are below it."""
+        """The number of tokens; every token is below it."""
         return self._runtime.vocab_size
 
     @property
@@ -98,12 +98,13 @@ class NativeModel:
 
         Args:
             input_ids: Tokens, `(rows, positions)`.
-            attention_mask: 1 for tokens, 0 for padding, of the same shape; the tokens of a row lie side by side, with
-                padding on the left or on the right of them. Positions count from a row's first token, and the logits
+            attention_mask: 1 for tokens, 0 for padding, of the same shape; the tokens of a row are contiguous, with
+                padding on either side. Positions count from a row's first token, and the logits
                 of padding are 0. Default: no padding.
 
         Raises:
-            ShapeError: `input_ids` has not two dimensions, the mask another shape, or a row padding amid its tokens.
+            ShapeError: `input_ids` does not have two dimensions, the mask has another shape, or a row has padding
+                between its tokens.
             DtypeError: `input_ids` are not integers.
             ConfigError: A token is out of range, or a row longer than the model's context.
 
@@ -126,7 +127,7 @@ class NativeModel:
         for batch in batches(rows, lambda row: int(lengths[row])):
             found = self._runtime.logits([checked_tokens(ids[row, mask[row]], self.vocab_size) for row in batch])
             if len(found) == ids.size:
-                # All that there is: a copy would take as long as a small model.
+                # No padding: return it without a copy, which would take as long as a small model.
                 return found.reshape(result.shape)
             ends = np.cumsum(lengths[batch])
             for row, values in zip(batch, np.split(found, ends[:-1]), strict=True):
@@ -145,18 +146,18 @@ class NativeModel:
         eos_token_id: int | Sequence[int] | None = None,
         on_tokens: Callable[[list[tuple[int, int]]], object] | None = None,
     ) -> list[list[int]]:
-        """Continues token sequences in one batch, whatever their lengths: returns the new tokens of each.
+        """Continues token sequences of any lengths in one batch; returns the new tokens of each.
 
         Args:
-            prompts: Sequences of tokens, none empty, none padded.
-            max_new_tokens: How many are added at most, as far as the model's context reaches. Default: 128, or fewer
-                if the longest prompt leaves no room for them.
-            temperature: What logits are divided by before a token is drawn; 0 takes the most probable token.
-            top_k: Only so many of the most probable tokens are drawn from; 0 for all.
-            top_p: Only the most probable tokens that together have this probability are drawn from; 1 for all.
-            seed: Of the draws, from 0 to 2⁶⁴ − 1. Prompt `i` draws as it would alone with `seed + i`, so that it does
-                not depend on its company, nor on the number of threads.
-            eos_token_id: A prompt is done after this token, or any of several. Default: the checkpoint's own.
+            prompts: Sequences of tokens, not empty and not padded.
+            max_new_tokens: The most tokens added to each, which must fit into the context. Default: 128, or fewer if
+                the longest prompt leaves no room for them.
+            temperature: The divisor of the logits before a token is drawn; 0 takes the most probable token.
+            top_k: Draw from this number of most probable tokens only; 0 for all.
+            top_p: Draw from the most probable tokens that together have this probability only; 1 for all.
+            seed: The seed of the draws, from 0 to 2⁶⁴ − 1. Prompt `i` is continued as alone with `seed + i`: the
+                result depends neither on the other prompts nor on the number of threads.
+            eos_token_id: A continuation ends after this token, or any of several. Default: the checkpoint's own.
             on_tokens: Called from this thread, about every 50 ms, with the new `(number of prompt, token)`.
 
         Raises:
@@ -199,11 +200,11 @@ class NativeModel:
             raise TextError(f"the text cannot be encoded as UTF-8: {error.reason} at {error.start}") from error
 
     def decode(self, tokens: ArrayLike, *, skip_special_tokens: bool = False) -> str:
-        """The text of tokens. Bytes that are no UTF-8, such as half a character's, become U+FFFD.
+        """The text of tokens. Bytes that are not UTF-8, such as part of a character, become U+FFFD.
 
         Raises:
             CheckpointError: As `encode`.
-            ConfigError: A token is none of the model's.
+            ConfigError: A token is out of range.
         """
         return self._tokenizer.decode(checked_tokens(tokens, self.vocab_size), skip_special_tokens)
 
@@ -242,7 +243,7 @@ class NativeModel:
         seed: int = 0,
         streamer: Streamer | None = None,
     ) -> str | list[str]:
-        """Continues a text, or several in one batch: returns what comes after each, special tokens left out.
+        """Continues a text, or several in one batch; returns the continuations, without special tokens.
 
         Args:
             prompts: A text or several. An empty one begins with the begin-of-text token.
@@ -250,9 +251,9 @@ class NativeModel:
             temperature: 0 for the most probable token each time.
             top_k: 0 for all tokens.
             top_p: 1 for all tokens.
-            seed: Of the draws.
-            streamer: Called from this thread, about every 50 ms, with the number of a prompt and the text that is new
-                behind it; a character comes whole. What it raises ends the generation.
+            seed: The seed of the draws.
+            streamer: Called from this thread, about every 50 ms, with the number of a prompt and the new text of its
+                continuation, in whole characters. An exception that it raises ends the generation.
 
         Errors are those of `encode` and `generate_tokens`.
         """
@@ -317,7 +318,7 @@ class NativeModel:
     def last_word_accuracy(
         self, passages: Sequence[str] | PathLike[str], *, progress: ProgressOption = None
     ) -> LastWordResult:
-        """LAMBADA's task, by the rules of `evaluate.last_word_accuracy`: how well the model finds last words.
+        """The accuracy of LAMBADA's task, predicting last words, by the rules of `evaluate.last_word_accuracy`.
 
         Args:
             passages: Texts of two words or more, or the `pathlib.Path` of a file that `evaluate.read_passages` reads.
@@ -352,18 +353,18 @@ class NativeModel:
         max_memory: int = 2 << 30,
         progress: ProgressOption = None,
     ) -> Calibration:
-        """Measures on a text what compressing in the norm of the layers' inputs needs: `E[xᵀx]` of each.
+        """Measures `E[xᵀx]` of every layer's input on a text, for compressing in its norm.
 
-        What `tqcompressor.calibrate` measures with `sensitivity=False`, on the same sequences of the same text, without
-        torch. Gradients, which say how much the model minds its outputs, need torch.
+        The result is that of `tqcompressor.calibrate` with `sensitivity=False` on the same text, without torch.
+        Gradients, which measure the loss's sensitivity to each output, need torch.
 
         Args:
             text: A str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds either, and a
                 `datasets.Dataset` has a column `"text"`.
-            num_samples: Sequences drawn from the text.
+            num_samples: How many sequences are drawn from the text.
             seq_len: Tokens of a sequence. Default: 128, or the model's context if that is shorter.
-            seed: Of the sequences that are drawn.
-            max_memory: Bytes that the sums may take. What needs more is measured in several passes over the text.
+            seed: The seed of the sequences that are drawn.
+            max_memory: Bytes that the sums may take. Larger ones are measured in several passes over the text.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
         Raises:

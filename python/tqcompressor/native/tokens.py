@@ -1,4 +1,4 @@
-"""Tokens on their way into the native runtime and out of it: checked, in batches, as text that streams."""
+"""Tokens that go into the native runtime, checked and in batches, and the streamed text of those that come out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .. import _core
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils.batching import fitting
 
-# Called with the number of a prompt and the text that is new behind it.
+# Called with the number of a prompt and the new text of its continuation.
 Streamer: TypeAlias = Callable[[int, str], object]
 _Item = TypeVar("_Item")
-# Tokens of one forward pass where there are more sequences: enough for a full matrix product, little to hold, and
-# little to wait for after Ctrl-C.
+# Tokens of one forward pass over several sequences: enough for efficient matrix products, few enough for little memory
+# and a fast reaction to Ctrl-C.
 _TOKENS_PER_PASS = 1024
 
 
@@ -54,12 +54,12 @@ class TextStreams:
 
 
 def batches(items: Sequence[_Item], length: Callable[[_Item], int]) -> Iterator[list[_Item]]:
-    """The items, in order, as many at a time as a forward pass takes."""
+    """Yields the items in order, as many at a time as a forward pass takes."""
     return fitting(items, length, _TOKENS_PER_PASS)
 
 
 def integers(name: str, values: ArrayLike) -> NDArray[Any]:
-    """An array of any integer dtype; raises `DtypeError` for others."""
+    """`values` as an array; raises `DtypeError` unless it holds integers."""
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise DtypeError(f"{name}: expected integers, got {array.dtype}")
@@ -67,7 +67,7 @@ def integers(name: str, values: ArrayLike) -> NDArray[Any]:
 
 
 def checked_tokens(values: ArrayLike, vocab_size: int) -> list[int]:
-    """One sequence of tokens as the extension module takes it; raises `ConfigError` for one out of range."""
+    """One sequence of tokens as the extension module takes it; raises `ConfigError` for a token out of range."""
     tokens = integers("tokens", values)
     if tokens.ndim != 1:
         raise ShapeError(f"tokens: expected one dimension, got shape {tokens.shape}")

@@ -1,4 +1,4 @@
-"""Items in groups that fit: into one forward pass, or into the memory that a user allows."""
+"""Groups of items whose sizes fit a limit: a forward pass, or the memory that a caller allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _Item = TypeVar("_Item")
 
 
 def fitting(items: Sequence[_Item], size: Callable[[_Item], int], most: int) -> Iterator[list[_Item]]:
-    """The items, in order, in groups whose sizes add up to `most` at most; one that is larger is alone."""
+    """Yields the items in order, in groups of total size `most` or less; a larger item is a group of its own."""
     group: list[_Item] = []
     room = most
     for item in items:
@@ -27,9 +27,10 @@ def fitting(items: Sequence[_Item], size: Callable[[_Item], int], most: int) -> 
 def measured_together(
     items: Sequence[_Item], size: Callable[[_Item], int], name: Callable[[_Item], str], max_memory: int
 ) -> list[list[_Item]]:
-    """What one pass of a calibration measures in `max_memory` bytes, pass by pass.
+    """The items that each pass of a calibration measures, within `max_memory` bytes a pass.
 
-    Raises `ConfigError` that names an item which alone needs more.
+    Raises:
+        ConfigError: One item alone needs more. The message names it.
     """
     for item in items:
         if size(item) > max_memory:

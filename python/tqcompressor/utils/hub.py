@@ -1,4 +1,4 @@
-"""Local directories for checkpoints that are named by a path or by an id on the hub."""
+"""Local directories of checkpoints that are given by a path or by an id on the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def local_directory(source: StrPath) -> str:
-    """The local directory that `source` means; downloads a model of the hub."""
+    """The local directory of `source`; a model on the hub is downloaded.
+
+    Raises:
+        CheckpointError: There is no such directory, and no such model on the hub or no huggingface_hub to fetch it.
+    """
     name = os.fspath(source)
     if os.path.exists(name) or not isinstance(source, str):
         return name

@@ -1,4 +1,4 @@
-"""Showing how far a long job is: the `progress` argument that every one of them takes."""
+"""The progress of long jobs: the `progress` argument that each of them takes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 ProgressCallback: TypeAlias = Callable[[int, int], object]
-# What a job calls: (done, total), and behind them, if it likes, a note to show beside the bar.
+# Called by a job with (done, total) and, optionally, a note to show beside the bar.
 Report: TypeAlias = Callable[..., object]
-# True and False switch the bar on and off; None shows it where somebody may be watching, in a terminal or a notebook,
-# if tqdm is installed; a function is called with (done, total) in the job's own units.
+# True and False switch the bar on and off. None shows it in a terminal or a notebook, if tqdm is installed. A function
+# is called with (done, total) in the job's own units.
 ProgressOption: TypeAlias = bool | ProgressCallback | None
 
 
 @contextmanager
 def reporter(option: ProgressOption, description: str) -> Iterator[Report | None]:
-    """Yields the `(done, total, note="")` callback that `option` asks for, or None, and closes the bar behind it.
+    """Yields the `(done, total, note="")` callback that `option` asks for, or None; closes the bar at the end.
 
     The bar is tqdm's. `True` without tqdm prints a percentage on standard error instead.
     """
@@ -41,7 +41,7 @@ def reporter(option: ProgressOption, description: str) -> Iterator[Report | None
         finally:
             print(file=sys.stderr)
     else:
-        # Units mean nothing to a reader, so the bar shows the share that is done and the time that is left.
+        # Show the share done and the time left: the units differ from job to job.
         layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
         with tqdm(total=1, desc=description, bar_format=layout) as bar:
 

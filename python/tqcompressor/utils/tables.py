@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns `rows` of cells, the first being the header: the first column to the left, the others to the right."""
+    """Aligns `rows` of cells, of which the first is the header: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

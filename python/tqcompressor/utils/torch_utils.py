@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a while, then the mode of every module as it was."""
+    """Evaluation mode (no dropout) within the block; afterwards every module has its mode from before."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(False)
     try:
@@ -24,14 +24,14 @@ def evaluating(model: Module) -> Iterator[None]:
 
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
-    """A region in which autocast rounds nothing on the device of `like`; the meta device has no autocast."""
+    """Disables autocast on the device of `like` within the block; the meta device has no autocast."""
     import torch
 
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def move(model: Any, device: Any) -> None:
-    """`model.to(device)`, in place; the stubs of transformers lack this method."""
+    """`model.to(device)`, in place; transformers' type stubs lack it."""
     model.to(device)
 
 

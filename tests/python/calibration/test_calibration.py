@@ -1,4 +1,4 @@
-"""The file of a calibration: what is saved is what is loaded, and hostile files are refused."""
+"""The file of a calibration: a round trip keeps everything, and hostile files are refused."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_a_file_holds_what_was_saved(tmp_path):
     assert (loaded.tokens, loaded.seed, loaded.sensitivity, loaded.model_type) == (30, 7, True, "gpt2")
     assert np.array_equal(loaded.input("h.0.attn.c_attn.q"), saved.input("h.0.attn.c_attn"))
     assert loaded.input("h.0.mlp.c_fc.q") is None and loaded.output("wte") is None
-    # Anybody's reader of safetensors.
+    # Another reader of safetensors reads it.
     stored = read_safetensors(tmp_path / "new" / "file")
     assert {name: tuple(shape) for name, (_, shape, _) in stored.items()} == {
         name: moment.shape for name, moment in saved.moments.items()
@@ -66,7 +66,7 @@ def test_no_tokens_are_refused():
 
 
 def write_header(path, change):
-    """Changes the header of a file and nothing behind it."""
+    """Changes the header of a file and nothing after it."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = change(json.loads(content[8:end]))

@@ -1,4 +1,4 @@
-"""What a calibration reads: blocks of a text, batches, and those that it refuses."""
+"""The batches of a calibration: blocks of a text, the caller's own, and invalid ones."""
 
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def test_errors_of_batches():
         ([ids[:, :0]], ConfigError, "batch 0: expected input_ids"),
         ([ids, ids * 60], ConfigError, "batch 1: expected tokens below 60, got 60"),
         ([{"input_ids": ids, "attention_mask": ids[:, :3]}], ConfigError, r"expected an attention_mask \(2, 5\)"),
-        ([{"input_ids": ids, "attention_mask": 0 * ids}], TextError, "no token that is not padding"),
+        ([{"input_ids": ids, "attention_mask": 0 * ids}], TextError, "all tokens are padding"),
     ):
         with pytest.raises(error, match=message):
             calibrate(gpt2(), source)

@@ -1,4 +1,4 @@
-"""Moments of a live model: as a dense oracle has them, and what measuring them leaves behind."""
+"""Moments of a live model against a dense oracle, and the state of the model afterwards."""
 
 import math
 
@@ -15,7 +15,7 @@ from tqcompressor.errors import ConfigError, NonFiniteError
 
 
 def oracle(model, data, seed=0, sensitivity=True):
-    """The same moments by float64 numpy from what autograd says of every module's output, one batch at a time."""
+    """The same moments in float64 numpy, from autograd's gradients at every module's output, batch by batch."""
     everything = {unit.name: unit for unit in units(model)}
     sums = {}
     tokens = 0
@@ -71,13 +71,13 @@ def oracle(model, data, seed=0, sensitivity=True):
 
 
 def position_ids(batch):
-    """OPT's: counted from the first token that is no padding, two rows further down."""
+    """OPT's positions: counted from the first token that is not padding, plus 2."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     return mask.cumsum(1) * mask - 1 + 2
 
 
 def divergence(outputs, mask, generator):
-    """What the gradient is taken of, written down as it is documented."""
+    """The objective of the gradient, as documented."""
     if "logits" not in outputs:
         hidden = outputs.last_hidden_state * mask[..., None]
         pooled = hidden.sum(1) / mask.sum(1, keepdim=True)
@@ -140,7 +140,7 @@ def test_moments_are_those_of_a_dense_oracle(family, padded):
 
 
 def test_one_gradient_is_autograd_by_hand():
-    """The whole chain for the last layer, without hooks: its output put in place by hand, and differentiated."""
+    """The moments of the last layer without hooks: its output is replaced by hand and differentiated."""
     model, data = gpt2(tie_word_embeddings=False), batches(padded=False)[:1]
     found = calibrate(model, data, seed=5)
     layer, kept = model.transformer.h[1].mlp.c_proj, {}
@@ -159,7 +159,7 @@ def test_one_gradient_is_autograd_by_hand():
 
 
 def test_the_fisher_information_is_what_labels_drawn_often_enough_average_to():
-    """For the logits themselves it is known: `E[gᵀg] = diag(p) − ppᵀ`, here for one token and its diagonal."""
+    """The exact moment of the logits is `E[gᵀg] = diag(p) − ppᵀ`; here the diagonal for one token."""
     model = gpt2(tie_word_embeddings=False)
     data = [torch.full((400, 1), 7) for _ in range(10)]
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_embeddings_have_frequencies():
 
 def test_a_tied_head_counts_without_gradients_too():
     found = calibrate(gpt2(), batches(), sensitivity=False)
-    # Tokens that the text lacks are still predicted.
+    # The head also predicts tokens that do not occur in the text.
     assert found.input("wte").min() > 0
     assert found.output("wte").shape == (16, 16)
     assert [name for name in found.moments if name.startswith("output.")] == ["output.wte"]
@@ -304,7 +304,7 @@ def test_a_model_that_computes_nan_is_named():
 
 @pytest.mark.parametrize("cls", ["BertModel", "BertForSequenceClassification"])
 def test_an_embedding_or_a_regression_of_nan_is_named(cls):
-    # Their gradients are drawn without a look at what the model returns.
+    # Their random gradients do not depend on the model's output.
     model = bert(cls, num_labels=1)
     with torch.no_grad():
         model.base_model.encoder.layer[1].output.dense.bias[0] = torch.nan

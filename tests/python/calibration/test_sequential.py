@@ -1,4 +1,4 @@
-"""Layer by layer: the groups, moments that follow what was done to the layers before, and compressing with them."""
+"""Layer by layer: the groups, moments that reflect changes to earlier layers, and compression with them."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_groups_hold_every_matrix_once(family):
 
 
 def test_groups_are_in_the_order_of_the_computation():
-    # What projects from the blocks to a narrower embedding is registered before them.
+    # The projection from the blocks to a narrower embedding is registered before the blocks.
     groups = layer_groups(opt(word_embed_proj_dim=8), batches()[0])
     assert "decoder.project_in" in groups[0].matrices
     assert "decoder.project_out" in groups[3].matrices
@@ -102,7 +102,7 @@ def test_a_group_sees_what_was_done_to_those_before(with_original):
 
 
 def damage(model, group):
-    """Puts another kind of module, with other values, in the place of a layer."""
+    """Replaces a layer by a module of another kind with other values."""
     block = model.get_submodule(group.block)
     torch.manual_seed(1)
     block.mlp.c_fc = KroneckerLinear(16, 64, (2, 2), 2)
@@ -161,7 +161,7 @@ def test_errors_come_before_the_first_group():
         calibrate_layers(gpt2(), batches(), original=other)
 
 
-# Compressing so.
+# Compression with such moments.
 
 
 @pytest.mark.parametrize("sensitivity", [True, False])
@@ -173,7 +173,7 @@ def test_layers_are_fitted_to_their_inputs_in_the_model_compressed_so_far(family
     report = compress(student, budget=0.8, calibration=original, sequential=batches())
     config = student.config.quantization_config
     assert report.parameters_after == student.num_parameters() <= 0.8 * model.num_parameters()
-    # What reads the last block's input, of which nothing changes afterwards.
+    # Layers that read the last block's input, which does not change afterwards.
     groups = layer_groups(model, batches()[0])
     last = next(name for name in groups[2].matrices if name in config.specs)
     module = last.removesuffix(".q")
@@ -242,7 +242,7 @@ def test_interrupted_in_the_middle_the_model_is_as_it_was(owner, work, monkeypat
     monkeypatch.setattr(owner, work, interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(model, budget=0.7, calibration=calibration, sequential=batches())
-    # The first block, or both, when it came.
+    # The state at the error: the first block compressed, or both.
     assert compressed[-1] > 3
     assert_untouched(model, before)
     assert state(model)["hooks"] == 0

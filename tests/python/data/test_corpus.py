@@ -28,11 +28,11 @@ texts = st.lists(st.lists(pieces, max_size=8).map("".join), min_size=1, max_size
 @given(texts=texts, seq_len=st.integers(2, 20), workers=st.sampled_from([1, 2, 5]), batch=st.sampled_from([1, 40]))
 def test_blocks_are_the_oracles(tokenizer, tmp_path_factory, monkeypatch, texts, seq_len, workers, batch):
     folder = tmp_path_factory.mktemp("corpus")
-    # Tiny batches, and next to nothing read ahead, so that short texts too go through many threads.
+    # Tiny batches and little read-ahead, so that short texts pass through many threads too.
     monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", batch)
     monkeypatch.setattr(tokenize, "_CHARACTERS_AHEAD", 20)
     files = write(folder, **{f"text{index}": text for index, text in enumerate(texts)})
-    # A byte order mark at the beginning of a file is no part of its text.
+    # A byte order mark at the beginning of a file is not part of its text.
     expected = oracle(tokenizer, [text.removeprefix("\ufeff") for text in texts])
     if len(expected) < seq_len:
         with pytest.raises(errors.TextError):
@@ -67,7 +67,7 @@ def test_a_wide_vocabulary_is_four_bytes_wide(tmp_path, cache):
 
 def test_a_slow_tokenizer_gives_the_same(tokenizer, tmp_path):
     class Slow:
-        """A tokenizer written in Python: no Rust behind it."""
+        """A tokenizer written in Python, without a Rust backend."""
 
         model_max_length, eos_token, eos_token_id = 128, END, 0
 
@@ -163,8 +163,8 @@ def test_loaders_take_it_with_worker_processes(tokenizer):
 
 
 def test_no_threads_are_left_behind(tmp_path):
-    """The tokenizers library's own would be, and would be more than were asked for."""
-    # Several documents in one call are what it starts threads for.
+    """Threads of the tokenizers library would stay alive, and exceed the number of workers."""
+    # The library starts threads when one call has several documents.
     (file,) = write(tmp_path / "in", text=HELD_OUT.read_text(encoding="utf-8").replace("\n\n", END))
     run_script(
         """
@@ -217,7 +217,7 @@ def test_fingerprints_tell_apart_what_differs(tokenizer, tmp_path):
     blocks = token_blocks(HELD_OUT, tokenizer, 64)
     same = [token_blocks(copy, tokenizer, 64), blocks.take(blocks.tokens), pickle.loads(pickle.dumps(blocks))]
     assert {part.fingerprint for part in same} == {blocks.fingerprint}
-    # The same characters in the same order, cut elsewhere.
+    # The same characters in the same order, divided differently.
     (one, two) = write(tmp_path / "cuts", one=f"abcd{END}efgh", two=f"abcde{END}fgh")
     assert token_blocks(one, tokenizer, 2).fingerprint != token_blocks(two, tokenizer, 2).fingerprint
     different = [

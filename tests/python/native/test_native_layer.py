@@ -1,4 +1,4 @@
-"""A layer of the native runtime by itself: every way of multiplying gives the dense product."""
+"""A single layer of the native runtime: every strategy gives the dense product."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ sizes = st.integers(1, 7)
 
 
 def drawn(m1, n1, m2, n2, rank, seed):
-    """Factors and permutations of small integers, which are added up without rounding."""
+    """Factors and permutations of small integers, whose sums are exact."""
     rng = np.random.default_rng(seed)
     a, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((rank, m1, n1), (rank, m2, n2)))
     return a, b, rng.permutation(m1 * m2), rng.permutation(n1 * n2)

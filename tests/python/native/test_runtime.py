@@ -28,7 +28,7 @@ def trained():
 
 
 def largest_difference(ours, expected):
-    """In units of the largest logit."""
+    """The largest difference relative to the largest logit."""
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
@@ -193,7 +193,7 @@ def test_perplexity_is_that_of_torch(trained, context, stride):
 def test_last_words_are_those_of_torch(trained):
     words = TEXT.split()
     passages = [" ".join(words[begin : begin + 4 + 9 * begin // 100]) for begin in range(0, 1500, 60)]
-    # One whose last word the model finds.
+    # A passage whose last word the model predicts.
     passages.append("He looked at the" + trained.generate("He looked at the", max_new_tokens=8).rpartition(" ")[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     expected = evaluate.last_word_accuracy(reference(TINY), tokenizer, passages)
@@ -256,7 +256,7 @@ def test_streams_give_whole_characters_and_all_of_the_text(trained):
     plain = text.replace("<|endoftext|>", "")
     assert len(pieces[0]) > 5 and pieces[0] == pieces[1] and "".join(pieces[0]) == plain
     assert not any("\ufffd" in piece for piece in pieces[0])
-    # The end of a text is no whole character: it comes with the whole text.
+    # An incomplete character at the end of a text is passed on when the text is complete.
     cut = [trained.encode("end \U0001f600")[:-1]]
     streams = TextStreams(trained._tokenizer, 1, lambda prompt, piece: pieces[prompt].append(piece))
     pieces[0].clear()
@@ -264,7 +264,7 @@ def test_streams_give_whole_characters_and_all_of_the_text(trained):
     assert "".join(pieces[0]).strip() == "end"
     streams.finish([trained.decode(cut[0])])
     assert "".join(pieces[0]) == trained.decode(cut[0]) and "".join(pieces[0]).endswith("\ufffd")
-    # At a high temperature, tokens are drawn that are parts of characters.
+    # At a high temperature, parts of characters are drawn.
     told = {0: "", 1: ""}
 
     def stream(prompt, piece):

@@ -1,4 +1,4 @@
-"""The native runtime and what is wrong: checkpoints, arguments, signals. Typed errors, never a panic."""
+"""The native runtime with faulty checkpoints, invalid arguments and signals: typed errors, never a panic."""
 
 import copy
 import json
@@ -290,5 +290,5 @@ def test_ctrl_c_acts_soon(tmp_path, action):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), action]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 130, run.stderr
-    # 100 ms is asked for; a loaded machine with fewer cores than threads gets some slack.
+    # 100 ms is the aim; a loaded machine with fewer cores than threads needs more.
     assert float(run.stdout) < 1

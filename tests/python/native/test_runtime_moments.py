@@ -1,4 +1,4 @@
-"""Moments that the native runtime measures: those of torch's hooks, and compressing by them without torch."""
+"""Moments measured by the native runtime: equal to those of torch's hooks, and used without torch."""
 
 import json
 import subprocess

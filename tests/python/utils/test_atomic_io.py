@@ -1,4 +1,4 @@
-"""Files and folders that are written aside: whole, or absent, or what they were; writers of one path wait."""
+"""Files and folders written aside: they appear whole or not at all, and writers of one path wait."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def test_it_appears_when_it_is_whole(tmp_path):
 
 
 def test_it_is_durable_before_it_appears(tmp_path, monkeypatch):
-    """A crash of the machine must not leave a name without its contents."""
+    """After a crash of the machine, a name must not lack its contents."""
     path = tmp_path / "file"
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, path.exists())))
@@ -76,7 +76,7 @@ def test_writers_wait_for_one_another(tmp_path):
         assert found == []
     for thread in threads:
         thread.join(60)
-    # Each saw, whole, what the one before it wrote.
+    # Each writer read the complete file of its predecessor.
     assert found == [b"%d" % number for number in range(8)]
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"8"]
 
@@ -111,7 +111,7 @@ def test_a_killed_process_is_taken_over(tmp_path, write):
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
     assert run.returncode == -9, run.stderr
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".it.lock", ".it.partial"]
-    # What is left may be of the other kind.
+    # The next writer may write the other kind.
     with whole_folder(tmp_path / "it") as folder:
         assert list(folder.iterdir()) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
@@ -125,7 +125,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
     assert (path / "a").read_bytes() == b"a" and list(path.parent.iterdir()) == [path]
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "second") as partial:
         raise KeyboardInterrupt
-    # What is there already is left alone.
+    # An existing folder is left alone.
     with pytest.raises(errors.StorageError), whole_folder(path) as partial:
         (partial / "b").write_bytes(b"b")
     assert (path / "a").read_bytes() == b"a" and list(path.parent.iterdir()) == [path]
