@@ -123,16 +123,16 @@ class DistillTrainer(Trainer):
         probabilities: torch.Tensor | None,
     ) -> torch.Tensor:
         weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
-        taught: Any = None
+        teacher_outputs: Any = None
         if self.teacher is not None and (tokens is None or self.hidden_pairs):
             # Accelerate applies the mixed precision only to the model that it prepares, the student.
             with torch.inference_mode(), self.accelerator.autocast():
-                taught = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
+                teacher_outputs = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
         loss: torch.Tensor
         if tokens is not None and probabilities is not None:
             loss = topk_distillation_loss(outputs.logits, tokens, probabilities, labels, **weights)
-        elif taught is not None:
-            loss = distillation_loss(outputs.logits, taught.logits, labels, **weights)
+        elif teacher_outputs is not None:
+            loss = distillation_loss(outputs.logits, teacher_outputs.logits, labels, **weights)
         else:
             raise ConfigError("teacher: expected one, since the training set has no cached teacher probabilities")
         if self.hidden_pairs:
@@ -141,7 +141,7 @@ class DistillTrainer(Trainer):
             distances = [
                 hidden_state_loss(
                     outputs.hidden_states[ours],
-                    taught.hidden_states[theirs],
+                    teacher_outputs.hidden_states[theirs],
                     kind=self.distill.hidden_kind,
                     mask=mask,
                 )

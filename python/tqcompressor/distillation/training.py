@@ -46,8 +46,11 @@ def training_arguments(
     if isinstance(training, TrainingArguments):
         _check_arguments(training, device)
         arguments = copy.copy(training)
-    else:
+    elif isinstance(training, TrainingConfig):
         arguments = _arguments_of(training, steps, device)
+    else:
+        kinds = "a TrainingConfig or a transformers.TrainingArguments"
+        raise ConfigError(f"training: expected {kinds}, got {type(training).__name__}")
     arguments.output_dir = str(folder)
     arguments.max_steps = steps
     # With two, one complete checkpoint is left while the newest is written.

@@ -276,12 +276,12 @@ def _head_loss_on_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The matrix products by torch's BLAS, and the loss by Rust, a chunk of rows at a time."""
     states, weight = hidden.detach().float(), head.detach().float()
-    taught = None
+    teacher_parts = None
     if teacher_hidden is not None and teacher_head is not None and weights.divergence > 0:
-        taught = teacher_hidden.float(), teacher_head.float()
+        teacher_parts = teacher_hidden.float(), teacher_head.float()
     rows, vocabulary = states.shape[0], weight.shape[0]
     counted = rows if labels is None else int((labels != weights.ignore_index).sum())
-    models = 1 if taught is None else 2
+    models = 1 if teacher_parts is None else 2
     size = max(1, min(rows, _LOGITS_BYTES // (4 * models * vocabulary)))
     buffers = [states.new_empty(size, vocabulary) for _ in range(models)]
     by_hidden = states.new_empty(states.shape if gradient else 0)
@@ -291,8 +291,10 @@ def _head_loss_on_cpu(
         chunk = slice(first, min(first + size, rows))
         logits = torch.mm(states[chunk], weight.T, out=buffers[0][: chunk.stop - first])
         teacher_logits = None
-        if taught is not None:
-            teacher_logits = torch.mm(taught[0][chunk], taught[1].T, out=buffers[1][: chunk.stop - first]).numpy()
+        if teacher_parts is not None:
+            teacher_logits = torch.mm(
+                teacher_parts[0][chunk], teacher_parts[1].T, out=buffers[1][: chunk.stop - first]
+            ).numpy()
         targets = None if labels is None else labels[chunk].contiguous().numpy()
         total += _core.distillation_loss_in_place(
             logits.numpy(), teacher_logits, targets, *weights, first, 1 / max(counted, 1), gradient, threads

@@ -173,6 +173,8 @@ def test_errors_come_before_anything_is_written(teacher, tmp_path, monkeypatch):
         run(teacher, out, dtype="int8")
     with pytest.raises(ConfigError, match="tokens: expected a positive integer, got 0"):
         run(teacher, out, tokens=0)
+    with pytest.raises(ConfigError, match=r"training: expected a TrainingConfig or a .* got dict"):
+        run(teacher, out, training={"batch_size": 4})
     with pytest.raises(ConfigError, match=r"max_steps=9 .*eval_strategy='steps'"):
         run(teacher, out, training=TrainingArguments(max_steps=9, eval_strategy="steps", use_cpu=True))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=0, free=1000))

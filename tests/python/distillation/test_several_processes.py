@@ -1,4 +1,4 @@
-"""Training on two processes: the losses are those of one process with batches twice as large."""
+"""Training in two processes gives the losses of one process with batches twice as large."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def report(out):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
-    # Without dropout, whose random numbers differ between one process and two.
+    # No dropout: its random numbers differ between one process and two.
     tiny_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "teacher")
     save_tokenizer(folder / "teacher")
     (folder / "text.txt").write_text(letters(9000), encoding="utf-8")
@@ -40,14 +40,14 @@ def one_process(tmp_path_factory):
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
-# Without MPI, accelerate launches one process on the CPU, however many are asked for.
+# On the CPU without MPI, accelerate launches one process, whatever --num_processes says.
 ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 
 
 @pytest.mark.parametrize(
     ("launcher", "processes"), [(TORCHRUN, 2), (f"{ACCELERATE} --dynamo_backend no", 1)], ids=["torchrun", "accelerate"]
 )
-def test_the_losses_are_those_of_one_process_with_as_large_a_batch(launcher, processes, one_process, tmp_path):
+def test_the_losses_equal_those_of_one_process_with_the_same_total_batch(launcher, processes, one_process, tmp_path):
     folder, expected = one_process
     found = launch(launcher.split(), folder, tmp_path / "launched", 8 // processes)
     assert found["settings"]["processes"] == processes

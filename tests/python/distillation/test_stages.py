@@ -1,4 +1,4 @@
-"""Staged recipes: their JSON form, their shares of the text, and decomposing a student that is compressed already."""
+"""Staged recipes: JSON, shares of the text, and further compression of a compressed student."""
 
 import json
 
@@ -63,14 +63,14 @@ def test_json_round_trip_and_files(tmp_path):
         ({"stages": [{"name": "a", "config": HALF.to_dict()}], "format_version": 99}, "format 99"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(data, message, tmp_path):
+def test_invalid_recipes(data, message, tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         resolve_staged_recipe(path)
 
 
-def test_a_recipe_that_is_neither_name_nor_file_or_not_json(tmp_path):
+def test_recipes_that_are_no_name_no_file_or_no_json(tmp_path):
     with pytest.raises(ConfigError, match="tq-81m-staged"):
         resolve_staged_recipe("tq-82m")
     (tmp_path / "bad.json").write_bytes(b"\xff{")
@@ -78,7 +78,7 @@ def test_a_recipe_that_is_neither_name_nor_file_or_not_json(tmp_path):
         resolve_staged_recipe(tmp_path / "bad.json")
 
 
-def test_a_further_stage_keeps_what_it_does_not_name():
+def test_a_further_stage_keeps_the_matrices_that_it_does_not_name():
     model = tiny_model()
     recompress(model, HALF)
     recompress(model, FEED_FORWARD)
@@ -94,12 +94,12 @@ def test_a_further_stage_keeps_what_it_does_not_name():
     assert model.transformer.h[1].mlp.c_fc is feed_forward and torch.equal(feed_forward.A, kept)
     assert dict(model.config.quantization_config.specs) == {**FEED_FORWARD.specs, **QUARTER.specs}
     assert model.lm_head.A is model.transformer.wte.A
-    # It is the student's embedding that was decomposed, not the one that the model was loaded with.
+    # The stage decomposed the student's embedding, not the original one.
     error = torch.linalg.norm(model.transformer.wte.dense_weight() - embedding) ** 2 / torch.linalg.norm(embedding) ** 2
     assert np.isclose(error.item(), report.matrices[0].lost_energy, rtol=1e-4)
 
 
-def test_stages_of_a_dense_model_are_plain_compression():
+def test_a_first_stage_equals_compress():
     one, other = tiny_model(), tiny_model()
     compress(one, HALF)
     recompress(other, HALF)

@@ -1,4 +1,4 @@
-"""Cached teachers against the dense softmax, within the documented error; and runs that are refused or cut off."""
+"""Cached teachers against the dense softmax, within the documented error; errors, and interrupted runs."""
 
 import errno
 import math
@@ -40,7 +40,7 @@ def cached(model, blocks, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 1.0), (8, 2.0), (64, 0.5), (300, 10.0), (8192, 2.0)])
-def test_distributions_are_the_dense_ones(model, blocks, tmp_path, k, temperature):
+def test_distributions_equal_the_dense_softmax(model, blocks, tmp_path, k, temperature):
     two = blocks.section(0, 2)
     cached = cache_teacher(model, two, tmp_path / "new" / "cache", k=k, temperature=temperature)
     assert (len(cached), cached.k, cached.temperature, cached.vocab_size) == (2, k, temperature, 8192)
@@ -50,7 +50,7 @@ def test_distributions_are_the_dense_ones(model, blocks, tmp_path, k, temperatur
     )
     for index in (0, 1, -1):
         check(cached[index], dense(model, two[index]["input_ids"], temperature), k)
-    # Four bytes for each of the k, four more for the rest, and the header.
+    # 4 bytes for each of the k tokens, 4 for the tail, and the header.
     size = (tmp_path / "new" / "cache").stat().st_size
     assert 0 < size - two.tokens * (4 * k + 4) < 1000
 
@@ -107,17 +107,17 @@ def test_modes_are_restored_and_dropout_is_off(blocks, cached, tmp_path):
     assert all(parameter.grad is None and not parameter.is_inference() for parameter in training.parameters())
 
 
-def test_taught_blocks_are_both(blocks, cached, every_block):
-    taught = CachedTeacherDataset(blocks, cached)
-    assert len(taught) == 7
+def test_items_of_the_dataset_have_tokens_and_predictions(blocks, cached, every_block):
+    dataset = CachedTeacherDataset(blocks, cached)
+    assert len(dataset) == 7
     for index in (0, 4, -2):
-        item, expected = taught[index], blocks[index] | cached[index]
+        item, expected = dataset[index], blocks[index] | cached[index]
         assert set(item) == {"input_ids", "teacher_tokens", "teacher_probabilities"}
         assert all(item[name].equal(expected[name]) for name in item)
-    part = taught.section(2, 4).section(1, 2)
+    part = dataset.section(2, 4).section(1, 2)
     assert len(part) == 2
     for index, same in ((0, 3), (1, 4), (-1, 4)):
-        assert all(value.equal(taught[same][name]) for name, value in part[index].items())
+        assert all(value.equal(dataset[same][name]) for name, value in part[index].items())
     with pytest.raises(IndexError):
         part[2]
     with pytest.raises(IndexError):
@@ -128,22 +128,22 @@ def test_taught_blocks_are_both(blocks, cached, every_block):
         assert others.fingerprint in str(caught.value) and cached.fingerprint in str(caught.value)
 
 
-def test_loaders_take_them_with_worker_processes(blocks, cached):
-    taught = CachedTeacherDataset(blocks, cached)
-    loader = torch.utils.data.DataLoader(taught, 4, num_workers=1, multiprocessing_context="fork")
+def test_loaders_with_worker_processes(blocks, cached):
+    dataset = CachedTeacherDataset(blocks, cached)
+    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=1, multiprocessing_context="fork")
     batches = list(loader)
     assert [len(batch["input_ids"]) for batch in batches] == [4, 3]
     assert batches[1]["teacher_probabilities"][2].equal(cached[6]["teacher_probabilities"])
-    assert len(pickle.dumps(taught)) < 2000
+    assert len(pickle.dumps(dataset)) < 2000
 
 
-def test_the_same_teacher_is_not_asked_again(blocks, cached, monkeypatch):
+def test_a_teacher_of_equal_weights_is_not_run_again(blocks, cached, monkeypatch):
     again = random_model()
     monkeypatch.setattr(again, "forward", lambda **inputs: pytest.fail("the teacher was run"))
     assert cache_teacher(again, blocks, cached._path, k=8)[2]["teacher_tokens"].equal(cached[2]["teacher_tokens"])
 
 
-def test_what_exists_is_not_overwritten(model, blocks, every_block, cached, tmp_path):
+def test_existing_files_are_not_overwritten(model, blocks, every_block, cached, tmp_path):
     before = cached._path.read_bytes()
     other = random_model()
     other.transformer.ln_f.bias.data[3] += 0.5
@@ -162,7 +162,7 @@ def test_what_exists_is_not_overwritten(model, blocks, every_block, cached, tmp_
     assert (tmp_path / "diary").read_text() == "dear diary"
 
 
-def test_open_checks_what_it_is_told(blocks, every_block, cached):
+def test_open_checks_the_expected_settings(blocks, every_block, cached):
     assert len(CachedTeacher.open(cached._path, blocks=blocks, k=8, temperature=2)) == 7
     for expectation, words in [
         ({"blocks": every_block}, [every_block.fingerprint, blocks.fingerprint]),
@@ -187,7 +187,7 @@ def test_open_checks_what_it_is_told(blocks, every_block, cached):
         ({"teacher": {"n_positions": 15}}, "15 positions.* 16"),
     ],
 )
-def test_what_does_not_fit(model, blocks, tmp_path, options, words):
+def test_arguments_that_do_not_fit(model, blocks, tmp_path, options, words):
     teacher = random_model(**options.pop("teacher")) if "teacher" in options else model
     with pytest.raises(errors.ConfigError, match=words):
         cache_teacher(teacher, blocks, tmp_path / "cache", **{"k": 8, **options})
@@ -195,7 +195,7 @@ def test_what_does_not_fit(model, blocks, tmp_path, options, words):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_teacher_that_is_not_finite(blocks, tmp_path, value):
+def test_a_teacher_with_logits_that_are_not_finite(blocks, tmp_path, value):
     broken = random_model()
     broken.transformer.wte.weight.data[5, 3] = value
     with pytest.raises(errors.NonFiniteError, match=r"teacher's logits .*samples 0 to 1"):
@@ -203,7 +203,7 @@ def test_a_teacher_that_is_not_finite(blocks, tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_space_is_found_before_the_teacher_runs(model, blocks, tmp_path, monkeypatch):
+def test_missing_space_is_found_before_the_teacher_runs(model, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda **inputs: pytest.fail("the teacher was run"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
@@ -216,7 +216,7 @@ def test_no_space_is_found_before_the_teacher_runs(model, blocks, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_leaves_nothing_that_looks_complete(model, blocks, cached, tmp_path):
+def test_a_killed_run_leaves_no_file_that_looks_complete(model, blocks, cached, tmp_path):
     script = """
         import os, pickle, sys
         from tqcompressor import cache_teacher

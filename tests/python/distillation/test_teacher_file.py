@@ -1,4 +1,4 @@
-"""The file of a cached teacher: its contents by the documentation, and files that are damaged."""
+"""The file of a cached teacher: its documented contents, and damaged files."""
 
 import json
 import math
@@ -27,7 +27,7 @@ rows = st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5)
 @given(
     logits=st.lists(rows, min_size=1, max_size=4), k=st.integers(1, 5), temperature=st.sampled_from([0.1, 1.0, 30.0])
 )
-def test_any_finite_logits_keep_their_bounds(logits, k, temperature):
+def test_the_error_bounds_hold_for_any_finite_logits(logits, k, temperature):
     logits = np.array(logits, np.float32)
     tail, tokens, steps = teacher_file.largest(torch.tensor(logits), k, temperature)
     kept = teacher_file.probabilities_of(steps.astype(np.uint16), tail.astype(np.float64))
@@ -43,7 +43,7 @@ def test_safetensors_reads_the_file(cached):
         "log_probability_steps": (np.uint16, (7, 16, 8)),
     }
     assert (tensors["tokens"][5] == cached[5]["teacher_tokens"].numpy()).all()
-    # By the formula in the documentation, but for the shared scale of a row.
+    # The documented formula, up to the common scale of a row.
     probabilities = np.exp(-32 / 65535 * tensors["log_probability_steps"][5].astype(np.float64))
     np.testing.assert_allclose(cached[5]["teacher_probabilities"], probabilities, rtol=RELATIVE)
     with safetensors.safe_open(cached._path, "np") as file:
@@ -75,7 +75,7 @@ def test_a_file_of_another_length(cached, tmp_path, length):
         ('{"__metadata__"', '["__metadata__"', "not a safetensors file"),
     ],
 )
-def test_a_header_that_lies(cached, tmp_path, before, after, words):
+def test_a_header_with_wrong_fields(cached, tmp_path, before, after, words):
     whole = cached._path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header = whole[8 : 8 + length].decode()
@@ -88,7 +88,7 @@ def test_a_header_that_lies(cached, tmp_path, before, after, words):
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 0xFFFF), ("tail_mass", math.nan), ("tail_mass", 1.5)])
-def test_damaged_contents_are_not_passed_on(cached, tmp_path, name, value):
+def test_damaged_contents_are_an_error(cached, tmp_path, name, value):
     whole = bytearray(cached._path.read_bytes())
     length = int.from_bytes(whole[:8], "little")
     begin, end = json.loads(whole[8 : 8 + length])[name]["data_offsets"]

@@ -1,4 +1,4 @@
-"""The distillation trainer: its loss against a formula in plain torch, and what it inherits from transformers."""
+"""The distillation trainer: its loss against a formula in plain torch, checkpoints, and resuming."""
 
 import copy
 import errno
@@ -21,8 +21,8 @@ from transformers import PrinterCallback, TrainingArguments
 SPECS = {"wte": KroneckerSpec((1, 4), 1, "columns"), "h.1.mlp.c_*": KroneckerSpec((2, 2), 2)}
 
 
-class Blocks:
-    """Random blocks of tokens."""
+class Samples:
+    """Random sequences of tokens."""
 
     def __init__(self, count=32, size=16, seed=0, **columns):
         generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ def make_student(seed=1):
     return student
 
 
-def make_trainer(folder, student, teacher, distill=None, blocks=None, **arguments):
+def make_trainer(folder, student, teacher, distill=None, samples=None, **arguments):
     options = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -58,7 +58,7 @@ def make_trainer(folder, student, teacher, distill=None, blocks=None, **argument
         **arguments,
     }
     trainer = DistillTrainer(
-        student, TrainingArguments(**options), teacher=teacher, distill=distill, train_dataset=blocks or Blocks()
+        student, TrainingArguments(**options), teacher=teacher, distill=distill, train_dataset=samples or Samples()
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -112,7 +112,7 @@ def oracle(student, teacher, batch, distill):
 def test_loss_and_gradients_equal_the_formula(distill, padded, tmp_path):
     student, teacher = make_student(), tiny_model()
     trainer = make_trainer(tmp_path, student, teacher, distill)
-    batch = {"input_ids": Blocks().ids[:4]}
+    batch = {"input_ids": Samples().ids[:4]}
     if padded:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][1, 10:] = 0
@@ -132,15 +132,15 @@ def test_loss_and_gradients_equal_the_formula(distill, padded, tmp_path):
 def test_evaluation_is_the_cross_entropy_of_the_labels(tmp_path):
     student, teacher = make_student(), tiny_model()
     trainer = make_trainer(tmp_path, student, teacher)
-    blocks = Blocks(8)
+    samples = Samples(8)
     trainer.args.per_device_eval_batch_size = 4
-    found = trainer.evaluate(eval_dataset=blocks)["eval_loss"]
-    logits = student(blocks.ids).logits[:, :-1]
-    expected = functional.cross_entropy(logits.flatten(0, 1), blocks.ids[:, 1:].flatten())
+    found = trainer.evaluate(eval_dataset=samples)["eval_loss"]
+    logits = student(samples.ids).logits[:, :-1]
+    expected = functional.cross_entropy(logits.flatten(0, 1), samples.ids[:, 1:].flatten())
     assert np.isclose(found, expected.item(), rtol=1e-5)
 
 
-def test_training_brings_the_student_nearer_to_its_teacher(tmp_path):
+def test_training_lowers_the_loss(tmp_path):
     trainer = make_trainer(tmp_path, make_student(), tiny_model(), DistillConfig(alpha=1.0), max_steps=40)
     trainer.train()
     found = losses(trainer)
@@ -166,7 +166,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_the_teacher_is_left_alone(tmp_path):
+def test_the_teacher_is_unchanged(tmp_path):
     teacher = tiny_model().train()
     before = copy.deepcopy(teacher.state_dict())
     make_trainer(tmp_path, make_student(), teacher).train()
@@ -175,7 +175,7 @@ def test_the_teacher_is_left_alone(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
-def test_a_checkpoint_is_resumed_where_it_was_and_incomplete_ones_are_not_taken(tmp_path, caplog):
+def test_training_resumes_from_the_last_complete_checkpoint(tmp_path, caplog):
     def trainer(folder, student):
         return make_trainer(
             folder, student, tiny_model(), max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=2
@@ -190,7 +190,7 @@ def test_a_checkpoint_is_resumed_where_it_was_and_incomplete_ones_are_not_taken(
     resumed = make_student(seed=2)
     with caplog.at_level("WARNING"):
         trainer(tmp_path / "resumed", resumed).train(resume_from_checkpoint=str(last))
-    # Neither the guard tensor nor the tied head is worth a warning.
+    # No warning about the guard tensor or the tied head.
     assert "keys in the checkpoint" not in caplog.text
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6), name
@@ -199,42 +199,42 @@ def test_a_checkpoint_is_resumed_where_it_was_and_incomplete_ones_are_not_taken(
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Blocks of text, which the cache of a teacher belongs to."""
+    """Samples of a text, for cached teachers."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     return token_blocks(tmp_path / "text.txt", tokenizer, 16, cache=tmp_path / "cache")
 
 
-def test_a_cache_of_the_whole_vocabulary_is_as_good_as_the_teacher(corpus, tmp_path):
+def test_a_cache_of_the_whole_vocabulary_gives_the_losses_of_the_teacher(corpus, tmp_path):
     teacher = tiny_model()
     cached = cache_teacher(teacher, corpus, tmp_path / "teacher.safetensors", k=VOCABULARY)
-    taught = CachedTeacherDataset(corpus, cached)
+    dataset = CachedTeacherDataset(corpus, cached)
     curves, students = [], [make_student(), make_student()]
-    for student, blocks, live in zip(students, (corpus, taught), (teacher, None), strict=True):
-        trainer = make_trainer(tmp_path, student, live, blocks=blocks)
+    for student, samples, live in zip(students, (corpus, dataset), (teacher, None), strict=True):
+        trainer = make_trainer(tmp_path, student, live, samples=samples)
         trainer.train()
         curves.append(losses(trainer))
-    # Log-probabilities are kept with an error of up to 2.5e-4.
+    # The stored log-probabilities have an error of up to 2.5e-4.
     assert np.allclose(*curves, rtol=1e-3)
 
 
-def test_a_few_cached_tokens_teach_too(corpus, tmp_path):
-    taught = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
-    trainer = make_trainer(tmp_path, make_student(), None, DistillConfig(alpha=1.0), taught, max_steps=40)
+def test_a_few_cached_tokens_lower_the_loss(corpus, tmp_path):
+    dataset = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
+    trainer = make_trainer(tmp_path, make_student(), None, DistillConfig(alpha=1.0), dataset, max_steps=40)
     trainer.train()
     found = losses(trainer)
     assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
 
 
 def test_a_cache_of_another_temperature_or_vocabulary_is_refused(corpus, tmp_path):
-    taught = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
+    dataset = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
     with pytest.raises(ConfigError, match="temperature: expected 2, that of the cached teacher, got 3"):
-        make_trainer(tmp_path, make_student(), None, DistillConfig(temperature=3.0), taught)
+        make_trainer(tmp_path, make_student(), None, DistillConfig(temperature=3.0), dataset)
     with pytest.raises(ConfigError, match="cached teacher's 104"):
-        make_trainer(tmp_path, tiny_model(vocab_size=120), None, blocks=taught)
+        make_trainer(tmp_path, tiny_model(vocab_size=120), None, samples=dataset)
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmpfs):
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmpfs):
     place = tmpfs("size=600k")
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(StorageError) as caught:
@@ -249,7 +249,7 @@ def test_labels_alone_need_no_teacher(tmp_path):
     assert len(losses(trainer)) == 4
 
 
-def test_student_and_teacher_that_do_not_fit_are_refused(tmp_path):
+def test_a_student_must_fit_its_teacher(tmp_path):
     with pytest.raises(ConfigError, match=r"104 tokens, the teacher's 50"):
         make_trainer(tmp_path, make_student(), tiny_model(vocab_size=50))
     with pytest.raises(ConfigError, match="expected 0 without a teacher"):
@@ -265,7 +265,7 @@ def test_student_and_teacher_that_do_not_fit_are_refused(tmp_path):
         trainer.train()
 
 
-def test_different_tokenizers_are_told_apart(tmp_path):
+def test_different_tokenizers_are_refused(tmp_path):
     one, other = save_tokenizer(tmp_path / "one"), save_tokenizer(tmp_path / "other")
     require_same_tokenizer(one, other)
     other.add_tokens(["new"])
@@ -299,6 +299,6 @@ def test_different_tokenizers_are_told_apart(tmp_path):
         (TrainingConfig, {"save_steps": True}, "save_steps"),
     ],
 )
-def test_settings_that_cannot_be_followed(kind, values, message):
+def test_settings_out_of_range(kind, values, message):
     with pytest.raises(ConfigError, match=message):
         kind(**values)

@@ -1,4 +1,4 @@
-"""A staged recipe for a very small model, and text that such a model can learn."""
+"""A staged recipe for a very small model, and a text that such a model can learn."""
 
 import random
 
@@ -15,7 +15,7 @@ RECIPE = StagedRecipe(
 
 
 def letters(count, seed=0):
-    """Text that can be learned: every letter has few that may follow it."""
+    """Text that a small model can learn: every letter has three possible successors."""
     generator = random.Random(seed)
     text, letter = [], 0
     for _ in range(count):

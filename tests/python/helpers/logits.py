@@ -1,4 +1,4 @@
-"""Random logits, and the distillation losses of them by their definitions in float64."""
+"""Random logits, and their distillation losses by definition in float64."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def log_softmax(x):
 
 
 def oracle(student, teacher, labels, temperature, divergence, cross_entropy, reverse=False, ignore_index=-100):
-    """Value and gradient by the definitions, in float64."""
+    """Value and gradient by definition, in float64."""
     z, counted = student.astype(np.float64), np.ones(len(student), bool)
     value, gradient = np.zeros(len(z)), np.zeros_like(z)
     if labels is not None:
@@ -28,7 +28,7 @@ def oracle(student, teacher, labels, temperature, divergence, cross_entropy, rev
         log_s, rows, targets = log_softmax(z), np.arange(len(z)), np.where(counted, labels, 0)
         value -= cross_entropy * log_s[rows, targets]
         softmax = np.exp(log_s)
-        # 1 − softmax as a float64 that does not cancel.
+        # 1 − softmax without cancellation.
         softmax[rows, targets] = np.expm1(log_s[rows, targets])
         gradient += cross_entropy * softmax
     count = max(counted.sum(), 1)

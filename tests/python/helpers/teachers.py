@@ -1,4 +1,4 @@
-"""A random teacher, text for it, and what a cache of its predictions must hold by the definition."""
+"""A random teacher, text for it, and the predictions that its cache must have by definition."""
 
 import math
 from pathlib import Path
@@ -11,19 +11,19 @@ from tqcompressor import token_blocks
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 
-# What CachedTeacher documents, of probabilities above and below e^-32.
+# The error bounds that CachedTeacher documents for probabilities above and below e^-32.
 RELATIVE, ABSOLUTE = 5e-4, 2e-14
 
 
 def random_model(**changes):
-    """Two narrow layers, a context of 16, dropout, and weights large enough for uneven predictions."""
+    """Two narrow layers, 16 positions, dropout, and weights large enough for uneven predictions."""
     torch.manual_seed(0)
     shape = {"vocab_size": 8192, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | changes))
 
 
 def held_out_blocks(cache):
-    """Every block of 16 tokens of the held-out text."""
+    """All samples of 16 tokens of the held-out text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     return token_blocks(TINY / "heldout.txt", tokenizer, 16, cache=cache)
 
@@ -41,7 +41,7 @@ def dense(model, tokens, temperature):
 
 
 def check(item, expected, k):
-    """`item` keeps the k largest of the rows of `expected`, in order, and leaves the mass of the others to 1."""
+    """Asserts that `item` has the k largest values of every row of `expected` in order, and sums to 1 with the rest."""
     tokens, probabilities = item["teacher_tokens"], item["teacher_probabilities"]
     assert tokens.dtype == torch.int64 and probabilities.dtype == torch.float32
     assert tokens.shape == probabilities.shape == (len(expected), k)

@@ -1,4 +1,4 @@
-"""A training script as a user writes it, for one process or for several: FOLDER OUT BATCH_SIZE."""
+"""A training script for one process or several; its arguments are FOLDER OUT BATCH_SIZE."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chunked head and loss with a head held as Kronecker factors, against the dense head that they stand for."""
+"""The fused loss with a factored head, against the same loss with the dense head."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def factors(block, rank):
 
 @pytest.mark.parametrize(("block", "rank"), [((1, 4), 1), ((1, 4), 3), ((2, 4), 2), ((3, 1), 1)])
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_a_factored_head_gives_what_its_dense_one_gives(block, rank, with_teacher):
+def test_a_factored_head_equals_its_dense_head(block, rank, with_teacher):
     from tqcompressor.modules import KroneckerEmbedding, KroneckerHead
 
     a, b, p, q = factors(block, rank)
@@ -46,7 +46,7 @@ def test_a_factored_head_gives_what_its_dense_one_gives(block, rank, with_teache
 
 @pytest.mark.parametrize("vocabulary", [60, 20])
 @pytest.mark.parametrize("kind", ["low rank", "mixed"])
-def test_heads_of_the_other_kinds_give_what_their_dense_ones_give(kind, vocabulary):
+def test_heads_of_other_kinds_equal_their_dense_heads(kind, vocabulary):
     from helpers.terms import random_terms
     from tqcompressor.config.specs import KroneckerSpec, LowRankSpec, MixedSpec
     from tqcompressor.modules.build import empty_embedding
@@ -82,7 +82,7 @@ def test_a_head_of_another_width_is_refused():
             losses.head_distillation_loss(hidden, head, labels=labels)
 
 
-def test_a_tied_head_does_not_take_factors_of_its_own():
+def test_a_tied_head_has_no_factors_of_its_own():
     from tqcompressor.modules import KroneckerEmbedding, KroneckerHead
 
     embedding = KroneckerEmbedding.from_factors(*factors((1, 4), 1))

@@ -1,4 +1,4 @@
-"""The losses against float64 oracles in plain numpy, and what they refuse."""
+"""The losses against float64 oracles in plain numpy, and their errors."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ TEMPERATURES = [0.5, 1.0, 1.7, 2.0, 3.0, 10.0]
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("scale", [0.5, 4.0, 12.0])
-def test_the_fused_loss_is_the_oracles(temperature, alpha, scale):
+def test_the_fused_loss_equals_the_oracle(temperature, alpha, scale):
     student, teacher = noise((7, 5003), 1, scale), noise((7, 5003), 2, scale)
     labels = np.array([0, 5002, -100, 17, student[4].argmax(), -100, 3])
     value, gradient = losses.distillation_loss(student, teacher, labels, temperature=temperature, alpha=alpha)
@@ -42,7 +42,7 @@ def test_the_fused_loss_is_the_oracles(temperature, alpha, scale):
     st.floats(0.5, 10),
     st.integers(0, 2**32 - 1),
 )
-def test_the_divergences_are_the_oracles(rows, vocabulary, temperature, reverse, scale, seed):
+def test_the_divergences_equal_the_oracle(rows, vocabulary, temperature, reverse, scale, seed):
     student, teacher = noise((rows, vocabulary), seed, scale), noise((rows, vocabulary), seed + 1, scale)
     mask = np.arange(rows) % 3 != 1
     value, gradient = losses.kl_divergence(student, teacher, temperature=temperature, reverse=reverse, mask=mask)
@@ -53,7 +53,7 @@ def test_the_divergences_are_the_oracles(rows, vocabulary, temperature, reverse,
     assert not gradient[~mask].any()
 
 
-def test_cross_entropy_is_the_oracles():
+def test_cross_entropy_equals_the_oracle():
     logits, labels = noise((9, 1001), 3, 5.0), np.arange(9) * 100
     value, gradient = losses.cross_entropy(logits, labels)
     expected_value, expected = oracle(logits, None, labels, 1.0, 0.0, 1.0)
@@ -62,7 +62,7 @@ def test_cross_entropy_is_the_oracles():
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_hidden_state_losses_are_torchs_in_float64(kind):
+def test_hidden_state_losses_equal_torch_in_float64(kind):
     student, teacher, mask = noise((3, 4, 77), 1), noise((3, 4, 77), 2), np.arange(12).reshape(3, 4) % 4 != 2
     value, gradient = losses.hidden_state_loss(student, teacher, kind=kind, mask=mask)
     s = torch.from_numpy(student).double().requires_grad_()
@@ -121,7 +121,7 @@ def test_half_precisions_are_rounded_once(dtype):
         np.testing.assert_array_equal(gradient, leaf.grad.numpy())
 
 
-def test_threads_do_not_show():
+def test_the_result_does_not_depend_on_threads():
     student, teacher, labels = noise((300, 5001), 1), noise((300, 5001), 2), np.arange(300)
     runs = [losses.distillation_loss(student, teacher, labels, threads=threads) for threads in (1, 2, 4, None)]
     states = (noise((70, 33), 3), noise((5001, 33), 4), noise((70, 20), 5), noise((5001, 20), 6), labels[:70])
@@ -133,7 +133,7 @@ def test_threads_do_not_show():
         assert all(a.tobytes() == b.tobytes() for a, b in zip(gradients, heads[0][1], strict=True))
 
 
-def test_no_row_that_counts_gives_zero():
+def test_the_loss_of_no_counted_row_is_zero():
     for rows in (0, 3):
         logits, labels = np.full((rows, 7), np.nan, np.float32), np.full(rows, -100)
         value, gradient = losses.distillation_loss(logits, logits, labels)
@@ -180,7 +180,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "kind", "words"), BAD)
 @pytest.mark.parametrize("package", ["numpy", "torch", "torch.float64"])
-def test_bad_input_is_refused_with_what_was_expected(changes, kind, words, package):
+def test_errors_name_the_argument_and_what_was_expected(changes, kind, words, package):
     arguments = {"student_logits": noise((3, 5), 1), "teacher_logits": noise((3, 5), 2), "labels": LABELS} | changes
     if package != "numpy":
         arguments = {
@@ -256,5 +256,5 @@ except KeyboardInterrupt:
     sent = time.time()
     process.send_signal(signal.SIGINT)
     word, when = process.communicate(timeout=120)[0].split()
-    # Uninterrupted it works for many seconds.
+    # Uninterrupted, the loss takes many seconds.
     assert word == "interrupted" and float(when) - sent < 3

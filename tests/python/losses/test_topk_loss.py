@@ -1,4 +1,4 @@
-"""The loss against a teacher's likeliest tokens, against its definition in float64 and against the whole teacher."""
+"""The loss on a teacher's most probable tokens, against its definition in float64 and the loss on all tokens."""
 
 import numpy as np
 import pytest
@@ -44,10 +44,10 @@ def assert_gradient(found, expected, tolerance=1e-4):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.7, 10.0])
 @pytest.mark.parametrize("k", [1, 8, 64])
 @pytest.mark.parametrize("scale", [0.5, 4.0, 12.0])
-def test_the_loss_is_the_oracles(temperature, k, scale):
+def test_the_loss_equals_the_oracle(temperature, k, scale):
     student, teacher = noise((6, 3001), 1, scale), noise((6, 3001), 2, scale)
     tokens, probabilities = likeliest(teacher, k, temperature)
-    # A label that the teacher names, some that it does not, and the student's own favourite.
+    # A label among the teacher's tokens, some that are not, and the student's most probable token.
     labels = np.array([tokens[0, 0], 17, -100, 3000, student[4].argmax(), 5])
     for alpha in (0.3, 1.0):
         arguments = (student, tokens, probabilities, labels)
@@ -60,7 +60,7 @@ def test_the_loss_is_the_oracles(temperature, k, scale):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("package", ["numpy", "torch.float64"])
-def test_all_tokens_give_the_whole_loss(temperature, package):
+def test_all_tokens_give_the_full_distillation_loss(temperature, package):
     student, teacher, labels = noise((5, 701), 1, 3.0), noise((5, 701), 2, 3.0), np.array([0, 700, -100, 3, 4])
     tokens, probabilities = likeliest(teacher, 701, temperature)
     expected = losses.distillation_loss(student, teacher, labels, temperature=temperature)
@@ -118,7 +118,7 @@ def test_probabilities_kept_in_half_precision_may_sum_to_a_little_more():
     np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-6)
 
 
-def test_threads_do_not_show():
+def test_the_result_does_not_depend_on_threads():
     student, labels = noise((300, 5001), 1), np.arange(300)
     tokens, probabilities = likeliest(noise((300, 5001), 2), 16, 2.0)
     first, *others = (
@@ -129,7 +129,7 @@ def test_threads_do_not_show():
         assert value == first[0] and gradient.tobytes() == first[1].tobytes()
 
 
-def test_no_row_that_counts_gives_zero_whatever_it_holds():
+def test_the_loss_of_no_counted_row_is_zero_whatever_its_values():
     for rows in (0, 3):
         student, labels = np.full((rows, 7), np.nan, np.float32), np.full(rows, -100)
         tokens, probabilities = np.full((rows, 2), 99), np.full((rows, 2), np.nan, np.float32)
@@ -181,7 +181,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "kind", "words"), BAD)
 @pytest.mark.parametrize("package", ["numpy", "torch", "torch.float64"])
-def test_bad_input_is_refused_with_what_was_expected(changes, kind, words, package):
+def test_errors_name_the_argument_and_what_was_expected(changes, kind, words, package):
     arguments = GOOD | changes
     if package != "numpy":
         arguments = {
@@ -227,7 +227,7 @@ def test_float64_passes_gradcheck_and_rust_agrees_with_it():
     assert_gradient(gradient.double().numpy(), expected_gradient.numpy())
 
 
-def test_it_compiles_without_a_break_and_keeps_torchs_rules():
+def test_it_compiles_without_a_graph_break_and_passes_opcheck():
     from tqcompressor.losses import _torch_ops as torch_topk_loss
 
     x, tokens, probabilities, labels = sample(torch.float32)

@@ -1,4 +1,4 @@
-"""The losses as torch functions: gradients, compilation, and heads whose logits are never whole."""
+"""The losses as torch functions: gradients, compilation, and heads whose logits are computed in chunks."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_head_gives_what_its_logits_give(with_teacher, dtype):
+def test_a_head_gives_the_loss_of_its_logits(with_teacher, dtype):
     hidden, head = torch.from_numpy(noise((3, 4, 16), 1)).to(dtype), torch.from_numpy(noise((3001, 16), 2)).to(dtype)
     teacher_hidden, teacher_head = torch.from_numpy(noise((3, 4, 9), 3)), torch.from_numpy(noise((3001, 9), 4))
     teacher = (teacher_hidden.to(dtype), teacher_head.to(dtype)) if with_teacher else (None, None)
@@ -41,7 +41,7 @@ def test_a_head_gives_what_its_logits_give(with_teacher, dtype):
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_a_head_worked_on_in_several_chunks_gives_the_same(with_teacher, monkeypatch):
+def test_a_head_in_several_chunks_gives_the_same(with_teacher, monkeypatch):
     hidden, head = torch.from_numpy(noise((12, 16), 1)), torch.from_numpy(noise((301, 16), 2))
     teacher = (torch.from_numpy(noise((12, 9), 3)), torch.from_numpy(noise((301, 9), 4))) if with_teacher else ()
     labels = torch.arange(12) * 20
@@ -111,7 +111,7 @@ def test_float64_passes_gradcheck_and_rust_agrees_with_it(name):
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_torch_compiles_without_a_break(name):
+def test_torch_compiles_without_a_graph_break(name):
     function = SAMPLES[name]
     x, y, labels = sample(torch.float32)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -122,7 +122,7 @@ def test_torch_compiles_without_a_break(name):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=0)
 
 
-def test_the_operators_keep_torchs_rules():
+def test_the_operators_pass_opcheck():
     from tqcompressor.losses import _torch_ops as torch_losses
 
     x, y, labels = sample(torch.float32)
@@ -134,7 +134,7 @@ def test_the_operators_keep_torchs_rules():
     torch.library.opcheck(torch_losses._head_loss, arguments, test_utils=tests)
 
 
-def test_a_gradient_flows_through_what_made_the_logits():
+def test_the_gradient_flows_beyond_the_logits():
     x, y, labels = sample(torch.float32)
     weight = torch.eye(11, requires_grad=True)
     losses.distillation_loss((x @ weight).reshape(3, 4, 11), y.reshape(3, 4, 11), labels.reshape(3, 4)).backward()
@@ -143,7 +143,7 @@ def test_a_gradient_flows_through_what_made_the_logits():
     torch.testing.assert_close(weight.grad, x.detach().T @ expected)
 
 
-def test_the_teacher_gets_no_gradient_and_no_gradient_is_no_cost():
+def test_the_teacher_gets_no_gradient_and_none_is_computed_without_grad():
     x, y, labels = sample(torch.float32)
     y.requires_grad_()
     losses.distillation_loss(x, y, labels).backward()
