@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..config.choices import DEFAULT_SEED
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError, TextError
@@ -39,7 +40,7 @@ def calibrate(
     seq_len: int | None = None,
     sensitivity: bool = True,
     samples: int | None = None,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Calibration:
@@ -70,6 +71,8 @@ def calibrate(
         seq_len: Tokens of a sequence, with the special tokens that the tokenizer adds. Default: 128, or the model's
             longest input if that is shorter.
         sensitivity: Whether gradients are measured, which more than doubles the time.
+        samples: Random gradients for each sequence. Default: 1 of logits, 8 of embeddings. More of them make the
+            moments of gradients less noisy, at a backward pass each.
         seed: Of the sequences that are drawn, and of labels and random vectors. Equal seeds give equal results on one
             machine.
         max_memory: Bytes that the sums may take, beside the model and the result. What needs more is measured in

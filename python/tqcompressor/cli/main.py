@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
@@ -139,6 +139,7 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
         num_samples=options.num_samples,
         seq_len=options.seq_len,
         sensitivity=options.sensitivity,
+        samples=options.samples,
         seed=options.seed,
     )
 
@@ -181,7 +182,6 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..compression.plan import plan
 
     only_plans = {
-        "--plan": options.plan,
         "--calibration": options.calibration,
         "--matrices": options.matrices,
         "--max-multiplies": options.max_multiplies,
@@ -194,14 +194,14 @@ def _inspect(options: argparse.Namespace) -> None:
             objective=options.objective,
             matrices=options.matrices,
             max_multiplies=options.max_multiplies,
-            effort=options.effort or "fast",
-            seed=options.seed or 0,
+            effort=options.effort,
+            seed=options.seed,
             threads=options.threads,
         )
         print(found.to_json() if options.json else found)
         return
     for name, value in only_plans.items():
-        if value is not None and value is not False:
+        if value is not None:
             raise ConfigError(f"{name} needs --budget")
     report = inspect(options.source, _config(options))
     print(report.to_json() if options.json else report)
@@ -232,9 +232,10 @@ def _is_native(options: argparse.Namespace) -> bool:
         ("--device", options.device, "cpu"),
         ("--dtype", options.dtype, "float32"),
         ("--batch-size", getattr(options, "batch_size", None), None),
+        ("--samples", getattr(options, "samples", None), None),
     ):
         if value is not None and value != only:
-            allowed = "chosen by itself" if only is None else f"{only} only"
+            allowed = "not an option" if only is None else f"expected {only}"
             raise ConfigError(f"{option} {value}: {allowed} with the native engine{why}")
     return True
 
@@ -258,8 +259,7 @@ def _score_in_torch(name: str, text: str, passages: list[str] | None, options: a
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    device: Any = options.device or "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
     return score(
         model,
         tokenizer,

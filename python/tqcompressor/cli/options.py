@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .._core import __version__
-from ..config.choices import DTYPES, EFFORTS, ENGINES, OBJECTIVES
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, DTYPES, EFFORTS, ENGINES, OBJECTIVES
 from ..config.recipes import RECIPES
 from ..distillation.config import PRECISIONS, DistillConfig, TrainingConfig
 from ..distillation.stages import STAGED_RECIPES
@@ -30,7 +30,10 @@ def parser() -> argparse.ArgumentParser:
     _add_config(compress)
     _add_calibration(compress)
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
-    _add_search(compress)
+    searched = "(default: the config's; with --budget"
+    compress.add_argument("--effort", choices=EFFORTS, help=f"effort of the search {searched} {DEFAULT_EFFORT})")
+    compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")
+    compress.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
     compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
     compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
@@ -40,13 +43,15 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         parents=[common],
-        help="show what a recipe or a budget would do to a checkpoint, or what was done to a compressed one",
+        help="list a checkpoint's matrices, show what a recipe or a budget would do to them, or what was done to them",
     )
     inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
     _add_config(inspect)
-    inspect.add_argument("--plan", action="store_true", help="how --budget is spent; reads the weights")
     _add_calibration(inspect)
-    _add_search(inspect)
+    group = inspect.add_argument_group("how --budget is spent, which reads the weights")
+    group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the search (default: %(default)s)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
     _add_calibrate(commands, common)
 
@@ -127,7 +132,13 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
         default=True,
         help="measure gradients too, which --objective sensitivity needs: twice the time; --engine native cannot",
     )
-    calibrate.add_argument("--seed", type=int, default=0, help="of sequences and gradients (default: 0)")
+    calibrate.add_argument(
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help="gradients drawn a text (default: 1 of logits, 8 of embeddings)",
+    )
+    calibrate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of sequences and gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     _add_engine(calibrate)
@@ -147,7 +158,7 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     group = evaluate.add_argument_group("engine torch")
     group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
     group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
-    group.add_argument("--device", help="torch device (default: cpu)")
+    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +192,7 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--top-p", type=float, metavar="P", default=1.0, help="draw from the most probable that have P together"
     )
-    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    generate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the draws (default: 0)")
     generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
 
@@ -214,13 +225,6 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="with --budget: multiplications for one token that these matrices may take, as a share of the dense ones'",
     )
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    default = "default: the config's, or balanced; fast for a budget"
-    parser.add_argument("--effort", choices=EFFORTS, help=f"how hard is searched ({default})")
-    parser.add_argument("--seed", type=int, help="seed of the search (default: the config's, or 0)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
 
 def _positive(text: str) -> int:

@@ -157,14 +157,14 @@ def check_options(
     config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_multiplies: float | None
 ) -> None:
     """Raises `ConfigError` for options of a compression that exclude each other, or where neither says what to do."""
-    if (config is None) == (budget is None):
-        raise ConfigError(
-            f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
-        )
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
     if max_multiplies is not None and budget is None:
         raise ConfigError("max_multiplies: expected with a budget only: a config says what its matrices take")
+    if (config is None) == (budget is None):
+        raise ConfigError(
+            f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
+        )
 
 
 def cap_of(max_multiplies: float | None) -> float | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model_or_dir: PreTrainedModel | StrPath,
+    source: PreTrainedModel | StrPath,
     budget: Budget,
     *,
     calibration: Calibration | StrPath | None = None,
@@ -41,7 +41,7 @@ def plan(
     minds an error.
 
     Args:
-        model_or_dir: A live model of transformers, or a checkpoint: a directory, or its name on the hub.
+        source: A live model of transformers, or a checkpoint: a directory, or its name on the hub.
         budget: What is kept: a share of the model's parameters, 0.65 or "65%", counted over all saved tensors; their
             number as an integer; a size of the weights such as "300MB"; or "lost_energy=0.1", as few parameters as lose
             that share of the energy of the matrices.
@@ -77,8 +77,8 @@ def plan(
         0.649...
     """
     spending = Spending(budget, load_calibration(calibration), objective, matrices, max_multiplies, effort, seed)
-    if isinstance(model_or_dir, str | os.PathLike):
-        return plan_checkpoint(model_or_dir, spending, threads=threads, progress=progress)
+    if isinstance(source, str | os.PathLike):
+        return plan_checkpoint(source, spending, threads=threads, progress=progress)
     from .model_plan import plan_budget
 
-    return plan_budget(model_or_dir, spending, threads=threads, progress=progress)
+    return plan_budget(source, spending, threads=threads, progress=progress)
