@@ -114,9 +114,12 @@ def __getattr__(name: str) -> Any:
             return import_module(f".{name}", __name__)
         value = getattr(import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"tqcompressor.{name} needs {error.name}: pip install 'tqcompressor[hf]'"
-        ) from error
+        missing = (error.name or "").partition(".")[0]
+        if missing == __name__:
+            raise
+        # peft is in no extra.
+        wanted = missing if missing == "peft" else '"tqcompressor[hf]"'
+        raise MissingDependencyError(f"tqcompressor.{name} needs {missing}: pip install {wanted}") from error
     globals()[name] = value
     return value
 
