@@ -13,12 +13,15 @@ from typing import Any, TypeAlias
 from ..errors import ConfigError, ShapeError
 from .choices import PERMUTES, Permute, one_of
 
+# Counts and seeds are unsigned 64-bit integers in Rust.
+LARGEST_INTEGER = 2**64 - 1
+
 
 def integer(name: str, value: Any, smallest: int, largest: int | None = None) -> int:
     """`value` as an int; raises `ConfigError` unless it is an integer within the given limits."""
     wanted = f"{name} must be an integer from {smallest}" + (" up" if largest is None else f" to {largest}")
     try:
-        # True would pass as 1, and 4.0 as nothing at all: neither is meant as a count.
+        # Reject bools and floats.
         number = operator.index(value) if not isinstance(value, bool) else None
     except TypeError:
         number = None
@@ -60,9 +63,9 @@ class KroneckerSpec:
             rows, columns = self.block
         except (TypeError, ValueError):
             raise ConfigError(f"block must be two positive integers (m2, n2), got {self.block!r}") from None
-        block = (integer("block", rows, 1), integer("block", columns, 1))
+        block = (integer("block", rows, 1, LARGEST_INTEGER), integer("block", columns, 1, LARGEST_INTEGER))
         object.__setattr__(self, "block", block)
-        object.__setattr__(self, "rank", integer("rank", self.rank, 1))
+        object.__setattr__(self, "rank", integer("rank", self.rank, 1, LARGEST_INTEGER))
         one_of("permute", self.permute, PERMUTES)
 
     @property
@@ -130,7 +133,7 @@ class LowRankSpec:
     rank: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", integer("rank", self.rank, 1))
+        object.__setattr__(self, "rank", integer("rank", self.rank, 1, LARGEST_INTEGER))
 
     def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The shapes of `left` and `right` for a `(rows, columns)` matrix.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError
 from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
-from .specs import KroneckerSpec, MatrixSpec, check_keys, integer, spec_from_dict
+from .specs import LARGEST_INTEGER, KroneckerSpec, MatrixSpec, check_keys, integer, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
 # The newest format that is read. What the older one can say is written in it, so that older versions read it too.
@@ -23,8 +23,6 @@ FORMAT_VERSION = 2
 _KRONECKER_ONLY = 1
 # What is GPT-2's alone: the queries, keys and values of a module of this name are matrices of their own.
 FUSED = "c_attn"
-# The search draws its random numbers from an unsigned 64-bit seed.
-_LARGEST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class TQConfig:
             raise ConfigError("specs is empty: name at least one matrix to compress")
         checked = {}
         for pattern, spec in self.specs.items():
-            if not isinstance(pattern, str) or not pattern:
+            if not isinstance(pattern, str) or not pattern or not _is_utf8(pattern):
                 raise ConfigError(f"a pattern of specs must be a non-empty string, got {pattern!r}")
             try:
                 checked[pattern] = spec if isinstance(spec, MatrixSpec) else spec_from_dict(spec)
@@ -68,7 +66,7 @@ class TQConfig:
                 raise ConfigError(f"specs[{pattern!r}]: {error}") from None
         object.__setattr__(self, "specs", checked)
         one_of("effort", self.effort, EFFORTS)
-        object.__setattr__(self, "seed", integer("seed", self.seed, 0, _LARGEST_SEED))
+        object.__setattr__(self, "seed", integer("seed", self.seed, 0, LARGEST_INTEGER))
 
     def replace(self, **changes: Any) -> TQConfig:
         """A copy with the given `specs`, `effort` or `seed`; arguments that are None change nothing."""
@@ -126,7 +124,7 @@ class TQConfig:
         """The inverse of `to_json`, from the text; raises `ConfigError` when it is not JSON."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not JSON: {error}") from None
         return cls.from_dict(data)
 
@@ -137,6 +135,15 @@ class TQConfig:
     def update(self, **changes: Any) -> dict[str, Any]:
         """Takes none of the arguments that transformers passes on from `from_pretrained`, and returns them all."""
         return changes
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a string has no lone surrogates, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_part(matrix: str) -> tuple[str, str | None]:
