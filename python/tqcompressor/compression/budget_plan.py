@@ -1,4 +1,4 @@
-"""The plan that comes of a budget: what becomes of every matrix, and what that takes."""
+"""The plan of a budget: the spec, parameters and lost energy of every matrix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Choose: TypeAlias = Callable[
 
 @dataclass(frozen=True, eq=False)
 class PlannedMatrix:
-    """What one matrix is to become."""
+    """The plan of one matrix."""
 
     name: str
     shape: tuple[int, int]
@@ -50,22 +50,22 @@ class PlannedMatrix:
 
 @dataclass(frozen=True, eq=False)
 class BudgetPlan:
-    """How a budget is spent: what `plan` returns, and `compress` follows.
+    """The result of `plan`: how a budget is spent.
 
-    `str()` is a table that says what the budget means and where it went.
+    `str()` is a table of the matrices, with the meaning of the budget.
     """
 
     budget: Budget
     config: TQConfig
-    """The config that does it: `compress(model, plan.config)`."""
+    """The config of the plan: `compress(model, plan.config)`."""
     matrices: tuple[PlannedMatrix, ...]
     parameters_before: int
     """Of the whole model; a tied head does not count again."""
     parameters_after: int
-    """Of the whole model when done."""
+    """Of the whole model after compression."""
     objective: Objective
     calibrated: bool
-    """Whether the norm is that of a calibration."""
+    """Whether lost energies are in the norm of a calibration."""
     max_multiplies: float | None = None
     """The cap on `multiplies`, as a share of `multiplies_before`."""
 
@@ -80,7 +80,7 @@ class BudgetPlan:
         return sum(matrix.multiplies for matrix in self.matrices)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON types, with what the budget means, and without the energies."""
+        """The plan as plain JSON types, with the meaning of the budget and without the energies."""
         matrices = [
             {
                 "name": matrix.name,
@@ -172,9 +172,9 @@ def plan_with(
 
 
 def _fused_together(matrices: list[PlannedMatrix]) -> list[PlannedMatrix]:
-    """Parts of a fused weight are compressed all or none: a dense part beside others gets all but one of its ranks.
+    """Parts of a fused weight are compressed all or none: a dense part beside others gets its full rank less one.
 
-    That has one parameter and one multiply less or so, and loses next to nothing.
+    That loses next to nothing and has about as many parameters.
     """
     compressed = {split_part(matrix.name)[0] for matrix in matrices if matrix.spec is not None}
     together = []

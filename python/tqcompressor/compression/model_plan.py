@@ -1,4 +1,4 @@
-"""What a config, or a budget, comes to on a live model, before anything is done to it."""
+"""The plan of a config or a budget for a live model, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .budget_plan import BudgetPlan, Choice, plan_with
 
 
 def plan_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
-    """What `config` would do to a live model, without touching it; raises as `compress` does."""
+    """The plan of `config` for a live model; raises as `compress` does."""
     require_transformers_model(model)
     if next(compressed_modules(model), None) is not None:
         raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
@@ -44,7 +44,7 @@ def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
     """`config` resolved against the matrices of a model, compressed or not: the entries are in the model's order."""
     prefix = f"{model.base_model_prefix}."
     tensors = weight_tensors(model)
-    # Patterns may have the base model's prefix, which names of matrices have not; the first of two equal ones decides.
+    # Patterns may have the base model's prefix; names of matrices do not. The first of two equal patterns decides.
     specs: dict[str, MatrixSpec] = {}
     for pattern, spec in config.specs.items():
         specs.setdefault(pattern.removeprefix(prefix), spec)
@@ -57,7 +57,7 @@ def resolved_plan(model: PreTrainedModel, config: TQConfig) -> dict[str, Any]:
     order = {name: number for number, (name, _, _) in enumerate(tensors)}
     for entry in plan["matrices"]:
         part = entry["name"][len(entry["module"]) :]
-        # A name that begins like GPT-2's base model keeps its beginning.
+        # Restore a name that begins like the prefix of GPT-2's base model.
         entry["module"] = entry["tensor"].removesuffix(".weight")
         entry["name"] = entry["module"] + part
     plan["matrices"].sort(key=lambda entry: order[entry["tensor"]])
@@ -89,7 +89,7 @@ def plan_budget(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
-    """How a budget is best spent on a live model, without touching it: `plan` for models."""
+    """`plan` for a live model."""
 
     def choose(
         entries: Sequence[Mapping[str, Any]],
@@ -118,7 +118,7 @@ def plan_budget(
 
 
 def _usages(model: PreTrainedModel, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is done with each matrix for every token, as the boundary calls it."""
+    """The usage of each matrix for a token, by its name at the boundary."""
     tied = {
         bare_name(model, source)
         for head, source in ties(model).items()

@@ -88,7 +88,7 @@ def test_compressing_while_loading(checkpoints, tmp_path):
     # A config beside one that the checkpoint has already is ignored, with a warning.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed", quantization_config=TQConfig())
+        model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed", quantization_config=CONFIG)
     assert any("already has a `quantization_config`" in str(warning.message) for warning in caught)
     assert agree(first_output(model, some_ids()), torch.load(checkpoints / "compressed.pt"))
     unknown = TQConfig({"nothing": {"block": [1, 4], "rank": 1}})
