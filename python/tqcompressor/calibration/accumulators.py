@@ -1,4 +1,4 @@
-"""Which modules of a model have moments, what they are named, and the sums that become them."""
+"""The modules of a model that have moments, their names, and the sums of their moments."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Unit:
     """Of a head, the embedding whose weight it shares."""
 
     def is_diagonal(self, outputs: int) -> bool:
-        """Whether of a moment of so many outputs only the diagonal is kept."""
+        """Whether only the diagonal of a moment of so many outputs is kept."""
         return self.tied_to is not None or outputs > WIDEST_OUTPUT
 
     def bytes(self, sensitivity: bool) -> int:
-        """What its sums take."""
+        """The memory of its sums."""
         elements = self.inputs if self.embedding else self.inputs**2
         if sensitivity:
             elements += sum(count if self.is_diagonal(count) else count**2 for _, count in self.outputs)
@@ -57,7 +57,7 @@ class Unit:
 def units(model: nn.Module) -> list[Unit]:
     """Every linear layer and embedding of a model, dense or compressed, in model order.
 
-    Of modules within one another the outermost counts: a fused one stands for its parts.
+    Of nested modules only the outermost is listed, so a fused module and not its parts.
     """
     prefix = base_prefix(model) if isinstance(model, PreTrainedModel) else ""
     head, embedding = _tied(model)
@@ -109,7 +109,7 @@ def _tied(model: nn.Module) -> tuple[Any, Any]:
 
 
 class _Sum:
-    """A float64 sum of float32 arrays, each of which stands for some rows."""
+    """A float64 sum of float32 arrays, each the sum over some rows."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._total = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -140,13 +140,13 @@ class Sums:
         self._calls = self._gradients = 0
 
     def add_inputs(self, products: Iterable[tuple[torch.Tensor, int]]) -> None:
-        """Adds what `outer_products` or `token_counts` returned for some rows of the input."""
+        """Adds the result of `outer_products` or `token_counts` for some rows of the input."""
         for product, rows in products:
             self._input.add(product, rows)
         self._calls += 1
 
     def add_gradient(self, gradient: torch.Tensor, weights: torch.Tensor) -> None:
-        """Adds rows of the gradient at the output; `weights` says for how many tokens each row stands."""
+        """Adds rows of the gradient at the output; `weights` has the number of tokens of each row."""
         rows = _counted(gradient, weights)
         first = 0
         for (_, count), total in zip(self.unit.outputs, self._outputs, strict=True):
@@ -160,10 +160,10 @@ class Sums:
         self._gradients += int(weights.sum())
 
     def moments(self, tokens: int, scale: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows seen.
+        """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows with one.
 
-        So the product of both is right for a layer that sees only some tokens, such as a pooler. `scale` is that of
-        the gradients. Nothing is there for what was never called.
+        The product of both is then right for a layer that is called for some tokens only, such as a pooler. `scale` is
+        that of the gradients. A unit that was never called has no moments.
 
         Raises `NonFiniteError`, naming the moment.
         """
@@ -175,7 +175,7 @@ class Sums:
 
 
 def outer_products(x: torch.Tensor, weights: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-    """`Σ xᵀx` over the rows of `x` whose weight is not zero, in float32 of so many rows at a time."""
+    """`Σ xᵀx` over the rows of `x` with a nonzero weight, in float32, as `(product, number of rows)` of parts."""
     return list(_outer_products(_counted(x, weights)))
 
 
@@ -192,14 +192,14 @@ def _outer_products(rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
 
 
 def _counted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The rows of `x` in float32 that stand for a token at least."""
+    """The rows of `x` with a nonzero weight, in float32."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     return rows if bool(weights.all()) else rows[weights > 0]
 
 
 def _mean(name: str, total: torch.Tensor, count: float) -> NDArray[np.float32]:
     mean = (total / count).float()
-    # What is not finite in a row of its sum is so on the diagonal.
+    # A row with NaN or an infinity has one on the diagonal, too.
     if not bool((mean if mean.ndim == 1 else mean.diagonal()).isfinite().all()):
         raise NonFiniteError(f"{name}: the model computes NaN or an infinity, or one in float32")
     # Products of rounded sums need not be exactly symmetric on every device.

@@ -1,4 +1,4 @@
-"""What a model reads while its moments are measured: sequences of tokens drawn from a text, or the caller's batches."""
+"""The batches of a calibration: sequences of tokens drawn from a text, or the caller's own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, documents, drawn_indic
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
-# Of one batch: what the backward pass keeps of a GPT-2 small is then about half a gigabyte, and the logits of a wide
-# vocabulary at most 128 MB.
+# Limits of one batch: the activations of a GPT-2 small then take about half a gigabyte, and logits at most 128 MB.
 _TOKENS_PER_BATCH = 1 << 10
 _LOGITS_PER_BATCH = 1 << 25
 
@@ -52,7 +51,7 @@ def batches_of(
 
 
 def mask_of(batch: Batch) -> torch.Tensor:
-    """Of a batch `(rows, positions)`: 1 where a token is, 0 where padding is."""
+    """The mask of a batch `(rows, positions)`: 1 for tokens, 0 for padding."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]) if mask is None else (mask != 0).long()
 
@@ -85,7 +84,7 @@ def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind a single text, such as [CLS] and [SEP]."""
+    """The tokens that the tokenizer adds before and after a single text, such as [CLS] and [SEP]."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for begin in range(len(full) - len(bare) + 1):
@@ -97,7 +96,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 def _batched(model: nn.Module, rows: torch.Tensor) -> list[Batch]:
     vocabulary = _vocabulary(model)
     if vocabulary is not None and int(rows.max()) >= vocabulary:
-        raise ConfigError(f"the model knows {vocabulary:,} tokens, the text has token {int(rows.max())}")
+        raise ConfigError(f"text: expected tokens below {vocabulary:,}, the model's vocab_size, got {int(rows.max())}")
     length = rows.shape[1]
     size = min(_TOKENS_PER_BATCH // length, _LOGITS_PER_BATCH // (length * (vocabulary or 1)))
     return [{"input_ids": part} for part in torch.split(rows, max(1, size))]
@@ -107,7 +106,7 @@ def _checked(number: int, batch: Any) -> Batch:
     tensors = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
     if not isinstance(tensors, Mapping) or not isinstance(tensors.get("input_ids"), torch.Tensor):
         raise ConfigError(f'batch {number}: expected a tensor "input_ids", got {type(batch).__name__}')
-    # With labels, models compute a loss that nobody reads.
+    # With labels, models would compute an unused loss.
     found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name != "labels"}
     found = {name: value[None] if value.ndim == 1 else value for name, value in found.items()}
     shape = tuple(found["input_ids"].shape)

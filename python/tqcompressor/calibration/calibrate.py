@@ -1,4 +1,4 @@
-"""Measuring second moments: a live model reads text, and hooks see what goes into its layers and what comes back."""
+"""Measure second moments of a live model on a text: of the inputs of its layers, and of gradients at their outputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def calibrate(
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Calibration:
-    """Measures the second moments of a model's activations, and of its gradients, on a text: what compressing needs.
+    """Measures the second moments of a model's activations, and of its gradients, on a text.
 
     For every linear layer `y = x W + b` (`nn.Linear`, `Conv1D` and the compressed ones): `E[xᵀx]` over all tokens but
     padding, and with `sensitivity` also `E[gᵀg]`, where `g` is the gradient at `y` of
@@ -62,9 +62,9 @@ def calibrate(
 
     Args:
         model: A model of transformers on any device, compressed or not. It is in evaluation mode for the duration of
-            the call, and comes back as it was, whatever is raised.
-        tokenizer_or_batches: Its tokenizer; or `token_blocks`' blocks; or batches, each a tensor of token ids or a
-            mapping with `input_ids` and what else the model takes. `attention_mask` says what is padding.
+            the call, and unchanged afterwards, whatever is raised.
+        tokenizer_or_batches: Its tokenizer; or `TokenBlocks`; or batches, each a tensor of token ids or a mapping with
+            `input_ids` and other inputs of the model. `attention_mask` is 0 at padding.
         text: With a tokenizer: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
             either, and a `datasets.Dataset` has a column `"text"`.
         num_samples: Sequences drawn from the text; ignored with batches, which are all read.
@@ -82,8 +82,8 @@ def calibrate(
 
     Raises:
         TextError: The text has fewer than `num_samples` sequences, or there is no token that is not padding.
-        ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, returns neither
-            `.logits` nor `.last_hidden_state`, or one layer alone needs more than `max_memory`.
+        ConfigError: An argument is out of its range, a token is beyond the model's vocabulary, the model returns
+            neither `.logits` nor `.last_hidden_state`, or one layer alone needs more than `max_memory`.
         NonFiniteError: The model computes NaN or an infinity; the message names the first moment that has it.
 
     Cost: a forward pass, with `sensitivity` a backward pass without the weights' gradients, and `m²` and `n²`
@@ -144,7 +144,7 @@ def measure(
 ) -> Moments:
     """The moments of the units `wanted`, by their names in a `Calibration`; a tied head's are in its embedding's.
 
-    `stop_behind` is the module whose end ends a forward pass, where no gradients are asked for. Raises as `calibrate`.
+    A forward pass without gradients ends after the module `stop_behind`. Raises as `calibrate`.
     """
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
@@ -155,7 +155,7 @@ def measure(
     done, total = 0, len(groups) * len(batches)
     with _frozen(model, sensitivity):
         for group in groups:
-            # Anew for every group, so that the number of passes makes no difference.
+            # A new generator for each group: results do not depend on the number of passes.
             generator = torch.Generator().manual_seed(seed)
             with ReadingPass(model, group, sensitivity, samples, stop_behind) as reading:
                 for batch in batches:
@@ -173,7 +173,7 @@ def measure(
 
 @contextmanager
 def _frozen(model: nn.Module, sensitivity: bool) -> Iterator[None]:
-    """Evaluation mode without gradients of parameters; then everything as it was."""
+    """Evaluation mode without gradients of parameters, restored at the end."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(sensitivity):
         try:

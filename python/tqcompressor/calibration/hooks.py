@@ -1,4 +1,4 @@
-"""One reading of a text by a live model, with hooks that sum what goes into its layers and what comes back."""
+"""One pass of a live model over a text, with hooks that sum the moments of its layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _EMBEDDING_SAMPLES = 8
 
 
 class _Stop(Exception):
-    """Ends a forward pass whose rest is of no interest."""
+    """Ends a forward pass early."""
 
 
 class ReadingPass:
-    """Hooks on some units of a model, and what they have seen.
+    """Hooks on some units of a model, and the sums of their moments.
 
-    `samples` random gradients are drawn for each text; None stands for 1 of logits and 8 of embeddings.
+    `samples` random gradients are drawn for each text; None means 1 of logits and 8 of embeddings.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ReadingPass:
         self._device = next(model.parameters()).device
         self._takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self.sums: dict[str, Sums] = {}
-        # Layers that share an input are called one after the other: it is multiplied once.
+        # The product of the last input: layers that share an input are called one after the other.
         self._last: tuple[torch.Tensor, int, list[tuple[torch.Tensor, int]]] | None = None
         self._mask = torch.empty(0)
 
@@ -54,7 +54,7 @@ class ReadingPass:
             for unit in self._group:
                 weight = getattr(unit.module, "weight", None)
                 if unit.embedding and isinstance(unit.module, nn.Embedding) and weight is not None:
-                    # Its ids may be computed within its subclass, as OPT's positions are.
+                    # A subclass may compute the ids itself, as OPT does for positions.
                     lookups.setdefault(id(weight), unit)
                     continue
                 handle = unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
@@ -110,10 +110,10 @@ class ReadingPass:
             target.backward(gradient.to(target.dtype), retain_graph=more)  # type: ignore[no-untyped-call]
 
     def _gradient(self, target: torch.Tensor, logits: bool, generator: torch.Generator) -> torch.Tensor:
-        """A random gradient of what the model says, which must be finite; a single logit is a regression's."""
+        """A random gradient of the output, which must be finite; a single logit is that of a regression."""
         if logits and target.shape[-1] > 1:
             gradient = _sampled_gradient(target.detach(), generator)
-            # A softmax spreads what is not finite over its row; a logit itself may be minus infinity.
+            # A softmax spreads NaN over its row; a logit itself may be minus infinity.
             checked = gradient[..., 0]
         else:
             # Of unit variance.
@@ -150,11 +150,11 @@ class ReadingPass:
         return self.sums[unit.name]
 
     def _watched(self, unit: Unit, output: torch.Tensor) -> torch.Tensor:
-        """The output of a unit, whose gradient will be seen."""
+        """The output of a unit, with a hook on its gradient."""
         if not self._sensitivity:
             return output
         if not output.requires_grad:
-            # The graph begins here; not with the leaf itself, which the model must not change in place.
+            # The graph begins here, at a clone: the model may change its output in place.
             output = output.requires_grad_().clone()
         weights = self._weights(tuple(output.shape[:-1]))
 
@@ -166,12 +166,12 @@ class ReadingPass:
         return output
 
     def _weights(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """For how many tokens each row of an array `(*shape, features)` stands, as one dimension."""
+        """The number of tokens of each row of an array `(*shape, features)`, as one dimension."""
         rows, positions = self._mask.shape
         if shape in ((rows, positions), (rows * positions,)):
             return self._mask.reshape(-1)
         if shape == (1, positions):
-            # Positions, which all rows of the batch share.
+            # Positions, shared by all rows of the batch.
             return self._mask.sum(0)
         return self._mask.new_ones(int(np.prod(shape)))
 
@@ -180,7 +180,7 @@ class ReadingPass:
 
 
 class _Lookups(TorchFunctionMode):
-    """Sees every lookup in the weights it is given, by whatever code it is made."""
+    """Intercepts every lookup in the watched weights."""
 
     def __init__(
         self, watched: dict[int, Unit], looked_up: Callable[[Unit, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""Measuring layer by layer: each sees the activations of the layers before it as they are by then, compressed."""
+"""Measure layer by layer: the inputs of each layer come from the compressed layers before it. Experimental."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Matrices that are measured, and compressed, together: those of one transformer block, or before, or behind."""
+    """Matrices that are measured and compressed together: those of one transformer block, before the first or after
+    the last."""
 
     matrices: tuple[str, ...]
     """Named as in configs, in model order; a tied head is its embedding."""
     block: str | None = None
-    """The full name of the block behind which a forward pass may end, if it runs once in every pass."""
+    """The full name of the block after which a forward pass may end, if the block runs once in every pass."""
 
 
 def calibrate_layers(
@@ -49,22 +50,22 @@ def calibrate_layers(
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Iterator[tuple[LayerGroup, Calibration]]:
-    """Yields the groups of a model's layers in order, each with its moments in the model as it is at that moment.
+    """Yields the groups of a model's layers in order, each with its moments in the current model.
 
-    The caller compresses a group, in place, before it asks for the next, whose inputs then carry the errors made so
-    far; what is fitted to them makes up for these errors. The model is nobody's between two groups: no hook stays.
+    The caller compresses a group in place before it requests the next one. The inputs of the next group then have the
+    errors of the groups before it, and its fit compensates for them. No hooks remain on the model between yields.
 
-    With `original`, what `calibrate` measured of the dense model, only the inputs of linear layers are measured anew,
-    and the moments of gradients and of embeddings are those of `original`. Without it, everything is measured anew for
-    every group; with `sensitivity` that is a whole forward and backward pass each. Without gradients a pass ends
-    behind the group's block, so that all groups together cost about half a forward pass for each of them.
+    With `original`, the calibration of the dense model, only the inputs of linear layers are measured again; the
+    moments of gradients and of embeddings are those of `original`. Without it, everything is measured again for every
+    group, with `sensitivity` in a whole forward and backward pass each. A pass without gradients ends after the group's
+    block, so the groups cost about half a forward pass each.
 
     Args:
         model: A model of transformers.
         tokenizer_or_batches, text, num_samples, seq_len, seed, max_memory: As for `calibrate`; every group reads the
             same text.
         original: The moments of the model before any compression.
-        matrices: The names of those that will be compressed: only they are measured. None stands for all.
+        matrices: The names of the matrices to measure. Default: all.
         sensitivity: Whether gradients are measured; ignored with `original`.
         progress: As for `calibrate`, in batches, of every group as many.
 
@@ -106,7 +107,7 @@ def _measured(
 ) -> Iterator[tuple[LayerGroup, Calibration]]:
     with reporter(progress, "calibrate layers") as report:
         for index, group in enumerate(groups):
-            # Found anew: the caller has replaced modules.
+            # Looked up again, as the caller has replaced modules.
             wanted = [unit for unit in units(model) if _is_part(unit, group)]
             moments = {} if original is None else _kept(original, wanted)
             if original is not None:
@@ -134,7 +135,7 @@ def _is_part(unit: Unit, group: LayerGroup) -> bool:
 
 
 def _kept(original: Calibration, wanted: Sequence[Unit]) -> Moments:
-    """The moments of some units, as they were in the dense model."""
+    """The moments of some units in the dense model."""
     names = {f"input.{unit.name}" for unit in wanted}
     names |= {f"output.{matrix}" for unit in wanted for matrix, _ in unit.outputs}
     return {name: moment for name, moment in original.moments.items() if name in names}
@@ -143,15 +144,15 @@ def _kept(original: Calibration, wanted: Sequence[Unit]) -> Moments:
 def _share(report: Report | None, index: int, groups: int, batches: int) -> Report | None:
     if report is None:
         return None
-    # However many passes a group needs, it counts as one.
+    # A group counts as one pass, whatever the number of its passes.
     return lambda done, total: report(index * batches + done * batches // total, groups * batches)
 
 
 def layer_groups(model: nn.Module, batch: Batch) -> list[LayerGroup]:
     """The groups of a model's matrices, in the order in which the model computes them.
 
-    The entries of the longest `nn.ModuleList` that is within no other are the blocks; what runs before the first block
-    is a group, and everything else is one behind the last. `batch` is something that the model can read.
+    The blocks are the entries of the longest outermost `nn.ModuleList`. Modules that run before the first block are one
+    group, and all others are one after the last block. `batch` is a valid input of the model.
 
     Raises `ConfigError` for a model without any matrix.
     """
@@ -191,7 +192,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _calls(model: nn.Module, batch: Batch, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Which of `modules` the model calls on a single row, in order, each as often as it is called."""
+    """The calls of `modules` on a single row, in order."""
     calls: list[nn.Module] = []
 
     def keep(module: nn.Module, _args: object) -> None:

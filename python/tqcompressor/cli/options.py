@@ -1,4 +1,4 @@
-"""What the command line understands: the parser of `tqcompressor`, each command with its options."""
+"""The parser of the command line: each command with its options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser; `command` of what it returns is the name of the command."""
     program = argparse.ArgumentParser(
         prog="tqcompressor",
-        description="Compress models of transformers: by one budget, spent where it saves most, or by a recipe.",
+        description="Compress models of transformers, by one budget for the whole model or by a recipe.",
     )
     program.add_argument("--version", action="version", version=f"tqcompressor {__version__}")
     commands = program.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         parents=[common],
-        help="list a checkpoint's matrices, show what a recipe or a budget would do to them, or what was done to them",
+        help="list the matrices of a checkpoint, show the plan of a recipe or a budget, or the report of a compression",
     )
     inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
     _add_config(inspect)
@@ -111,7 +111,7 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         parents=[common],
-        help="measure on a text what --calibration takes",
+        help="measure second moments on a text, for --calibration",
         description="Measure the second moments of a model's activations, and of its gradients, on a text.",
     )
     calibrate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
@@ -145,9 +145,7 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
-    evaluate = commands.add_parser(
-        "evaluate", parents=[common], help="measure perplexity, beside the teacher's if given"
-    )
+    evaluate = commands.add_parser("evaluate", parents=[common], help="measure perplexity, of a teacher too if given")
     evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
     evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
@@ -166,7 +164,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="native computes GPT-2 without torch, on the CPU and in float32 (default: torch if it is installed)",
+        help="native runs GPT-2 on the CPU in float32, without torch (default: torch if it is installed)",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
@@ -176,21 +174,29 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
         "generate",
         parents=[common],
         help="continue a text; needs no torch",
-        description="Continue a text with a GPT-2, dense or compressed, as its tokens come. Needs no torch.",
+        description="Continue a text with a GPT-2, dense or compressed, printed as it is generated. Needs no torch.",
     )
     generate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
-    generate.add_argument("--prompt", metavar="TEXT", required=True, help="what is continued")
-    generate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or what has room)")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or fewer if the context is full)"
+    )
     generate.add_argument(
         "--temperature",
         type=float,
         metavar="X",
         default=0.0,
-        help="what logits are divided by before a token is drawn (default: 0, the most probable one is taken)",
+        help="divisor of the logits before a token is drawn (default: 0, which takes the most probable token)",
     )
-    generate.add_argument("--top-k", type=_positive, metavar="K", default=0, help="draw from the K most probable only")
     generate.add_argument(
-        "--top-p", type=float, metavar="P", default=1.0, help="draw from the most probable that have P together"
+        "--top-k", type=_positive, metavar="K", default=0, help="draw from the K most probable tokens (default: all)"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=1.0,
+        help="draw from the most probable tokens with a total probability of P (default: 1)",
     )
     generate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the draws (default: 0)")
     generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
@@ -203,27 +209,27 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--budget",
         metavar="B",
-        help='what is kept, spent where it saves most: a share of all parameters (0.65 or "65%%"), their number, '
+        help='the size to keep: a share of all parameters (0.65 or "65%%"), their number, '
         'the size of the weights ("300MB"), or "lost_energy=0.1"',
     )
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", metavar="FILE", help="what `tqcompressor calibrate` wrote")
+    parser.add_argument("--calibration", metavar="FILE", help="a file of `tqcompressor calibrate`")
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
         default="auto",
-        help="the norm of errors (default: all that --calibration has)",
+        help="the norm of errors (default: by all moments of --calibration)",
     )
     parser.add_argument(
-        "--matrices", metavar="PATTERN", nargs="+", help="matrices that --budget is spent on (default: all worth it)"
+        "--matrices", metavar="PATTERN", nargs="+", help="patterns of the matrices that --budget is spent on"
     )
     parser.add_argument(
         "--max-multiplies",
         type=float,
         metavar="X",
-        help="with --budget: multiplications for one token that these matrices may take, as a share of the dense ones'",
+        help="with --budget: a cap on the MACs of these matrices for one token, as a share of their MACs while dense",
     )
 
 
