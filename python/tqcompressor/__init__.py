@@ -1,10 +1,10 @@
 """Compress transformers by Kronecker decomposition improved by permutations, by low rank, and by sums of both.
 
-A weight `W` of shape (in, out) is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with row and column permutations `p` and
-`q` searched so that little energy is lost, by a product of low rank, or by a sum of both.
+A weight `W` of shape (in, out) is replaced by a Kronecker sum `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, whose row and column
+permutations `p` and `q` minimise the lost energy, by a low-rank product, or by a sum of both.
 
-Importing this package needs numpy alone. It also makes transformers load compressed checkpoints, whichever of the two
-is imported first. What needs torch is imported when it is first used.
+Importing this package needs numpy alone. It also registers with transformers, which then loads compressed checkpoints,
+whichever of the two is imported first. Names that need torch are imported when they are first used.
 """
 
 from importlib import import_module
@@ -84,7 +84,7 @@ __all__ = [
     "token_blocks",
 ]
 
-# Names that need torch, transformers or peft, or serve only with them, and the module that each is in.
+# Names that need torch, transformers or peft, and the module of each.
 _LAZY_NAMES = {
     "CachedTeacher": "distillation.teacher_cache",
     "CachedTeacherDataset": "distillation.teacher_cache",
@@ -100,7 +100,7 @@ _LAZY_NAMES = {
     "register_lora": "integrations.peft",
     "token_blocks": "data.token_blocks",
 }
-# Folders and modules that are loaded when they are first used.
+# Folders and modules that are imported when they are first used.
 _LAZY_MODULES = ("evaluate", "losses", "modules", "plots")
 
 import_hook.install()
@@ -114,9 +114,12 @@ def __getattr__(name: str) -> Any:
             return import_module(f".{name}", __name__)
         value = getattr(import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"tqcompressor.{name} needs {error.name}: pip install 'tqcompressor[hf]'"
-        ) from error
+        missing = (error.name or "").partition(".")[0]
+        if missing == __name__:
+            raise
+        # peft is in no extra.
+        wanted = missing if missing == "peft" else '"tqcompressor[hf]"'
+        raise MissingDependencyError(f"tqcompressor.{name} needs {missing}: pip install {wanted}") from error
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The exceptions: every one is a `TQError`, and also the built-in exception that a caller would expect."""
+"""The exceptions. Each is a `TQError` and the built-in exception of its kind."""
 
 
 class TQError(Exception):
@@ -14,7 +14,7 @@ class NonFiniteError(TQError, ValueError):
 
 
 class MomentError(TQError, ValueError):
-    """A second moment that is none: not symmetric, with a negative diagonal, of no tokens."""
+    """An invalid second moment: not symmetric, with a negative diagonal, or over no tokens."""
 
 
 class LabelError(TQError, ValueError):
@@ -22,23 +22,23 @@ class LabelError(TQError, ValueError):
 
 
 class DtypeError(TQError, TypeError):
-    """A dtype that is not handled."""
+    """An unsupported dtype."""
 
 
 class ConfigError(TQError, ValueError):
-    """A configuration that cannot be followed: unknown keys, a pattern that matches nothing, a newer format."""
+    """An invalid argument or configuration: an unknown key, a pattern without a match, a newer format."""
 
 
 class CheckpointError(TQError, ValueError):
-    """A checkpoint that cannot be read: truncated, a lying header, a missing tensor, not safetensors."""
+    """An unreadable checkpoint: truncated, a wrong header, a missing tensor, not safetensors."""
 
 
 class DestinationError(TQError, FileExistsError):
-    """A destination that exists and is not empty."""
+    """An output folder that exists and is not empty."""
 
 
 class StorageError(TQError, OSError):
-    """The operating system refused: `errno` and `filename` say what and where."""
+    """An error of the operating system; `errno` and `filename` have its code and the path."""
 
 
 class ConvergenceError(TQError, ArithmeticError):
@@ -46,8 +46,8 @@ class ConvergenceError(TQError, ArithmeticError):
 
 
 class TextError(TQError, ValueError):
-    """A text that cannot be evaluated: empty, too short, not UTF-8, a passage without a last word."""
+    """An invalid text: empty, too short, not UTF-8, a file name in place of a text, a passage without a last word."""
 
 
 class MissingDependencyError(TQError, ImportError):
-    """An optional package that the called function needs is not installed: the message says how to get it."""
+    """A missing optional package; the message has the command that installs it."""

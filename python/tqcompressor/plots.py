@@ -1,6 +1,6 @@
 """Figures of what compression costs and where, drawn with matplotlib (`pip install "tqcompressor[plots]"`).
 
-Every function returns a `matplotlib.figure.Figure` that belongs to nobody: no window opens, pyplot does not know it.
+Every function returns a `matplotlib.figure.Figure` that is not registered with pyplot: no window opens.
 `figure.savefig("plan.png")` writes it; a notebook shows it after `%matplotlib inline`.
 """
 

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                 raise SystemExit(f"effort {effort}: the bytes depend on the number of threads")
         for budget in options.budgets:
             arguments = ["--budget", str(budget), "--json", "--threads", str(cores)]
-            seconds, peak, _ = fresh_process(["-c", COMPRESS, "inspect", str(source), "--plan", *arguments])
+            seconds, peak, _ = fresh_process(["-c", COMPRESS, "inspect", str(source), *arguments])
             yield {"plan of budget": budget, "threads": cores, "seconds": seconds, "peak MB": peak}
             small = Path(folder) / f"budget-{budget}"
             command = ["compress", str(source), "--out", str(small), *arguments]

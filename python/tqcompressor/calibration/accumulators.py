@@ -138,7 +138,7 @@ class Sums:
         self._calls = self._gradients = 0
 
     def add_inputs(self, products: Iterable[tuple[torch.Tensor, int]]) -> None:
-        """Adds what `outer_products` or `token_counts` returned for some rows of the input."""
+        """Adds the result of `outer_products` or `token_counts` for some rows of the input."""
         for product, rows in products:
             self._input.add(product, rows)
         self._calls += 1
@@ -158,7 +158,7 @@ class Sums:
         self._gradients += int(weights.sum())
 
     def moments(self, tokens: int, scale: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows seen.
+        """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows with one.
 
         With these denominators the product of both is right for a layer that sees only some tokens, such as a pooler.
         The gradients were computed `scale` times larger. A unit that was never called has no moments.

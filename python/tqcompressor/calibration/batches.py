@@ -97,7 +97,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 def _batched(model: nn.Module, rows: torch.Tensor) -> list[Batch]:
     vocabulary = _vocabulary(model)
     if vocabulary is not None and int(rows.max()) >= vocabulary:
-        raise ConfigError(f"the model knows {vocabulary:,} tokens, the text has token {int(rows.max())}")
+        raise ConfigError(f"text: expected tokens below {vocabulary:,}, the model's vocab_size, got {int(rows.max())}")
     length = rows.shape[1]
     size = min(_TOKENS_PER_BATCH // length, _LOGITS_PER_BATCH // (length * (vocabulary or 1)))
     return [{"input_ids": part} for part in torch.split(rows, max(1, size))]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..config.choices import DEFAULT_SEED
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import TextError
@@ -40,7 +41,7 @@ def calibrate(
     seq_len: int | None = None,
     sensitivity: bool = True,
     samples: int | None = None,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Calibration:

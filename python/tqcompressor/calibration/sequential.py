@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..config.choices import DEFAULT_SEED
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
@@ -45,7 +46,7 @@ def calibrate_layers(
     num_samples: int = 128,
     seq_len: int | None = None,
     sensitivity: bool = True,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
     max_memory: int = 2 << 30,
     progress: ProgressOption = None,
 ) -> Iterator[tuple[LayerGroup, Calibration]]:

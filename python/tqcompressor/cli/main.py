@@ -1,7 +1,7 @@
 """The command line: `tqcompressor compress`, `calibrate`, `distill`, `inspect`, `evaluate` and `generate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
-2 for wrong usage or input that cannot be followed, 130 after Ctrl-C, and 1 for any other failure.
+2 for wrong usage or invalid input, 130 after Ctrl-C, and 1 for any other failure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("tqcompressor: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has had enough. The interpreter must not try to flush again.
+        # The reader of the pipe (`| head`) has ended. Keep the interpreter from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -108,7 +108,7 @@ def _calibrate_native(options: argparse.Namespace) -> Calibration:
     from ..native.model import NativeModel
 
     if options.sensitivity:
-        print("tqcompressor: the native engine measures inputs only: gradients need torch", file=sys.stderr)
+        print("tqcompressor: the native engine measures no gradients: they need torch", file=sys.stderr)
     return NativeModel.from_pretrained(options.model, threads=options.threads).calibrate(
         [Path(text) for text in options.text],
         num_samples=options.num_samples,
@@ -127,7 +127,7 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     _quiet_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    # Encoders have no head that tells what they say, and decoders have: the class that the checkpoint was saved from.
+    # The class that the checkpoint was saved from, as gradients need the head of a decoder.
     config = transformers.AutoConfig.from_pretrained(options.model)
     cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     if options.threads is not None:
@@ -139,6 +139,7 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
         num_samples=options.num_samples,
         seq_len=options.seq_len,
         sensitivity=options.sensitivity,
+        samples=options.samples,
         seed=options.seed,
     )
 
@@ -182,7 +183,6 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..compression.plan import plan
 
     only_plans = {
-        "--plan": options.plan,
         "--calibration": options.calibration,
         "--matrices": options.matrices,
         "--max-macs": options.max_macs,
@@ -195,14 +195,14 @@ def _inspect(options: argparse.Namespace) -> None:
             objective=options.objective,
             matrices=options.matrices,
             max_macs=options.max_macs,
-            effort=options.effort or "fast",
-            seed=options.seed or 0,
+            effort=options.effort,
+            seed=options.seed,
             threads=options.threads,
         )
         print(found.to_json() if options.json else found)
         return
     for name, value in only_plans.items():
-        if value is not None and value is not False:
+        if value is not None:
             raise ConfigError(f"{name} needs --budget")
     report = inspect(options.source, _config(options))
     print(report.to_json() if options.json else report)
@@ -213,18 +213,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..evaluate.results import Comparison
 
     native = _is_native(options)
-    # Before the models, which take seconds to load.
+    # Read before the models, which take seconds to load.
     text = one_text(Path(options.text))
     passages = None if options.passages is None else read_passages(options.passages)
     models = [name for name in (options.model, options.teacher) if name is not None]
-    # One at a time, so that memory holds one model.
+    # One model in memory at a time.
     score = _score_native if native else _score_in_torch
     table = Comparison(tuple(score(name, text, passages, options) for name in models))
     print(table.to_json() if options.json else table)
 
 
 def _is_native(options: argparse.Namespace) -> bool:
-    """Whether the native engine computes; refuses options that it does not follow."""
+    """Whether the native engine runs; raises `ConfigError` for options that it does not have."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if options.engine == "torch" or (options.engine == "auto" and not missing):
         return False
@@ -233,9 +233,10 @@ def _is_native(options: argparse.Namespace) -> bool:
         ("--device", options.device, "cpu"),
         ("--dtype", options.dtype, "float32"),
         ("--batch-size", getattr(options, "batch_size", None), None),
+        ("--samples", getattr(options, "samples", None), None),
     ):
         if value is not None and value != only:
-            allowed = "chosen by itself" if only is None else f"{only} only"
+            allowed = "not an option" if only is None else f"expected {only}"
             raise ConfigError(f"{option} {value}: {allowed} with the native engine{why}")
     return True
 
@@ -259,8 +260,7 @@ def _score_in_torch(name: str, text: str, passages: list[str] | None, options: a
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    device: Any = options.device or "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
     return score(
         model,
         tokenizer,
@@ -294,7 +294,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _quiet_transformers() -> None:
     from transformers.utils import logging
 
-    # Its notes and bars would stand between the user and the table.
+    # Warnings and bars of transformers are noise beside the table.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -304,7 +304,7 @@ def _is_bad_input(error: Exception) -> bool:
         return True
     if isinstance(error, StorageError | ConvergenceError | MissingDependencyError):
         return False
-    # transformers reports a directory that holds no model as a plain OSError.
+    # transformers raises a plain OSError for a directory without a model.
     return isinstance(error, TQError | OSError)
 
 

@@ -1,4 +1,4 @@
-"""What the command line understands: the parser of `tqcompressor`, each command with its options."""
+"""The parser of the command line: each command with its options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any, get_args
 
 from .._core import __version__
-from ..config.choices import DTYPES, EFFORTS, ENGINES, OBJECTIVES
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, DTYPES, EFFORTS, ENGINES, OBJECTIVES
 from ..config.recipes import RECIPES
 from ..distillation.config import DistillConfig, HiddenKind, TrainingConfig
 from ..distillation.stages import DEFAULT_RECIPE, STAGED_RECIPES
@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser; `command` of what it returns is the name of the command."""
     program = argparse.ArgumentParser(
         prog="tqcompressor",
-        description="Compress models of transformers: by one budget, spent where it saves most, or by a recipe.",
+        description="Compress models of transformers, by one budget for the whole model or by a recipe.",
     )
     program.add_argument("--version", action="version", version=f"tqcompressor {__version__}")
     commands = program.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
@@ -30,7 +30,10 @@ def parser() -> argparse.ArgumentParser:
     _add_config(compress)
     _add_calibration(compress)
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
-    _add_search(compress)
+    searched = "(default: the config's; with --budget"
+    compress.add_argument("--effort", choices=EFFORTS, help=f"effort of the search {searched} {DEFAULT_EFFORT})")
+    compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")
+    compress.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
     compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
     compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
@@ -40,13 +43,15 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         parents=[common],
-        help="show what a recipe or a budget would do to a checkpoint, or what was done to a compressed one",
+        help="list the matrices of a checkpoint, show the plan of a recipe or a budget, or the report of a compression",
     )
     inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
     _add_config(inspect)
-    inspect.add_argument("--plan", action="store_true", help="how --budget is spent; reads the weights")
     _add_calibration(inspect)
-    _add_search(inspect)
+    group = inspect.add_argument_group("how --budget is spent, which reads the weights")
+    group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the search (default: %(default)s)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
     _add_calibrate(commands, common)
 
@@ -129,7 +134,7 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         parents=[common],
-        help="measure on a text what --calibration takes",
+        help="measure second moments on a text, for --calibration",
         description="Measure the second moments of a model's activations, and of its gradients, on a text.",
     )
     calibrate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
@@ -150,16 +155,20 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
         default=True,
         help="measure gradients too, which --objective sensitivity needs: twice the time; --engine native cannot",
     )
-    calibrate.add_argument("--seed", type=int, default=0, help="of sequences and gradients (default: 0)")
+    calibrate.add_argument(
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help="gradients drawn a text (default: 1 of logits, 8 of embeddings)",
+    )
+    calibrate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of sequences and gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     _add_engine(calibrate)
 
 
 def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
-    evaluate = commands.add_parser(
-        "evaluate", parents=[common], help="measure perplexity, beside the teacher's if given"
-    )
+    evaluate = commands.add_parser("evaluate", parents=[common], help="measure perplexity, of a teacher too if given")
     evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
     evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
@@ -170,7 +179,7 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     group = evaluate.add_argument_group("engine torch")
     group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
     group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
-    group.add_argument("--device", help="torch device (default: cpu)")
+    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +187,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="native computes GPT-2 without torch, on the CPU and in float32 (default: torch if it is installed)",
+        help="native runs GPT-2 on the CPU in float32, without torch (default: torch if it is installed)",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
@@ -188,23 +197,31 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
         "generate",
         parents=[common],
         help="continue a text; needs no torch",
-        description="Continue a text with a GPT-2, dense or compressed, as its tokens come. Needs no torch.",
+        description="Continue a text with a GPT-2, dense or compressed, printed as it is generated. Needs no torch.",
     )
     generate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
-    generate.add_argument("--prompt", metavar="TEXT", required=True, help="what is continued")
-    generate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or what has room)")
+    generate.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or fewer if the context is full)"
+    )
     generate.add_argument(
         "--temperature",
         type=float,
         metavar="X",
         default=0.0,
-        help="what logits are divided by before a token is drawn (default: 0, the most probable one is taken)",
+        help="divisor of the logits before a token is drawn (default: 0, which takes the most probable token)",
     )
-    generate.add_argument("--top-k", type=_positive, metavar="K", default=0, help="draw from the K most probable only")
     generate.add_argument(
-        "--top-p", type=float, metavar="P", default=1.0, help="draw from the most probable that have P together"
+        "--top-k", type=_positive, metavar="K", default=0, help="draw from the K most probable tokens (default: all)"
     )
-    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=1.0,
+        help="draw from the most probable tokens with a total probability of P (default: 1)",
+    )
+    generate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the draws (default: 0)")
     generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
 
 
@@ -215,35 +232,28 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--budget",
         metavar="B",
-        help='what is kept, spent where it saves most: a share of all parameters (0.65 or "65%%"), their number, '
+        help='the size to keep: a share of all parameters (0.65 or "65%%"), their number, '
         'the size of the weights ("300MB"), or "lost_energy=0.1"',
     )
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", metavar="FILE", help="what `tqcompressor calibrate` wrote")
+    parser.add_argument("--calibration", metavar="FILE", help="a file of `tqcompressor calibrate`")
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
         default="auto",
-        help="the norm of errors (default: all that --calibration has)",
+        help="the norm of errors (default: by all moments of --calibration)",
     )
     parser.add_argument(
-        "--matrices", metavar="PATTERN", nargs="+", help="matrices that --budget is spent on (default: all worth it)"
+        "--matrices", metavar="PATTERN", nargs="+", help="patterns of the matrices that --budget is spent on"
     )
     parser.add_argument(
         "--max-macs",
         type=float,
         metavar="X",
-        help="with --budget: MACs for one token that these matrices may take, as a share of those that they take dense",
+        help="with --budget: a cap on the MACs of these matrices for one token, as a share of their MACs while dense",
     )
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    default = "default: the config's, or balanced; fast for a budget"
-    parser.add_argument("--effort", choices=EFFORTS, help=f"how hard is searched ({default})")
-    parser.add_argument("--seed", type=int, help="seed of the search (default: the config's, or 0)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""One budget for a whole model: what it means, and which matrices it is spent on."""
+"""One budget for a whole model: its meaning, and the matrices that it is spent on."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ..utils.sizes import size_in_bytes
 Budget: TypeAlias = float | int | str
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(%?)")
 _QUALITY = re.compile(r"lost[_ ]energy\s*=\s*(\d*\.?\d+(?:e-?\d+)?)\s*", re.IGNORECASE)
-# Narrower matrices (a classifier's, say) have nothing to save.
+# Narrower matrices, such as a classifier's, are not worth compressing.
 _NARROWEST = 16
-# Embeddings whose rows are positions or kinds of tokens: small, and every row is used all the time.
+# Embeddings of positions and token types: they are small, and every row is used all the time.
 _NOT_TOKENS = re.compile(r"wpe|position|token_type")
 
 
 @dataclass(frozen=True)
 class Spending:
-    """A budget, and how it is to be spent: what `plan` takes, and explains."""
+    """A budget and the options of spending it, as `plan` documents them."""
 
     budget: Budget
     calibration: Calibration | None = None
@@ -48,7 +48,7 @@ class Spending:
 
 
 def meaning(budget: Budget) -> str:
-    """What a budget means, in words. Raises `ConfigError` for one that cannot be understood."""
+    """The meaning of a budget, in words. Raises `ConfigError` for an invalid one."""
     kind, value = _parsed(budget)
     if kind == "share":
         return f"at most {value:.4g} of the model's parameters, all saved tensors counted"
@@ -60,10 +60,10 @@ def meaning(budget: Budget) -> str:
 
 
 def target_of(budget: Budget, before: int, matrices: int, bytes_each: float) -> dict[str, Any]:
-    """What the matrices may take, as the boundary takes it, of a model of `before` parameters of `bytes_each` bytes.
+    """The target of the matrices, as the boundary takes it, of a model with `before` parameters of `bytes_each` bytes.
 
-    `matrices` are the parameters of those that the budget may be spent on. Raises `ConfigError` for a budget that the
-    others exceed already, or that needs no compression.
+    `matrices` is the number of parameters that the budget may be spent on. Raises `ConfigError` for a budget that the
+    other parameters exceed.
     """
     kind, value = _parsed(budget)
     if kind == "lost_energy":
@@ -125,8 +125,8 @@ def matrix_patterns(matrices: Sequence[str] | None) -> list[str] | None:
 def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Moments]:
     """The matrices of a listing that a budget is spent on, by name, with their moments.
 
-    What the user did not name must be worth it: no positions, nothing narrow, and with a calibration nothing that it
-    never saw in use.
+    Without patterns these are all but embeddings of positions, narrow matrices, and those without a moment in the
+    calibration.
     """
     patterns, calibration = spending.matrices, spending.calibration
     _check_model(calibration, listed)
@@ -134,7 +134,7 @@ def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Mome
     for matrix in listed:
         if min(matrix.shape) < 2 or (patterns is None and _left_out(matrix)):
             continue
-        # A model may have more than the text went through: a pooler, a head.
+        # The text may not have gone through all of a model: a pooler, a head.
         if patterns is None and calibration is not None and _unused(calibration, matrix.name):
             continue
         chosen[matrix.name] = _moments(calibration, spending.objective, matrix)
@@ -144,19 +144,19 @@ def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Mome
 
 
 def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_macs: float | None) -> None:
-    """Raises `ConfigError` for options of a compression that exclude each other, or where neither says what to do."""
-    if (config is None) == (budget is None):
-        raise ConfigError(
-            f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
-        )
+    """Raises `ConfigError` unless there is either a config or a budget, and for options that go with the other."""
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
     if max_macs is not None and budget is None:
         raise ConfigError("max_macs: expected with a budget only: a config says what its matrices take")
+    if (config is None) == (budget is None):
+        raise ConfigError(
+            f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
+        )
 
 
 def cap_of(max_macs: float | None) -> float | None:
-    """A cap on MACs, for the boundary. Raises `ConfigError` for one that is no positive share."""
+    """A cap on MACs, for the boundary. Raises `ConfigError` unless it is a positive number."""
     if max_macs is None:
         return None
     number = isinstance(max_macs, Real) and not isinstance(max_macs, bool)
@@ -168,24 +168,24 @@ def cap_of(max_macs: float | None) -> float | None:
 
 
 def calibrated(calibration: Calibration | None, objective: Objective) -> bool:
-    """Whether the norm is that of a calibration, and not the Frobenius norm."""
+    """Whether errors are measured in the norm of a calibration rather than the Frobenius norm."""
     return calibration is not None and objective != "frobenius"
 
 
 def moments_of(
     calibration: Calibration | None, objective: Objective, listed: Sequence[MatrixInfo]
 ) -> list[tuple[str, Moments]]:
-    """The name and the moments of every matrix of a listing; none where there is no calibration.
+    """The name and the moments of every matrix of a listing; the moments are None without a calibration.
 
-    Raises `ConfigError` where a calibration lacks what the objective needs, and that or `ShapeError` where it is
-    another model's.
+    Raises `ConfigError` where the calibration lacks the moments of the objective, and that or `ShapeError` where it is
+    of another model.
     """
     _check_model(calibration, listed)
     return [(matrix.name, _moments(calibration, objective, matrix)) for matrix in listed]
 
 
 def _check_model(calibration: Calibration | None, listed: Sequence[MatrixInfo]) -> None:
-    """Raises `ConfigError` where a calibration has the moments of no matrix."""
+    """Raises `ConfigError` where a calibration has the moments of none of the matrices."""
     names = [matrix.name for matrix in listed]
     if calibration is not None and names and all(calibration.input(name) is None for name in names):
         raise ConfigError(
@@ -209,7 +209,7 @@ def _left_out(matrix: MatrixInfo) -> bool:
 
 
 def _unused(calibration: Calibration, matrix: str) -> bool:
-    """Whether no token went through a layer, or no gradient came back, where gradients were measured."""
+    """Whether a layer had no input, or no gradient where gradients were measured."""
     if calibration.input(matrix) is None:
         return True
     moment = calibration.output(matrix)

@@ -1,4 +1,4 @@
-"""The plan that comes of a budget: what becomes of every matrix, and what that takes."""
+"""The plan of a budget: the spec, parameters and lost energy of every matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, tar
 
 @dataclass(frozen=True, eq=False)
 class PlannedMatrix:
-    """What one matrix is to become."""
+    """The plan of one matrix."""
 
     name: str
     shape: tuple[int, int]
@@ -42,22 +42,22 @@ class PlannedMatrix:
 
 @dataclass(frozen=True, eq=False)
 class BudgetPlan:
-    """How a budget is spent: what `plan` returns, and `compress` follows.
+    """The result of `plan`: how a budget is spent.
 
-    `str()` is a table that says what the budget means and where it went.
+    `str()` is a table of the matrices, with the meaning of the budget.
     """
 
     budget: Budget
     config: TQConfig
-    """The config that does it: `compress(model, plan.config)`."""
+    """The config of the plan: `compress(model, plan.config)`."""
     matrices: tuple[PlannedMatrix, ...]
     parameters_before: int
     """Of the whole model; a tied head does not count again."""
     parameters_after: int
-    """Of the whole model when done."""
+    """Of the whole model after compression."""
     objective: Objective
     calibrated: bool
-    """Whether the norm is that of a calibration."""
+    """Whether lost energies are in the norm of a calibration."""
     max_macs: float | None = None
     """The cap on `macs_after`, as a share of `macs_before`."""
 
@@ -72,7 +72,7 @@ class BudgetPlan:
         return sum(matrix.macs_after for matrix in self.matrices)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON types, with what the budget means, and without the energies."""
+        """The plan as plain JSON types, with the meaning of the budget and without the energies."""
         matrices = [
             {
                 "name": matrix.name,

@@ -1,4 +1,4 @@
-"""Compressing a GPT-2 checkpoint on disk, without torch, and showing beforehand what that would do."""
+"""Plan, inspect and compress a GPT-2 checkpoint on disk, without torch."""
 
 from __future__ import annotations
 
@@ -46,49 +46,50 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Compresses the checkpoint in `source` into the directory `out`, without torch.
 
-    Every matrix `W` (in × out) that `config` names becomes `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`. The result holds the weights,
-    `config.json`, the tokenizer and other files of the source, a model card, and `compression_report.json`; after
-    `import tqcompressor`, transformers loads it. `out` appears whole or not at all. The same input, effort and
-    seed give the same bytes, whatever the number of threads.
+    Every matrix `W` (in × out) that the config names, or that the budget is spent on, becomes a Kronecker sum
+    `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a low-rank product, or a sum of both. `out` gets the weights, `config.json`, the
+    tokenizer and other files of the source, a model card, and `compression_report.json`. After `import tqcompressor`,
+    transformers loads it. `out` is written completely or not at all. Equal inputs, efforts and seeds give equal bytes,
+    for any number of threads.
 
     Args:
         source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
             shards), or the id of a model on the hub, fetched by huggingface_hub if that is installed.
-        out: The directory to be made. It may exist if it is empty.
+        out: The directory to write. It may exist if it is empty.
         config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`. Either this or `budget`.
-        budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
-            counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
-        calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
-            how much the model minds them.
-        objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
-            allows.
-        matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_macs: Beside a budget: at most this share of the MACs for one token that the matrices it is
-            spent on take dense. See `plan`.
-        effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
-        seed: In place of the config's.
-        dtype: "float32", "float16" or "bfloat16" for every floating tensor; by default each keeps its own.
-        overwrite: Whether a destination that holds a checkpoint is replaced, all of it, in one step.
-        max_shard_size: The longest weight file, in bytes or as in "500MB" or "2GiB".
-        threads: How many threads work; by default one per core.
-        progress: True or False to show a progress bar or not, None to show it in a terminal or notebook, or a function
-            that is called with `(done, total)`.
+        budget: In place of a config: the share of the model's parameters to keep, such as 0.65 or "65%", counted over
+            all saved tensors; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
+        calibration: A `Calibration` or its file. Errors are then weighted by the second moments of the layers' inputs
+            and of the gradients at their outputs. Default: the Frobenius norm.
+        objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity". "auto" uses all that
+            the calibration has.
+        matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
+        max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while
+            dense. See `plan`.
+        effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
+        seed: Of the search. Default: the config's; with a budget 0.
+        dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: each keeps its own.
+        overwrite: Replace a checkpoint in `out`, all of it, in one step.
+        max_shard_size: The size limit of a weight file, in bytes or as in "500MB" or "2GiB".
+        threads: Worker threads. Default: one per core.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
     Returns:
         The report, with for every matrix its shape, spec, parameters before and after, lost energy and seconds.
 
     Raises:
-        CheckpointError: The source cannot be read: missing, truncated, pickled, compressed already, no GPT-2.
-        ConfigError: The config does not fit the checkpoint: a pattern that matches nothing, a newer format.
-        ShapeError: A block that does not divide a matrix, or a rank that is too large for it.
-        DtypeError: A weight that is not floating, or values that `dtype` cannot hold.
-        NonFiniteError: A weight that holds NaN or an infinity.
-        DestinationError: The destination exists and is not empty, or is the source itself.
-        StorageError: The operating system refused: no permission, no space.
+        ConfigError: Neither or both of `config` and `budget`; a pattern that matches nothing; a newer format; a budget
+            that cannot be met.
+        CheckpointError: The source is missing, truncated, pickled, compressed already, or no GPT-2.
+        ShapeError: A block does not divide a matrix, or a rank is too large for it.
+        DtypeError: A weight is not floating, `dtype` is not supported, or it cannot hold a value.
+        NonFiniteError: A weight has NaN or an infinity.
+        DestinationError: `out` exists and is not empty, or is the source.
+        StorageError: The operating system reports an error: no permission, no space.
 
-    Whatever is raised, Ctrl-C included, nothing is written.
+    Nothing is written if anything is raised, `KeyboardInterrupt` included.
 
-    Cost: memory for one matrix a thread and its search; the source is mapped, not loaded.
+    Cost: memory for one matrix a thread and its search. The source is memory-mapped.
 
     Example:
         >>> report = compress_checkpoint("tests/data/tiny-gpt2", "tiny-gpt2-compressed", budget=0.65)
@@ -137,9 +138,9 @@ def plan_checkpoint(
     progress: ProgressOption = None,
     dtype: Dtype | None = None,
 ) -> BudgetPlan:
-    """How a budget is best spent on the checkpoint in `source`, without torch: `plan` for checkpoints.
+    """`plan` for the checkpoint in `source`, without torch.
 
-    `dtype` is that of the result, which a budget in bytes depends on; None keeps each tensor's own.
+    A budget in bytes depends on the `dtype` of the result; None keeps each tensor's own.
     """
     checkpoint = _core.Checkpoint.open(local_directory(source))
     request, spent = _spend(checkpoint, spending, dtype, keep=False, threads=threads, progress=progress)
@@ -170,9 +171,9 @@ def _spend(
 def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionReport:
     """What `config` would do to the checkpoint in `source`, without reading its weights.
 
-    Takes `source` and `config` as `compress_checkpoint` does, and raises as it does for what can be told from names and
-    shapes. The report has neither lost energy nor seconds. Without a config it is, of a compressed checkpoint, the
-    report of its compression, and of a dense one the list of its matrices, the names that a config may match.
+    `source`, `config` and errors are those of `compress_checkpoint`, as far as names and shapes show them. The report
+    has neither lost energies nor seconds. Without a config, the report of a compressed checkpoint is that of its
+    compression, and the report of a dense one lists the matrices that patterns can match.
 
     Example:
         >>> report = inspect("tests/data/tiny-gpt2", "tq-81m")
@@ -225,5 +226,5 @@ def _is_compressed(directory: str) -> bool:
         config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
-        # Whatever is wrong with it, the reader says it better.
+        # Let the reader report malformed configs.
         return False

@@ -1,4 +1,4 @@
-"""Compressing a live model of transformers, in place."""
+"""Compress a live model of transformers, in place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .budget_plan import BudgetRequest
 from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
 from .report import CompressionReport, MatrixReport, UntouchedTensor
 
-# What `calibrate` reads: blocks, batches, or a tokenizer and a text.
+# The texts that `calibrate` reads: sequences, batches, or a tokenizer and a text.
 Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, Any]
 
 
@@ -62,51 +62,54 @@ def compress(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> CompressionReport:
-    """Replaces matrices of a model, as `config` says or a budget allows, in place, and reports the cost.
+    """Compresses a model in place, by a config or a budget, and reports parameters and lost energy of every matrix.
 
-    Every `W` in × out becomes a Kronecker sum `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a product of low rank, or a sum of such.
-    The model keeps its device, dtype, training mode and `requires_grad`; biases stay the very same parameters. A head
-    that is tied to a compressed embedding computes logits from the same factors. Afterwards `model.save_pretrained`
-    writes a compressed checkpoint, and `model.dequantize()` gives a stock model back.
+    Every `W` (in × out) becomes a Kronecker sum `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a low-rank product, or a sum of both. The
+    model keeps its device, dtype, training mode and `requires_grad`, and the bias parameters themselves. A head that is
+    tied to a compressed embedding computes logits from the same factors. `model.save_pretrained` then writes a
+    compressed checkpoint, and `model.dequantize()` returns a stock model.
 
     Args:
-        model: Any model of transformers with any head or none, not wrapped and not compressed yet. Its `nn.Linear`,
-            `Conv1D` and `nn.Embedding` modules can be named, by what `named_modules` of the base model calls them:
-            "h.0.mlp.c_fc", "encoder.layer.0.attention.self.query", "layers.0.mlp.up_proj", "lm_head".
+        model: A dense model of transformers with any head or none. A config names its `nn.Linear`, `Conv1D` and
+            `nn.Embedding` modules as `named_modules` of the base model does: "h.0.mlp.c_fc",
+            "encoder.layer.0.attention.self.query", "layers.0.mlp.up_proj", "lm_head".
         config: A recipe's name, the path of a JSON file, a dict or a `TQConfig`. Either this or `budget`.
-        budget: In place of a config: a share of the model's parameters that is kept, 0.65 or "65%", all saved tensors
-            counted; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
-        calibration: What `calibrate` measured, or its file: errors then count by what the layers' inputs look like and
-            how much the model minds them, which is the largest lever on quality there is.
-        objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
-            allows.
-        sequential: With a calibration, a text on which each transformer block's inputs are measured again when the
-            blocks before it are compressed, and to which it is fitted then: batches or `TokenBlocks`, as for
-            `calibrate`, or `(tokenizer, text)`, read with the other arguments' defaults and the calibration's seed.
-            The budget is spent as without. Half a forward pass more for each block, and little gained: at half of the
-            blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, a perplexity of 74.2 with and without for
-            the GPT-2 of `tests/data`.
-        matrices: Patterns of the matrices that a budget is spent on; by default all that are worth it.
-        max_macs: Beside a budget: at most this share of the MACs for one token that the matrices it is
-            spent on take dense. See `plan`.
-        effort: "fast", "balanced" or "best", in place of the config's; for a budget by default "fast", see `plan`.
-        seed: In place of the config's. Equal seeds give equal factors, whatever the number of threads.
-        threads: How many threads search; by default one per core.
-        progress: True or False to show a progress bar or not, None to show it in a terminal or notebook, or a function
-            that is called with `(done, total)`.
+        budget: In place of a config: the share of the model's parameters to keep, such as 0.65 or "65%", counted over
+            all saved tensors; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
+        calibration: A `Calibration` or its file. Errors are then weighted by the second moments of the layers' inputs
+            and of the gradients at their outputs. Nothing else improves quality as much. Default: the Frobenius norm.
+        objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity". "auto" uses all that
+            the calibration has.
+        sequential: Experimental, with a calibration: a text on which the inputs of each transformer block are measured
+            again once the blocks before it are compressed; the block is fitted to these. Batches or `TokenBlocks`, as
+            for `calibrate`, or `(tokenizer, text)`, read with the defaults of `calibrate` and the calibration's seed.
+            The budget is spent as without it. It costs half a forward pass for each block and gains little: at half of
+            the blocks' parameters a cosine of 0.837 against 0.836 for MiniLM, and a perplexity of 74.2 with and without
+            it for the GPT-2 of `tests/data`.
+        matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
+        max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while
+            dense. See `plan`.
+        effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
+        seed: Of the search. Default: the config's; with a budget 0. Equal seeds give equal factors, for any number of
+            threads.
+        threads: Worker threads. Default: one per core.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
     Returns:
         The report, with for every matrix its shape, spec, parameters before and after, lost energy and seconds.
 
     Raises:
-        ConfigError: The config does not fit the model, or the model is not transformers' own, or compressed
-            already, or a weight is shared with what cannot share factors; `sequential` without a calibration.
-        TextError: `sequential` has no batch, or less text than 128 blocks.
-        ShapeError: A block that does not divide a matrix, or a rank that is too large for it.
-        NonFiniteError: A weight that holds NaN or an infinity.
-        DtypeError: A weight that is neither float32 nor float16, bfloat16 or float64.
+        ConfigError: Neither or both of `config` and `budget`; a config that does not fit the model; a budget that
+            cannot be met; a model that is compressed or not of transformers; a weight shared with a module that cannot
+            share factors; `sequential` without a calibration.
+        TextError: `sequential` has no batch, or fewer than 128 sequences of text.
+        ShapeError: A block does not divide a matrix, or a rank is too large for it.
+        NonFiniteError: A weight has NaN or an infinity.
+        DtypeError: A weight is not float16, bfloat16, float32 or float64.
 
-    Whatever is raised, Ctrl-C included, the model is then as it was.
+    The model is unchanged if anything is raised, `KeyboardInterrupt` included.
+
+    Cost: float32 copies of the matrices beside the model. With a budget, see `plan`.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -152,11 +155,11 @@ def recompress(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> CompressionReport:
-    """As `compress`, of a model that may be compressed already: a further stage, from its weights as they are now.
+    """Compresses a model further, in place, from its current weights: `compress` for a model that may be compressed.
 
-    Matrices that `config` names are multiplied out where they are compressed, and decomposed as it says; compressed
-    matrices that it does not name keep their factors. The report has the matrices that this call decomposed.
-    Arguments and errors are those of `compress`, and whatever is raised, the model is then as it was.
+    Compressed matrices that `config` names are multiplied out and decomposed by it. Those that it does not name keep
+    their factors. The report has the matrices that this call decomposed. Arguments and errors are those of `compress`;
+    the model is unchanged if anything is raised.
     """
     require_transformers_model(model)
     threads = validate.threads(threads)
@@ -291,7 +294,7 @@ def _groups(
 
 
 def _halves(report: Report) -> tuple[Report, Report]:
-    """Two callbacks for two kinds of work that take turns, each of them half of what `report` is told."""
+    """Two callbacks for two alternating kinds of work; each is half of the total of `report`."""
     shares = [0, 0]
 
     def half(number: int, done: int, total: int) -> None:
@@ -302,7 +305,7 @@ def _halves(report: Report) -> tuple[Report, Report]:
 
 
 def _share(report: Report | None, before: int, matrices: int, total: int) -> Report | None:
-    """A callback for the work on some matrices of `total`, when those `before` them are done."""
+    """A callback for a group of `matrices` out of `total`, of which `before` are done."""
     if report is None or matrices == total:
         return report
     return lambda done, work: report(before * work + matrices * done, total * work)
@@ -314,7 +317,7 @@ def _filled(
     matrices: Sequence[MatrixInfo],
     results: Mapping[str, Fitted],
 ) -> dict[str, nn.Module]:
-    """The modules of some matrices, with what was found for them, and the heads tied to these: full name to module."""
+    """The modules of some matrices with their factors, and the heads tied to them, by full name."""
     names = dict.fromkeys(module_name(model, matrix.module) for matrix in matrices)
     for name in names:
         _fill(modules[name], model.get_submodule(name), results, bare_name(model, name))
@@ -323,7 +326,7 @@ def _filled(
 
 
 def _fill(module: CompressedModule, dense: Any, results: Mapping[str, Fitted], name: str) -> None:
-    """Gives a module without values those found for it, and everything else that the dense one had."""
+    """Sets the factors of an empty module, and the other properties of the dense one."""
     if isinstance(module, FusedLinear):
         for part_name, part in zip(module.part_names, module.parts, strict=True):
             _fill_terms(part, dense, results[f"{name}.{part_name}"].terms)

@@ -1,4 +1,4 @@
-"""What a config, or a budget, comes to on a live model, before anything is done to it."""
+"""The plan of a config or a budget for a live model, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .budget_plan import BudgetPlan, BudgetRequest
 
 
 def plan_model(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
-    """What `config` would do to a live model, without touching it; raises as `compress` does."""
+    """The plan of `config` for a live model; raises as `compress` does."""
     require_dense(model)
     return resolved_plan(model, config)
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises `ConfigError` for what is no model of transformers, or is compressed or quantized already."""
+    """Raises `ConfigError` unless this is a model of transformers that is neither compressed nor quantized."""
     require_transformers_model(model)
     if next(compressed_modules(model), None) is not None:
         raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
@@ -77,7 +77,7 @@ def plan_budget(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
-    """How a budget is best spent on a live model, without touching it: `plan` for models."""
+    """`plan` for a live model."""
     request, spent = spend_budget(model, spending, keep=False, threads=threads, progress=progress)
     return request.plan(spent.choices)
 
@@ -112,7 +112,7 @@ def spend_budget(
 
 
 def _usages(model: PreTrainedModel, matrices: Sequence[MatrixInfo]) -> list[str]:
-    """What is done with each matrix for every token, as the boundary calls it."""
+    """The usage of each matrix for a token, by its name at the boundary."""
     tied = {
         bare_name(model, source)
         for head, source in ties(model).items()

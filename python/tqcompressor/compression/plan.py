@@ -1,4 +1,4 @@
-"""How a budget is best spent, on a checkpoint or on a live model."""
+"""Spend a budget on a checkpoint or on a live model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model_or_dir: PreTrainedModel | StrPath,
+    source: PreTrainedModel | StrPath,
     budget: Budget,
     *,
     calibration: Calibration | StrPath | None = None,
@@ -32,39 +32,38 @@ def plan(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
-    """Spends one budget of parameters over a whole model, embedding and head included, and says where it went.
+    """Spends one budget of parameters over a whole model, embedding and head included, and returns the plan.
 
-    Every matrix has a curve: the energy that it loses at each rank, from a spectrum that is computed once, and the
-    parameters that the rank takes. The budget goes, piece by piece, to where it saves most. Beyond the effort "fast"
-    each matrix then takes the best approximation of any kind (low rank, Kronecker sums, sums of both) with no more
-    parameters. With a calibration that has gradients, energies are losses of the model and compared as they are;
-    without, each matrix counts by its share of lost energy times its size, since nothing says how much the model
-    minds an error.
+    The spectrum of each matrix gives the energy that it loses at each rank. Parameters go, one rank at a time, to the
+    matrix where they save the most energy. Beyond the effort "fast", each matrix then gets the best approximation of
+    any kind (low rank, Kronecker sums, sums of both) with no more parameters. With a calibration that has gradients,
+    energies are second-order losses of the model and are compared as they are. Without, a matrix counts by its share of
+    lost energy times its size.
 
     Args:
-        model_or_dir: A live model of transformers, or a checkpoint: a directory, or its name on the hub.
-        budget: What is kept: a share of the model's parameters, 0.65 or "65%", counted over all saved tensors; their
-            number as an integer; a size of the weights such as "300MB"; or "lost_energy=0.1", as few parameters as lose
-            that share of the energy of the matrices.
-        calibration: What `calibrate` measured, or its file; without it the Frobenius norm is taken.
-        objective: "frobenius", "diagonal", "second_moment" or "sensitivity"; "auto" is the richest that the calibration
-            allows.
-        matrices: Patterns of the matrices that it is spent on; by default all but embeddings of positions and kinds of
-            tokens, narrow ones, and what the calibration never saw in use.
-        max_macs: At most this share of the MACs for one token that these matrices take dense: 0.7, or
-            1.5 to let sums of Kronecker terms take half as many again. `m · n` for a dense matrix, none for a row that
-            is looked up; of low rank as many as parameters. Low rank ends at whichever limit it meets first; what it
-            then leaves of the cap is shared out in proportion, and the best of a matrix keeps within its part.
-        effort: "fast" (low rank), "balanced" or "best", which also try sums of low rank and Kronecker terms. These lose
-            less with as many parameters, but take seconds to a minute a matrix to find, and more MACs.
-        seed: With the weights, the budget and the effort all that the plan depends on.
-        threads: None for all cores.
-        progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
+        source: A live model of transformers, or a checkpoint: a directory, or its name on the hub.
+        budget: The share of the model's parameters to keep, such as 0.65 or "65%", counted over all saved tensors;
+            their number as an integer; a size of the weights such as "300MB"; or "lost_energy=0.1", the fewest
+            parameters that lose that share of the energy of the matrices.
+        calibration: A `Calibration` or its file. Default: the Frobenius norm.
+        objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity". "auto" uses all that
+            the calibration has.
+        matrices: Patterns of the matrices that the budget is spent on. Default: all but embeddings of positions and of
+            token types, matrices narrower than 16, and those that the calibration text did not use.
+        max_macs: A cap on the MACs of these matrices for one token, as a share of their MACs while dense: 0.7, or
+            1.5 for half as many again. A dense matrix has `m · n`, a low-rank one as many as parameters, and a row
+            that is looked up none. Ranks grow until the budget or the cap is reached. What is left of the cap then is
+            divided in proportion, and the best approximation of a matrix stays within its part.
+        effort: "fast" (low rank), "balanced" or "best" (also sums of low rank and Kronecker terms, which lose less with
+            as many parameters, take seconds to a minute a matrix to find, and have more MACs).
+        seed: Of the search. The plan depends on the weights, the budget, the effort and the seed alone.
+        threads: Worker threads. Default: one per core.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
     Raises:
-        ConfigError: A budget or a cap that cannot be understood or kept (with the least that can be), an objective that
-            the calibration cannot serve.
-        ShapeError: A calibration of another model.
+        ConfigError: A budget or a cap is invalid or cannot be met (the message has the smallest that can), or the
+            calibration lacks the moments of the objective.
+        ShapeError: The calibration is of another model.
         CheckpointError, NonFiniteError, DtypeError: As `compress` and `compress_checkpoint`.
 
     Cost: for each matrix one or two eigendecompositions of its shorter side; GPT-2 small takes some tens of seconds
@@ -79,8 +78,8 @@ def plan(
     """
     threads = validate.threads(threads)
     spending = Spending(budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed)
-    if isinstance(model_or_dir, str | os.PathLike):
-        return plan_checkpoint(model_or_dir, spending, threads=threads, progress=progress)
+    if isinstance(source, str | os.PathLike):
+        return plan_checkpoint(source, spending, threads=threads, progress=progress)
     from .model_plan import plan_budget
 
-    return plan_budget(model_or_dir, spending, threads=threads, progress=progress)
+    return plan_budget(source, spending, threads=threads, progress=progress)

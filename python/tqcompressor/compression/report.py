@@ -1,4 +1,4 @@
-"""What was done to a model, or would be: the report that `compress`, `compress_checkpoint` and `inspect` return."""
+"""The report of a compression, done or planned: the result of `compress`, `compress_checkpoint` and `inspect`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class MatrixReport:
     """One compressed matrix, in × out."""
 
     name: str
-    """Its name in a config: "wte", "h.0.attn.c_attn.q"."""
+    """The name in a config: "wte", "h.0.attn.c_attn.q"."""
     tensor: str
-    """The name of the tensor that it was stored in."""
+    """The name of the stored tensor."""
     shape: tuple[int, int]
     """In features (or the vocabulary) and out features (or the dimension)."""
     parameters_before: int
@@ -39,7 +39,7 @@ class MatrixReport:
 
     @property
     def spec(self) -> MatrixSpec | None:
-        """What it became, as in a config; None in a list of the matrices of a dense model."""
+        """The spec, as in a config; None in a list of the matrices of a dense model."""
         return None if self.rank is None and self.terms is None else planned_spec(vars(self))
 
     @classmethod
@@ -56,7 +56,7 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class UntouchedTensor:
-    """A tensor that stays as it is."""
+    """A tensor that is not compressed."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class UntouchedTensor:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What was done to a model, or, when it comes from a plan, what would be.
+    """The report of a compression that was done, or that a config would do.
 
     `str()` is a table. `to_dict` and `to_json` give what `compression_report.json` holds.
     """
@@ -74,13 +74,13 @@ class CompressionReport:
     """The version of tqcompressor."""
     format_version: int
     source: str | None
-    """Where the checkpoint came from; None for a model in memory."""
+    """The path or hub id of the checkpoint; None for a model in memory."""
     effort: str | None
     """How long permutations and factors were searched; None where nothing is compressed."""
     seed: int | None
     """The seed of the search; None where nothing is compressed."""
     dtype: str | None
-    """The dtype that was asked for; None keeps every tensor's own."""
+    """The requested dtype; None where each tensor keeps its own."""
     matrices: tuple[MatrixReport, ...]
     """The compressed matrices, in model order."""
     untouched: tuple[UntouchedTensor, ...]
@@ -89,10 +89,10 @@ class CompressionReport:
     """Elements of all floating tensors; a tied head is the token embedding and does not count again."""
     parameters_after: int
     bytes_before: int | None = None
-    """Size of the weight files; None when there are none."""
+    """Size of the weight files; None for a model in memory."""
     bytes_after: int | None = None
     seconds: float | None = None
-    """Wall-clock time of the whole job; None in a plan."""
+    """Wall-clock time in all; None in a plan."""
     calibrated: bool | None = None
     """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
 
@@ -108,7 +108,7 @@ class CompressionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; what is not known is left out."""
+        """The report as plain JSON types, without unknown values."""
         data = _known(asdict(self), keep=("source", "effort", "seed", "dtype"))
         data["matrices"] = [_known(matrix) for matrix in data["matrices"]]
         data["untouched"] = [_known(tensor) for tensor in data["untouched"]]
@@ -151,13 +151,13 @@ class CompressionReport:
 
 
 def _read(cls: Any, data: Mapping[str, Any]) -> Any:
-    """Builds a dataclass from the keys that it knows; JSON arrays become tuples."""
+    """Builds a dataclass from its keys in `data`; JSON arrays become tuples."""
     known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
     return cls(**{name: tuple(value) if isinstance(value, list | tuple) else value for name, value in known.items()})
 
 
 def _known(data: dict[str, Any], keep: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The entries that are known, tuples as the lists that JSON has."""
+    """The entries that are not None, with lists for tuples."""
     known = {name: value for name, value in data.items() if value is not None or name in keep}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 

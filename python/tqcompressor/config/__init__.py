@@ -1,4 +1,4 @@
-"""What to do, as plain values and JSON: specs, configs and named recipes.
+"""Specs, configs and named recipes, as plain values and JSON.
 
 May import `errors`, `utils`.
 """

@@ -1,4 +1,4 @@
-"""Named configs, and how every entry point reads its `config` argument."""
+"""Named configs, and the reader of every `config` argument."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECIPES: Mapping[str, TQConfig] = MappingProxyType(
 
 
 def recipe(name: str) -> TQConfig:
-    """The recipe of that name in `RECIPES`; raises `ConfigError` when there is none."""
+    """The recipe of that name in `RECIPES`; raises `ConfigError` for another name."""
     try:
         return RECIPES[name]
     except KeyError:
@@ -40,9 +40,9 @@ def recipe(name: str) -> TQConfig:
 
 
 def resolve_config(config: ConfigOption | None, **changes: Any) -> TQConfig:
-    """The config that any entry point was given: a recipe's name, the path of a JSON file, a dict or a `TQConfig`.
+    """The `TQConfig` of a `config` argument: a recipe's name, the path of a JSON file, a dict or a `TQConfig`.
 
-    `changes` (`effort`, `seed`) override what the config says, unless they are None. Raises `ConfigError` for None, for
+    `changes` (`effort`, `seed`) replace the config's own, unless they are None. Raises `ConfigError` for None, for
     a name that is neither a recipe nor a file, and for contents that cannot be followed.
     """
     if isinstance(config, TQConfig):

@@ -1,6 +1,6 @@
-"""What one matrix becomes: a Kronecker sum, a product of low rank, or a sum of such.
+"""The spec of one matrix: a Kronecker sum, a low-rank product, or a sum of several.
 
-Specs are plain values, in a config, in JSON and as arguments alike.
+Specs are plain values: the same in a config, in JSON and as an argument.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from ..errors import ConfigError, ShapeError
 from ..utils.validate import integer
 from .choices import PERMUTES, Permute, one_of
 
+# Counts and seeds are unsigned 64-bit integers in Rust.
+LARGEST_INTEGER = 2**64 - 1
+
 
 def check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str, ...]) -> None:
-    """Raises `ConfigError` unless `data` is a mapping with all the required and none but the known keys."""
+    """Raises `ConfigError` unless `data` is a mapping that has the required keys and only known ones."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"a {what} must be a JSON object, got {type(data).__name__}")
     unknown = [str(key) for key in data if key not in known]
@@ -28,10 +31,10 @@ def check_keys(data: Any, what: str, known: tuple[str, ...], required: tuple[str
 
 @dataclass(frozen=True)
 class KroneckerSpec:
-    """How one matrix becomes a Kronecker sum: `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, `k < rank`.
+    """One matrix as a Kronecker sum: `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, `k < rank`.
 
     `W` has shape `(m, n)`, in × out; `block = (m2, n2)` is the shape of every `B_k` and must divide it, so that `A_k`
-    has shape `(m / m2, n / n2)`. The parameters are `rank · (m1·n1 + m2·n2)`. `permute` says which sides are searched
+    has shape `(m / m2, n / n2)`. The parameters are `rank · (m1·n1 + m2·n2)`. `permute` names the sides searched
     for a permutation: "none", "rows" (`p`), "columns" (`q`) or "both". `block = (1, n)` is a plain low-rank product.
 
     >>> KroneckerSpec(block=(2, 4), rank=4).parameters(768, 3072)
@@ -47,9 +50,9 @@ class KroneckerSpec:
             rows, columns = self.block
         except (TypeError, ValueError):
             raise ConfigError(f"block must be two positive integers (m2, n2), got {self.block!r}") from None
-        block = (integer("block", rows, 1), integer("block", columns, 1))
+        block = (integer("block", rows, 1, LARGEST_INTEGER), integer("block", columns, 1, LARGEST_INTEGER))
         object.__setattr__(self, "block", block)
-        object.__setattr__(self, "rank", integer("rank", self.rank, 1))
+        object.__setattr__(self, "rank", integer("rank", self.rank, 1, LARGEST_INTEGER))
         one_of("permute", self.permute, PERMUTES)
 
     @property
@@ -101,12 +104,12 @@ class KroneckerSpec:
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """How one matrix becomes a product of rank `k`, in the form that stores no entry that is known.
+    """One matrix as a product of rank `k`, in interpolative form.
 
-    Some `k` rows of a matrix of rank `k` span all others, so that with a permutation that puts them first
-    `W[p] = [I; left] right`, `left (m − k, k)`, `right (k, n)`; where `m > n` the columns take that part:
-    `W[:, q] = left [I right]`, `left (m, k)`, `right (k, n − k)`. The parameters are `k · (m + n − k)` either way,
-    fewer than the `k · (m + n)` of a plain product, and every matrix of rank `k` has such a form.
+    Every matrix of rank `k` has `k` rows that span the others. A permutation puts them first:
+    `W[p] = [I; left] right`, with `left (m − k, k)` and `right (k, n)`. Where `m > n`, columns are chosen instead:
+    `W[:, q] = left [I right]`, with `left (m, k)` and `right (k, n − k)`. The identity is not stored, so the parameters
+    are `k · (m + n − k)` in place of the `k · (m + n)` of a plain product.
 
     Source: Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005.
 
@@ -117,12 +120,12 @@ class LowRankSpec:
     rank: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", integer("rank", self.rank, 1))
+        object.__setattr__(self, "rank", integer("rank", self.rank, 1, LARGEST_INTEGER))
 
     def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The shapes of `left` and `right` for a `(rows, columns)` matrix.
 
-        Raises `ShapeError` unless the rank is smaller than both sides: at full rank nothing is saved.
+        Raises `ShapeError` unless the rank is smaller than both sides, as nothing is saved at full rank.
         """
         most = min(rows, columns) - 1
         if self.rank > most:
@@ -155,9 +158,9 @@ class LowRankSpec:
 
 @dataclass(frozen=True)
 class MixedSpec:
-    """How one matrix becomes a sum of several kinds: `W ≈ Σ_t W_t`, each term of a spec of its own.
+    """One matrix as a sum of several terms: `W ≈ Σ_t W_t`.
 
-    Two terms or more, each a [`KroneckerSpec`] or a [`LowRankSpec`], with permutations of its own.
+    There are at least two terms. Each is a [`KroneckerSpec`] or a [`LowRankSpec`] and has its own permutations.
 
     >>> MixedSpec((LowRankSpec(rank=96), KroneckerSpec(block=(8, 8), rank=16))).parameters(768, 768)
     286720
@@ -213,7 +216,7 @@ MatrixSpec: TypeAlias = KroneckerSpec | LowRankSpec | MixedSpec
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
-    """The spec that a JSON object means: with "terms" a sum, with "block" a Kronecker sum, else one of low rank.
+    """The spec of a JSON object: with "terms" a sum of terms, with "block" a Kronecker sum, else low rank.
 
     Raises `ConfigError` for unknown or missing keys.
 
@@ -222,14 +225,14 @@ def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
     """
     if isinstance(data, Mapping) and "terms" in data:
         return MixedSpec.from_dict(data)
-    # A Kronecker spec that lacks its block is recognised by what else only it has.
+    # A Kronecker spec without its block is recognised by its other key.
     if isinstance(data, Mapping) and {"block", "permute"} & data.keys():
         return KroneckerSpec.from_dict(data)
     return LowRankSpec.from_dict(data)
 
 
 def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
-    """The spec among the keys of one matrix's entry in a plan or a report; keys that are None are not there.
+    """The spec in the entry of one matrix of a plan or a report; keys that are None count as missing.
 
     >>> planned_spec({"name": "wte", "rank": 3, "block": None, "lost_energy": 0.1})
     LowRankSpec(rank=3)
@@ -239,7 +242,7 @@ def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
 
 
 def describe(spec: MatrixSpec) -> str:
-    """A spec in words: "block 2×4, rank 4", "low rank 224"."""
+    """A spec in a table: "block 2×4, rank 4", "low rank 224"."""
     if isinstance(spec, MixedSpec):
         return " + ".join(describe(term) for term in spec.terms)
     if isinstance(spec, LowRankSpec):

@@ -1,7 +1,7 @@
-"""What to compress and how: one spec per matrix, the effort and the seed of the search.
+"""The config of a compression: one spec per matrix, the effort and the seed of the search.
 
-A [`TQConfig`] is what `config.json` carries as `quantization_config`, what every entry point takes as `config`, and
-what `from_pretrained(..., quantization_config=...)` of transformers accepts.
+A [`TQConfig`] is the `quantization_config` of `config.json` and the `config` argument of every entry point. It is also
+the `quantization_config` that transformers takes in `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
 from .specs import KroneckerSpec, MatrixSpec, check_keys, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
-# The newest format that is read. What the older one can say is written in it, so that older versions read it too.
+# The newest format that is read. Configs are written in the oldest format that can hold them.
 FORMAT_VERSION = 2
 _KRONECKER_ONLY = 1
 
 
 @dataclass(frozen=True)
 class TQConfig:
-    """Which matrices of a model get which spec, and how hard their permutations are searched.
+    """The specs of a model's matrices, and the effort and seed of the search for permutations.
 
     `specs` maps a glob pattern to a [`KroneckerSpec`], [`LowRankSpec`] or [`MixedSpec`]. A pattern is matched against
     the name of a matrix ("wte", "h.1.mlp.c_fc", "h.0.attn.c_attn.q", "encoder.layer.0.output.dense") or of its module,
     with or without the base model's prefix ("transformer.", "bert.") before and ".weight" behind it; `*` crosses dots,
-    `[13579]` is one of these characters. The first pattern that matches a matrix decides. `effort` is "fast",
-    "balanced" or "best". The result depends on the weights, the spec, the effort and the seed only.
+    `[13579]` is one of these characters. The first pattern that matches a matrix decides. The
+    result depends on the weights, the spec, the effort ("fast", "balanced" or "best") and the seed only.
 
     Two configs are equal when their specs (in any order), effort and seed are.
 
-    Raises `ConfigError` for values that cannot be followed.
+    Raises `ConfigError` for invalid values.
 
     >>> config = TQConfig({"h.*.mlp.c_fc": KroneckerSpec(block=(2, 4), rank=4)}, effort="fast")
     >>> TQConfig.from_json(config.to_json()) == config
@@ -57,7 +57,7 @@ class TQConfig:
             raise ConfigError("specs is empty: name at least one matrix to compress")
         checked = {}
         for pattern, spec in self.specs.items():
-            if not isinstance(pattern, str) or not pattern:
+            if not isinstance(pattern, str) or not pattern or not _is_utf8(pattern):
                 raise ConfigError(f"a pattern of specs must be a non-empty string, got {pattern!r}")
             try:
                 checked[pattern] = spec if isinstance(spec, MatrixSpec) else spec_from_dict(spec)
@@ -68,7 +68,7 @@ class TQConfig:
         object.__setattr__(self, "seed", validate.seed(self.seed))
 
     def replace(self, **changes: Any) -> TQConfig:
-        """A copy with the given `specs`, `effort` or `seed`; arguments that are None change nothing."""
+        """A copy with other `specs`, `effort` or `seed`; an argument that is None changes nothing."""
         unknown = changes.keys() - {field.name for field in fields(self)}
         if unknown:
             raise ConfigError(f"a config has no {', '.join(sorted(unknown))}")
@@ -76,7 +76,7 @@ class TQConfig:
 
     @property
     def format_version(self) -> int:
-        """The oldest format that can say it: 1 while every spec is a Kronecker sum, else 2."""
+        """The oldest format that can hold it: 1 where every spec is a Kronecker sum, else 2."""
         only = all(isinstance(spec, KroneckerSpec) for spec in self.specs.values())
         return _KRONECKER_ONLY if only else FORMAT_VERSION
 
@@ -101,7 +101,7 @@ class TQConfig:
         method = data.get("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ConfigError(f"quant_method is {method!r}, not {QUANT_METHOD!r}")
-        # Before the keys: a newer format may well have keys that this one does not know.
+        # Checked before the keys, as a newer format may have other keys.
         version = validate.integer("format_version", data.get("format_version", FORMAT_VERSION), 1)
         if version > FORMAT_VERSION:
             raise ConfigError(
@@ -123,14 +123,23 @@ class TQConfig:
         """The inverse of `to_json`, from the text; raises `ConfigError` when it is not JSON."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not JSON: {error}") from None
         return cls.from_dict(data)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key of `to_dict`: transformers reads a config that it may hold as a dict or as an object."""
+        """The value of a key of `to_dict`. transformers calls it, because a config may be a dict."""
         return self.to_dict().get(key, default)
 
     def update(self, **changes: Any) -> dict[str, Any]:
-        """Takes none of the arguments that transformers passes on from `from_pretrained`, and returns them all."""
+        """Returns all arguments as unused. transformers passes those of `from_pretrained`."""
         return changes
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a string has no lone surrogates, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""One matrix as a numpy array: decomposing it, and what that gives.
+"""The decomposition of one numpy matrix, and its results.
 
 May import `errors`, `_core`, `utils` and `config`.
 """

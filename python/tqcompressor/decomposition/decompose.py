@@ -1,4 +1,4 @@
-"""One matrix: what approximates it best, its nearest Kronecker sum, and the search for permutations."""
+"""Decompose one matrix: by a spec or a budget, to its nearest Kronecker sum, or into permutations alone."""
 
 from __future__ import annotations
 
@@ -62,30 +62,38 @@ def decompose(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> Decomposition:
-    """Decomposes a matrix as its spec says, or as well as a budget of parameters allows.
+    """Decomposes a matrix by a spec, or as well as a budget of parameters allows.
 
-    Minimises `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`, which without moments is the Frobenius norm. A Kronecker sum is
-    searched over the permutations that `spec.permute` allows and over the factors (TQCompressor, arXiv 2401.16367;
-    Van Loan and Pitsianis, 1993), and never loses more energy than without a permutation. Low rank is the whitened
-    truncated singular value decomposition (SVD-LLM, arXiv 2403.07378), in interpolative form. With a budget, the best
-    of low rank, Kronecker sums and sums of both that has no more parameters is taken; "fast" takes low rank.
+    Minimises `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`, which is the Frobenius norm without moments. The permutations that
+    `spec.permute` allows and the factors of a Kronecker sum are searched together (TQCompressor, arXiv 2401.16367; Van
+    Loan and Pitsianis, 1993); the result never loses more energy than without permutations. Low rank is the whitened
+    truncated singular value decomposition (SVD-LLM, arXiv 2403.07378), in interpolative form. A budget selects the best
+    of low rank, Kronecker sums and sums of both with no more parameters; the effort "fast" selects low rank.
 
     Args:
         w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed
             in float32 with float64 sums.
-        spec: What it is to become; either this or `budget`.
-        budget: A share of its `m·n` parameters, such as 0.5, or their number as an integer.
-        moment: What the inputs look like: `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it and
-            the second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,), either of which may be
-            None. Only their directions matter, not their scale. A singular moment is fine.
-        objective: "frobenius", "diagonal", "second_moment" or "sensitivity" (both moments); "auto" takes all there is.
+        spec: A `KroneckerSpec`, `LowRankSpec` or `MixedSpec`. Either this or `budget`.
+        budget: The share of its `m·n` parameters to keep, such as 0.5, or their number as an integer.
+        moment: The second moment of the inputs, `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it
+            and the second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,). Either of a pair
+            may be None. Their scale does not matter, and they may be singular.
+        objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity" (both moments). "auto"
+            uses all moments given.
         effort: "fast" (some tenths of a second for 768 × 768), "balanced" (seconds) or "best" (tens of seconds).
-        seed: With `w`, `spec` and `effort` all that the result depends on: not on `threads`.
-        threads: None for all cores.
-        progress: True, False, None (a bar where somebody may be watching) or a callable that takes (done, total).
+        seed: Of the search. The result depends on `w`, the spec or budget, the moments, the effort and the seed alone.
+        threads: Worker threads. Default: one per core.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
-    Raises `ShapeError`, `DtypeError`, `NonFiniteError`, `ConfigError` (effort, objective, budget) and, on Ctrl-C,
-    `KeyboardInterrupt`.
+    Raises:
+        ConfigError: Neither or both of `spec` and `budget`; an invalid effort, objective or budget; an objective
+            without its moments.
+        ShapeError: `w` is no matrix, or the spec or a moment does not fit it.
+        DtypeError: `w` or a moment is not float16, float32 or float64.
+        NonFiniteError: `w` or a moment has NaN or an infinity.
+        MomentError: A moment is not symmetric or has a negative diagonal.
+
+    Cost: see `effort`; memory for a few float32 copies of `w`.
 
     >>> import numpy as np
     >>> w = np.random.default_rng(0).standard_normal((64, 96), dtype=np.float32)
@@ -127,7 +135,7 @@ def decompose(
 
 
 def _parameters(budget: Any, rows: int, columns: int) -> int:
-    """A budget for one matrix as a number of parameters."""
+    """The number of parameters of a budget for one matrix."""
     dense = rows * columns
     # numpy's numbers, too.
     whole = isinstance(budget, Integral) and not isinstance(budget, bool) and int(budget) > 0
@@ -143,11 +151,11 @@ def _parameters(budget: Any, rows: int, columns: int) -> int:
 
 
 def nearest_kronecker_sum(w: ArrayLike, spec: KroneckerSpec) -> KroneckerDecomposition:
-    """The Kronecker sum of the given block and rank that is nearest to `w` as it stands, without any permutation.
+    """The nearest Kronecker sum of `w` with the block and rank of `spec`, without permutations.
 
-    The truncated singular value decomposition of the rearranged matrix, which holds one block of `w` per row (Van Loan
-    and Pitsianis, 1993). `block = (1, n)` gives the truncated singular value decomposition of `w` itself. Arguments and
-    errors as for `decompose`; `spec.permute` is ignored.
+    It is the truncated singular value decomposition of the rearranged matrix, whose rows are the blocks of `w` (Van
+    Loan and Pitsianis, 1993). With `block = (1, n)` it is that of `w` itself. `spec.permute` is ignored. Arguments and
+    errors are those of `decompose`.
 
     >>> import numpy as np
     >>> w = np.kron(np.arange(6.0).reshape(2, 3), np.ones((2, 2)))
@@ -169,9 +177,10 @@ def find_permutation(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
-    """`(p, q, lost_energy)`: gather indices under which `w[p][:, q]` is near to a Kronecker sum of this spec.
+    """Searches gather indices `p` and `q` such that `w[p][:, q]` is near a Kronecker sum of this spec.
 
-    The search of `decompose` without its factors; arguments, errors and cost are the same.
+    Returns `(p, q, lost_energy)`. It is the search of `decompose` without the factors. Arguments, errors and cost are
+    those of `decompose`.
 
     >>> import numpy as np
     >>> w = np.random.default_rng(0).standard_normal((8, 8))
@@ -193,6 +202,6 @@ def _as_matrix(w: ArrayLike) -> NDArray[np.float32]:
         raise ShapeError(f"w: expected a matrix, got {array.ndim} dimensions, shape {array.shape}")
     if array.dtype.kind != "f":
         raise DtypeError(f"w: expected float16, float32 or float64, got {array.dtype}")
-    # A float64 beyond float32's range becomes an infinity, which the kernels refuse by name and place.
+    # A float64 beyond the range of float32 becomes an infinity, which the kernels report.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)

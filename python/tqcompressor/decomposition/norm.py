@@ -1,4 +1,4 @@
-"""The norm that an approximation is to be good in, from the moments that are known of a layer."""
+"""The norm of the errors of an approximation, by the second moments of a layer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Moments: TypeAlias = tuple[NDArray[np.float32] | None, NDArray[np.float32] | Non
 
 
 def moments_for(objective: Objective, input_moment: Any, output_moment: Any) -> Moments:
-    """The moments `(C_in, C_out)` that an objective takes into account.
+    """The moments `(C_in, C_out)` that an objective uses.
 
-    The error of an approximation is `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`. "frobenius" takes neither, "diagonal" the
+    The error of an approximation is `tr(C_in (W − Ŵ) C_out (W − Ŵ)ᵀ)`. "frobenius" uses neither moment, "diagonal" the
     diagonal of the inputs' second moment, "second_moment" all of it, "sensitivity" that and the second moment of the
-    gradients at the outputs; "auto" takes all that there is. Raises `ConfigError` for another name, or where what an
-    objective needs is not there.
+    gradients at the outputs. "auto" uses all moments given. Raises `ConfigError` for another name, or for an objective
+    without its moments.
     """
     one_of("objective", objective, OBJECTIVES)
     if objective == "frobenius":
@@ -46,7 +46,7 @@ def as_moment(moment: ArrayLike | None, side: int, which: str) -> NDArray[np.flo
         raise ShapeError(f"{which}: expected shape ({side}, {side}), or ({side},) for a diagonal, got {array.shape}")
     if array.dtype.kind != "f":
         raise DtypeError(f"{which}: expected float16, float32 or float64, got {array.dtype}")
-    # Only its direction matters, and squares of large or small activations may be beyond float32.
+    # Its scale does not matter, and squares of large or small activations may be beyond float32.
     largest = float(np.max(np.abs(array), initial=0.0))
     if array.dtype == np.float64 and np.isfinite(largest) and largest > 0 and not 1e-20 < largest < 1e20:
         array = array / largest

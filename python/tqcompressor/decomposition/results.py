@@ -1,4 +1,4 @@
-"""What `decompose` returns: a matrix as a Kronecker sum, in low rank, or as a sum of both kinds."""
+"""The results of `decompose`: a matrix as a Kronecker sum, of low rank, or as a sum of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import ShapeError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KroneckerDecomposition:
-    """`W[p][:, q] ≈ Σ_k A_k ⊗ B_k`: what `decompose` returns.
+    """A Kronecker sum with permutations: `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`.
 
     With `(A ⊗ B)[i1·m2 + i2, j1·n2 + j2] = A[i1, j1]·B[i2, j2]`. Terms come in descending order of norm, balanced
     (`‖A_k‖ = ‖B_k‖`), the entry of `B_k` of largest magnitude positive.
@@ -35,7 +35,7 @@ class KroneckerDecomposition:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of the sum that it is: itself alone."""
+        """The terms of the sum: this one."""
         return (self,)
 
     @property
@@ -75,11 +75,11 @@ class KroneckerDecomposition:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankDecomposition:
-    """`Ŵ` of rank `k` in interpolative form: `k` of its own rows, and the coefficients that make the others of them.
+    """A matrix of rank `k` in interpolative form: `k` of its rows, and the coefficients of the others in them.
 
-    `Ŵ[order] = [I; left] right` where W (m, n) has m ≤ n; otherwise columns are picked, `Ŵ[:, order] = left [I right]`.
-    The identity is not stored, which leaves `k·(m + n − k)` numbers where two plain factors have `k·(m + n)` (Cheng,
-    Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005).
+    `Ŵ[order] = [I; left] right` where W (m, n) has m ≤ n. Otherwise columns are picked: `Ŵ[:, order] = left [I right]`.
+    The identity is not stored, so there are `k·(m + n − k)` numbers in place of the `k·(m + n)` of two plain factors
+    (Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", 2005).
     """
 
     spec: LowRankSpec
@@ -94,7 +94,7 @@ class LowRankDecomposition:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of the sum that it is: itself alone."""
+        """The terms of the sum: this one."""
         return (self,)
 
     @property

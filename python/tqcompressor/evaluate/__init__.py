@@ -1,4 +1,4 @@
-"""Quality of a model: perplexity of a text, accuracy on last words, a table beside the teacher.
+"""The quality of a model: perplexity of a text, accuracy on last words, a table of student and teacher.
 
 Perplexities are comparable only under one convention. Here the text is preceded by the tokenizer's begin-of-text token,
 every token of the text is scored exactly once, and no window is longer than the context length. With

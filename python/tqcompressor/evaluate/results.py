@@ -1,4 +1,4 @@
-"""What evaluation finds: figures with their averages, rows and tables, as text and as JSON."""
+"""The results of an evaluation: sums with their averages, rows and tables, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PerplexityResult:
 
 @dataclass(frozen=True)
 class LastWordResult:
-    """How often, and how surely, a model finds the last word of a passage."""
+    """The accuracy and perplexity of the last words of passages."""
 
     accuracy: float
     """Share of the passages whose last word is the model's first choice, token by token."""

@@ -119,7 +119,7 @@ def negative_log_likelihood(
     with evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as callback:
         report = callback or _silent
         report(done, len(sequence) - 1)
-        # The first window scores more tokens than the others: by itself, it does not widen their logits.
+        # The first window scores more tokens than the others: in a batch of its own it does not widen their logits.
         for batch in [parts[:1], *_chunks(parts[1:], batch_size)]:
             inputs = torch.stack([sequence[begin:end] for begin, end, _ in batch])
             most = max(scored for _, _, scored in batch)
@@ -165,7 +165,7 @@ def last_word_accuracy(
     """
     torch = _import_torch()
     start = time.perf_counter()
-    # Passages of one length side by side: little padding, and last words at few different positions.
+    # Sorted by length: little padding, and last words at few different positions.
     items = last_word_items(open_passages(passages), _encoder(tokenizer), _longest(model))
     batch_size = checked_batch_size(model, batch_size, len(items[0][0]))
     right, total, done = 0, 0.0, 0
@@ -179,7 +179,7 @@ def last_word_accuracy(
                 inputs[row, : len(tokens)] = torch.tensor(tokens)
                 mask[row, : len(tokens)] = 1
             spans = [range(len(tokens) - len(targets), len(tokens)) for tokens, targets in batch]
-            # The head is a third of a small model's work: ask for logits only where some last word stands.
+            # The head is a third of a small model's MACs: compute logits only at the positions of last words.
             positions = sorted(set().union(*spans))
             column = {position: index for index, position in enumerate(positions)}
             logits = model(
@@ -206,7 +206,7 @@ def _log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    # Not verbose: a text longer than the context is what windows are for, no reason for a warning.
+    # Without the warning about texts that are longer than the context.
     return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -229,7 +229,7 @@ def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
 
 
 def _silent(done: int, total: int) -> None:
-    """What is called where nobody wants to see progress."""
+    """The callback without progress."""
 
 
 def _import_torch() -> ModuleType:

@@ -1,4 +1,4 @@
-"""What is scored given what, whichever engine computes: windows over a text, last words of passages."""
+"""The tokens that are scored and their contexts, for every engine: windows over a text, last words of passages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Encode: TypeAlias = Callable[[str], list[int]]
 
 
 def tokens_to_score(text: str, encode: Encode, begin: Sequence[int]) -> list[int]:
-    """The tokens of a text behind those in `begin`; raises `TextError` for fewer than 2."""
+    """The tokens of a text after those in `begin`; raises `TextError` for fewer than 2."""
     if not text.strip():
         raise TextError("the text is empty")
     tokens = encode(text)
@@ -23,7 +23,7 @@ def tokens_to_score(text: str, encode: Encode, begin: Sequence[int]) -> list[int
 
 
 def first_token(begin: int | None, end: int | None) -> list[int]:
-    """What a text begins with: the begin-of-text token, else the end-of-text token, else nothing."""
+    """The first token of a text: the begin-of-text token, else the end-of-text token, else none."""
     for token in (begin, end):
         if token is not None:
             return [int(token)]
@@ -54,7 +54,7 @@ def windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int,
 def perplexity_result(
     text: str, total: float, tokens: int, context: int, stride: int, seconds: float
 ) -> PerplexityResult:
-    """What came of scoring `tokens` tokens of a text, `total` nats together."""
+    """The result of scoring `tokens` tokens of a text, of `total` nats in all."""
     return PerplexityResult(
         negative_log_likelihood=total,
         tokens=tokens,

@@ -1,8 +1,8 @@
-"""Registers the transformers integration as soon as transformers' quantizers are there, and not before.
+"""Register the quantizer when transformers' registry of quantizers is imported, and not before.
 
-`import tqcompressor` must cost nothing and need neither torch nor transformers, yet loading a compressed checkpoint
-must work whichever of the two packages is imported first. So the module that holds transformers' registry is watched:
-if it is loaded already, registration happens at once, else when somebody imports it (`from_pretrained` does).
+`import tqcompressor` needs neither torch nor transformers, and loading a compressed checkpoint works whichever of the
+two packages is imported first. Registration happens at once if the registry is loaded already; otherwise an import hook
+registers when it is (by `from_pretrained`, for example).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        # Importing it registers. It may itself be what is importing transformers: then it does so when it is done.
+        # The import registers. If the quantizer's module is itself importing transformers, it registers at its end.
         from . import quantizer  # noqa: F401
     except (ImportError, AttributeError) as error:
-        # Never break somebody's import of transformers, which may have nothing to do with this package.
+        # Do not break an import of transformers, which may be unrelated to this package.
         warnings.warn(
-            f"tqcompressor cannot register with this version of transformers, so that loading compressed checkpoints "
-            f"will fail; it needs transformers 5.20 or newer, below 6 ({error})",
+            f"tqcompressor cannot register with this version of transformers, and cannot load compressed checkpoints: "
+            f"expected transformers 5.20 or newer, below 6 ({error})",
             stacklevel=2,
         )
 
@@ -66,7 +66,7 @@ class _RegisteringLoader(importlib.abc.Loader):
         return self._wrapped.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # What the module's spec and `__loader__` say must be the truth again before its code runs.
+        # Restore the module's own loader before its code runs.
         if module.__spec__ is not None:
             module.__spec__.loader = self._wrapped
         module.__loader__ = self._wrapped

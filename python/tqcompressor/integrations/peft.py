@@ -33,7 +33,7 @@ class LoraKroneckerLinear(LoraLinear):
         return {(): None}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """As peft's, for those initialisations that leave the base weight alone."""
+        """As peft's, for initialisations that do not use the base weight."""
         if config.init_lora_weights not in _NEED_NO_WEIGHT:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} needs the dense weight, which a factored module does "
@@ -42,18 +42,18 @@ class LoraKroneckerLinear(LoraLinear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: torch.nn.Module) -> tuple[Any, Any]:
-        # peft would warn of a layer type that it does not know.
+        # peft warns of unknown layer types.
         return module.in_features, module.out_features
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: torch.nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # peft looks for a weight.
+        # peft reads them from a weight.
         factor = next(base_layer.parameters())
         return factor.device, factor.dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Refused with `NotImplementedError`. Dense layers that peft merged before leave the outputs as they were."""
+        """Raises `NotImplementedError`. Outputs stay correct if peft has merged dense layers before."""
         raise NotImplementedError(
             "a LoRA adapter cannot be merged into factors without making the matrix dense: keep the adapter, "
             "or call tqcompressor.merge_lora(model), which returns a stock model with both in it"
@@ -61,9 +61,9 @@ class LoraKroneckerLinear(LoraLinear):
 
 
 def register_lora(config: LoraConfig) -> LoraConfig:
-    """Makes a `LoraConfig` work on compressed modules, and returns it.
+    """Makes a `LoraConfig` apply to compressed modules, and returns it.
 
-    To be called on the config given to `get_peft_model`, and on that given to `PeftModel.from_pretrained`:
+    Call it on the config of `get_peft_model` and on that of `PeftModel.from_pretrained`:
 
     >>> import tqcompressor
     >>> from peft import LoraConfig, PeftModel, get_peft_model
@@ -84,8 +84,8 @@ def register_lora(config: LoraConfig) -> LoraConfig:
 def merge_lora(model: PeftModel) -> PreTrainedModel:
     """Merges the active LoRA adapter into the dense equivalent of its compressed base model.
 
-    Returns a stock model, as large as the uncompressed one, whose outputs are those of `model`. The base model inside
-    `model` becomes it: `model` is not to be used afterwards.
+    Returns a stock model, as large as the uncompressed one, with the outputs of `model`. It is made of the base model
+    inside `model`, which must not be used afterwards.
     """
     name = model.active_adapter
     config = model.peft_config[name]

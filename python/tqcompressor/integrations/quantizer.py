@@ -1,12 +1,12 @@
-"""What makes transformers load, save and undo compressed checkpoints: a quantizer registered under "tqcompressor".
+"""The quantizer "tqcompressor" of transformers, which loads, saves and dequantizes compressed checkpoints.
 
-transformers' quantizer API is how a checkpoint of a stock architecture gets other modules: `config.json` keeps
-its `model_type`, and its `quantization_config.quant_method` picks the class below, whose hooks run within
-`from_pretrained` and `save_pretrained`. torch is imported inside the hooks: registering must not need it.
+transformers' quantizer API replaces modules of a stock architecture: `config.json` keeps its `model_type`, and
+`quantization_config.quant_method` selects the class below. Its hooks run within `from_pretrained` and
+`save_pretrained`. torch is imported inside the hooks, so registering does not need it.
 
 A compressed checkpoint has one tensor more than the model, the *guard*: one byte under the name of the first compressed
-module's dense weight. Without this package transformers would ignore the config that it does not know and start from
-random weights with no more than a warning; the guard's shape makes it raise.
+module's dense weight. Without this package, transformers would ignore the unknown config and start from random weights
+with a mere warning; the shape of the guard makes it raise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Makes transformers know the quantization method "tqcompressor". Calling it again does nothing."""
+    """Registers the quantization method "tqcompressor" with transformers. A second call does nothing."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(_ConfigReader)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -54,9 +54,9 @@ class _ConfigReader(QuantizationConfigMixin):
 
 
 class TQQuantizer(HfQuantizer):
-    """Puts the modules of a compressed model in place before its weights are loaded, or compresses it afterwards.
+    """Swaps in compressed modules before weights are loaded, or compresses a dense model afterwards.
 
-    With `pre_quantized` the checkpoint holds factors and the config says which; without, it is a dense one that
+    With `pre_quantized` the checkpoint has the factors that the config names. Without, it is a dense checkpoint that
     `from_pretrained(..., quantization_config=TQConfig(...))` compresses on the fly.
     """
 
@@ -89,7 +89,7 @@ class TQQuantizer(HfQuantizer):
 
         require_transformers_model(model)
         if not self.pre_quantized:
-            # Nothing is done yet, but a config that does not fit should fail before a large checkpoint is read.
+            # Check the config before a large checkpoint is read.
             plan_model(model, self.quantization_config)
             return
         specs = specs_of_model(model, self.quantization_config)
@@ -110,7 +110,7 @@ class TQQuantizer(HfQuantizer):
         from ..models.surgery import tie_heads
 
         if not self.pre_quantized:
-            # `compress` sets what this hook is expected to: it starts from a model that was never quantized.
+            # `compress` starts from a model without a quantizer, and attaches this one.
             detach(model)
             compress(model, self.quantization_config)
             return
@@ -129,7 +129,7 @@ class TQQuantizer(HfQuantizer):
         return state, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Replaces every compressed module by the stock one with the dense weight that the factors stand for.
+        """Replaces every compressed module by the stock one with the product of its factors.
 
         The weights keep the dtype of the factors unless `dtype` is given, which then becomes that of the whole model.
         """

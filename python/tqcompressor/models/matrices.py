@@ -1,7 +1,7 @@
-"""Where the matrices of a live transformers model are, and how modules are put in their places.
+"""The matrices of a live model of transformers, their names and their ties.
 
-A *matrix* is named after its module without the base model's prefix ("transformer.", "bert.", "model."); GPT-2's fused
-`c_attn` holds several, named "….c_attn.q", ".k" and ".v". Everything that knows transformers' module tree is here.
+A *matrix* is named after its module without the base model's prefix ("transformer.", "bert.", "model."). GPT-2's fused
+`c_attn` has several, named "….c_attn.q", ".k" and ".v".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..modules.build import CompressedModule
 
 # Exactly these classes: a subclass may do something else with its weight.
 KINDS: Mapping[type[nn.Module], str] = {Conv1D: "conv1d", nn.Linear: "linear", nn.Embedding: "embedding"}
-# What the parameters that stand for a matrix are called.
+# The names of the parameters of a factored matrix.
 FACTORS = ("A", "B", "left", "right")
 
 
@@ -37,17 +37,17 @@ def require_transformers_model(model: object) -> PreTrainedModel:
 
 
 def base_prefix(model: PreTrainedModel) -> str:
-    """What the names of the base model's modules begin with in `model`: "transformer.", "bert." or nothing."""
+    """The prefix of the base model's modules in `model`: "transformer.", "bert." or none."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def in_base_model(model: PreTrainedModel, matrix: str) -> bool:
-    """Whether a matrix belongs to the base model, which every model of the family has, and not to a head."""
+    """Whether a matrix belongs to the base model, and not to a head."""
     return matrix.split(".", 1)[0] in dict(model.base_model.named_children())
 
 
 def module_name(model: PreTrainedModel, matrix: str) -> str:
-    """The full name in `model` of a module or matrix that is given without the base prefix."""
+    """The full name in `model` of a module or matrix named without the base prefix."""
     return base_prefix(model) + matrix if in_base_model(model, matrix) else matrix
 
 
@@ -61,7 +61,7 @@ def weight_tensors(model: PreTrainedModel) -> list[tuple[str, str, tuple[int, ..
 
     A bare name has no base prefix.
 
-    A weight that is tied to another is left out. Weights that are compressed already count as what they were.
+    A weight that is tied to another is left out. A compressed weight has its dense shape and kind.
     """
     left_out = ties(model)
     compressed = dict(compressed_modules(model))
@@ -79,8 +79,8 @@ def weight_tensors(model: PreTrainedModel) -> list[tuple[str, str, tuple[int, ..
 def ties(model: PreTrainedModel) -> dict[str, str]:
     """The modules whose weight is another's, by full names: {"lm_head": "transformer.wte"}; compressed or not.
 
-    Raises `ConfigError` when the model and its `config.tie_word_embeddings` disagree, since one of them would be lost
-    by saving and loading.
+    Raises `ConfigError` when the model and its `config.tie_word_embeddings` disagree, because saving and loading would
+    then change the model.
     """
     tied = {}
     for target, source in tied_parameters(model).items():
@@ -109,7 +109,7 @@ def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
 
 
 def weight_owner(parameter: str) -> str | None:
-    """The module whose weight, or factor of it, a parameter is; None for a bias."""
+    """The module of a parameter that is a weight or a factor of one; None for a bias."""
     return parameter.removesuffix(".weight") if parameter.endswith(".weight") else factor_owner(parameter)
 
 
@@ -121,7 +121,7 @@ def _disagreement(model: PreTrainedModel, target: str, source: str, shared: bool
 
 
 def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
-    """`(full name, module)` of every compressed module in model order; what these are made of is not listed apart."""
+    """`(full name, module)` of every compressed module in model order, without the modules within it."""
     inner: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, CompressedModule) and module not in inner:
@@ -130,12 +130,12 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule
 
 
 def factor_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The factors of a compressed module, which its bias is not one of."""
+    """The factors of a compressed module, without its bias."""
     return [parameter for name, parameter in module.named_parameters() if name.split(".")[-1] in FACTORS]
 
 
 def factor_owner(name: str) -> str | None:
-    """The module whose matrix a stored tensor is a factor of, by its name; None for any other tensor."""
+    """The module of a stored tensor that is a factor, by its name; None for any other tensor."""
     module, _, last = name.rpartition(".")
     if last not in (*FACTORS, "input_permutation", "output_permutation"):
         return None
@@ -161,6 +161,6 @@ def linear_size(dense: Conv1D | nn.Linear) -> tuple[int, int]:
 
 
 def stock_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it is before any compression, without values, on the meta device."""
+    """The dense model of the same config, without values, on the meta device."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))

@@ -1,4 +1,4 @@
-"""The marks by which transformers knows that a model is compressed, and the specs of its matrices."""
+"""The attributes that mark a compressed model for transformers, and the specs of its matrices."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def attach(model: PreTrainedModel, config: TQConfig) -> None:
-    """Tells transformers that `model` is compressed as `config`, which names its matrices one by one, says."""
-    # By transformers' registry, since the quantizer's class stands on a higher floor.
+    """Marks `model` as compressed by `config`, which names its matrices one by one."""
+    # From transformers' registry: this folder may not import the quantizer's class.
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)  # type: ignore[arg-type]
     model.config.quantization_config = config
     part: Any
-    # The base model too, so that it can be saved by itself.
+    # The base model too, so that it can be saved alone.
     for part in (model, model.base_model):
         part.hf_quantizer = quantizer
         part.quantization_method = QUANT_METHOD
-        # transformers refuses `.half()`, `.float()` and full training for models that say they are quantized.
+        # transformers refuses `.half()`, `.float()` and full training for models marked as quantized.
         part.is_quantized = False
 
 
@@ -46,7 +46,7 @@ def guard_name(model: PreTrainedModel) -> str:
 
 
 def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, MatrixSpec]:
-    """The specs of those matrices that this class of model has: a checkpoint's head may be another's.
+    """The specs of the matrices of this class of model, as a checkpoint may have another head.
 
     Raises `ConfigError` for a name that holds a wildcard, since a checkpoint's config names matrices one by one.
     """

@@ -1,4 +1,4 @@
-"""Tensors in checkpoint files, compared with those that a config promises."""
+"""Checks of the tensors in checkpoint files against a config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
-    """Compares the factors that a checkpoint's headers list with those that its config promises.
+    """Compares the factors in the headers of a checkpoint with those of its config.
 
     Raises `CheckpointError` naming the first tensor that is missing, has another shape, or belongs to a module that the
     config does not compress.
@@ -35,18 +35,18 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     }
     for name, shape in promised.items():
         if name not in stored:
-            raise CheckpointError(f"tensor {name} is missing, though quantization_config in config.json asks for it")
+            raise CheckpointError(f"tensor {name} is missing: quantization_config in config.json has it")
         if stored[name] != shape:
-            raise CheckpointError(f"tensor {name} has shape {stored[name]}, but config.json asks for {shape}")
+            raise CheckpointError(f"tensor {name}: expected shape {shape} as in config.json, got {stored[name]}")
     modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
     for name in stored.keys() - promised.keys():
-        # A factor of a head that this class of model lacks is as superfluous as a dense head's weight would be.
+        # Factors of a head that this class of model lacks are ignored, as a dense head's weight is.
         if factor_owner(name) in modules:
-            raise CheckpointError(f"tensor {name} is there, but quantization_config in config.json does not ask for it")
+            raise CheckpointError(f"tensor {name} is not in quantization_config of config.json")
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Raises `CheckpointError` for a factor that no file had, or for indices that are not a permutation."""
+    """Raises `CheckpointError` for a factor that is in no file, or for indices that are not a permutation."""
     import torch
 
     from ..modules.mixed import FactoredHead
@@ -56,7 +56,7 @@ def check_loaded(model: PreTrainedModel) -> None:
         if isinstance(module, FactoredHead):
             continue
         for name, tensor in module.state_dict(keep_vars=True).items():
-            # Set by transformers on everything that it read.
+            # transformers sets it on every tensor that it reads.
             if not getattr(tensor, "_is_hf_initialized", False) and tensor.device.type != "meta":
                 raise CheckpointError(f"tensor {module_name}.{name} is missing from the checkpoint")
             if name.endswith("_permutation") and tensor.device.type != "meta":

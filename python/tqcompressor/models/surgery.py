@@ -1,4 +1,4 @@
-"""Swapping modules of a live model for compressed ones and back, tied heads included."""
+"""Swap modules of a live model for compressed ones and back, tied heads included."""
 
 from __future__ import annotations
 
@@ -31,17 +31,15 @@ from .matrices import (
     weight_owner,
 )
 
-# What is GPT-2's alone: this one is initialised from its parent, through a `weight` that it does not have any more when
-# compressed.
+# Only GPT-2 has it: its parent initialises it, through a `weight` that a compressed module does not have.
 _INITIALISED_BY_PARENT = "c_proj"
 
 
 def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> dict[str, CompressedModule]:
     """Modules without values, on the meta device, for the matrices named in `specs`: full name to module.
 
-    Output layers tied to one of them are not among them: see `tied_heads`. Raises `ConfigError` for a name that the
-    model does not have or whose tying cannot be kept, and `ShapeError` for a spec that does not fit; both name the
-    matrix.
+    Output layers tied to one of them are left to `tied_heads`. Raises `ConfigError` for a name that the model does not
+    have or whose tying cannot be kept, and `ShapeError` for a spec that does not fit; both name the matrix.
     """
     modules: dict[str, CompressedModule] = {}
     tied = ties(model)
@@ -83,7 +81,7 @@ def tied_heads(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict
 
 
 def tie_heads(model: PreTrainedModel) -> None:
-    """Gives every compressed tied head the factors and permutations that its embedding has now."""
+    """Ties every compressed head to the current factors and permutations of its embedding."""
     for name, source in ties(model).items():
         head, embedding = model.get_submodule(name), model.get_submodule(source)
         if isinstance(head, FactoredHead) and isinstance(embedding, FactoredEmbedding):
@@ -119,7 +117,7 @@ def _find_dense(
 
 
 def _check_ties(model: PreTrainedModel, name: str, tied: Mapping[str, str]) -> None:
-    """Raises `ConfigError` unless whatever is tied to the module can be tied to its factors."""
+    """Raises `ConfigError` unless every module tied to this one can share its factors."""
     if name in tied:
         raise ConfigError(f"{name} is tied to {tied[name]}: compressing that compresses both")
     for target, source in tied.items():
@@ -183,12 +181,12 @@ def retie(model: PreTrainedModel, tied: Mapping[str, str], biases: Mapping[str, 
 
 
 def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None) -> dict[str, nn.Module]:
-    """The stock modules, holding dense weights, for the compressed ones: full name to module.
+    """The stock modules, with dense weights, in place of the compressed ones: full name to module.
 
-    `matrices` are the modules that are wanted, named without the base prefix; None stands for all. A head that is tied
-    to the embedding comes with it.
+    `matrices` are the names of the modules, without the base prefix; the default is all. A head that is tied to the
+    embedding comes with it.
     """
-    # Tells which class each had: Conv1D and nn.Linear are laid out differently.
+    # The stock model has the class of each: Conv1D and nn.Linear are laid out differently.
     stock = stock_model(model)
     tied = ties(model)
     modules: dict[str, nn.Module] = {}
@@ -207,6 +205,6 @@ def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None
         modules[name] = dense
     for name, source in tied.items():
         if name in modules and source in modules:
-            # The very parameter, as `tie_weights` would have it.
+            # The same parameter, as `tie_weights` does.
             modules[name].weight = modules[source].weight
     return modules

@@ -1,4 +1,4 @@
-"""What the modules that hold factors share, of whatever kind: copies, biases, permutations and ties."""
+"""The base of all factored modules: copies of factors, biases, permutations and ties."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def the_one_term(terms: Sequence[Term], kind: type[_Term]) -> _Term:
 
 
 def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`y + bias` in the dtype of `y`: under autocast that is narrower than the bias, and must stay so."""
+    """`y + bias` in the dtype of `y`, which autocast may have made narrower than the bias."""
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -42,7 +42,7 @@ def copied_bias(
 
 
 def new_bias(bias: bool | torch.Tensor, size: int, like: torch.Tensor) -> nn.Parameter | None:
-    """The bias that an argument asks for: a copy of the given one, zeros where and as `like` is, or none."""
+    """The bias of a `bias` argument: a copy of a tensor, zeros of the device and dtype of `like`, or None."""
     if isinstance(bias, torch.Tensor):
         return copied_bias(bias, size)
     return nn.Parameter(torch.zeros(size, device=like.device, dtype=like.dtype)) if bias else None
@@ -56,12 +56,12 @@ def draw_bias(bias: torch.Tensor | None, in_features: int) -> None:
 
 
 def inverse(permutation: torch.Tensor | None) -> torch.Tensor | None:
-    """The inverse of a permutation; None, where a side is not permuted, is its own."""
+    """The inverse of a permutation; None stands for the identity."""
     return None if permutation is None else torch.argsort(permutation)
 
 
 def gathered(matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    """`matrix[rows][:, columns]`, where None takes a side as it is."""
+    """`matrix[rows][:, columns]`; None stands for the identity."""
     if rows is not None:
         matrix = matrix.index_select(0, rows)
     return matrix if columns is None else matrix.index_select(1, columns)
@@ -70,7 +70,7 @@ def gathered(matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Ten
 class Factors(nn.Module):
     """Two factors of a matrix, and the gather indices of its permuted sides."""
 
-    # The names of the parameters that hold the factors.
+    # The names of the factors' parameters.
     factors: ClassVar[tuple[str, str]]
     input_permutation: torch.Tensor | None
     output_permutation: torch.Tensor | None
@@ -78,9 +78,9 @@ class Factors(nn.Module):
     def _copy(
         self, tensors: Mapping[str, NDArray[Any]], dtype: torch.dtype | None, device: torch.device | str | None
     ) -> None:
-        """Takes copies of the values of parameters and buffers, except of buffers that the module does not have.
+        """Copies values into parameters and buffers; buffers that are None in the module are skipped.
 
-        Raises `ShapeError`, and changes nothing, for shapes that are not the module's.
+        Raises `ShapeError` for other shapes than the module's, and then changes nothing.
         """
         kept = {name: values for name, values in tensors.items() if getattr(self, name) is not None}
         for name, values in kept.items():
@@ -97,25 +97,25 @@ class Factors(nn.Module):
                 setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
 
     def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The gather indices that the row permutation `p` means for this module's input."""
+        """The gather indices of this module's input for the row permutation `p`."""
         return p
 
 
 class Tied(nn.Module):
-    """An output layer whose factors are its embedding's, and which therefore takes no others."""
+    """An output layer that shares the factors of its embedding and cannot have others."""
 
     def set_terms(self, *_: object, **__: object) -> None:
-        """Refused, as it would untie the head: set the embedding's factors, then `tie` it again."""
+        """Raises `TypeError`, as it would untie the head: set the embedding's factors, then call `tie`."""
         raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
 
 
 class TiedFactors(Tied, Factors):
-    """The head of an embedding with `Factors`: its factors are the embedding's, its permutations follow from those."""
+    """The head of an embedding with `Factors`: it shares the factors, and its permutations follow the embedding's."""
 
     bias: nn.Parameter | None
 
     def __init__(self, embedding: Any, bias: nn.Parameter | None = None) -> None:
-        # Not the constructor of a kind of factors, which would make its own.
+        # The constructor of the factors would create new ones.
         nn.Module.__init__(self)
         self.rank = embedding.rank
         self.in_features = embedding.embedding_dim
@@ -127,13 +127,13 @@ class TiedFactors(Tied, Factors):
         embedding.register_load_state_dict_post_hook(self._follow)
 
     def tie(self, embedding: Any) -> None:
-        """Takes over the embedding's factors and permutations."""
+        """Shares the embedding's factors, and follows its permutations."""
         for name in self.factors:
             setattr(self, name, getattr(embedding, name))
         self._follow(embedding)
 
     def set_factors(self, *_: object, **__: object) -> None:
-        """Refused as `set_terms` is."""
+        """Raises `TypeError`, as `set_terms` does."""
         self.set_terms()
 
     def _follow(self, embedding: Any, _incompatible_keys: object = None) -> None:

@@ -1,4 +1,4 @@
-"""The module without values that a matrix becomes by its spec."""
+"""Empty modules by spec: their factors have shapes but no values yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CompressedModule: TypeAlias = FactoredLinear | FusedLinear | FactoredEmbedding |
 def empty_linear(
     rows: int, columns: int, spec: MatrixSpec, bias: bool = True, dtype: torch.dtype | None = None
 ) -> FactoredLinear:
-    """The module without values, on the meta device, that a linear map `(rows, columns)`, in × out, becomes by `spec`.
+    """The empty module, on the meta device, of a linear map `(rows, columns)`, in × out, by `spec`.
 
     Raises `ShapeError` for a spec that does not fit.
     """

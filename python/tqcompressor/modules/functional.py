@@ -1,4 +1,4 @@
-"""Products with factors, and the dense matrices that factors stand for, as functions of tensors."""
+"""Products with factors, and the dense matrices of factors, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def macs(block: tuple[int, int], rank: int, rows: int, columns: int) -> tuple[in
 
 
 def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, columns: int) -> bool:
-    """Whether many rows at a time are multiplied faster by the matrix, made once, than by its factors.
+    """Whether many rows at a time are multiplied faster by the dense matrix than by its factors.
 
     Making it costs as much as multiplying some 240 rows by it; the factored products move so much data between them
     that one of their MACs takes as long as 1.4 of a dense product. Measured on two cores, 768 × 3072, block
@@ -44,7 +44,7 @@ def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch
     """
     rank, m1, n1 = a.shape
     _, m2, n2 = b.shape
-    # A plain product of low rank: as batched products of matrices with vectors it would take several times as long.
+    # A plain low-rank product. Batched products of matrices with vectors would take several times as long.
     if m2 == n1 == 1:
         return torch.matmul(torch.matmul(x, a.squeeze(-1).transpose(0, 1)), b.squeeze(1))
     if m1 == n2 == 1:
@@ -179,7 +179,7 @@ def low_rank_matmul(
 
 
 def expand(left: torch.Tensor, right: torch.Tensor, on_rows: bool) -> torch.Tensor:
-    """`[I; left] right` or `left [I right]`, in at least single precision; the factor within it is not rounded."""
+    """`[I; left] right` or `left [I right]`, in at least single precision."""
     wide = torch.promote_types(left.dtype, torch.float32)
     with without_autocast(left):
         left, right = left.to(wide), right.to(wide)

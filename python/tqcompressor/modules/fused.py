@@ -15,9 +15,8 @@ from .base import add_bias, new_bias
 class FusedLinear(nn.Module):
     """Several factored linear modules side by side on one input, with one bias: GPT-2's `c_attn` as its q, k and v.
 
-    `y = concatenate(part(x) for part in parts) + bias`. GPT-2 splits the output itself, so that this drops in. The
-    parts, of any kind (`KroneckerLinear`, `LowRankLinear`, `MixedLinear`), are submodules by their names, and have no
-    bias of their own.
+    `y = concatenate(part(x) for part in parts) + bias`. GPT-2 splits the output itself. The parts are
+    submodules by their names, of any kind (`KroneckerLinear`, `LowRankLinear`, `MixedLinear`), and have no bias.
     """
 
     bias: nn.Parameter | None

@@ -24,7 +24,7 @@ from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
 
 
 class KroneckerFactors(Factors):
-    """What the modules share: the factors and permutations of a `(rows, columns)` matrix."""
+    """The base of the modules: the factors and permutations of a `(rows, columns)` matrix."""
 
     factors = ("A", "B")
     A: nn.Parameter
@@ -76,7 +76,7 @@ class KroneckerFactors(Factors):
             "input_permutation": spec.permutes_rows,
             "output_permutation": spec.permutes_columns,
         }
-        # Every subclass that is made from factors takes rows, columns, block and rank first.
+        # The constructors of all subclasses take rows, columns, block and rank first.
         module: Any = cls(m1 * m2, n1 * n2, spec.block, rank, device="meta", **sides, **options)
         module.set_factors(a, b, p, q, dtype, device)
         return module
@@ -84,7 +84,7 @@ class KroneckerFactors(Factors):
     def set_terms(
         self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
-        """`set_factors` from what a decomposition gave for the matrix, which is one Kronecker term."""
+        """`set_factors` with the terms of a decomposition, which must be one Kronecker term."""
         term = the_one_term(terms, KroneckerTerm)
         self.set_factors(term.a, term.b, term.row_permutation, term.column_permutation, dtype, device)
 
@@ -97,7 +97,7 @@ class KroneckerFactors(Factors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Takes copies of the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored.
+        """Copies the factors of `W[p][:, q]`; a permutation of a side that is not permuted is ignored.
 
         Raises `ShapeError` for shapes that are not the module's.
         """
@@ -170,7 +170,7 @@ class KroneckerLinear(KroneckerFactors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KroneckerLinear:
-        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with the given, copied, factors.
+        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with copies of the factors.
 
         A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
         """
@@ -187,12 +187,12 @@ class KroneckerLinear(KroneckerFactors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KroneckerLinear:
-        """The module for what `tqcompressor.decompose` returned for the matrix `W` (in × out)."""
+        """The module of a result of `tqcompressor.decompose` for the matrix `W` (in × out)."""
         d = decomposition
         return cls.from_factors(d.a, d.b, d.row_permutation, d.column_permutation, d.spec.permute, bias, dtype, device)
 
     def reset_parameters(self, variance: float | None = None) -> None:
-        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, and the bias."""
         super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
         draw_bias(self.bias, self.in_features)
 
@@ -209,7 +209,7 @@ class KroneckerLinear(KroneckerFactors):
         return add_bias(y, self.bias)
 
     def dense_weight(self) -> torch.Tensor:
-        """The matrix `W (in_features, out_features)` that the factors stand for, in the dtype of the factors."""
+        """The dense matrix `W (in_features, out_features)`, in the dtype of the factors."""
         return self._matrix(inverse(self.input_permutation), self.output_permutation)
 
     def extra_repr(self) -> str:
@@ -218,7 +218,7 @@ class KroneckerLinear(KroneckerFactors):
 
 
 class KroneckerEmbedding(KroneckerFactors):
-    """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, each made when it is looked up.
+    """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, computed when they are looked up.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`; `A (rank, num_embeddings / m2, embedding_dim / n2)`,
     `B (rank, m2, n2)`. `input_permutation` is the inverse of `p` (token `i` is row `inverse(p)[i]` of the sum) and
@@ -266,7 +266,7 @@ class KroneckerEmbedding(KroneckerFactors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> KroneckerEmbedding:
-        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with the given, copied, factors.
+        """The module for `W[p][:, q] ≈ Σ_k A_k ⊗ B_k` with copies of the factors.
 
         A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
         """
@@ -274,7 +274,7 @@ class KroneckerEmbedding(KroneckerFactors):
         return module
 
     def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Token `i` is looked up where row `i` went.
+        # Token `i` is at the permuted position of row `i`.
         return np.argsort(p)
 
     def reset_parameters(self, variance: float = 1.0) -> None:
@@ -305,7 +305,7 @@ class KroneckerEmbedding(KroneckerFactors):
         return a.unsqueeze(-1) * b.unsqueeze(-2)
 
     def dense_weight(self) -> torch.Tensor:
-        """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in the dtype of the factors."""
+        """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
         return self._matrix(self.input_permutation, self.output_permutation)
 
     def extra_repr(self) -> str:
@@ -314,7 +314,7 @@ class KroneckerEmbedding(KroneckerFactors):
 
 
 class KroneckerHead(TiedFactors, KroneckerFactors):
-    """The output layer tied to a `KroneckerEmbedding`: `logits = h Wᵀ` from the embedding's very own A and B.
+    """The output layer tied to a `KroneckerEmbedding`: `logits = h Wᵀ` from the embedding's A and B.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. With `W[p][:, q] = Σ_k A_k ⊗ B_k`, h is gathered by
     `q`, contracted with the transposed factors and gathered by the inverse of `p`. With block (1, 4) and rank 1 the

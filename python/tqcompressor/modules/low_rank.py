@@ -1,4 +1,4 @@
-"""Modules of low rank that store no entry that is known: some rows, or columns, of the matrix span all others.
+"""Low-rank modules in interpolative form: some rows, or columns, of the matrix span the others.
 
 With a permutation that puts those first, a matrix `W (m, n)` of rank k is `W[p] = [I; left] right` or
 `W[:, q] = left [I right]`, of `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
@@ -35,7 +35,7 @@ from .functional import expand, low_rank_matmul
 
 
 class LowRankFactors(Factors):
-    """What the modules share: the factors and the permutation of a `(rows, columns)` matrix.
+    """The base of the modules: the factors and the permutation of a `(rows, columns)` matrix.
 
     The identity, and so the permutation, is on the rows where there are not more rows than columns.
     """
@@ -63,8 +63,8 @@ class LowRankFactors(Factors):
         self.register_buffer("output_permutation", None if rows <= columns else order)
 
     def reset_parameters(self, variance: float) -> None:
-        """Draws factors whose product, and what stands beside it in the matrix, has entries of the given variance."""
-        # The factor that the identity completes is multiplied by the other, whose entries the matrix has too.
+        """Draws factors such that all entries of the matrix have the given variance."""
+        # `mixing` stands beside the identity; it multiplies `weights`, whose entries are entries of the matrix.
         weights, mixing = (self.right, self.left) if self.input_permutation is not None else (self.left, self.right)
         for factor, of_entries in ((weights, variance), (mixing, 1 / self.rank)):
             bound = math.sqrt(3 * of_entries)
@@ -81,10 +81,10 @@ class LowRankFactors(Factors):
         **options: Any,
     ) -> Any:
         (height, rank), (_, width) = left.shape, right.shape
-        # Were they columns, there would be more rows than columns.
+        # Columns are picked only where there are more rows than columns.
         on_rows = height + rank <= width
         rows, columns = (height + rank, width) if on_rows else (height, width + rank)
-        # Every subclass that is made from factors takes rows, columns and rank first.
+        # The constructors of all subclasses take rows, columns and rank first.
         module: Any = cls(rows, columns, rank, device="meta", **options)
         module.set_factors(left, right, order, dtype, device)
         return module
@@ -92,7 +92,7 @@ class LowRankFactors(Factors):
     def set_terms(
         self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
-        """`set_factors` from what a decomposition gave for the matrix, which is one term of low rank."""
+        """`set_factors` with the terms of a decomposition, which must be one low-rank term."""
         term = the_one_term(terms, LowRankTerm)
         self.set_factors(term.left, term.right, term.order, dtype, device)
 
@@ -104,11 +104,11 @@ class LowRankFactors(Factors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Takes copies of the factors of `W[p]`, or of `W[:, q]` where there are more rows than columns.
+        """Copies the factors of `W[p]`, or of `W[:, q]` where there are more rows than columns.
 
-        `order` is `p` or `q`, gather indices. Raises `ShapeError` for shapes that are not the module's.
+        `order` is `p` or `q`, gather indices. Raises `ShapeError` for other shapes than the module's.
         """
-        # Of the two permutations, the module has the one of the side that the identity is on.
+        # The module has one permutation, that of the side with the identity.
         permutations = {"input_permutation": self._input_indices(order), "output_permutation": np.argsort(order)}
         self._copy({"left": left, "right": right, **permutations}, dtype, device)
 
@@ -151,14 +151,14 @@ class LowRankLinear(LowRankFactors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> LowRankLinear:
-        """The module for the given, copied, factors; raises `ShapeError` for shapes that disagree."""
+        """The module with copies of the factors; raises `ShapeError` for shapes that do not fit one another."""
         module: LowRankLinear = cls._from_factors(left, right, order, dtype, device, bias=bias is not None)
         if bias is not None:
             module.bias = copied_bias(bias, module.out_features, device, dtype)
         return module
 
     def reset_parameters(self, variance: float | None = None) -> None:
-        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, the bias alike."""
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, and the bias."""
         super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
         draw_bias(self.bias, self.in_features)
 
@@ -168,7 +168,7 @@ class LowRankLinear(LowRankFactors):
         return add_bias(y, self.bias)
 
     def dense_weight(self) -> torch.Tensor:
-        """The matrix `W (in_features, out_features)` that the factors stand for, in their dtype."""
+        """The dense matrix `W (in_features, out_features)`, in the dtype of the factors."""
         weight = expand(self.left, self.right, self.input_permutation is not None)
         return gathered(weight, inverse(self.input_permutation), self.output_permutation).to(self.left.dtype)
 
@@ -178,7 +178,7 @@ class LowRankLinear(LowRankFactors):
 
 
 class LowRankEmbedding(LowRankFactors):
-    """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, each made when looked up.
+    """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, computed when looked up.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`. With `num_embeddings > embedding_dim`, `left (num_embeddings, k)`,
     `right (k, embedding_dim − k)` and `output_permutation` is the inverse of `q`; otherwise
@@ -213,12 +213,12 @@ class LowRankEmbedding(LowRankFactors):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> LowRankEmbedding:
-        """The module for the given, copied, factors; raises `ShapeError` for shapes that disagree."""
+        """The module with copies of the factors; raises `ShapeError` for shapes that do not fit one another."""
         module: LowRankEmbedding = cls._from_factors(left, right, order, dtype, device)
         return module
 
     def _input_indices(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Token `i` is looked up where row `i` went.
+        # Token `i` is at the permuted position of row `i`.
         return np.argsort(order)
 
     def reset_parameters(self, variance: float = 1.0) -> None:
@@ -243,7 +243,7 @@ class LowRankEmbedding(LowRankFactors):
         return table.reshape(*ids.shape, self.embedding_dim)
 
     def dense_weight(self) -> torch.Tensor:
-        """The matrix `W (num_embeddings, embedding_dim)` that the factors stand for, in their dtype."""
+        """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
         weight = expand(self.left, self.right, self.input_permutation is not None)
         return gathered(weight, self.input_permutation, self.output_permutation).to(self.left.dtype)
 
@@ -253,7 +253,7 @@ class LowRankEmbedding(LowRankFactors):
 
 
 class LowRankHead(TiedFactors, LowRankFactors):
-    """The output layer tied to a `LowRankEmbedding`: `logits = h Wᵀ + bias` from the embedding's very own factors.
+    """The output layer tied to a `LowRankEmbedding`: `logits = h Wᵀ + bias` from the embedding's factors.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. The transpose of a matrix in interpolative form is in
     interpolative form: `Wᵀ[q] = [I; rightᵀ] leftᵀ`, or `Wᵀ[:, p] = rightᵀ [I leftᵀ]`.

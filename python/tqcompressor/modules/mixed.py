@@ -1,6 +1,6 @@
-"""Modules for sums of several kinds of terms, and the module that any spec means.
+"""Modules for sums of several terms.
 
-The terms are modules of their own under `terms`, without a bias: "terms.0.A", "terms.1.left".
+The terms are submodules under `terms`, without a bias: "terms.0.A", "terms.1.left".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 
 
 class _Terms(nn.Module):
-    """What the modules share: the sum of the terms."""
+    """The base of the modules: the sum of the terms."""
 
     def __init__(self, terms: Sequence[nn.Module], inputs: str, outputs: str) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class _Terms(nn.Module):
     def set_terms(
         self, terms: Sequence[Term], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Takes copies of what a decomposition gave for the matrix, one term for each module, in their order.
+        """Copies the terms of a decomposition, one for each submodule, in order.
 
-        Raises `ShapeError` for terms of another number, kind or shape than the module's.
+        Raises `ShapeError` for another number, kind or shape of terms than the module's.
         """
         if len(terms) != len(self.terms):
             raise ShapeError(f"expected {len(self.terms)} terms, got {len(terms)}")
@@ -50,7 +50,7 @@ class _Terms(nn.Module):
         return total
 
     def dense_weight(self) -> torch.Tensor:
-        """The matrix that the terms add up to, in the dtype of the factors; they are added in single precision."""
+        """The dense matrix, in the dtype of the factors; the terms are added in at least single precision."""
         terms: list[Any] = list(self.terms)
         dense = [term.dense_weight() for term in terms]
         wide = torch.promote_types(dense[0].dtype, torch.float32)
@@ -60,7 +60,7 @@ class _Terms(nn.Module):
 class MixedLinear(_Terms):
     """`y = x (W_0 + W_1 + …) + bias`, each `W_t` a `KroneckerLinear` or `LowRankLinear` of the same size without bias.
 
-    Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. A row costs what its terms cost.
+    Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. A row costs as much as its terms.
 
     Raises `ShapeError` for terms that differ in size or have a bias of their own, and for a bias of another size.
     """
@@ -120,7 +120,7 @@ class MixedHead(Tied, _Terms):
         self.register_parameter("bias", bias)
 
     def tie(self, embedding: MixedEmbedding) -> None:
-        """Takes over the factors and permutations of all of the embedding's terms."""
+        """Ties every term to the embedding's."""
         own: Any
         for own, term in zip(self.terms, embedding.terms, strict=True):
             own.tie(term)
@@ -140,7 +140,7 @@ FactoredHead: TypeAlias = KroneckerHead | LowRankHead | MixedHead
 
 
 def tied_head(embedding: Any, bias: nn.Parameter | None = None) -> FactoredHead:
-    """The output layer of the same kind as the embedding, with its very factors and the given bias."""
+    """The output layer of the kind of the embedding, with its factors and the given bias."""
     if isinstance(embedding, MixedEmbedding):
         return MixedHead(embedding, bias)
     if isinstance(embedding, LowRankEmbedding):

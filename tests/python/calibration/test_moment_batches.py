@@ -70,7 +70,7 @@ def test_errors_of_the_text(tmp_path):
     ):
         with pytest.raises(error, match=message):
             calibrate(model, tokenizer, text, **options)
-    with pytest.raises(ConfigError, match="the model knows 60 tokens, the text has token"):
+    with pytest.raises(ConfigError, match="text: expected tokens below 60, the model's vocab_size, got"):
         calibrate(
             gpt2(), tokenizer, (TINY / "heldout.txt").read_text(encoding="utf-8")[:5000], num_samples=2, seq_len=8
         )

@@ -144,7 +144,7 @@ def test_a_calibration_is_measured(calibration, capsys, tmp_path, monkeypatch):
 
 
 def test_inspect_shows_how_a_budget_is_spent(calibration, capsys):
-    arguments = ["inspect", str(TINY), "--plan", "--budget", "65%", "--effort", "fast"]
+    arguments = ["inspect", str(TINY), "--budget", "65%", "--effort", "fast"]
     tables = []
     for options in ([], ["--calibration", str(calibration)], ["--calibration", str(calibration), "--json"]):
         assert cli.main([*arguments, *options]) == 0
@@ -172,7 +172,7 @@ def test_a_budget_needs_no_torch(calibration, tmp_path):
         "wte",
         "h.*.mlp.*",
     ]
-    commands = [["inspect", str(TINY), "--plan", *options], ["compress", str(TINY), "--out", "out", *options]]
+    commands = [["inspect", str(TINY), *options], ["compress", str(TINY), "--out", "out", *options]]
     code = (
         f"import sys; from tqcompressor.cli.main import main; assert not any(map(main, {commands!r})); "
         "assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
@@ -239,7 +239,6 @@ def test_evaluate_beside_the_teacher(compressed, tmp_path, capsys):
         (["compress", str(TINY), "--budget", "0.5", "--calibration", "none-such", "--out", "out"], "none-such"),
         (["compress", str(TINY), "--budget", "0.5", "--objective", "sensitivity", "--out", "out"], "needs"),
         (["compress", str(TINY), "--recipe", "tq-81m", "--matrices", "h.*", "--out", "out"], "matrices"),
-        (["inspect", str(TINY), "--plan"], "--plan needs --budget"),
         (["inspect", str(TINY), "--calibration", "none-such"], "--calibration needs --budget"),
         (["inspect", str(TINY), "--budget", "0.5", "--matrices", "none.such"], "none.such"),
         (["calibrate", str(TINY), "--text", "none-such.txt", "--out", "out"], "none-such.txt"),

@@ -78,9 +78,9 @@ def test_both_engines_print_one_table(text, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cuda"], "--device cuda: cpu only with the native engine"),
-        (["--dtype", "bfloat16"], "--dtype bfloat16: float32 only with the native engine"),
-        (["--batch-size", "4"], "--batch-size 4: chosen by itself with the native engine"),
+        (["--device", "cuda"], "--device cuda: expected cpu with the native engine"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16: expected float32 with the native engine"),
+        (["--batch-size", "4"], "--batch-size 4: not an option with the native engine"),
         (["--stride", "129"], "stride: expected 1 to 128"),
         (["--context", "129"], "context: expected 1 to 128"),
     ],
@@ -143,7 +143,7 @@ def test_without_torch_what_needs_it_says_so(text):
     """
     output = run_script(WITHOUT + textwrap.dedent(script))
     assert 'engine torch needs torch: pip install "tqcompressor[hf]"' in output
-    assert "--device cuda: cpu only with the native engine: torch is not installed" in output
+    assert "--device cuda: expected cpu with the native engine: torch is not installed" in output
 
 
 def test_ctrl_c_is_status_130():

@@ -127,7 +127,7 @@ def test_options_that_exclude_each_other(measured, tmp_path):
         lambda **options: compress(model, **options),
         lambda **options: compress_checkpoint(folder, tmp_path / "out", **options),
     ):
-        with pytest.raises(ConfigError, match="either a config or a budget"):
+        with pytest.raises(ConfigError, match="or budget=…, got both"):
             call(config="tq-81m", budget=0.5)
         with pytest.raises(ConfigError, match="matrices: expected with a budget"):
             call(config={"specs": {"h.0.mlp.c_fc": {"rank": 3}}}, matrices=["h.*"])

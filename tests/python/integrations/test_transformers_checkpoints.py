@@ -88,7 +88,7 @@ def test_compressing_while_loading(checkpoints, tmp_path):
     # A config beside one that the checkpoint has already is ignored, with a warning.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed", quantization_config=TQConfig())
+        model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed", quantization_config=CONFIG)
     assert any("already has a `quantization_config`" in str(warning.message) for warning in caught)
     assert agree(first_output(model, some_ids()), torch.load(checkpoints / "compressed.pt"))
     unknown = TQConfig({"nothing": {"block": [1, 4], "rank": 1}})
@@ -144,7 +144,7 @@ def test_5_checkpoints_that_are_not_what_their_config_says(checkpoints, tmp_path
     def lies(error_type, *words, change):
         refused(error_type, *words, change_config=lambda config: change(config["quantization_config"]["specs"]))
 
-    lies(CheckpointError, "h.1.mlp.c_fc", "does not ask", change=lambda s: s.pop("h.1.mlp.c_fc"))
+    lies(CheckpointError, "h.1.mlp.c_fc", "is not in quantization_config", change=lambda s: s.pop("h.1.mlp.c_fc"))
     lies(CheckpointError, "h.0.mlp.c_fc.A", "missing", change=lambda s: s.update({"h.0.mlp.c_fc": s["h.1.mlp.c_fc"]}))
     lies(CheckpointError, "h.1.mlp.c_fc.A", "shape", change=lambda s: s["h.1.mlp.c_fc"].update(rank=3))
     lies(CheckpointError, "wte.A", "shape", change=lambda s: s["wte"].update(block=[4, 2]))
