@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Layer",
     "Runtime",
-    "Threads",
     "Tokenizer",
     "__version__",
     "apply",
@@ -293,24 +291,3 @@ class Tokenizer:
     def end_token(self) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str: ...
-
-@final
-class Threads:
-    """Threads that are kept between calls."""
-
-    def __new__(cls, threads: int) -> Threads: ...
-
-@final
-class Layer:
-    """A linear layer of the native runtime by itself: what benchmarks time."""
-
-    @staticmethod
-    def dense(w: _Float32Array) -> Layer:
-        """The layer `y = x w`."""
-
-    @staticmethod
-    def kronecker(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> Layer:
-        """The layer of `W` with `W[p][:, q] = Σ_k A_k ⊗ B_k`."""
-
-    def times(self, x: _Float32Array, way: str, threads: Threads) -> _Float32Array:
-        """`x W`; a Kronecker sum by its "factors", by its "matrix" or by the "cheapest" of the two."""

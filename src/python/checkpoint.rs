@@ -54,7 +54,7 @@ fn compress_checkpoint(
     let config = TQConfig::from_json(config)?;
     let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
     let calibration = calibration(&moment_arrays)?;
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let report = jobs::run(py, progress, |progress| {
         pool.install(|| compress::compress_checkpoint(&source, &destination, &config, &calibration, &options, progress))
     })?;

@@ -117,7 +117,7 @@ fn fit_many<'py>(
         tasks.push(Task { place, spec });
         data.push(values);
     }
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let fits = jobs::run(py, progress, |progress| {
         pool.install(|| compress::decompose_many(&tasks, &data, effort, seed, progress))
     })?;
@@ -143,7 +143,7 @@ fn fit_within<'py>(
     let (data, (m, n)) = matrix(&w)?;
     let norm = Norm::prepare(moments(&moment_arrays)?, m, n)?;
     let limits = Limits::of_parameters(parameters);
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let fit = jobs::run(py, progress, |progress| {
         let view = MatrixView::new(data, m, n)?;
         pool.install(|| fit::fit_within(view, limits, &norm, effort, seed, Parallelism::Rayon, progress))
@@ -221,7 +221,7 @@ fn choose_specs<'py>(
         places.push((place, Usage::from_name(&usage)?));
         data.push(values);
     }
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let planned = jobs::run(py, progress, |progress| {
         let load = |i: usize| Ok(Cow::Borrowed(data[i]));
         pool.install(|| compress::choose_specs(&places, target, max_macs, effort, seed, progress, load))
@@ -243,7 +243,7 @@ fn choose_specs_of_checkpoint<'py>(
 ) -> PyResult<Vec<(String, Chosen<'py>)>> {
     let (config, target) = (TQConfig::from_json(config)?, target(target_value)?);
     let calibration = calibration(&moment_arrays)?;
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let planned = jobs::run(py, progress, |progress| {
         pool.install(|| {
             compress::choose_specs_of_checkpoint(&source, &config, &calibration, target, max_macs, progress)
