@@ -16,15 +16,14 @@ from .config.tq_config import TQConfig
 __all__ = [
     "Checkpoint",
     "Choice",
+    "DecodeStream",
     "Fitted",
     "KroneckerTerm",
-    "Layer",
     "LowRankTerm",
     "MatrixInfo",
     "ModelPlan",
     "Runtime",
     "SpentBudget",
-    "Threads",
     "Tokenizer",
     "__version__",
     "apply",
@@ -462,24 +461,3 @@ class DecodeStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` add; bytes that end no character yet are held back."""
-
-@final
-class Threads:
-    """Threads that are kept between calls."""
-
-    def __new__(cls, threads: int) -> Threads: ...
-
-@final
-class Layer:
-    """A linear layer of the native runtime by itself: what benchmarks time."""
-
-    @staticmethod
-    def dense(w: _Float32Array) -> Layer:
-        """The layer `y = x w`."""
-
-    @staticmethod
-    def kronecker(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> Layer:
-        """The layer of `W` with `W[p][:, q] = Σ_k A_k ⊗ B_k`."""
-
-    def times(self, x: _Float32Array, way: str, threads: Threads) -> _Float32Array:
-        """`x W`; a Kronecker sum by its "factors", by its "matrix" or by the "cheapest" of the two."""

@@ -123,7 +123,7 @@ impl SpentBudget {
     ) -> PyResult<Vec<Fitted>> {
         let (places, data) = places(&matrices, &names, &moments)?;
         same_length(places.len(), &[which.len()])?;
-        let pool = jobs::pool(threads)?;
+        let pool = jobs::rayon_pool(threads)?;
         let fits =
             jobs::run(py, progress, |progress| pool.install(|| self.spent.fit_many(&which, &places, &data, progress)))?;
         fits.into_iter().map(|timed| Fitted::new(py, timed)).collect()
@@ -180,7 +180,7 @@ fn spend_budget<'py>(
         .zip(usages)
         .map(|((place, module), usage)| Ok(BudgetMatrix { place, module, usage: Usage::from_name(&usage)? }));
     let budgeted = budgeted.collect::<Result<Vec<_>>>()?;
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let spent = jobs::run(py, progress, |progress| {
         let load = |i: usize| Ok(Cow::Borrowed(data[i]));
         pool.install(|| compress::SpentBudget::spend(&budgeted, options, keep, progress, load))

@@ -155,7 +155,7 @@ impl Checkpoint {
         same_length(names.len(), &[moments.len()])?;
         let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
         let calibration = calibration(&moments)?;
-        let pool = jobs::pool(threads)?;
+        let pool = jobs::rayon_pool(threads)?;
         let spent = jobs::run(py, progress, |progress| {
             pool.install(|| compress::spend_budget(&self.opened, &names, &calibration, options, keep, progress))
         })?;
@@ -191,7 +191,7 @@ impl Checkpoint {
             None => Fits::Made(&calibration),
             Some(SpentBudget { spent }) => Fits::Spent { budget: spent, names: &names, calibration: &calibration },
         };
-        let pool = jobs::pool(threads)?;
+        let pool = jobs::rayon_pool(threads)?;
         let report = jobs::run(py, progress, |progress| {
             pool.install(|| compress::compress_checkpoint(&self.opened, &out, &config, fits, &options, progress))
         })?;

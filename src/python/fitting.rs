@@ -47,7 +47,7 @@ fn fit_many<'py>(
         tasks.push(Task { place, spec });
         data.push(values);
     }
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let fits = jobs::run(py, progress, |progress| {
         pool.install(|| compress::decompose_many(&tasks, &data, effort, seed, progress))
     })?;
@@ -69,7 +69,7 @@ fn fit_within<'py>(
     let (data, (m, n)) = matrix(&w)?;
     let norm = Norm::prepare(moments(&moment_pair)?, m, n)?;
     let limits = Limits::of_parameters(parameters);
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let start = Instant::now();
     let fit = jobs::run(py, progress, |progress| {
         let view = MatrixView::new(data, m, n)?;

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use crate::error::Result;
 use crate::progress::{Parallelism, Progress};
-use crate::runtime::Workers;
+use crate::runtime::ThreadPool;
 
 /// How often the calling thread looks for Ctrl-C and reports progress.
 const TICK: Duration = Duration::from_millis(50);
@@ -18,7 +18,7 @@ const TICK: Duration = Duration::from_millis(50);
 /// A pool of `threads` threads, one per core by default, for a job to install.
 ///
 /// Every job has a pool of its own: rayon's global one would hang in a forked child.
-pub(super) fn pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
+pub(super) fn rayon_pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
     let count = threads.unwrap_or(0);
     rayon::ThreadPoolBuilder::new()
         .num_threads(count)
@@ -27,9 +27,9 @@ pub(super) fn pool(threads: Option<usize>) -> PyResult<rayon::ThreadPool> {
 }
 
 /// The threads of a forward pass, one per core by default.
-pub(super) fn workers(threads: Option<usize>) -> PyResult<Workers> {
+pub(super) fn thread_pool(threads: Option<usize>) -> PyResult<ThreadPool> {
     let count = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    Workers::new(count).map_err(|error| PyRuntimeError::new_err(format!("cannot start {count} threads: {error}")))
+    ThreadPool::new(count).map_err(|error| PyRuntimeError::new_err(format!("cannot start {count} threads: {error}")))
 }
 
 /// Runs `job` on a thread of its own, without the GIL, and returns its result.
@@ -128,7 +128,7 @@ pub(super) fn run_by_size<T: Send>(
     if small {
         return run_here(py, |progress| job(Parallelism::Sequential, progress));
     }
-    let pool = pool(threads)?;
+    let pool = rayon_pool(threads)?;
     run(py, None, |progress| pool.install(|| job(Parallelism::Rayon, progress)))
 }
 

@@ -60,7 +60,7 @@ fn find_permutation<'py>(
     let (data, (m, n)) = matrix(&w)?;
     let shape = KroneckerShape::new(m, n, block, rank)?;
     let (permute, effort) = (Permute::from_name(permute)?, Effort::from_name(effort)?);
-    let pool = jobs::pool(threads)?;
+    let pool = jobs::rayon_pool(threads)?;
     let (orders, lost_energy) = jobs::run(py, progress, |progress| {
         let view = MatrixView::new(data, m, n)?;
         progress.expect(permute::work(shape, permute, effort));

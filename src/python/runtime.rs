@@ -1,16 +1,16 @@
 //! `Runtime`: a GPT-2 that computes without torch.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
+use numpy::{PyArray1, PyArray2};
 use pyo3::prelude::*;
 
-use super::arrays::{contiguous, factor_shape, matrix, permutation, shaped};
+use super::arrays::shaped;
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::runtime::{self, Continuation, Gpt2, Sampling, Way, Workers};
+use crate::runtime::{self, Continuation, Gpt2, Sampling, ThreadPool};
 
 /// Logits that are computed between two looks for Ctrl-C: 16 MB.
 const LOGITS: usize = 1 << 22;
@@ -18,9 +18,7 @@ const LOGITS: usize = 1 << 22;
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Runtime>()?;
     module.add_class::<Tokenizer>()?;
-    module.add_class::<DecodeStream>()?;
-    module.add_class::<Layer>()?;
-    module.add_class::<Threads>()
+    module.add_class::<DecodeStream>()
 }
 
 /// A model in memory, and the threads that it computes with.
@@ -37,7 +35,7 @@ type Scores<'py> = (Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<bool>>);
 impl Runtime {
     #[staticmethod]
     fn load(py: Python<'_>, directory: PathBuf, threads: Option<usize>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
-        let pool = jobs::pool(threads)?;
+        let pool = jobs::rayon_pool(threads)?;
         let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load(&directory, progress)))?;
         Ok(Self { model, threads })
     }
@@ -73,17 +71,17 @@ impl Runtime {
     }
 
     fn logits<'py>(&self, py: Python<'py>, sequences: Vec<Vec<u32>>) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let logits = self.run(py, None, |workers, progress| {
+        let logits = self.run(py, None, |pool, progress| {
             let sequences = slices(&sequences);
             let caches = sequences.iter().map(|tokens| self.model.cache(tokens.len()));
             let mut caches = caches.collect::<Result<Vec<_>>>()?;
             let mut caches: Vec<_> = caches.iter_mut().collect();
-            let hidden = self.model.forward(&sequences, &mut caches, None, workers, progress)?;
+            let hidden = self.model.forward(&sequences, &mut caches, None, pool, progress)?;
             let config = self.model.config();
             let mut logits = Vec::with_capacity(hidden.len() / config.width * config.vocabulary);
             for hidden in hidden.chunks((LOGITS / config.vocabulary).max(1) * config.width) {
                 progress.check()?;
-                logits.extend(self.model.logits(hidden, workers));
+                logits.extend(self.model.logits(hidden, pool));
             }
             Ok(logits)
         })?;
@@ -92,7 +90,7 @@ impl Runtime {
     }
 
     fn score<'py>(&self, py: Python<'py>, sequences: Vec<Vec<u32>>, scored: Vec<usize>) -> PyResult<Scores<'py>> {
-        let scores = self.run(py, None, |workers, progress| {
+        let scores = self.run(py, None, |pool, progress| {
             let sequences = slices(&sequences);
             if sequences.len() != scored.len() {
                 return Err(Error::Config(format!(
@@ -101,7 +99,7 @@ impl Runtime {
                     scored.len()
                 )));
             }
-            self.model.score(&sequences, &scored, workers, progress)
+            self.model.score(&sequences, &scored, pool, progress)
         })?;
         let likelihoods = scores.iter().map(|score| score.log_likelihood).collect();
         let right = scores.iter().map(|score| score.most_probable).collect();
@@ -121,7 +119,7 @@ impl Runtime {
         eos_token_id: Vec<u32>,
         on_tokens: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Vec<u32>>> {
-        let workers = jobs::workers(self.threads)?;
+        let pool = jobs::thread_pool(self.threads)?;
         let sampling = Sampling { temperature, top_k, top_p, seed };
         let continuation = Continuation { most: max_new_tokens, end_tokens: &eos_token_id, sampling };
         let fresh = Mutex::new(Vec::new());
@@ -133,13 +131,13 @@ impl Runtime {
             }
         };
         let job = |progress: &Progress| {
-            let workers = workers;
+            let pool = pool;
             let keep = |prompt: usize, token: u32| {
                 if on_tokens.is_some() {
                     fresh.lock().expect("no thread panicked").push((prompt, token));
                 }
             };
-            self.model.generate(&slices(&prompts), &continuation, keep, &workers, progress)
+            self.model.generate(&slices(&prompts), &continuation, keep, &pool, progress)
         };
         jobs::run_watched(py, |py, _| tell(py), job)
     }
@@ -161,8 +159,8 @@ impl Runtime {
         names: Vec<String>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
-        let moments = self.run(py, progress, |workers, progress| {
-            self.model.input_moments(&slices(&sequences), &names, workers, progress)
+        let moments = self.run(py, progress, |pool, progress| {
+            self.model.input_moments(&slices(&sequences), &names, pool, progress)
         })?;
         let square = |moment: Vec<f32>| {
             let size = moment.len().isqrt();
@@ -178,13 +176,13 @@ impl Runtime {
         &self,
         py: Python<'_>,
         callback: Option<Py<PyAny>>,
-        job: impl FnOnce(&Workers, &Progress) -> Result<T> + Send,
+        job: impl FnOnce(&ThreadPool, &Progress) -> Result<T> + Send,
     ) -> PyResult<T> {
-        let workers = jobs::workers(self.threads)?;
+        let pool = jobs::thread_pool(self.threads)?;
         jobs::run(py, callback, |progress| {
             // All of them, and not a reference: only one thread at a time may call them.
-            let workers = workers;
-            job(&workers, progress)
+            let pool = pool;
+            job(&pool, progress)
         })
     }
 }
@@ -241,66 +239,5 @@ struct DecodeStream(Mutex<runtime::DecodeStream>);
 impl DecodeStream {
     fn push(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<String> {
         jobs::run_here(py, |_| self.0.lock().unwrap_or_else(PoisonError::into_inner).push(&tokens))
-    }
-}
-
-/// Threads that are kept between calls.
-#[pyclass(frozen, module = "tqcompressor._core")]
-struct Threads(Mutex<Workers>);
-
-#[pymethods]
-impl Threads {
-    #[new]
-    fn new(threads: usize) -> PyResult<Self> {
-        Ok(Self(Mutex::new(jobs::workers(Some(threads))?)))
-    }
-}
-
-/// A linear layer by itself.
-#[pyclass(frozen, module = "tqcompressor._core")]
-struct Layer(runtime::Layer);
-
-#[pymethods]
-impl Layer {
-    #[staticmethod]
-    fn dense(py: Python<'_>, w: PyReadonlyArray2<'_, f32>) -> PyResult<Self> {
-        let (w, (m, n)) = matrix(&w)?;
-        Ok(Self(jobs::run_here(py, |_| runtime::Layer::dense(w, m, n))?))
-    }
-
-    #[staticmethod]
-    fn kronecker(
-        py: Python<'_>,
-        a: PyReadonlyArray3<'_, f32>,
-        b: PyReadonlyArray3<'_, f32>,
-        p: PyReadonlyArray1<'_, i64>,
-        q: PyReadonlyArray1<'_, i64>,
-    ) -> PyResult<Self> {
-        let shape = factor_shape(&a, &b)?;
-        let (p, q) = (permutation(&p, shape.rows())?, permutation(&q, shape.columns())?);
-        let (a, b) = (contiguous(a.as_slice().ok(), "A")?, contiguous(b.as_slice().ok(), "B")?);
-        Ok(Self(jobs::run_here(py, |_| runtime::Layer::kronecker(shape, a, b, &p, &q))?))
-    }
-
-    fn times<'py>(
-        &self,
-        py: Python<'py>,
-        x: PyReadonlyArray2<'py, f32>,
-        way: &str,
-        threads: &Threads,
-    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let (x, (count, _)) = matrix(&x)?;
-        let way = match way {
-            "factors" => Way::Factors,
-            "matrix" => Way::Matrix,
-            "cheapest" => Way::Cheapest,
-            other => {
-                return Err(Error::Config(format!("way: expected factors, matrix or cheapest, got {other}")).into());
-            }
-        };
-        let y = jobs::run_here(py, |_| {
-            self.0.times(x, count, way, &threads.0.lock().unwrap_or_else(PoisonError::into_inner))
-        })?;
-        Ok(shaped(py, (count, self.0.shape().1), y))
     }
 }

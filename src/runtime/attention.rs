@@ -4,7 +4,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 use super::kernels::{dot_rows, softmax, weighted_sum};
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 
 /// Queries that are worked on together.
 const QUERIES: usize = 64;
@@ -51,7 +51,7 @@ pub(super) fn attend(
     qkv: &[f32],
     spans: &[Span],
     caches: &mut [&mut KvCache],
-    workers: &Workers,
+    pool: &ThreadPool,
 ) -> Vec<f32> {
     let Heads { heads: count, width, .. } = heads;
     let d = count * width;
@@ -84,7 +84,7 @@ pub(super) fn attend(
     if work < SEQUENTIAL {
         tasks.into_iter().for_each(one);
     } else {
-        workers.for_each(tasks.into_iter(), one);
+        pool.for_each(tasks.into_iter(), one);
     }
     let mut y = vec![0.0; by_head.len()];
     let mut first = 0;

@@ -5,7 +5,7 @@ use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use super::kernels::largest;
 use super::model::{Cache, Gpt2, fitting};
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -68,7 +68,7 @@ impl Gpt2 {
         prompts: &[&[u32]],
         continuation: &Continuation<'_>,
         on_token: impl Fn(usize, u32),
-        workers: &Workers,
+        pool: &ThreadPool,
         progress: &Progress,
     ) -> Result<Vec<Vec<u32>>> {
         let Continuation { most, end_tokens, ref sampling } = *continuation;
@@ -104,11 +104,11 @@ impl Gpt2 {
             while read < sequences.len() {
                 let range = read..read + fitting(&sequences[read..]);
                 let (sequences, caches) = (&sequences[range.clone()], &mut caches[range.clone()]);
-                let hidden = self.forward(sequences, caches, None, workers, progress)?;
+                let hidden = self.forward(sequences, caches, None, pool, progress)?;
                 states.extend(last_states(&hidden, sequences, self.config.width));
                 read = range.end;
             }
-            let logits = self.logits(&states, workers);
+            let logits = self.logits(&states, pool);
             progress.check()?;
             let rows = logits.chunks_exact(self.config.vocabulary);
             next = active

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use super::kernels::add_scaled;
 use super::order::Order;
 use super::rows::{Rows, product_by_panels};
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 use crate::error::Result;
 use crate::numeric::Values;
 use crate::numeric::simd::add_combination;
@@ -21,7 +21,7 @@ const EXPANDED: f64 = 4.0;
 
 /// How a Kronecker sum multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Strategy {
     /// By its factors.
     Factors,
     /// By its matrix, made for the occasion.
@@ -84,17 +84,17 @@ impl Kronecker {
     }
 
     /// The product of `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    pub fn times(&self, x: &[f32], count: usize, way: Way, workers: &Workers) -> (Vec<f32>, Cow<'_, Order>) {
-        let x = self.input.gather(x, workers);
-        if way == Way::Matrix || way == Way::Cheapest && self.expands(count) {
-            return (self.expand_and_multiply(&x, count, workers), Cow::Owned(Order::default()));
+    pub fn times(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> (Vec<f32>, Cow<'_, Order>) {
+        let x = self.input.gather(x, pool);
+        if strategy == Strategy::Matrix || strategy == Strategy::Cheapest && self.expands(count) {
+            return (self.expand_and_multiply(&x, count, pool), Cow::Owned(Order::default()));
         }
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;
         if self.shape.a_first() {
             // Z = X A : (count, m2, rank, n1), then Y[j2] = Σ B[k, i2, j2] Z[i2, k].
-            let inner = self.a.times(&x, count * m2, workers);
+            let inner = self.a.times(&x, count * m2, pool);
             let mut y = vec![0.0; count * n2 * n1];
-            workers.for_each(y.chunks_exact_mut(n2 * n1).zip(inner.chunks_exact(m2 * rank * n1)), |(y, inner)| {
+            pool.for_each(y.chunks_exact_mut(n2 * n1).zip(inner.chunks_exact(m2 * rank * n1)), |(y, inner)| {
                 for (j2, y) in y.chunks_exact_mut(n1).enumerate() {
                     for (i2, inner) in inner.chunks_exact(rank * n1).enumerate() {
                         for (k, inner) in inner.chunks_exact(n1).enumerate() {
@@ -107,7 +107,7 @@ impl Kronecker {
         }
         // Z[j2, k] = Σ B[k, i2, j2] X[i2] : (count, n2, rank, m1), then Y = Z A.
         let mut inner = vec![0.0; count * n2 * rank * m1];
-        workers.for_each(inner.chunks_exact_mut(n2 * rank * m1).zip(x.chunks_exact(m2 * m1)), |(inner, x)| {
+        pool.for_each(inner.chunks_exact_mut(n2 * rank * m1).zip(x.chunks_exact(m2 * m1)), |(inner, x)| {
             for (j2, inner) in inner.chunks_exact_mut(rank * m1).enumerate() {
                 for (k, inner) in inner.chunks_exact_mut(m1).enumerate() {
                     for (i2, x) in x.chunks_exact(m1).enumerate() {
@@ -116,7 +116,7 @@ impl Kronecker {
                 }
             }
         });
-        (self.a.times(&inner, count * n2, workers), Cow::Borrowed(&self.output))
+        (self.a.times(&inner, count * n2, pool), Cow::Borrowed(&self.output))
     }
 
     /// Adds column `column` of the matrix to `out`.
@@ -137,10 +137,10 @@ impl Kronecker {
     }
 
     /// The product of `X`s, each `(m2, m1)`, with the matrix, which is made some outputs at a time and never as a whole.
-    fn expand_and_multiply(&self, x: &[f32], count: usize, workers: &Workers) -> Vec<f32> {
+    fn expand_and_multiply(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
         let (m, n) = (self.shape.rows(), self.shape.columns());
         let mut y = vec![0.0; count * n];
-        product_by_panels(x, m, count, &mut y, workers, |range, multiply| {
+        product_by_panels(x, m, count, &mut y, pool, |range, multiply| {
             let mut rows = vec![0.0; range.len() * m];
             self.a.with(|a| {
                 for (row, j) in rows.chunks_exact_mut(m).zip(range) {

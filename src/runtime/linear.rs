@@ -2,76 +2,127 @@
 
 use std::borrow::Cow;
 
+use candle_core::{Device, Tensor};
+
 use super::kernels::add_scaled;
-use super::kronecker::{Kronecker, Way};
+use super::kronecker::{Kronecker, Strategy};
 use super::low_rank::LowRank;
 use super::order::Order;
 use super::rows::Rows;
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
+use crate::error::{Error, Result};
+use crate::permute::Permutation;
+use crate::spec::KroneckerShape;
 
-/// `y = x W + bias` for a `W` in × out.
+/// `y = x W + bias` for a `W` in × out, as a model runs it.
 #[derive(Clone, Debug)]
-pub(super) struct Linear {
+pub struct Linear {
     /// In features.
-    pub rows: usize,
+    pub(super) rows: usize,
     /// Out features.
-    pub columns: usize,
+    pub(super) columns: usize,
     /// Side by side, in the order of their columns.
-    pub parts: Vec<Part>,
-    /// Empty if there is none.
-    pub bias: Vec<f32>,
+    pub(super) parts: Vec<Part>,
+    /// Empty without a bias.
+    pub(super) bias: Vec<f32>,
 }
 
 /// Some columns of a linear map: a sum of terms.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     pub columns: usize,
-    pub terms: Vec<Term>,
+    pub terms: Vec<StoredTerm>,
 }
 
 /// One term of a matrix in × out. Its rows are stored as they are read: out × in.
 #[derive(Clone, Debug)]
-pub(super) enum Term {
+pub(super) enum StoredTerm {
     Dense(Rows),
     Kronecker(Kronecker),
     LowRank(LowRank),
 }
 
 impl Linear {
-    /// `y : (count, columns)` for `x : (count, rows)`.
+    /// The map of a dense matrix `w : (m, n)`, row-major.
     ///
-    /// # Cost
-    /// For few vectors every factor is read once; for many, a Kronecker sum is formed if that is the cheaper way.
-    pub fn forward(&self, x: &[f32], count: usize, workers: &Workers) -> Vec<f32> {
-        self.forward_by(x, count, Way::Cheapest, workers)
+    /// # Errors
+    /// [`Error::Shape`] unless `w` has `m·n` values.
+    ///
+    /// ```
+    /// use tqcompressor::runtime::{Linear, ThreadPool};
+    /// let linear = Linear::dense(&[1.0, 2.0, 3.0, 4.0], 2, 2)?;
+    /// let pool = ThreadPool::new(1).expect("no thread is started");
+    /// assert_eq!(linear.forward(&[1.0, 10.0], 1, &pool), [31.0, 42.0]);
+    /// # Ok::<(), tqcompressor::Error>(())
+    /// ```
+    pub fn dense(w: &[f32], m: usize, n: usize) -> Result<Self> {
+        let w = tensor("W", w, &[m, n])?;
+        Ok(Self::of_term(m, n, StoredTerm::Dense(Rows::new(&w.t().expect("two dimensions"))?)))
     }
 
-    /// As [`forward`](Self::forward), Kronecker sums in a given way.
-    pub fn forward_by(&self, x: &[f32], count: usize, way: Way, workers: &Workers) -> Vec<f32> {
-        debug_assert_eq!(x.len(), count * self.rows);
+    /// The map of `W` with `W[p][:, q] = Σ_k A_k ⊗ B_k`, for `a : (rank, m1, n1)` and `b : (rank, m2, n2)`, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for factors or permutations of another length than `shape` says.
+    pub fn kronecker(shape: KroneckerShape, a: &[f32], b: &[f32], p: &Permutation, q: &Permutation) -> Result<Self> {
+        let KroneckerShape { m1, n1, m2, n2, rank } = shape;
+        let (a, b) = (tensor("A", a, &[rank, m1, n1])?, tensor("B", b, &[rank, m2, n2])?);
+        for (name, permutation, length) in [("p", p, shape.rows()), ("q", q, shape.columns())] {
+            if permutation.len() != length {
+                return Err(unlike(
+                    name,
+                    format!("a permutation of {length}"),
+                    format!("one of {}", permutation.len()),
+                ));
+            }
+        }
+        let kronecker = Kronecker::new(shape, &a, &b, p, &q.inverse())?;
+        Ok(Self::of_term(shape.rows(), shape.columns(), StoredTerm::Kronecker(kronecker)))
+    }
+
+    fn of_term(rows: usize, columns: usize, term: StoredTerm) -> Self {
+        Self { rows, columns, parts: vec![Part { columns, terms: vec![term] }], bias: Vec::new() }
+    }
+
+    /// `y : (count, columns)` for `x : (count, rows)`.
+    ///
+    /// # Panics
+    /// Unless `x` has `count·rows` values.
+    ///
+    /// # Cost
+    /// For few vectors every factor is read once. For many, a Kronecker sum is expanded if that is expected to be faster.
+    #[must_use]
+    pub fn forward(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
+        self.forward_by(x, count, Strategy::Cheapest, pool)
+    }
+
+    /// As [`forward`](Self::forward), with a given strategy for Kronecker sums.
+    #[must_use]
+    pub fn forward_by(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> Vec<f32> {
+        assert_eq!(x.len(), count * self.rows, "count · rows values");
         let mut y = Vec::new();
         let mut first = 0;
         for Part { columns, terms } in &self.parts {
             for term in terms {
-                let (product, output) = term.times(x, count, way, workers);
+                let (product, output) = term.times(x, count, strategy, pool);
                 if y.is_empty() && *columns == self.columns {
-                    y = output.gather(product, workers).into_owned();
+                    y = output.gather(product, pool).into_owned();
                     continue;
                 }
                 y.resize(count * self.columns, 0.0);
                 let rows = y.chunks_exact_mut(self.columns).zip(product.chunks_exact(*columns));
-                workers.for_each(rows, |(y, product)| output.add(product, &mut y[first..first + columns]));
+                pool.for_each(rows, |(y, product)| output.add(product, &mut y[first..first + columns]));
             }
             first += columns;
         }
         if !self.bias.is_empty() {
-            workers.for_each(y.chunks_exact_mut(self.columns), |y| add_scaled(y, 1.0, &self.bias));
+            pool.for_each(y.chunks_exact_mut(self.columns), |y| add_scaled(y, 1.0, &self.bias));
         }
         y
     }
 
     /// Adds column `column` of `W` to `out`: what an embedding that is stored as the map to its logits looks up.
-    pub fn add_column(&self, column: usize, out: &mut [f32]) {
+    pub(super) fn add_column(&self, column: usize, out: &mut [f32]) {
         let mut first = 0;
         for part in &self.parts {
             if (first..first + part.columns).contains(&column) {
@@ -83,11 +134,12 @@ impl Linear {
 
     /// Lets outputs come in the order in which the only term makes them: output `j` is then at place `order.at(j)`. What
     /// reads them must be told, by [`take_inputs_from`](Self::take_inputs_from).
-    pub fn keep_output_order(&mut self) -> Order {
+    pub(super) fn keep_output_order(&mut self) -> Order {
         let order = match self.only_term() {
-            Some(Term::Kronecker(Kronecker { output, .. }) | Term::LowRank(LowRank::OnColumns { output, .. })) => {
-                std::mem::take(output)
-            }
+            Some(
+                StoredTerm::Kronecker(Kronecker { output, .. })
+                | StoredTerm::LowRank(LowRank::OnColumns { output, .. }),
+            ) => std::mem::take(output),
             _ => return Order::default(),
         };
         let inverse = order.inverse();
@@ -96,11 +148,13 @@ impl Linear {
     }
 
     /// Makes the map read inputs of which the `i`-th is at place `order.at(i)`.
-    pub fn take_inputs_from(&mut self, order: &Order) {
+    pub(super) fn take_inputs_from(&mut self, order: &Order) {
         for term in self.parts.iter_mut().flat_map(|part| &mut part.terms) {
             match term {
-                Term::Dense(rows) | Term::LowRank(LowRank::OnColumns { left: rows, .. }) => rows.reorder_values(order),
-                Term::Kronecker(Kronecker { input, .. }) | Term::LowRank(LowRank::OnRows { input, .. }) => {
+                StoredTerm::Dense(rows) | StoredTerm::LowRank(LowRank::OnColumns { left: rows, .. }) => {
+                    rows.reorder_values(order)
+                }
+                StoredTerm::Kronecker(Kronecker { input, .. }) | StoredTerm::LowRank(LowRank::OnRows { input, .. }) => {
                     *input = input.after(order, self.rows);
                 }
             }
@@ -109,22 +163,25 @@ impl Linear {
 
     /// Lets the map read inputs in the order in which its only term needs them: `order.at(p)` is what is to be at place `p`.
     /// What makes them must be told, by [`put_outputs_in`](Self::put_outputs_in).
-    pub fn keep_input_order(&mut self) -> Order {
+    pub(super) fn keep_input_order(&mut self) -> Order {
         match self.only_term() {
-            Some(Term::Kronecker(Kronecker { input, .. }) | Term::LowRank(LowRank::OnRows { input, .. })) => {
-                std::mem::take(input)
-            }
+            Some(
+                StoredTerm::Kronecker(Kronecker { input, .. }) | StoredTerm::LowRank(LowRank::OnRows { input, .. }),
+            ) => std::mem::take(input),
             _ => Order::default(),
         }
     }
 
     /// Makes the map put output `order.at(p)` at place `p`; it must have one part.
-    pub fn put_outputs_in(&mut self, order: &Order) {
+    pub(super) fn put_outputs_in(&mut self, order: &Order) {
         debug_assert_eq!(self.parts.len(), 1);
         for term in self.parts.iter_mut().flat_map(|part| &mut part.terms) {
             match term {
-                Term::Dense(rows) | Term::LowRank(LowRank::OnRows { right: rows, .. }) => rows.reorder_rows(order),
-                Term::Kronecker(Kronecker { output, .. }) | Term::LowRank(LowRank::OnColumns { output, .. }) => {
+                StoredTerm::Dense(rows) | StoredTerm::LowRank(LowRank::OnRows { right: rows, .. }) => {
+                    rows.reorder_rows(order)
+                }
+                StoredTerm::Kronecker(Kronecker { output, .. })
+                | StoredTerm::LowRank(LowRank::OnColumns { output, .. }) => {
                     *output = order.after(output, self.columns);
                 }
             }
@@ -132,7 +189,7 @@ impl Linear {
         self.bias = (0..self.bias.len()).map(|at| self.bias[order.at(at)]).collect();
     }
 
-    fn only_term(&mut self) -> Option<&mut Term> {
+    fn only_term(&mut self) -> Option<&mut StoredTerm> {
         match self.parts.as_mut_slice() {
             [Part { terms, .. }] if terms.len() == 1 => terms.first_mut(),
             _ => None,
@@ -140,23 +197,23 @@ impl Linear {
     }
 
     /// All its weights, in the order in which they are read.
-    pub fn matrices(&mut self) -> impl Iterator<Item = &mut Rows> {
+    pub(super) fn matrices(&mut self) -> impl Iterator<Item = &mut Rows> {
         self.parts.iter_mut().flat_map(|part| &mut part.terms).flat_map(|term| match term {
-            Term::Dense(rows) | Term::Kronecker(Kronecker { a: rows, .. }) => vec![rows],
-            Term::LowRank(LowRank::OnRows { left, right, .. } | LowRank::OnColumns { left, right, .. }) => {
+            StoredTerm::Dense(rows) | StoredTerm::Kronecker(Kronecker { a: rows, .. }) => vec![rows],
+            StoredTerm::LowRank(LowRank::OnRows { left, right, .. } | LowRank::OnColumns { left, right, .. }) => {
                 vec![left, right]
             }
         })
     }
 
     /// How often a vector is put into another order on its way through.
-    pub fn gathers(&self) -> usize {
-        let gathers = |term: &Term| match term {
-            Term::Dense(_) => 0,
-            Term::Kronecker(Kronecker { input, output, .. }) => {
+    pub(super) fn gathers(&self) -> usize {
+        let gathers = |term: &StoredTerm| match term {
+            StoredTerm::Dense(_) => 0,
+            StoredTerm::Kronecker(Kronecker { input, output, .. }) => {
                 usize::from(!input.is_identity()) + usize::from(!output.is_identity())
             }
-            Term::LowRank(LowRank::OnRows { input: order, .. } | LowRank::OnColumns { output: order, .. }) => {
+            StoredTerm::LowRank(LowRank::OnRows { input: order, .. } | LowRank::OnColumns { output: order, .. }) => {
                 usize::from(!order.is_identity())
             }
         };
@@ -164,13 +221,19 @@ impl Linear {
     }
 }
 
-impl Term {
+impl StoredTerm {
     /// The product `(count, n)` with `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    fn times<'a>(&'a self, x: &[f32], count: usize, way: Way, workers: &Workers) -> (Vec<f32>, Cow<'a, Order>) {
+    fn times<'a>(
+        &'a self,
+        x: &[f32],
+        count: usize,
+        strategy: Strategy,
+        pool: &ThreadPool,
+    ) -> (Vec<f32>, Cow<'a, Order>) {
         match self {
-            Self::Dense(rows) => (rows.times(x, count, workers), Cow::Owned(Order::default())),
-            Self::Kronecker(kronecker) => kronecker.times(x, count, way, workers),
-            Self::LowRank(low_rank) => low_rank.times(x, count, workers),
+            Self::Dense(rows) => (rows.times(x, count, pool), Cow::Owned(Order::default())),
+            Self::Kronecker(kronecker) => kronecker.times(x, count, strategy, pool),
+            Self::LowRank(low_rank) => low_rank.times(x, count, pool),
         }
     }
 
@@ -182,4 +245,13 @@ impl Term {
             Self::LowRank(low_rank) => low_rank.add_column(column, out),
         }
     }
+}
+
+fn tensor(name: &'static str, values: &[f32], shape: &[usize]) -> Result<Tensor> {
+    Tensor::from_slice(values, shape, &Device::Cpu)
+        .map_err(|_| unlike(name, format!("values of shape {shape:?}"), format!("{} values", values.len())))
+}
+
+fn unlike(operation: &'static str, expected: String, got: String) -> Error {
+    Error::Shape { operation, expected, got }
 }

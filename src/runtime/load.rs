@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::config::Gpt2Config;
 use super::kronecker::Kronecker;
-use super::linear::{Linear, Part, Term};
+use super::linear::{Linear, Part, StoredTerm};
 use super::low_rank::LowRank;
 use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
@@ -195,7 +195,7 @@ impl<'a> Source<'a> {
                 Some(spec) => self.terms(module, spec, m, n, Direction::Forward)?,
                 None => {
                     let weight = self.tensor(&format!("{module}.weight"), &[m, n])?;
-                    vec![Term::Dense(Rows::new(&weight.t().expect("two dimensions"))?)]
+                    vec![StoredTerm::Dense(Rows::new(&weight.t().expect("two dimensions"))?)]
                 }
             };
             vec![Part { columns: n, terms }]
@@ -208,7 +208,7 @@ impl<'a> Source<'a> {
         self.progress.check()?;
         let terms = match self.specs.get(module) {
             Some(spec) => self.terms(module, spec, entries, d, Direction::Transposed)?,
-            None => vec![Term::Dense(Rows::new(&self.tensor(&format!("{module}.weight"), &[entries, d])?)?)],
+            None => vec![StoredTerm::Dense(Rows::new(&self.tensor(&format!("{module}.weight"), &[entries, d])?)?)],
         };
         Ok(Linear { rows: d, columns: entries, parts: vec![Part { columns: entries, terms }], bias: Vec::new() })
     }
@@ -217,13 +217,20 @@ impl<'a> Source<'a> {
     fn head(&self, vocabulary: usize, d: usize) -> Result<Option<Linear>> {
         let terms = match self.specs.get("lm_head") {
             Some(spec) => self.terms("lm_head", spec, d, vocabulary, Direction::Forward)?,
-            None => vec![Term::Dense(Rows::new(&self.tensor("lm_head.weight", &[vocabulary, d])?)?)],
+            None => vec![StoredTerm::Dense(Rows::new(&self.tensor("lm_head.weight", &[vocabulary, d])?)?)],
         };
         let parts = vec![Part { columns: vocabulary, terms }];
         Ok(Some(Linear { rows: d, columns: vocabulary, parts, bias: Vec::new() }))
     }
 
-    fn terms(&self, name: &str, spec: &MatrixSpec, m: usize, n: usize, direction: Direction) -> Result<Vec<Term>> {
+    fn terms(
+        &self,
+        name: &str,
+        spec: &MatrixSpec,
+        m: usize,
+        n: usize,
+        direction: Direction,
+    ) -> Result<Vec<StoredTerm>> {
         let terms = spec.terms();
         let number = |t: usize| if terms.len() == 1 { String::new() } else { format!(".terms.{t}") };
         let term = |(t, term): (usize, &TermSpec)| {
@@ -240,7 +247,14 @@ impl<'a> Source<'a> {
         terms.iter().enumerate().map(term).collect()
     }
 
-    fn kronecker(&self, name: &str, spec: &KroneckerSpec, m: usize, n: usize, direction: Direction) -> Result<Term> {
+    fn kronecker(
+        &self,
+        name: &str,
+        spec: &KroneckerSpec,
+        m: usize,
+        n: usize,
+        direction: Direction,
+    ) -> Result<StoredTerm> {
         let stored = spec.shape(m, n)?;
         let KroneckerShape { m1, n1, m2, n2, rank } = stored;
         let a = self.tensor(&format!("{name}.A"), &[rank, m1, n1])?;
@@ -252,7 +266,7 @@ impl<'a> Source<'a> {
         let input = side("input_permutation", spec.permute.rows(), m)?;
         let output = side("output_permutation", spec.permute.columns(), n)?;
         let transpose = |tensor: Tensor| tensor.transpose(1, 2).expect("three dimensions");
-        Ok(Term::Kronecker(match direction {
+        Ok(StoredTerm::Kronecker(match direction {
             Direction::Forward => Kronecker::new(stored, &a, &b, &input, &output)?,
             // The stored indices of an embedding are both inverse: see `compress`.
             Direction::Transposed => {
@@ -261,7 +275,7 @@ impl<'a> Source<'a> {
         }))
     }
 
-    fn low_rank(&self, name: &str, rank: usize, m: usize, n: usize, direction: Direction) -> Result<Term> {
+    fn low_rank(&self, name: &str, rank: usize, m: usize, n: usize, direction: Direction) -> Result<StoredTerm> {
         let shape = LowRankShape::new(m, n, rank)?;
         let left = self.tensor(&format!("{name}.left"), &[shape.left().0, shape.left().1])?;
         let right = self.tensor(&format!("{name}.right"), &[shape.right().0, shape.right().1])?;
@@ -270,7 +284,7 @@ impl<'a> Source<'a> {
         let stored = self.permutation(&format!("{name}.{which}"), length)?;
         let order = |permutation: &Permutation| Order::new(permutation.as_slice().iter().copied());
         let transposed = |tensor: &Tensor| Rows::new(&tensor.t().expect("two dimensions"));
-        Ok(Term::LowRank(match (direction, on_rows) {
+        Ok(StoredTerm::LowRank(match (direction, on_rows) {
             (Direction::Forward, true) => {
                 LowRank::OnRows { left: transposed(&left)?, right: transposed(&right)?, input: order(&stored) }
             }

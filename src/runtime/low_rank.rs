@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::kernels::add_scaled;
 use super::order::Order;
 use super::rows::Rows;
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 
 /// A matrix of low rank in interpolative form.
 #[derive(Clone, Debug)]
@@ -32,19 +32,19 @@ pub(super) enum LowRank {
 
 impl LowRank {
     /// The product `(count, n)` with `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    pub fn times<'a>(&'a self, x: &[f32], count: usize, workers: &Workers) -> (Vec<f32>, Cow<'a, Order>) {
+    pub fn times<'a>(&'a self, x: &[f32], count: usize, pool: &ThreadPool) -> (Vec<f32>, Cow<'a, Order>) {
         match self {
             Self::OnRows { left, right, input } => {
-                let x = input.gather(x, workers);
+                let x = input.gather(x, pool);
                 let vectors = x.chunks_exact(left.rows + left.length).map(|x| x.split_at(left.rows));
                 let (pivots, others): (Vec<_>, Vec<_>) = vectors.unzip();
                 let mut inner = pivots.concat();
-                add_scaled(&mut inner, 1.0, &left.times(&others.concat(), count, workers));
-                (right.times(&inner, count, workers), Cow::Owned(Order::default()))
+                add_scaled(&mut inner, 1.0, &left.times(&others.concat(), count, pool));
+                (right.times(&inner, count, pool), Cow::Owned(Order::default()))
             }
             Self::OnColumns { left, right, output } => {
-                let inner = left.times(x, count, workers);
-                let rest = right.times(&inner, count, workers);
+                let inner = left.times(x, count, pool);
+                let rest = right.times(&inner, count, pool);
                 let both = inner.chunks_exact(left.rows).zip(rest.chunks_exact(right.rows));
                 (both.flat_map(|(inner, rest)| [inner, rest]).collect::<Vec<_>>().concat(), Cow::Borrowed(output))
             }

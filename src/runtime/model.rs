@@ -5,7 +5,7 @@ use super::config::{Activation, Gpt2Config};
 use super::kernels::{add_scaled, gelu_tanh, layer_norm, silu};
 use super::linear::Linear;
 use super::order::Order;
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -138,7 +138,7 @@ impl Gpt2 {
         sequences: &[&[u32]],
         caches: &mut [&mut Cache],
         mut observer: Option<Observer<'_>>,
-        workers: &Workers,
+        pool: &ThreadPool,
         progress: &Progress,
     ) -> Result<Vec<f32>> {
         let d = self.config.width;
@@ -150,7 +150,7 @@ impl Gpt2 {
             .zip(caches.iter())
             .map(|(sequence, cache)| Span { tokens: sequence.len(), before: cache.length })
             .collect();
-        let mut x = self.embed(sequences, &spans, workers);
+        let mut x = self.embed(sequences, &spans, pool);
         let count = x.len() / d;
         let observed = observer.is_some();
         let mut observe = |layer: usize, module: &str, x: &[f32]| match &mut observer {
@@ -159,27 +159,27 @@ impl Gpt2 {
         };
         for (layer, block) in self.blocks.iter().enumerate() {
             progress.check()?;
-            let normed = block.attention_norm.forward(&x, self.config.epsilon, workers);
+            let normed = block.attention_norm.forward(&x, self.config.epsilon, pool);
             observe(layer, "attn.c_attn", &normed)?;
-            let qkv = block.query_key_value.forward(&normed, count, workers);
+            let qkv = block.query_key_value.forward(&normed, count, pool);
             let mut memories: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
-            let attended = attend(self.heads(layer), &qkv, &spans, &mut memories, workers);
+            let attended = attend(self.heads(layer), &qkv, &spans, &mut memories, pool);
             observe(layer, "attn.c_proj", &attended)?;
-            add_scaled(&mut x, 1.0, &block.attention_projection.forward(&attended, count, workers));
+            add_scaled(&mut x, 1.0, &block.attention_projection.forward(&attended, count, pool));
             progress.check()?;
-            let normed = block.mlp_norm.forward(&x, self.config.epsilon, workers);
+            let normed = block.mlp_norm.forward(&x, self.config.epsilon, pool);
             observe(layer, "mlp.c_fc", &normed)?;
-            let mut inner = block.expansion.forward(&normed, count, workers);
-            self.config.activation.apply(&mut inner, workers);
+            let mut inner = block.expansion.forward(&normed, count, pool);
+            self.config.activation.apply(&mut inner, pool);
             if observed {
-                observe(layer, "mlp.c_proj", &block.hidden_order.gather(&inner, workers))?;
+                observe(layer, "mlp.c_proj", &block.hidden_order.gather(&inner, pool))?;
             }
-            add_scaled(&mut x, 1.0, &block.projection.forward(&inner, count, workers));
+            add_scaled(&mut x, 1.0, &block.projection.forward(&inner, count, pool));
         }
         for (span, cache) in spans.iter().zip(caches.iter_mut()) {
             cache.length += span.tokens;
         }
-        let hidden = self.last_norm.forward(&x, self.config.epsilon, workers);
+        let hidden = self.last_norm.forward(&x, self.config.epsilon, pool);
         if let Some(observer) = &mut observer {
             observer("lm_head", &hidden)?;
         }
@@ -191,8 +191,8 @@ impl Gpt2 {
     /// # Cost
     /// Two MACs per state and parameter of the head.
     #[must_use]
-    pub fn logits(&self, hidden: &[f32], workers: &Workers) -> Vec<f32> {
-        self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, workers)
+    pub fn logits(&self, hidden: &[f32], pool: &ThreadPool) -> Vec<f32> {
+        self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, pool)
     }
 
     /// Whether the head is the token embedding.
@@ -235,13 +235,13 @@ impl Gpt2 {
         Ok(())
     }
 
-    fn embed(&self, sequences: &[&[u32]], spans: &[Span], workers: &Workers) -> Vec<f32> {
+    fn embed(&self, sequences: &[&[u32]], spans: &[Span], pool: &ThreadPool) -> Vec<f32> {
         let d = self.config.width;
         let tokens =
             sequences.iter().zip(spans).flat_map(|(sequence, span)| sequence.iter().copied().zip(span.before..));
         let tokens: Vec<_> = tokens.collect();
         let mut x = vec![0.0; tokens.len() * d];
-        workers.for_each(x.chunks_exact_mut(d).zip(tokens), |(row, (token, position))| {
+        pool.for_each(x.chunks_exact_mut(d).zip(tokens), |(row, (token, position))| {
             self.tokens.add_column(token as usize, row);
             self.positions.add_column(position, row);
         });
@@ -250,11 +250,11 @@ impl Gpt2 {
 }
 
 impl LayerNorm {
-    fn forward(&self, x: &[f32], epsilon: f32, workers: &Workers) -> Vec<f32> {
+    fn forward(&self, x: &[f32], epsilon: f32, pool: &ThreadPool) -> Vec<f32> {
         let mut y = vec![0.0; x.len()];
         let d = self.weight.len();
         let rows = (PIECE / d).max(1);
-        workers.for_each(y.chunks_mut(rows * d).zip(x.chunks(rows * d)), |(y, x)| {
+        pool.for_each(y.chunks_mut(rows * d).zip(x.chunks(rows * d)), |(y, x)| {
             for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                 layer_norm(x, epsilon, &self.weight, &self.bias, y);
             }
@@ -264,8 +264,8 @@ impl LayerNorm {
 }
 
 impl Activation {
-    fn apply(self, values: &mut [f32], workers: &Workers) {
-        workers.for_each(values.chunks_mut(PIECE), |values| match self {
+    fn apply(self, values: &mut [f32], pool: &ThreadPool) {
+        pool.for_each(values.chunks_mut(PIECE), |values| match self {
             Self::GeluTanh => gelu_tanh(values),
             Self::Silu => silu(values),
             Self::Gelu => values.iter_mut().for_each(|x| {

@@ -4,7 +4,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 use super::model::{Block, Gpt2, fitting};
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -18,10 +18,10 @@ struct Moment {
 }
 
 impl Moment {
-    fn add(&mut self, x: &[f32], workers: &Workers) {
+    fn add(&mut self, x: &[f32], pool: &ThreadPool) {
         let size = self.size;
         let x = MatRef::from_row_major_slice(x, x.len() / size, size);
-        workers.for_each(self.sum.chunks_mut(PANEL * size).enumerate(), |(index, sum)| {
+        pool.for_each(self.sum.chunks_mut(PANEL * size).enumerate(), |(index, sum)| {
             let (first, height) = (index * PANEL, sum.len() / size);
             let width = first + height;
             let mut product = vec![0.0_f32; height * width];
@@ -60,7 +60,7 @@ impl Gpt2 {
         &self,
         sequences: &[&[u32]],
         names: &[String],
-        workers: &Workers,
+        pool: &ThreadPool,
         progress: &Progress,
     ) -> Result<Vec<Vec<f32>>> {
         let tokens: usize = sequences.iter().map(|sequence| sequence.len()).sum();
@@ -81,11 +81,11 @@ impl Gpt2 {
             let mut observe = |name: &str, x: &[f32]| {
                 progress.check()?;
                 if let Some(at) = names.iter().position(|wanted| wanted == name) {
-                    moments[at].add(x, workers);
+                    moments[at].add(x, pool);
                 }
                 Ok(())
             };
-            self.forward(batch, &mut caches.iter_mut().collect::<Vec<_>>(), Some(&mut observe), workers, progress)?;
+            self.forward(batch, &mut caches.iter_mut().collect::<Vec<_>>(), Some(&mut observe), pool, progress)?;
             progress.advance(batch.iter().map(|sequence| sequence.len() as u64).sum());
             rest = others;
         }

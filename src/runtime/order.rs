@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 
 /// Gather indices of vectors of one length: element `i` of the result is element `indices[i]`. The order that changes
 /// nothing costs nothing.
@@ -43,12 +43,12 @@ impl Order {
     }
 
     /// Vectors one behind the other, each gathered.
-    pub fn gather<'a>(&self, x: impl Into<Cow<'a, [f32]>>, workers: &Workers) -> Cow<'a, [f32]> {
+    pub fn gather<'a>(&self, x: impl Into<Cow<'a, [f32]>>, pool: &ThreadPool) -> Cow<'a, [f32]> {
         let x = x.into();
         let Some(indices) = &self.0 else { return x };
         let mut gathered = vec![0.0; x.len()];
         let vectors = gathered.chunks_exact_mut(indices.len()).zip(x.chunks_exact(indices.len()));
-        workers.for_each(vectors, |(gathered, x)| {
+        pool.for_each(vectors, |(gathered, x)| {
             for (value, &at) in gathered.iter_mut().zip(indices) {
                 *value = x[at as usize];
             }

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::kernels::{TOGETHER, dot_rows};
 use super::order::Order;
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::numeric::memory::zeros;
 use crate::numeric::{Element, Values};
@@ -94,23 +94,23 @@ impl Rows {
     ///
     /// # Cost
     /// Few vectors read the rows once, as fast as memory gives them; many are a matrix product.
-    pub fn times(&self, x: &[f32], count: usize, workers: &Workers) -> Vec<f32> {
+    pub fn times(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
         debug_assert_eq!(x.len(), count * self.length);
         let mut y = vec![0.0; count * self.rows];
         if y.is_empty() {
             return y;
         }
         self.with(|values| match count {
-            1 => few(values, self.length, x, 1, &mut y, workers),
+            1 => few(values, self.length, x, 1, &mut y, pool),
             2..=FEW => {
                 let mut columns = vec![0.0; y.len()];
-                few(values, self.length, x, count, &mut columns, workers);
+                few(values, self.length, x, count, &mut columns, pool);
                 for (t, y) in y.chunks_exact_mut(self.rows).enumerate() {
                     y.iter_mut().zip(columns.chunks_exact(count)).for_each(|(y, column)| *y = column[t]);
                 }
             }
             _ => {
-                product_by_panels(x, self.length, count, &mut y, workers, |rows, multiply| {
+                product_by_panels(x, self.length, count, &mut y, pool, |rows, multiply| {
                     multiply(values.rows(rows, self.length, &mut Vec::new()));
                 });
             }
@@ -120,18 +120,18 @@ impl Rows {
 }
 
 /// As [`Rows::times`] of few vectors, but `out` is `(rows, count)`.
-fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
-    fn of_dtype<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], workers: &Workers) {
+fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
+    fn of_dtype<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
         let at_a_time = (TASK / length.max(1)).next_multiple_of(TOGETHER);
-        workers.for_each(out.chunks_mut(at_a_time * count).enumerate(), |(task, out)| {
+        pool.for_each(out.chunks_mut(at_a_time * count).enumerate(), |(task, out)| {
             let first = task * at_a_time;
             dot_rows(&rows[first * length..][..out.len() / count * length], length, x, count, out);
         });
     }
     match rows {
-        Values::F32(rows) => of_dtype(rows, length, x, count, out, workers),
-        Values::F16(rows) => of_dtype(rows, length, x, count, out, workers),
-        Values::Bf16(rows) => of_dtype(rows, length, x, count, out, workers),
+        Values::F32(rows) => of_dtype(rows, length, x, count, out, pool),
+        Values::F16(rows) => of_dtype(rows, length, x, count, out, pool),
+        Values::Bf16(rows) => of_dtype(rows, length, x, count, out, pool),
     }
 }
 
@@ -205,7 +205,7 @@ pub(super) fn product_by_panels(
     length: usize,
     count: usize,
     y: &mut [f32],
-    workers: &Workers,
+    pool: &ThreadPool,
     panel: impl Fn(Range<usize>, &mut dyn FnMut(&[f32])) + Sync,
 ) {
     let rows = y.len() / count;
@@ -219,7 +219,7 @@ pub(super) fn product_by_panels(
         rest = others;
     }
     parts.push(rest);
-    workers.for_each(parts.into_iter().enumerate(), |(index, mut y)| {
+    pool.for_each(parts.into_iter().enumerate(), |(index, mut y)| {
         let (first, height) = (index * height, y.ncols());
         panel(first..first + height, &mut |rows| {
             let rows = MatRef::from_row_major_slice(rows, height, length);

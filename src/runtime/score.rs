@@ -3,7 +3,7 @@
 use super::generate::most_probable;
 use super::kernels::sum_of_exponentials;
 use super::model::Gpt2;
-use super::thread_pool::Workers;
+use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -32,7 +32,7 @@ impl Gpt2 {
         &self,
         sequences: &[&[u32]],
         scored: &[usize],
-        workers: &Workers,
+        pool: &ThreadPool,
         progress: &Progress,
     ) -> Result<Vec<TokenScore>> {
         let (d, vocabulary) = (self.config.width, self.config.vocabulary);
@@ -51,7 +51,7 @@ impl Gpt2 {
         }
         let inputs: Vec<_> = sequences.iter().map(|sequence| &sequence[..sequence.len() - 1]).collect();
         let mut caches = inputs.iter().map(|input| self.cache(input.len())).collect::<Result<Vec<_>>>()?;
-        let hidden = self.forward(&inputs, &mut caches.iter_mut().collect::<Vec<_>>(), None, workers, progress)?;
+        let hidden = self.forward(&inputs, &mut caches.iter_mut().collect::<Vec<_>>(), None, pool, progress)?;
         drop(caches);
         let (mut states, mut targets, mut end) = (Vec::new(), Vec::new(), 0);
         for ((sequence, input), &scored) in sequences.iter().zip(&inputs).zip(scored) {
@@ -63,7 +63,7 @@ impl Gpt2 {
         let mut scores = Vec::with_capacity(targets.len());
         for (states, targets) in states.chunks(at_a_time * d).zip(targets.chunks(at_a_time)) {
             progress.check()?;
-            let logits = self.logits(states, workers);
+            let logits = self.logits(states, pool);
             let score = |(row, &target): (&[f32], &u32)| {
                 let best = most_probable(row);
                 let difference = f64::from(row[target as usize]) - f64::from(row[best]);
@@ -73,7 +73,7 @@ impl Gpt2 {
             let first = scores.len();
             scores.resize(first + targets.len(), TokenScore { log_likelihood: 0.0, most_probable: false });
             let rows = logits.chunks_exact(vocabulary).zip(targets).zip(&mut scores[first..]);
-            workers.for_each(rows, |(row, out)| *out = score(row));
+            pool.for_each(rows, |(row, out)| *out = score(row));
         }
         Ok(scores)
     }

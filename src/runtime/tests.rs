@@ -4,8 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::kronecker::Kronecker;
-use super::linear::{Linear, Part, Term};
+use super::linear::{Linear, Part, StoredTerm};
 use super::rows::Rows;
 use super::*;
 use crate::checkpoint::read::Checkpoint;
@@ -14,12 +13,12 @@ use crate::compress::{Calibration, Fits, Options, compress_checkpoint};
 use crate::error::{Error, Result};
 use crate::family::{Kind, Matrix};
 use crate::fit::{self, Norm};
-use crate::kron::MatrixView;
+use crate::kron::{KroneckerSum, MatrixView};
 use crate::numeric::Float;
-use crate::permute::{Effort, decompose};
+use crate::permute::{Decomposition, Effort, Permutation, decompose};
 use crate::plan::TQConfig;
 use crate::progress::{Parallelism, Progress};
-use crate::spec::{KroneckerSpec, Permute};
+use crate::spec::{KroneckerShape, KroneckerSpec, Permute};
 use crate::testing::noise;
 
 /// A compressed checkpoint with every kind of term: both orders of contraction, large blocks, pivots on rows and columns,
@@ -35,18 +34,18 @@ const SPECS: &str = r#"{"specs":{
     "h.1.mlp.c_fc":{"block":[4,16],"rank":2},
     "h.1.mlp.c_proj":{"rank":3}},"effort":"fast"}"#;
 
-fn workers() -> Workers {
-    Workers::new(2).unwrap()
+fn pool() -> ThreadPool {
+    ThreadPool::new(2).unwrap()
 }
 
 fn load(directory: &Path) -> Result<Gpt2> {
     Gpt2::load(directory, &Progress::default())
 }
 
-fn logits(model: &Gpt2, tokens: &[u32], workers: &Workers) -> Vec<f32> {
+fn logits(model: &Gpt2, tokens: &[u32], pool: &ThreadPool) -> Vec<f32> {
     let mut cache = model.cache(tokens.len()).unwrap();
-    let hidden = model.forward(&[tokens], &mut [&mut cache], None, workers, &Progress::default()).unwrap();
-    model.logits(&hidden, workers)
+    let hidden = model.forward(&[tokens], &mut [&mut cache], None, pool, &Progress::default()).unwrap();
+    model.logits(&hidden, pool)
 }
 
 fn largest_difference(x: &[f32], y: &[f32]) -> f32 {
@@ -99,7 +98,7 @@ fn a_compressed_model_computes_what_its_factors_stand_for() {
         assert_eq!((compressed.blocks[0].expansion.gathers(), compressed.blocks[0].projection.gathers()), (2, 1));
         for length in 1..=6 {
             let tokens: Vec<u32> = (0..length).map(|i| (7 * i + length) % 20).collect();
-            let (ours, theirs) = (logits(&compressed, &tokens, &workers()), logits(&dense, &tokens, &workers()));
+            let (ours, theirs) = (logits(&compressed, &tokens, &pool()), logits(&dense, &tokens, &pool()));
             let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
             assert!(largest_difference(&ours, &theirs) < 1e-5 * scale, "{length} tokens");
         }
@@ -111,17 +110,17 @@ fn tokens_one_by_one_or_in_company_give_the_logits_of_all_at_once() {
     let folder = tempfile::tempdir().unwrap();
     Source::tiny("", Float::F16).write(folder.path());
     let model = load(folder.path()).unwrap();
-    let (workers, progress) = (workers(), Progress::default());
+    let (pool, progress) = (pool(), Progress::default());
     let sequences: [&[u32]; 4] = [&[1, 2, 3, 4, 5, 6], &[], &[19], &[7, 7, 0]];
     let mut caches: Vec<_> = sequences.iter().map(|tokens| model.cache(tokens.len()).unwrap()).collect();
     let mut references: Vec<_> = caches.iter_mut().collect();
-    let together = model.forward(&sequences, &mut references, None, &workers, &progress).unwrap();
+    let together = model.forward(&sequences, &mut references, None, &pool, &progress).unwrap();
     let mut first = 0;
     for tokens in sequences {
         let mut cache = model.cache(tokens.len()).unwrap();
         for token in tokens {
             let one = std::slice::from_ref(token);
-            let hidden = model.forward(&[one], &mut [&mut cache], None, &workers, &progress).unwrap();
+            let hidden = model.forward(&[one], &mut [&mut cache], None, &pool, &progress).unwrap();
             assert!(largest_difference(&hidden, &together[first..first + 8]) < 1e-5);
             first += 8;
         }
@@ -135,20 +134,20 @@ fn results_do_not_depend_on_threads() {
     Source::tiny("", Float::Bf16).write(folder.path());
     let model = load(folder.path()).unwrap();
     let results = [1, 2, 5].map(|threads| {
-        let (workers, progress) = (Workers::new(threads).unwrap(), Progress::default());
+        let (pool, progress) = (ThreadPool::new(threads).unwrap(), Progress::default());
         let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 0.9, seed: 3 };
         let generated = model
             .generate(
                 &[&[1], &[2, 3]],
                 &Continuation { most: 4, end_tokens: &[], sampling },
                 |_, _| {},
-                &workers,
+                &pool,
                 &progress,
             )
             .unwrap();
-        let scores = model.score(&[&[1, 2, 3, 4], &[5, 6]], &[3, 1], &workers, &progress).unwrap();
+        let scores = model.score(&[&[1, 2, 3, 4], &[5, 6]], &[3, 1], &pool, &progress).unwrap();
         let names = ["h.0.mlp.c_proj".to_owned(), "lm_head".to_owned()];
-        let moments = model.input_moments(&[&[1, 2, 3], &[4]], &names, &workers, &progress).unwrap();
+        let moments = model.input_moments(&[&[1, 2, 3], &[4]], &names, &pool, &progress).unwrap();
         (generated, scores, moments)
     });
     assert!(results[0] == results[1] && results[0] == results[2]);
@@ -166,10 +165,10 @@ fn moments_are_means_of_outer_products_in_the_layers_own_order() {
     compress_checkpoint(&opened, &to, &config, made, &Options::default(), &Progress::default()).unwrap();
     let names: Vec<_> = ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"].map(str::to_owned).to_vec();
     let sequences: [&[u32]; 2] = [&[1, 2, 3, 4], &[5, 6, 7]];
-    let (workers, progress) = (workers(), Progress::default());
+    let (pool, progress) = (pool(), Progress::default());
     // The first c_fc has full rank, so both models compute the same.
     let [ours, dense] = [&to, &from]
-        .map(|directory| load(directory).unwrap().input_moments(&sequences, &names, &workers, &progress).unwrap());
+        .map(|directory| load(directory).unwrap().input_moments(&sequences, &names, &pool, &progress).unwrap());
     for (ours, dense) in ours.iter().zip(&dense) {
         assert!(largest_difference(ours, dense) < 1e-4);
     }
@@ -185,7 +184,7 @@ fn moments_are_means_of_outer_products_in_the_layers_own_order() {
     };
     let mut caches: Vec<_> = sequences.iter().map(|tokens| model.cache(tokens.len()).unwrap()).collect();
     let mut references: Vec<_> = caches.iter_mut().collect();
-    model.forward(&sequences, &mut references, Some(&mut observe), &workers, &progress).unwrap();
+    model.forward(&sequences, &mut references, Some(&mut observe), &pool, &progress).unwrap();
     let exact: Vec<f32> = exact.iter().map(|&value| value as f32).collect();
     assert!(largest_difference(&dense[1], &exact) < 1e-5);
 }
@@ -223,10 +222,10 @@ fn what_cannot_be_is_refused() {
     }
     Source::tiny("", Float::F32).write(folder.path());
     let model = load(folder.path()).unwrap();
-    let (workers, progress) = (workers(), Progress::default());
+    let (pool, progress) = (pool(), Progress::default());
     let generate = |prompt: &[u32], most, sampling: Sampling| {
         let continuation = Continuation { most, end_tokens: &[], sampling };
-        model.generate(&[prompt], &continuation, |_, _| {}, &workers, &progress).unwrap_err()
+        model.generate(&[prompt], &continuation, |_, _| {}, &pool, &progress).unwrap_err()
     };
     let hot = Sampling { temperature: f64::NAN, ..Sampling::GREEDY };
     let none = Sampling { top_p: 0.0, ..Sampling::GREEDY };
@@ -236,10 +235,10 @@ fn what_cannot_be_is_refused() {
         (generate(&[1, 2, 3], 4, Sampling::GREEDY), "context of 6"),
         (generate(&[1], 1, hot), "temperature"),
         (generate(&[1], 1, none), "top_p"),
-        (model.score(&[&[1, 2]], &[2], &workers, &progress).unwrap_err(), "scored"),
-        (model.score(&[&[1, 20]], &[1], &workers, &progress).unwrap_err(), "0 to 19"),
-        (model.score(&[&[1; 8]], &[1], &workers, &progress).unwrap_err(), "at most 6"),
-        (model.input_moments(&[&[1]], &["wte".into()], &workers, &progress).unwrap_err(), "wte"),
+        (model.score(&[&[1, 2]], &[2], &pool, &progress).unwrap_err(), "scored"),
+        (model.score(&[&[1, 20]], &[1], &pool, &progress).unwrap_err(), "0 to 19"),
+        (model.score(&[&[1; 8]], &[1], &pool, &progress).unwrap_err(), "at most 6"),
+        (model.input_moments(&[&[1]], &["wte".into()], &pool, &progress).unwrap_err(), "wte"),
     ] {
         assert!(matches!(error, Error::Config(_)) && error.to_string().contains(words), "{words}: {error}");
     }
@@ -252,12 +251,12 @@ fn what_is_empty_gives_nothing() {
     let folder = tempfile::tempdir().unwrap();
     Source::tiny("", Float::F32).write(folder.path());
     let model = load(folder.path()).unwrap();
-    let (workers, progress) = (workers(), Progress::default());
-    assert!(logits(&model, &[], &workers).is_empty());
-    assert!(model.score(&[&[3]], &[0], &workers, &progress).unwrap().is_empty());
-    assert!(model.score(&[], &[], &workers, &progress).unwrap().is_empty());
+    let (pool, progress) = (pool(), Progress::default());
+    assert!(logits(&model, &[], &pool).is_empty());
+    assert!(model.score(&[&[3]], &[0], &pool, &progress).unwrap().is_empty());
+    assert!(model.score(&[], &[], &pool, &progress).unwrap().is_empty());
     let none = Continuation { most: 0, end_tokens: &[], sampling: Sampling::GREEDY };
-    assert_eq!(model.generate(&[&[1]], &none, |_, _| {}, &workers, &progress).unwrap(), [[0_u32; 0]]);
+    assert_eq!(model.generate(&[&[1]], &none, |_, _| {}, &pool, &progress).unwrap(), [[0_u32; 0]]);
 }
 
 #[test]
@@ -265,17 +264,17 @@ fn generation_stops_at_an_end_token_and_tells_of_every_token() {
     let folder = tempfile::tempdir().unwrap();
     Source::tiny("", Float::F32).write(folder.path());
     let model = load(folder.path()).unwrap();
-    let (workers, progress) = (workers(), Progress::default());
+    let (pool, progress) = (pool(), Progress::default());
     let told = std::sync::Mutex::new(Vec::new());
     let run = |end: &[u32]| {
         let tell = |prompt, token| told.lock().unwrap().push((prompt, token));
         let continuation = Continuation { most: 5, end_tokens: end, sampling: Sampling::GREEDY };
-        model.generate(&[&[1], &[2]], &continuation, tell, &workers, &progress).unwrap()
+        model.generate(&[&[1], &[2]], &continuation, tell, &pool, &progress).unwrap()
     };
     let whole = run(&[]);
     let mut tokens = vec![1];
     for token in &whole[0] {
-        let row = logits(&model, &tokens, &workers);
+        let row = logits(&model, &tokens, &pool);
         assert_eq!(generate::most_probable(&row[row.len() - 20..]), *token as usize);
         tokens.push(*token);
     }
@@ -287,8 +286,43 @@ fn generation_stops_at_an_end_token_and_tells_of_every_token() {
     assert_eq!(of_first, stopped[0]);
 }
 
+/// Small integers, whose products are added up without rounding.
+fn integers(length: usize, seed: u64) -> Vec<f32> {
+    noise(length, seed).into_iter().map(|value| (3.5 * value).trunc()).collect()
+}
+
+fn shuffled(length: usize, seed: u64) -> Permutation {
+    let keys = noise(length, seed);
+    let mut indices: Vec<usize> = (0..length).collect();
+    indices.sort_by(|&i, &j| keys[i].total_cmp(&keys[j]));
+    Permutation::new(indices).unwrap()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn every_strategy_gives_the_dense_product(
+        m1 in 1..8_usize, n1 in 1..8_usize, m2 in 1..8_usize, n2 in 1..8_usize, rank in 1..4_usize,
+        count in prop::sample::select(vec![1, 2, 5, 40]), threads in 1..4_usize, seed in any::<u64>(),
+    ) {
+        let rank = rank.min(m1 * n1).min(m2 * n2);
+        let shape = KroneckerShape::new(m1 * m2, n1 * n2, (m2, n2), rank).unwrap();
+        let (m, n) = (shape.rows(), shape.columns());
+        let (a, b) = (integers(rank * m1 * n1, seed), integers(rank * m2 * n2, seed ^ 1));
+        let (p, q) = (shuffled(m, seed ^ 2), shuffled(n, seed ^ 3));
+        let sum = KroneckerSum { shape, a: a.clone(), b: b.clone(), lost_energy: 0.0 };
+        let w = Decomposition { sum, rows: Some(p.clone()), columns: Some(q.clone()) }.to_dense();
+        let x = integers(count * m, seed ^ 4);
+        let entry = |at: usize| (0..m).map(|i| x[at / n * m + i] * w[i * n + at % n]).sum::<f32>();
+        let expected: Vec<f32> = (0..count * n).map(entry).collect();
+        let pool = ThreadPool::new(threads).unwrap();
+        let linear = Linear::kronecker(shape, &a, &b, &p, &q).unwrap();
+        for strategy in [kronecker::Strategy::Factors, kronecker::Strategy::Matrix, kronecker::Strategy::Cheapest] {
+            prop_assert_eq!(&linear.forward_by(&x, count, strategy, &pool), &expected);
+        }
+        prop_assert_eq!(Linear::dense(&w, m, n).unwrap().forward(&x, count, &pool), expected);
+    }
 
     #[test]
     fn products_with_rows_are_those_of_the_dense_matrix(
@@ -299,11 +333,11 @@ proptest! {
         let weights = weights.to_dtype(dtype).unwrap();
         let values: Vec<Vec<f32>> = weights.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
         let x = noise(count * length, seed ^ 1);
-        let part = Part { columns: rows, terms: vec![Term::Dense(Rows::new(&weights).unwrap())] };
+        let part = Part { columns: rows, terms: vec![StoredTerm::Dense(Rows::new(&weights).unwrap())] };
         let mut linear = Linear { rows: length, columns: rows, parts: vec![part], bias: noise(rows, seed ^ 2) };
         let order = order::Order::new((0..rows).rev());
         linear.put_outputs_in(&order);
-        let y = linear.forward(&x, count, &workers());
+        let y = linear.forward(&x, count, &pool());
         for (y, x) in y.chunks_exact(rows).zip(x.chunks_exact(length)) {
             for (p, &y) in y.iter().enumerate() {
                 let i = order.at(p);
@@ -324,19 +358,13 @@ fn a_sum_that_is_made_first_gives_what_its_factors_give() {
         let sequential = Parallelism::Sequential;
         let found = decompose(&matrix, (m, n), &spec, Effort::Fast, 0, sequential, &Progress::default()).unwrap();
         let dense = found.to_dense();
-        let (shape, sum) = (found.sum.shape, &found.sum);
-        let tensor = |values: &[f32], rows, columns| {
-            Tensor::from_slice(values, (shape.rank, rows, columns), &Device::Cpu).unwrap()
-        };
-        let (a, b) = (tensor(&sum.a, shape.m1, shape.n1), tensor(&sum.b, shape.m2, shape.n2));
-        let (input, output) = (found.rows.unwrap(), found.columns.unwrap().inverse());
-        let term = Term::Kronecker(Kronecker::new(shape, &a, &b, &input, &output).unwrap());
-        let parts = vec![Part { columns: n, terms: vec![term] }];
-        let linear = Linear { rows: m, columns: n, parts, bias: Vec::new() };
+        let sum = &found.sum;
+        let (p, q) = (found.rows.as_ref().unwrap(), found.columns.as_ref().unwrap());
+        let linear = Linear::kronecker(sum.shape, &sum.a, &sum.b, p, q).unwrap();
         // Few vectors go by the factors; as many as are cheaper to multiply by the matrix go by that.
         for count in [1, 2, 7, 2000] {
             let x = noise(count * m, 9);
-            let y = linear.forward(&x, count, &workers());
+            let y = linear.forward(&x, count, &pool());
             for (x, y) in x.chunks_exact(m).zip(y.chunks_exact(n)) {
                 for (j, &y) in y.iter().enumerate() {
                     let exact: f32 = (0..m).map(|i| x[i] * dense[i * n + j]).sum();
@@ -349,4 +377,16 @@ fn a_sum_that_is_made_first_gives_what_its_factors_give() {
         let exact: Vec<f32> = (0..m).map(|i| dense[i * n + 5]).collect();
         assert!(largest_difference(&column, &exact) < 1e-5);
     }
+}
+
+#[test]
+fn a_linear_map_of_other_lengths_is_refused() {
+    let shape = KroneckerShape::new(6, 4, (2, 2), 1).unwrap();
+    let (p, q) = (Permutation::identity(6), Permutation::identity(4));
+    let refused = |result: Result<Linear>| result.unwrap_err().to_string();
+    assert!(refused(Linear::dense(&[0.0; 5], 2, 3)).starts_with("W: expected values of shape [2, 3], got 5 values"));
+    let short = refused(Linear::kronecker(shape, &[0.0; 6], &[0.0; 3], &p, &q));
+    assert!(short.starts_with("B: expected values of shape [1, 2, 2], got 3 values"), "{short}");
+    let exchanged = refused(Linear::kronecker(shape, &[0.0; 6], &[0.0; 4], &q, &p));
+    assert!(exchanged.starts_with("p: expected a permutation of 6, got one of 4"), "{exchanged}");
 }

@@ -13,22 +13,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// How often a thread looks for work before it sleeps: some hundred microseconds.
-const TURNS: u32 = 1 << 14;
+const SPINS: u32 = 1 << 14;
 
 /// The calling thread and its helpers. They end when it is dropped.
 #[derive(Debug)]
-pub struct Workers {
+pub struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
     /// Not `Sync`: one job at a time, and none from within another.
     _one_caller: PhantomData<Cell<()>>,
 }
 
-/// A borrowed closure whose borrow the compiler cannot see: [`Workers::run`] ends it.
+/// A borrowed closure whose borrow the compiler cannot see: [`ThreadPool::run`] ends it.
 #[derive(Clone, Copy)]
 struct Job(*const (dyn Fn() + Sync));
 
-// SAFETY: what is pointed to is `Sync`, and outlives its use (see `Workers::run`).
+// SAFETY: what is pointed to is `Sync`, and outlives its use (see `ThreadPool::run`).
 unsafe impl Send for Job {}
 
 struct Shared {
@@ -47,7 +47,7 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-impl Workers {
+impl ThreadPool {
     /// Starts `threads − 1` helpers.
     ///
     /// # Errors
@@ -60,13 +60,13 @@ impl Workers {
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
-        let mut workers = Self { shared, helpers: Vec::new(), _one_caller: PhantomData };
+        let mut pool = Self { shared, helpers: Vec::new(), _one_caller: PhantomData };
         for _ in 1..threads {
-            let shared = Arc::clone(&workers.shared);
+            let shared = Arc::clone(&pool.shared);
             let builder = thread::Builder::new().name("tqcompressor helper".into());
-            workers.helpers.push(builder.spawn(move || shared.help())?);
+            pool.helpers.push(builder.spawn(move || shared.help())?);
         }
-        Ok(workers)
+        Ok(pool)
     }
 
     /// Calls `work` on every item, in any order and on any thread.
@@ -121,7 +121,7 @@ impl Workers {
     }
 }
 
-impl Drop for Workers {
+impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
         self.shared.round.fetch_add(1, SeqCst);
@@ -140,7 +140,7 @@ impl Shared {
             let mut turns = 0;
             while self.round.load(Acquire) == seen {
                 turns += 1;
-                if turns < TURNS {
+                if turns < SPINS {
                     std::hint::spin_loop();
                 } else {
                     // A call of `unpark` between the look and the sleep makes this return at once.
@@ -170,31 +170,31 @@ mod tests {
     #[test]
     fn every_item_is_worked_on_once_whatever_the_number_of_threads() {
         for threads in [1, 2, 5] {
-            let workers = Workers::new(threads).unwrap();
+            let pool = ThreadPool::new(threads).unwrap();
             for length in [0, 1, 2, 100] {
                 for _ in 0..50 {
                     let mut values = vec![0; length];
-                    workers.for_each(values.iter_mut().enumerate(), |(i, value)| *value += i + 1);
+                    pool.for_each(values.iter_mut().enumerate(), |(i, value)| *value += i + 1);
                     assert!(values.iter().enumerate().all(|(i, &value)| value == i + 1));
                 }
             }
             // They sleep by then, and wake.
             std::thread::sleep(std::time::Duration::from_millis(20));
             let count = AtomicUsize::new(0);
-            workers.for_each(0..1000, |_| _ = count.fetch_add(1, Relaxed));
+            pool.for_each(0..1000, |_| _ = count.fetch_add(1, Relaxed));
             assert_eq!(count.into_inner(), 1000);
         }
     }
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_workers_go_on() {
-        let workers = Workers::new(3).unwrap();
+        let pool = ThreadPool::new(3).unwrap();
         for bad in 0..20 {
-            let run = || workers.for_each(0..20, |i| assert_ne!(i, bad));
+            let run = || pool.for_each(0..20, |i| assert_ne!(i, bad));
             assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
         }
         let count = AtomicUsize::new(0);
-        workers.for_each(0..100, |_| _ = count.fetch_add(1, Relaxed));
+        pool.for_each(0..100, |_| _ = count.fetch_add(1, Relaxed));
         assert_eq!(count.into_inner(), 100);
     }
 }

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
+use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::tokenizer::{DecodeStreamError, step_decode_stream};
-use tokenizers::AddedToken;
 
 use crate::checkpoint::files::read_object_if_any;
 use crate::error::{Error, Result};

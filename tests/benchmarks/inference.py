@@ -6,13 +6,14 @@ bare loop, which is quicker than transformers' `generate`. Each engine and model
 repetitions; times are the best, memory is the largest peak beyond the process before loading. The bandwidth limit is
 that of numpy's sum or copy, whichever moves more; `of limit` is the bytes of weights that a token needs, times
 tokens/s, over it, `of read` the same over that of the sum. Layers are timed within one process, medians of turns; a
-single row finds their weights in memory. Native layers are timed by the factors, by the matrix, and by what the cost
-model chooses of the two.
+single row finds their weights in memory. `cargo bench` times native layers: by the factors, by the matrix, and by what
+the cost model chooses of the two.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,7 @@ from typing import Any
 
 import inference_engines
 import inference_layers
-import inference_native_layers
-from measuring import fresh_process
+from measuring import ROOT, fresh_process
 from whole_checkpoint import COMPRESS, MAKE, headers, weights_size
 
 MODELS = ("dense", "compressed", "6 layers")
@@ -84,8 +84,9 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         yield from ratios(best)
     if options.layers:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
-        for module in (inference_layers, inference_native_layers):
-            yield from child(module, task | {"threads": options.threads}, options.threads)
+        task |= {"threads": options.threads}
+        yield from child(inference_layers, task, options.threads)
+        yield from native_layers(task)
 
 
 def make_models(folder: Path, wanted: Sequence[str], quick: bool) -> dict[str, Path]:
@@ -103,6 +104,11 @@ def make_models(folder: Path, wanted: Sequence[str], quick: bool) -> dict[str, P
 def child(module: Any, task: Mapping[str, Any], threads: int) -> Any:
     """What the last line says that the module prints when it is run with the task."""
     return json.loads(fresh_process([module.__file__, json.dumps(task)], threads)[2].splitlines()[-1])
+
+
+def native_layers(task: Mapping[str, Any]) -> Any:
+    command = ["cargo", "bench", "--quiet", "--bench", "native_layers", "--", json.dumps(task)]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def best_of(results: list[Measured]) -> Measured:

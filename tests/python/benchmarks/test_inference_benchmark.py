@@ -100,16 +100,6 @@ def test_layers_and_bandwidth_are_measured(benchmark):
     assert all(math.isfinite(speed) and speed > 0 for speed in layers.measure_bandwidth(2, True).values())
 
 
-def test_native_layers_are_measured(benchmark):
-    native = benchmark("inference_native_layers")
-    rows = list(native.measure_native_layers(["c_proj", "head"], 1, 2, True))
-    assert [row["rows"] for row in rows] == 2 * list(native.ROWS)
-    for row in rows:
-        better = min(row["factors ms"], row["matrix ms"])
-        assert row["chosen / better"] == pytest.approx(row["cheapest ms"] / better)
-        assert row["dense / chosen"] == pytest.approx(row["dense ms"] / row["cheapest ms"])
-
-
 def test_it_runs_in_fresh_processes(benchmark):
     inference = benchmark("inference")
     parser = argparse.ArgumentParser()
