@@ -1,7 +1,7 @@
 //! `Runtime`: a GPT-2 that computes without torch.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use numpy::{PyArray1, PyArray2};
 use pyo3::prelude::*;
