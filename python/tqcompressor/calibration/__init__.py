@@ -1,6 +1,6 @@
 """Second moments of a model's activations and gradients on a text, and their file.
 
-May import `errors`, `utils`, `config`, `data` and `models`. The file is read and written without torch.
+May import `errors`, `_core`, `utils`, `config`, `data` and `models`. The file is read and written without torch.
 """
 
 from .calibration import Calibration
