@@ -14,16 +14,16 @@ use tokenizers::tokenizer::{DecodeStreamError, step_decode_stream};
 use crate::checkpoint::files::read_object_if_any;
 use crate::error::{Error, Result};
 
-/// The fast tokenizer, whole.
+/// The file of a complete fast tokenizer.
 const WHOLE_FILE: &str = "tokenizer.json";
 
-/// What byte-level byte pair encoding is made of, in old checkpoints.
+/// The files of a byte-level byte pair encoding in old checkpoints.
 const PARTS: [&str; 2] = ["vocab.json", "merges.txt"];
 
-/// Where special tokens are named; the first that names one is right.
+/// The files that name special tokens; the first one that has a name decides.
 const NAMES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
 
-/// What a GPT-2 tokenizer begins and ends texts with where no file says so.
+/// The token that begins and ends texts of a GPT-2 tokenizer, unless a file names another.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// Text to tokens and back, as transformers does it with the same files.
@@ -57,7 +57,7 @@ impl Tokenizer {
             }
         };
         let failed = |error: tokenizers::Error| problem(directory.to_owned())(format!("tokenizer: {error}"));
-        // A caller's text is never cut or filled up, whatever it was last saved with.
+        // Never truncate or pad a caller's text, whatever settings were saved.
         tokenizer.with_truncation(None).map_err(failed)?;
         tokenizer.with_padding(None);
 
@@ -65,7 +65,7 @@ impl Tokenizer {
         let default = class.starts_with("GPT2Tokenizer").then_some(END_OF_TEXT);
         let mut special = |key: &str| {
             let token = match named.iter().any(|names| names.contains_key(key)) {
-                // A token's properties may be written beside it.
+                // A token may be an object with properties.
                 true => given(key).map(|value| value.get("content").unwrap_or(value)).and_then(Value::as_str),
                 false => default,
             };
@@ -84,7 +84,7 @@ impl Tokenizer {
         Ok(Self { path: directory.to_owned(), tokenizer, begin, end })
     }
 
-    /// The tokens of a text, with none added before or behind it.
+    /// The tokens of a text, without added special tokens.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if the tokenizer has no tokens for it.
@@ -93,11 +93,11 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of tokens, without special tokens if they are to be skipped. Bytes that are no UTF-8, such as those of a
-    /// character's beginning, become U+FFFD; a token that only fills a model's vocabulary up stands for nothing.
+    /// The text of tokens, optionally without special tokens. Bytes that are not UTF-8, such as part of a character,
+    /// become U+FFFD; a token that only pads a model's vocabulary has no text.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the tokenizer cannot tell.
+    /// [`Error::Checkpoint`] if the decoder fails.
     pub fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String> {
         self.tokenizer.decode(tokens, skip_special_tokens).map_err(|error| self.problem(&error))
     }
@@ -127,8 +127,8 @@ impl Tokenizer {
 
 /// The text of tokens that come one after another.
 ///
-/// All that [`push`](Self::push) returns is a prefix of the text of all tokens, and ends with a whole character: bytes
-/// that do not end one are held back.
+/// The returned pieces add up to a prefix of the text of all tokens. A piece ends with a whole character: bytes of an
+/// incomplete one are held back.
 pub struct DecodeStream {
     tokenizer: Arc<Tokenizer>,
     skip_special_tokens: bool,
@@ -143,8 +143,8 @@ pub struct DecodeStream {
 }
 
 impl DecodeStream {
-    /// More tokens than a character has. Beyond that the held tokens are decoded again only when their number has
-    /// doubled, so that the cost stays linear where no character ever ends.
+    /// Held tokens that are decoded again with every new one; a character has fewer. Beyond this, they are decoded when
+    /// their number has doubled, so that the cost stays linear where no character ever ends.
     const ALWAYS: usize = 8;
 
     /// A stream before its first token.
@@ -164,7 +164,7 @@ impl DecodeStream {
     /// The text that `tokens` add.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the tokenizer cannot tell.
+    /// [`Error::Checkpoint`] if the decoder fails.
     ///
     /// # Cost
     /// Linear in the number of tokens pushed, all calls together.
@@ -194,7 +194,7 @@ impl DecodeStream {
             &mut self.prefix_index,
         );
         match step {
-            // A decoder that tidies up, such as WordPiece's, has changed text that was returned: wait for the end.
+            // A decoder that edits earlier text, such as WordPiece's clean-up, contradicts what was returned: return no more.
             Err(error) if error.is::<DecodeStreamError>() => Ok(None),
             other => other.map_err(|error| self.tokenizer.problem(&error)),
         }
@@ -325,7 +325,7 @@ mod tests {
         let tokenizer = tiny();
         let text = fs::read_to_string("tests/data/tiny-gpt2/heldout.txt").unwrap();
         let prose = tokenizer.encode(&text[..20_000]).unwrap();
-        // Bytes that end no character, special tokens, and tokens that stand for nothing.
+        // Bytes that end no character, special tokens, and tokens without text.
         let beginning = tokenizer.encode("\u{1F600}").unwrap()[0];
         for tokens in [prose, vec![beginning; 4000], vec![0; 4000], vec![8192; 4000]] {
             let (half, whole) = (decoded(&tokens[..tokens.len() / 2]), decoded(&tokens));

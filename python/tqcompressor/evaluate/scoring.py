@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from ..data.text import one_text, open_passages
-from ..errors import ConfigError, MissingDependencyError
+from ..errors import MissingDependencyError
+from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import evaluating
 from .results import LastWordResult, PerplexityResult, exponential
@@ -218,9 +219,7 @@ def checked_batch_size(model: PreTrainedModel, batch_size: int | None, positions
     """The batch size, by default one that keeps the logits of so many positions a row under 256 MB, at most 32."""
     if batch_size is None:
         return max(1, min(32, _LOGITS_PER_BATCH // (positions * int(model.config.vocab_size))))
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
-    return batch_size
+    return validate.integer("batch_size", batch_size, 1)
 
 
 def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from ..errors import ConfigError, TextError
+from ..errors import TextError
+from ..utils import validate
 from .results import PerplexityResult
 
 # The tokens of a text, with no special tokens added.
@@ -32,14 +33,8 @@ def first_token(begin: int | None, end: int | None) -> list[int]:
 
 def checked_window(longest: int, context: int | None, stride: int | None) -> tuple[int, int]:
     """`context` and `stride` within their ranges, by default the `longest` input and half of the context."""
-    if context is None:
-        context = longest
-    elif not 1 <= context <= longest:
-        raise ConfigError(f"context: expected 1 to {longest} (the model's positions), got {context}")
-    stride = max(1, context // 2) if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ConfigError(f"stride: expected 1 to {context} (the context), got {stride}")
-    return context, stride
+    context = longest if context is None else validate.integer("context", context, 1, longest)
+    return context, validate.integer("stride", max(1, context // 2) if stride is None else stride, 1, context)
 
 
 def windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -81,8 +81,8 @@ def test_both_engines_print_one_table(text, capsys):
         (["--device", "cuda"], "--device cuda: expected cpu with the native engine"),
         (["--dtype", "bfloat16"], "--dtype bfloat16: expected float32 with the native engine"),
         (["--batch-size", "4"], "--batch-size 4: not an option with the native engine"),
-        (["--stride", "129"], "stride: expected 1 to 128"),
-        (["--context", "129"], "context: expected 1 to 128"),
+        (["--stride", "129"], "stride: expected an integer from 1 to 128"),
+        (["--context", "129"], "context: expected an integer from 1 to 128"),
     ],
     ids=str,
 )
