@@ -349,10 +349,10 @@ class NativeModel:
         max_memory: int = 2 << 30,
         progress: ProgressOption = None,
     ) -> Calibration:
-        """Measures on a text what compressing in the norm of the layers' inputs needs: `E[xᵀx]` of each.
+        """Measures the second moments `E[xᵀx]` of the inputs of every layer on a text.
 
-        What `tqcompressor.calibrate` measures with `sensitivity=False`, on the same sequences of the same text, without
-        torch. Gradients, which say how much the model minds its outputs, need torch.
+        It is `tqcompressor.calibrate` with `sensitivity=False`, on the same sequences of the same text, without torch.
+        Gradients need torch.
 
         Args:
             text: A str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds either, and a
