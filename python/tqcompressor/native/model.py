@@ -353,10 +353,10 @@ class NativeModel:
         max_memory: int = 2 << 30,
         progress: ProgressOption = None,
     ) -> Calibration:
-        """Measures `E[xᵀx]` of every layer's input on a text, for compressing in its norm.
+        """Measures the second moments `E[xᵀx]` of the inputs of every layer on a text.
 
-        The result is that of `tqcompressor.calibrate` with `sensitivity=False` on the same text, without torch.
-        Gradients, which measure the loss's sensitivity to each output, need torch.
+        It is `tqcompressor.calibrate` with `sensitivity=False`, on the same sequences of the same text, without torch.
+        Gradients need torch.
 
         Args:
             text: A str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds either, and a
