@@ -133,7 +133,7 @@ pub(super) fn for_each_chunk(
 
 dispatched! {
     /// `to[j] = row[j·step + phase]`; `STEP` is `step`, or 0 for any.
-    fn widen_phase[const STEP: usize](row: &[f32], step: usize, phase: usize, to: &mut [f64]) {
+    fn widen_phase<const STEP: usize>(row: &[f32], step: usize, phase: usize, to: &mut [f64]) {
         if STEP == 0 {
             for (to, values) in to.iter_mut().zip(row.chunks_exact(step)) {
                 *to = f64::from(values[phase]);

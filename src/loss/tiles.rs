@@ -65,7 +65,7 @@ dispatched! {
 dispatched! {
     /// Writes `2^(scale·(value − reference))`; returns their sum and, if asked for, that of their squares. Meanwhile asks
     /// for `next` to be brought into the cache.
-    pub(super) fn exponentiate[const SQUARES: bool](
+    pub(super) fn exponentiate<const SQUARES: bool>(
         values: &[f32],
         reference: f32,
         scale: f32,
@@ -144,7 +144,7 @@ fn weighted_differences(w: &[f32; BLOCK], x: &[f32; BLOCK], y: &[f32; BLOCK], sh
 
 dispatched! {
     /// Without a teacher: `student·e + plain·p`.
-    pub(super) fn alone[const SQUARE: bool, const OWN: bool](out: &mut [f32], own: &[f32], factors: &Factors) {
+    pub(super) fn alone<const SQUARE: bool, const OWN: bool>(out: &mut [f32], own: &[f32], factors: &Factors) {
         let Factors { student, plain, .. } = *factors;
         for (e, &own) in out.iter_mut().zip(own) {
             *e = student * *e + plain * plain_exponential::<SQUARE, OWN>(*e, own);
@@ -157,7 +157,7 @@ dispatched! {
     ///
     /// Where the first two terms are near, as in a student that has learned, their difference would have few correct
     /// digits. There it is `teacher·t·(2^(scale·d) − 1)`.
-    pub(super) fn forward[const SQUARE: bool, const OWN: bool](
+    pub(super) fn forward<const SQUARE: bool, const OWN: bool>(
         out: &mut [f32],
         teacher: &[f32],
         own: &[f32],
@@ -179,7 +179,7 @@ dispatched! {
 
 dispatched! {
     /// The reverse divergence: `(difference·d + student)·e + plain·p`.
-    pub(super) fn reverse[const SQUARE: bool, const OWN: bool](
+    pub(super) fn reverse<const SQUARE: bool, const OWN: bool>(
         out: &mut [f32],
         own: &[f32],
         z: &[f32],

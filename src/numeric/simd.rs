@@ -1,12 +1,10 @@
-//! Run-time dispatch of hand kernels: one body, compiled for several instruction sets, chosen once per process.
+//! Kernels compiled for several instruction sets, of which the best is chosen at run time.
 //!
-//! Nothing else in the crate knows CPU features. A kernel is written as a plain loop over fixed-width lanes
-//! ([`LANES`] accumulators), which the compiler turns into vector instructions of whatever width it may use; the
-//! order of additions, and so the result, is the same on every instruction set.
+//! No other module knows processor features. A kernel is a plain loop over [`LANES`] accumulators, which the compiler turns
+//! into vector instructions of any width. The order of additions, and so the result, is the same on every instruction set.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{self, __m512};
-use std::sync::OnceLock;
 
 use super::float::Element;
 #[cfg(target_arch = "x86_64")]
@@ -15,81 +13,22 @@ use super::float::Float;
 /// Accumulators per loop: one AVX-512 register of `f32`, two AVX2, four SSE2.
 pub const LANES: usize = 16;
 
-/// The instruction sets that kernels are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InstructionSet {
-    /// What the target triple guarantees (SSE2 on x86-64, NEON on AArch64).
-    Baseline,
-    /// AVX2 with fused multiply-add.
-    Avx2,
-    /// AVX-512 F, BW, DQ, VL.
-    Avx512,
-}
-
-/// The widest instruction set that this processor and this build share.
-pub fn instruction_set() -> InstructionSet {
-    static DETECTED: OnceLock<InstructionSet> = OnceLock::new();
-    *DETECTED.get_or_init(detect)
-}
-
-#[cfg(target_arch = "x86_64")]
-fn detect() -> InstructionSet {
-    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-    let avx512 = is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl");
-    match (avx2, avx512) {
-        (true, true) => InstructionSet::Avx512,
-        (true, false) => InstructionSet::Avx2,
-        _ => InstructionSet::Baseline,
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn detect() -> InstructionSet {
-    InstructionSet::Baseline
-}
-
-/// Defines a function whose body is compiled once per [`InstructionSet`] and chosen at run time.
+/// Compiles a function once for each instruction set that is worth it, and chooses one of them at run time.
 ///
-/// What the body calls is compiled along with it only if it is `#[inline(always)]`.
+/// Functions that it calls are compiled along with it only if they are `#[inline(always)]`.
 macro_rules! dispatched {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident $([$(const $generic:ident: $kind:ty),+])? ($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
-        $(#[$meta])*
-        #[allow(clippy::too_many_arguments)]
-        $vis fn $name $(<$(const $generic: $kind),+>)? ($($arg: $type),*) $(-> $ret)? {
-            #[inline(always)]
-            #[allow(clippy::too_many_arguments)]
-            fn body $(<$(const $generic: $kind),+>)? ($($arg: $type),*) $(-> $ret)? $body
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            #[allow(clippy::too_many_arguments)]
-            fn avx2 $(<$(const $generic: $kind),+>)? ($($arg: $type),*) $(-> $ret)? {
-                body $(::<$($generic),+>)? ($($arg),*)
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-            #[allow(clippy::too_many_arguments)]
-            fn avx512 $(<$(const $generic: $kind),+>)? ($($arg: $type),*) $(-> $ret)? {
-                body $(::<$($generic),+>)? ($($arg),*)
-            }
-
-            match $crate::numeric::simd::instruction_set() {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: `instruction_set` says Avx512 only where the processor has these features.
-                $crate::numeric::simd::InstructionSet::Avx512 => unsafe { avx512 $(::<$($generic),+>)? ($($arg),*) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: `instruction_set` says Avx2 only where the processor has these features.
-                $crate::numeric::simd::InstructionSet::Avx2 => unsafe { avx2 $(::<$($generic),+>)? ($($arg),*) },
-                _ => body $(::<$($generic),+>)? ($($arg),*),
-            }
-        }
+    ($($function:tt)*) => {
+        #[multiversion::multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+        $($function)*
     };
 }
 pub(crate) use dispatched;
+
+/// Whether the processor has what [`dot_avx512`] needs.
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl")
+}
 
 /// The values at `at` as f32, and zeros where `mask` has none.
 ///
@@ -126,12 +65,12 @@ const CHAINS: usize = 2;
 #[inline]
 pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
-    match instruction_set() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `instruction_set` says Avx512 only where the processor has it, and the lengths were compared.
-        InstructionSet::Avx512 => unsafe { dot_avx512::<T, N, R>(rows, x, length, out) },
-        _ => dot_portable::<N, R>(T::as_f32(rows, &mut Vec::new()), x, length, out),
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512, and the lengths were compared.
+        return unsafe { dot_avx512::<T, N, R>(rows, x, length, out) };
     }
+    dot_portable::<N, R>(T::as_f32(rows, &mut Vec::new()), x, length, out);
 }
 
 /// Written by hand, because compilers keep so many sums in memory and not in registers; loops over indices are unrolled.
@@ -197,7 +136,7 @@ unsafe fn dot_avx512<T: Element, const N: usize, const R: usize>(
 }
 
 dispatched! {
-    fn dot_portable[const N: usize, const R: usize](rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
+    fn dot_portable<const N: usize, const R: usize>(rows: &[f32], x: &[f32], length: usize, out: &mut [f32]) {
         for (at, out) in out.iter_mut().enumerate() {
             let (row, vector) = (&rows[at / R * length..][..length], &x[at % R * length..][..length]);
             let mut sums = [[0.0_f32; LANES]; CHAINS];

@@ -91,7 +91,7 @@ struct State<'a> {
 
 dispatched! {
     /// Metropolis swaps of two elements of different blocks; `PAIR` is `phases²`, or 0 for any.
-    fn try_swaps[const PAIR: usize](state: &State<'_>, order: &mut [usize], moves: usize, random: &mut Xoshiro256PlusPlus) {
+    fn try_swaps<const PAIR: usize>(state: &State<'_>, order: &mut [usize], moves: usize, random: &mut Xoshiro256PlusPlus) {
         let mut ahead = [(0, 0); AHEAD];
         for next in &mut ahead {
             *next = draw(state, order, random);

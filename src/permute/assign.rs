@@ -70,7 +70,7 @@ fn assignment_cost(
 
 dispatched! {
     /// `cost[y] −= ⟨products[y], coefficients⟩`; `PAIR` is the number of coefficients, or 0 for any number.
-    fn subtract_products[const PAIR: usize](cost: &mut [f32], products: &[f32], coefficients: &[f32]) {
+    fn subtract_products<const PAIR: usize>(cost: &mut [f32], products: &[f32], coefficients: &[f32]) {
         if PAIR == 0 {
             for (cost, products) in cost.iter_mut().zip(products.chunks_exact(coefficients.len())) {
                 *cost -= products.iter().zip(coefficients).map(|(product, coefficient)| product * coefficient).sum::<f32>();
