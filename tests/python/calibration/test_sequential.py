@@ -285,7 +285,7 @@ def test_texts_are_those_that_calibrate_takes(tmp_path):
         compress(student, config, calibration=calibration, sequential=texts)
         factors.append(student.transformer.h[1].mlp.c_proj.left)
     assert all(torch.equal(factors[0], other) for other in factors)
-    with pytest.raises(TextError, match="expected 128 blocks"):
+    with pytest.raises(TextError, match="expected 128 sequences"):
         compress(model, config, calibration=calibration, sequential=(tokenizer, text[:1000]))
 
 
