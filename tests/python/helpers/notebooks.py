@@ -1,6 +1,7 @@
 """Executes the notebooks for the tests; `python tests/python/helpers/notebooks.py` renews their outputs."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,23 @@ def execute(path: Path) -> Any:
 
 
 def clean(notebook: Any) -> Any:
-    """Removes warnings, progress bars and times, which differ from one run to the next."""
+    """Removes warnings, progress bars and times, and joins what a cell prints: a kernel splits it by chance."""
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
+            cell.outputs = _joined(output for output in cell.outputs if not _is_noise(output))
     notebook.metadata.language_info = {"name": "python"}
     return notebook
+
+
+def _joined(outputs: Iterable[Any]) -> list[Any]:
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _is_noise(output: Any) -> bool:
