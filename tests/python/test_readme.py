@@ -1,11 +1,16 @@
-"""The README's Python runs, its commands run in their order, its files exist, and it stays short."""
+"""The README's Python runs, its commands run in their order, its files exist, and it stays short.
+
+The commands of the notebooks and of the results parse, too.
+"""
 
 import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pytest
+from helpers.notebooks import PATHS
 from tqcompressor.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +32,14 @@ def commands(text):
 
 COMMANDS = commands(README)
 OF_THE_RESULTS = commands(RESULTS.read_text(encoding="utf-8"))
+OF_THE_NOTEBOOKS = [
+    words
+    for path in PATHS
+    for cell in nbformat.read(path, as_version=4).cells
+    if cell.cell_type == "markdown"
+    for words in commands(cell.source + "\n")
+]
+EVERYWHERE = [*COMMANDS, *OF_THE_RESULTS, *OF_THE_NOTEBOOKS]
 BENCHMARK = "tests/benchmarks/run.py"
 
 
@@ -81,7 +94,7 @@ def test_the_first_commands_run_in_their_order_on_the_compressed_model(clone, ca
     assert cli.main([*PRODUCT[3], "--max-new-tokens", "4"]) == 0
 
 
-@pytest.mark.parametrize("words", of_the_product([*COMMANDS, *OF_THE_RESULTS]), ids=" ".join)
+@pytest.mark.parametrize("words", of_the_product(EVERYWHERE), ids=" ".join)
 def test_the_commands_parse(words, monkeypatch):
     parsed = []
     for command in ("compress", "calibrate", "distill", "inspect", "evaluate", "generate"):
@@ -111,7 +124,10 @@ def test_the_extras_exist():
     section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
     extras = re.findall(r"^(\w+) = \[", section.partition("\n[")[0], re.MULTILINE)
     named = {
-        after for words in [*COMMANDS, *OF_THE_RESULTS] for before, after in pairwise(words) if before == "--extra"
+        after
+        for words in [*COMMANDS, *OF_THE_RESULTS, *OF_THE_NOTEBOOKS]
+        for before, after in pairwise(words)
+        if before == "--extra"
     }
     assert named and named <= set(extras)
 
