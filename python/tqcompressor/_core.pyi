@@ -39,6 +39,7 @@ __all__ = [
     "list_matrices",
     "nearest_kronecker_sum",
     "plan",
+    "read_config",
     "reconstruct",
     "spend_budget",
     "split_part",
@@ -234,6 +235,9 @@ def plan(tensors: Sequence[_Weight], base_prefix: str, tied: Sequence[tuple[str,
     A weight is `(stored name, name without the base prefix, shape, kind)`, a kind "conv1d", "linear" or "embedding".
     Patterns may have `base_prefix` or not; `tied` are heads that are left out, each with what it is tied to.
     """
+
+def read_config(text: str) -> tuple[list[tuple[str, MatrixSpec]], str, int]:
+    """`(specs, effort, seed)` of a config in JSON, as the native runtime reads it from a checkpoint."""
 
 def split_part(matrix: str) -> tuple[str, str | None]:
     """The module of a matrix, and the part of it that the matrix is, if it is fused: "c_attn.q" is "c_attn", "q"."""

@@ -10,6 +10,21 @@ use crate::permute::Effort;
 use crate::plan::TQConfig;
 use crate::spec::{KroneckerSpec, MatrixSpec, Permute, TermSpec};
 
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(read_config, module)?)
+}
+
+/// `(pattern, spec)` pairs in their order, effort, seed.
+type Config = (Vec<(String, Py<PyAny>)>, &'static str, u64);
+
+/// The JSON of a config as checkpoints hold it, by the reader of the native runtime.
+#[pyfunction]
+fn read_config(py: Python<'_>, text: &str) -> PyResult<Config> {
+    let TQConfig { specs, effort, seed } = TQConfig::from_json(text)?;
+    let specs = specs.into_iter().map(|(pattern, spec)| Ok((pattern, spec_to_python(py, &spec)?.unbind())));
+    Ok((specs.collect::<PyResult<_>>()?, effort.name(), seed))
+}
+
 /// Where the Python classes are.
 const MODULE: &str = "tqcompressor.config.specs";
 

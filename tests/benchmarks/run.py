@@ -1,7 +1,7 @@
 """The benchmarks: `python tests/benchmarks/run.py BENCHMARK [--json FILE]`; `--help` lists them.
 
-Every figure in the README names the sub-command that prints it. Each one prints the machine and the versions, then a
-table; `--json FILE` writes the same for machines. Sub-commands and their options: `--help`.
+Every figure in README.md, beside this file, names the sub-command that prints it. Each one prints the machine and the
+versions, then a table; `--json FILE` writes the same as JSON. Sub-commands and their options: `--help`.
 """
 
 import argparse

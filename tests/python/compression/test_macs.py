@@ -128,13 +128,13 @@ def test_a_compression_keeps_the_cap(tmp_path):
         assert report.parameters_after == found.parameters_after
 
 
-def test_a_plan_tells_of_multiplies():
+def test_a_plan_states_macs():
     found = plan(TINY, 0.8, max_macs=0.5)
     data = json.loads(found.to_json())
     assert data["max_macs"] == 0.5 and plan(TINY, 0.8).to_dict()["max_macs"] is None
-    for key in ("multiplies_before", "multiplies"):
+    for key in ("macs_before", "macs_after"):
         assert data[key] == getattr(found, key) == sum(matrix[key] for matrix in data["matrices"])
-    line = f"multiplies for one token: {found.macs_before:,} by the dense matrices, then {found.macs_after:,} ("
+    line = f"MACs for one token: {found.macs_before:,} by the dense matrices, then {found.macs_after:,} ("
     allowed = "at most 0.5 of them allowed"
     assert line in str(found) and allowed in str(found) and allowed not in str(plan(TINY, 0.8))
     # Nothing to compare with, but what is looked up takes some.
