@@ -1,4 +1,4 @@
-//! Compress GPT-2 checkpoints by Kronecker decomposition improved by permutations.
+//! Compress transformers by calibrated low rank and Kronecker decomposition improved by permutations.
 //!
 //! A weight `W` of shape `(m, n) = (in, out)` is replaced by `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, with the row and
 //! column permutations `p` and `q` searched so that little energy is lost.
