@@ -33,9 +33,9 @@ pub struct Planned {
     pub energies: Vec<f64>,
 }
 
-/// Spends one budget over matrices that `load` yields by their index, on the current rayon pool: the rank of each follows
-/// from spectra that are computed once, and, beyond the effort "fast", each matrix then takes the best approximation of
-/// any kind that has no more parameters.
+/// Spends one budget over matrices that `load` yields by their index, on the current rayon pool: the rank of each
+/// follows from spectra that are computed once, and, beyond the effort "fast", each matrix then takes the best
+/// approximation of any kind that has no more parameters.
 ///
 /// `max_macs` caps the MACs for one token of all matrices together, as a share of those that they take dense.
 /// What the ranks leave of it is shared out in proportion to what each takes, and no matrix's best may take more.

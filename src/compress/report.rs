@@ -1,4 +1,5 @@
-//! What was done, or would be done, to a checkpoint: the JSON that Python, the shell and `compression_report.json` share.
+//! What was done, or would be done, to a checkpoint: the JSON that Python, the shell and `compression_report.json`
+//! share.
 
 use serde::Serialize;
 
@@ -29,12 +30,12 @@ pub struct MatrixReport {
     pub seconds: Option<f64>,
     /// Where the matrix is in the model: in plans only.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub place: Option<MatrixPlace>,
+    pub position: Option<MatrixPosition>,
 }
 
 /// Where a matrix is in the model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct MatrixPlace {
+pub struct MatrixPosition {
     /// The bare name of its module.
     pub module: String,
     /// "conv1d", "linear" or "embedding".
@@ -125,7 +126,7 @@ impl MatrixReport {
             parameters_after: *parameters,
             lost_energy: None,
             seconds: None,
-            place: Some(MatrixPlace {
+            position: Some(MatrixPosition {
                 module: matrix.module.clone(),
                 kind: matrix.kind.name(),
                 first_column: matrix.first_column,

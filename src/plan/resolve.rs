@@ -64,8 +64,8 @@ impl Plan {
     /// so that it is neither counted nor a matrix of its own.
     ///
     /// # Errors
-    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a `c_attn` of which only a part would be
-    /// compressed; [`Error::Shape`], in the matrix, for a block that does not divide it or a rank too large.
+    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a `c_attn` of which only a part would
+    /// be compressed; [`Error::Shape`], in the matrix, for a block that does not divide it or a rank too large.
     pub fn resolve(inputs: &[Input], tied_head: bool, config: &TQConfig) -> Result<Self> {
         let mut inputs: Vec<&Input> = inputs.iter().filter(|input| !(tied_head && input.name == TIED_HEAD)).collect();
         inputs.sort_by(|left, right| names::model_order(&left.name).cmp(&names::model_order(&right.name)));

@@ -1,4 +1,5 @@
-//! `fit_many`, `fit_within`, `choose_specs` and `choose_specs_of_checkpoint`: matrices approximated in the norms of their moments.
+//! `fit_many`, `fit_within`, `choose_specs` and `choose_specs_of_checkpoint`: matrices approximated in the norms of
+//! their moments.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -160,8 +161,9 @@ fn to_python(py: Python<'_>, Timed { fit, seconds }: Timed) -> PyResult<Fitted<'
 
 fn terms_to_python(py: Python<'_>, fit: Fit) -> PyResult<Vec<Bound<'_, PyAny>>> {
     let terms = fit.terms.into_iter().map(|term| match term {
-        Term::Kronecker(Decomposition { sum, rows, columns }) => {
-            let (p, q) = (order(py, rows, sum.shape.rows()), order(py, columns, sum.shape.columns()));
+        Term::Kronecker(Decomposition { sum, row_permutation, column_permutation }) => {
+            let (p, q) =
+                (order(py, row_permutation, sum.shape.rows()), order(py, column_permutation, sum.shape.columns()));
             let (a, b) = factor_arrays(py, sum);
             Ok(("kronecker", a, b, p, q).into_pyobject(py)?.into_any())
         }

@@ -1,4 +1,4 @@
-//! The tokenizer that lies beside the weights.
+//! The tokenizer of a checkpoint.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -12,16 +12,16 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use crate::checkpoint::files::read_object_if_any;
 use crate::error::{Error, Result};
 
-/// The fast tokenizer, whole.
+/// The file of a fast tokenizer.
 const WHOLE_FILE: &str = "tokenizer.json";
 
-/// What byte-level byte pair encoding is made of, in old checkpoints.
+/// The files of a byte-level BPE in old checkpoints.
 const PARTS: [&str; 2] = ["vocab.json", "merges.txt"];
 
-/// Where special tokens are named; the first that names one is right.
+/// The files that name special tokens, in order of precedence.
 const NAMES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
 
-/// What a GPT-2 tokenizer begins and ends texts with where no file says so.
+/// GPT-2's default begin and end token.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// Text to tokens and back, as transformers does it with the same files.
@@ -36,7 +36,7 @@ impl Tokenizer {
     /// Reads the tokenizer of the checkpoint in `directory`: `tokenizer.json`, or else `vocab.json` and `merges.txt`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there is none, or with what is wrong with it; [`Error::Io`].
+    /// [`Error::Checkpoint`] if there is none or it is invalid; [`Error::Io`].
     pub fn load(directory: &Path) -> Result<Self> {
         let problem = |path: PathBuf| move |problem: String| Error::Checkpoint { path, problem };
         let mut named = Vec::new();
@@ -55,7 +55,7 @@ impl Tokenizer {
             }
         };
         let failed = |error: tokenizers::Error| problem(directory.to_owned())(format!("tokenizer: {error}"));
-        // A caller's text is never cut or filled up, whatever it was last saved with.
+        // Never truncate or pad, whatever the saved settings.
         tokenizer.with_truncation(None).map_err(failed)?;
         tokenizer.with_padding(None);
 
@@ -82,7 +82,7 @@ impl Tokenizer {
         Ok(Self { path: directory.to_owned(), tokenizer, begin, end })
     }
 
-    /// The tokens of a text, with none added before or behind it.
+    /// The tokens of a text, without special tokens added.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if the tokenizer has no tokens for it.
@@ -91,16 +91,16 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of tokens, without special tokens if they are to be skipped. Bytes that are no UTF-8, such as those of a
-    /// character's beginning, become U+FFFD; a token that only fills a model's vocabulary up stands for nothing.
+    /// The text of tokens, without special tokens if they are to be skipped. Bytes that are no UTF-8, such as those of
+    /// a character's beginning, become U+FFFD. Tokens beyond the tokenizer's vocabulary decode to nothing.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the tokenizer cannot tell.
+    /// [`Error::Checkpoint`] if decoding fails.
     pub fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String> {
         self.tokenizer.decode(tokens, skip_special_tokens).map_err(|error| self.problem(&error))
     }
 
-    /// How many tokens there are, special ones included.
+    /// The number of tokens, special ones included.
     #[must_use]
     pub fn vocabulary(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
