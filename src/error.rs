@@ -1,21 +1,22 @@
-//! The one error type: what was being done, what was expected, what came instead.
+//! The error type: the operation, what was expected and what came.
 
 use std::path::PathBuf;
 
 /// Short form of a result with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong, with the facts that a user needs to mend it.
+/// Every error of this crate, with the facts that a user needs to fix it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// An array or a factor shape does not fit: wrong number of dimensions, a block that does not divide, a rank too large.
+    /// An array or a factor shape does not fit: wrong number of dimensions, a block that does not divide, a rank too
+    /// large.
     #[error("{operation}: expected {expected}, got {got}")]
     Shape {
-        /// What was being done.
+        /// The argument or operation.
         operation: &'static str,
-        /// The shape, or the condition on it, that would have been accepted.
+        /// The accepted shape, or the condition on it.
         expected: String,
-        /// The shape that came.
+        /// The shape received.
         got: String,
     },
     /// A weight holds NaN or an infinity.
@@ -28,68 +29,68 @@ pub enum Error {
         /// Its column.
         column: usize,
     },
-    /// A label that is not in the vocabulary.
+    /// A label outside the vocabulary.
     #[error("labels: expected 0 to {}, or the ignored index, got {label} at row {row}", vocabulary - 1)]
     Label {
         /// The offending label.
         label: i64,
         /// Its row.
         row: usize,
-        /// Entries of the vocabulary, at least one.
+        /// Size of the vocabulary, at least 1.
         vocabulary: usize,
     },
-    /// A token or a probability of a teacher that cannot be.
+    /// An invalid token or probability of a teacher.
     #[error("{problem} at row {row}")]
     SoftLabel {
         /// What is wrong.
         problem: String,
-        /// The row of logits that it belongs to.
+        /// The row of logits.
         row: usize,
     },
-    /// A dtype that is not handled.
+    /// An unsupported dtype.
     #[error("expected dtype {expected}, got {got}")]
     Dtype {
         /// The accepted dtypes.
         expected: String,
-        /// The dtype that came.
+        /// The dtype received.
         got: String,
     },
-    /// A permutation that is not one.
+    /// Indices that are not a permutation.
     #[error("not a permutation of {length} elements: {problem}")]
     Permutation {
-        /// How many elements it should permute.
+        /// Number of elements.
         length: usize,
         /// The first entry that is out of range or repeated.
         problem: String,
     },
-    /// A configuration that cannot be followed: unknown keys, a pattern that matches nothing, a newer format.
+    /// An invalid configuration or argument: unknown keys, a pattern that matches nothing, a newer format.
     #[error("{0}")]
     Config(String),
-    /// A checkpoint that cannot be read: truncated, lying header, not safetensors, a missing tensor.
+    /// An unreadable checkpoint: a truncated file, a wrong header, another format, a missing tensor.
     #[error("{}: {problem}", path.display())]
     Checkpoint {
         /// The file or directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong.
         problem: String,
     },
-    /// A destination that must not be written to: it exists and is not empty.
+    /// A destination that must not be overwritten.
     #[error("{}: {problem}", path.display())]
     Destination {
         /// The destination.
         path: PathBuf,
-        /// Why nothing is written there.
+        /// The reason.
         problem: String,
     },
-    /// The operating system refused.
+    /// An error of the operating system.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// The operating system's answer.
+        /// The error that the system reported.
         source: std::io::Error,
     },
-    /// The caller asked to stop.
+    /// The caller cancelled the job.
     #[error("cancelled")]
     Cancelled,
     /// A numerical routine did not converge.
@@ -98,22 +99,22 @@ pub enum Error {
         /// The routine.
         operation: &'static str,
     },
-    /// Any of the above, in a named tensor.
+    /// Any other error, with the name of the tensor that it concerns.
     #[error("tensor '{tensor}': {source}")]
     InTensor {
         /// The tensor's name.
         tensor: String,
-        /// What is wrong with it.
+        /// The error.
         source: Box<Error>,
     },
 }
 
 impl Error {
-    /// Names the tensor that the error came from.
+    /// Adds the name of the tensor.
     #[must_use]
     pub fn in_tensor(self, tensor: &str) -> Self {
         match self {
-            // A cancelled job is nobody's fault, and the innermost name is the most exact one.
+            // Cancelling concerns no tensor, and the innermost name is the most specific.
             Self::Cancelled | Self::InTensor { .. } => self,
             other => Self::InTensor { tensor: tensor.to_owned(), source: Box::new(other) },
         }

@@ -1,19 +1,20 @@
-//! How a long job runs: on which threads, and with two counters and a flag that all of them share.
+//! Parallelism, progress and cancellation of long jobs.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::error::{Error, Result};
 
-/// Whether a job may use the current rayon pool. The result is the same.
+/// Whether a job may use the current rayon pool. The result is the same either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parallelism {
-    /// Only the calling thread: right for small work, and where the caller runs many jobs side by side.
+    /// Use the calling thread only: for small jobs, and for callers that run many jobs in parallel.
     Sequential,
-    /// All threads of the current rayon pool.
+    /// Use all threads of the current rayon pool.
     Rayon,
 }
 
-/// Work done so far, work expected, and whether to stop. Units are the job's own; only the ratio means anything.
+/// Work done, work expected, and a cancel flag, shared by all threads of a job. Only the ratio of the two counts
+/// matters.
 #[derive(Debug, Default)]
 pub struct Progress {
     done: AtomicU64,
@@ -22,7 +23,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Announces `units` more of work.
+    /// Adds `units` to the expected work.
     pub fn expect(&self, units: u64) {
         self.total.fetch_add(units, Relaxed);
     }
@@ -32,7 +33,7 @@ impl Progress {
         self.done.fetch_add(units, Relaxed);
     }
 
-    /// Records all that was announced as done: a search that has nothing to gain ends before it has done it all.
+    /// Marks all expected work as done. A search may end before it has used all of its units.
     pub fn finish(&self) {
         let (done, total) = self.counts();
         self.advance(total.saturating_sub(done));
@@ -44,12 +45,12 @@ impl Progress {
         (self.done.load(Relaxed), self.total.load(Relaxed))
     }
 
-    /// Asks the job to stop at its next [`check`](Self::check).
+    /// Stops the job at its next [`check`](Self::check).
     pub fn cancel(&self) {
         self.cancelled.store(true, Relaxed);
     }
 
-    /// To be called in every loop that can last longer than some 10 ms.
+    /// Call this in every loop that can last longer than about 10 ms.
     ///
     /// # Errors
     /// [`Error::Cancelled`] once [`cancel`](Self::cancel) was called.

@@ -16,7 +16,7 @@ impl Float {
         }
     }
 
-    /// The float that a safetensors dtype is.
+    /// The float of a safetensors dtype.
     ///
     /// # Errors
     /// [`Error::Dtype`] if it is none of the three.

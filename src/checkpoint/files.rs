@@ -1,4 +1,4 @@
-//! Which files of a directory hold a checkpoint.
+//! The files of a checkpoint directory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,7 +33,7 @@ pub const WEIGHT_EXTENSIONS: [&str; 14] = [
     "npz",
 ];
 
-/// Whether a file's name says that it holds weights or pickles.
+/// Whether a file holds weights or pickles, by its extension.
 #[must_use]
 pub fn is_weight_file(name: &str) -> bool {
     let extension = Path::new(name).extension();
@@ -123,7 +123,7 @@ pub(super) fn check_shard(indexed: &[String], entries: &[header::Entry]) -> Resu
     }
 }
 
-/// What to tell about a directory without the files that are read.
+/// The error message for a directory without readable weights.
 fn no_weights(directory: &Path) -> Result<String> {
     let expected = format!("expected {SINGLE_FILE} or {INDEX_FILE}");
     let mut names = Vec::new();

@@ -1,7 +1,7 @@
 //! The header of a safetensors file: eight bytes of length, then JSON, then the tensors' bytes back to back.
 //!
-//! The `safetensors` crate validates headers too, but its errors do not name the tensor; ours do, and no header, however
-//! hostile, makes this module panic or allocate more than the file's size.
+//! The `safetensors` crate validates headers too, but its errors do not name the tensor. Here they do, and no hostile
+//! header causes a panic or an allocation larger than the file.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde_json::Value;
 
-/// As in the `safetensors` crate: a longer header is taken for garbage.
+/// The longest header, as in the `safetensors` crate.
 const LONGEST: usize = 100_000_000;
 
 /// Where a tensor lies in its file.
@@ -28,7 +28,7 @@ pub struct Entry {
 /// Reads the header of a whole file. Tensors come in the order of their bytes.
 ///
 /// # Errors
-/// What is wrong with the file, in words that name the tensor.
+/// A message that names the tensor.
 pub fn parse(file: &[u8]) -> Result<Vec<Entry>, String> {
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("truncated: {} bytes are no safetensors file", file.len()));

@@ -43,8 +43,8 @@ pub fn read_matrix(bytes: &[u8], float: Float, layout: Layout, rows: usize, colu
         }
         return Cow::Owned(matrix);
     }
-    // The stored tensor is columns × rows: upcast a band of its rows, then write it out as a band of columns, so that
-    // every cache line of the result is filled while it is at hand.
+    // The stored tensor is columns × rows. Transpose in bands of its rows, so that every cache line of the result is
+    // filled while it is in the cache.
     const BAND: usize = 16;
     let mut band = vec![0.0; BAND * rows];
     for first in (0..columns).step_by(BAND) {

@@ -1,4 +1,4 @@
-//! A checkpoint, mapped: opened and validated without reading a single weight.
+//! A memory-mapped checkpoint, opened and validated without reading its weights.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -42,7 +42,7 @@ impl Tensor {
     }
 }
 
-/// An open checkpoint. Weights are mapped: pages come in when they are read, and [`release`](Self::release) lets them go.
+/// An open checkpoint. Weights are memory-mapped: pages load on first read, and [`release`](Self::release) frees them.
 #[derive(Debug)]
 pub struct Checkpoint {
     directory: PathBuf,
@@ -57,8 +57,8 @@ impl Checkpoint {
     /// Opens the directory `directory`, a dense checkpoint: `config.json` and either `model.safetensors` or shards with
     /// their index.
     ///
-    /// Every header is validated, and every tensor that `config.json` promises is there in the promised shape. Causal
-    /// masks that old versions of transformers stored are left out. Weights are not looked at.
+    /// Validates every header, and checks that every tensor that `config.json` asks for is there in its shape. Causal
+    /// masks of old versions of transformers are left out. Weights are not read.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] with the file and what is wrong with it; [`Error::Io`] if it cannot be opened.
@@ -72,8 +72,8 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Opens a checkpoint that may be compressed. Headers are validated, but it is the caller's to compare the tensors
-    /// with what `config.json` promises; that there are no fewer tensors than layers is known.
+    /// Opens a checkpoint that may be compressed. Validates headers, and checks that there are at least as many tensors
+    /// as layers. Comparing the tensors with `config.json` is left to the caller.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -118,7 +118,7 @@ impl Checkpoint {
         Ok(Self { directory: directory.to_owned(), config, family, geometry, files, tensors })
     }
 
-    /// Where it lies.
+    /// Its directory.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -142,7 +142,7 @@ impl Checkpoint {
         self.family
     }
 
-    /// What its shapes follow from.
+    /// The geometry, from which its shapes follow.
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
@@ -154,7 +154,7 @@ impl Checkpoint {
         self.geometry.tied
     }
 
-    /// Whether the model has an output head, and that is the token embedding.
+    /// Whether the model has an output head that is the token embedding.
     #[must_use]
     pub fn has_tied_head(&self) -> bool {
         self.geometry.head && self.geometry.tied
@@ -177,10 +177,10 @@ impl Checkpoint {
         &self.files[tensor.file].1[tensor.range.clone()]
     }
 
-    /// Lets go of the memory that a tensor's mapped pages take. Reading it again maps them again.
+    /// Frees the memory of a tensor's mapped pages. Reading it again loads them again.
     pub fn release(&self, tensor: &Tensor) {
         // SAFETY: the map is shared and read-only, so dropped pages are read back from the file unchanged.
-        // A refusal only means that memory is freed later.
+        // On an error the memory is freed later.
         let _ = unsafe {
             self.files[tensor.file].1.unchecked_advise_range(
                 UncheckedAdvice::DontNeed,

@@ -1,8 +1,8 @@
-//! All or nothing: a hidden directory beside the destination, which becomes the destination in one step.
+//! All-or-nothing output: a hidden directory beside the destination, renamed to the destination in one step.
 //!
-//! Beside `out` a run makes `.out.tqcompressor-lock`, locked while it lives, and `.out.tqcompressor-partial`, which it
-//! fills and then renames. The kernel drops the lock of a killed run, so the next run knows that what it finds is stale
-//! and removes it; the destination itself is at every moment absent, or whole, or what it was.
+//! Beside `out`, a run locks `.out.tqcompressor-lock` and fills `.out.tqcompressor-partial`, which it renames at the
+//! end. The kernel releases the lock of a killed run, so that the next run can remove what it left. At every moment the
+//! destination is absent, complete, or unchanged.
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
@@ -25,11 +25,11 @@ pub struct Destination {
 
 impl Destination {
     /// Checks, before any work, that `path` may become the compressed form of `source`: it does not exist, or is an
-    /// empty directory, or `overwrite` is set and it is a checkpoint (it holds a `config.json`). What is overwritten is
-    /// replaced as a whole, and never takes the source with it.
+    /// empty directory, or `overwrite` is set and it is a checkpoint (it holds a `config.json`). Overwriting replaces
+    /// the whole directory. A directory that holds the source is refused.
     ///
     /// # Errors
-    /// [`Error::Destination`] saying why not; [`Error::Io`] if it cannot be looked at.
+    /// [`Error::Destination`] with the reason; [`Error::Io`].
     pub fn check(path: &Path, source: &Checkpoint, overwrite: bool) -> Result<Self> {
         let refuse = |problem: &str| Err(Error::Destination { path: path.to_owned(), problem: problem.into() });
         let resolved = resolve(path)?;
@@ -69,7 +69,7 @@ impl Destination {
 
 /// The hidden directory of a live run. Dropped without [`commit`](Self::commit), it leaves no trace.
 #[derive(Debug)]
-pub struct Stage {
+pub struct StagingDirectory {
     destination: Destination,
     directory: PathBuf,
     // Fields are dropped in this order, after `drop` has removed the directory.
@@ -77,7 +77,7 @@ pub struct Stage {
     parents: Parents,
 }
 
-impl Stage {
+impl StagingDirectory {
     /// Locks the destination, removes what killed runs left, and makes the hidden directory.
     ///
     /// # Errors
@@ -91,7 +91,8 @@ impl Stage {
             remove(&directory).map_err(Error::io(&directory))?;
         }
         fs::create_dir(&directory).map_err(Error::io(&directory))?;
-        // Only now is there a stage to drop: what stood in the way until here belongs to somebody else.
+        // Dropping the staging directory removes it, so it is constructed only now: whatever was there before is
+        // another run's.
         Ok(Self { destination, directory, _lock: lock, parents })
     }
 
@@ -131,7 +132,7 @@ impl Stage {
                 return Err(Error::Destination { path: to, problem: "was filled while this run went on".into() });
             }
             exchange(&self.directory, &to).map_err(Error::io(&to))?;
-            // The old destination is in the hidden place now; dropping the stage removes it.
+            // The hidden directory now holds the old destination, which is removed on drop.
         } else {
             fs::rename(&self.directory, &to).map_err(Error::io(&to))?;
         }
@@ -140,9 +141,9 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for StagingDirectory {
     fn drop(&mut self) {
-        // Nothing can be done about a refusal here; the next run tries again.
+        // An error cannot be reported here; the next run removes the directory.
         let _ = remove(&self.directory);
     }
 }
@@ -159,7 +160,7 @@ impl Lock {
     fn take(destination: &Path) -> Result<Option<Self>> {
         let path = sibling(destination, "lock");
         loop {
-            // The directory above is what is not writable, so it is what an error names.
+            // If the lock cannot be created, its parent is not writable: name that.
             let file = File::create(&path).map_err(Error::io(path.parent().unwrap_or(&path)))?;
             match file.try_lock() {
                 Ok(()) => {}
@@ -175,8 +176,8 @@ impl Lock {
                     _ => return Err(Error::io(&path)(error)),
                 },
             }
-            // Between opening and locking, the run that held the lock may have ended and removed the file: then this
-            // lock is on a file without a name, and another run may hold one on a new file of that name.
+            // Between opening and locking, the run that held the lock may have removed the file. Then this lock is on a
+            // deleted file, and another run may hold the lock on a new file of the same name.
             let (mine, named) = (file.metadata().map_err(Error::io(&path))?, fs::metadata(&path));
             if named.is_ok_and(|named| (named.dev(), named.ino()) == (mine.dev(), mine.ino())) {
                 return Ok(Some(Self { path, _file: file }));
@@ -214,7 +215,7 @@ fn resolve(path: &Path) -> Result<PathBuf> {
             Err(error) => return Err(Error::io(path)(error)),
         }
         let (Some(name), Some(parent)) = (existing.file_name(), existing.parent()) else {
-            // "missing/..": there is no saying where that would lead.
+            // "missing/.." cannot be resolved.
             return Err(Error::io(path)(ErrorKind::NotFound.into()));
         };
         rest.push(name.to_owned());
@@ -226,7 +227,7 @@ fn is_empty(directory: &Path) -> Result<bool> {
     Ok(fs::read_dir(directory).map_err(Error::io(directory))?.next().is_none())
 }
 
-/// Directories made on the way to the destination, outermost first. Dropped, it removes those that are empty again.
+/// Parent directories that were created, outermost first. Dropping removes those that are empty.
 #[derive(Debug)]
 struct Parents(Vec<PathBuf>);
 
@@ -263,7 +264,7 @@ fn remove(directory: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Puts back, or removes, what a run that was killed in [`exchange_in_steps`] had moved aside.
+/// Restores or removes the directory that a run killed in [`exchange_in_steps`] had moved aside.
 fn recover(destination: &Destination) -> Result<()> {
     let aside = sibling(&destination.path, "replaced");
     if !aside.exists() || destination.path.exists() {

@@ -1,8 +1,8 @@
 //! Safetensors files written tensor by tensor, in any order and from any thread.
 //!
-//! Names, dtypes and shapes are known before the first value, so headers and offsets are too: files are laid out and
-//! their space reserved at once (a full disk is noticed before any work), then every tensor goes to its place as soon as
-//! it is ready. The bytes do not depend on who was ready first, and no more than one tensor a thread is ever in memory.
+//! Names, dtypes and shapes are known in advance, so headers and offsets are too. Files are laid out and their space is
+//! reserved first, so that a full disk is noticed before any work. Then every tensor is written as soon as it is ready.
+//! The bytes do not depend on the order of writes, and each thread holds at most one tensor in memory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -41,7 +41,7 @@ impl Slot {
 
 /// Where a tensor goes.
 #[derive(Debug)]
-struct Place {
+struct Location {
     file: usize,
     offset: u64,
     length: u64,
@@ -52,7 +52,7 @@ struct Place {
 #[derive(Debug)]
 pub struct Writer {
     files: Vec<(PathBuf, File)>,
-    places: IndexMap<String, Place>,
+    locations: IndexMap<String, Location>,
     written: AtomicU64,
     bytes: u64,
 }
@@ -61,15 +61,16 @@ impl Writer {
     /// Lays out `slots` in `directory`: in `model.safetensors`, or, if that would be longer than `max_shard_bytes`, in
     /// shards `model-00001-of-0000N.safetensors` and an index. A tensor longer than that has a shard of its own.
     ///
-    /// Shards are filled in the order of `slots`; within a file wider dtypes come first, so that every tensor is aligned.
+    /// Shards are filled in the order of `slots`; within a file wider dtypes come first, so that every tensor is
+    /// aligned.
     ///
     /// # Errors
-    /// [`Error::Io`], also when the disk has not the space.
+    /// [`Error::Io`], also if the disk is too small.
     pub fn create(directory: &Path, slots: &[Slot], max_shard_bytes: u64) -> Result<Self> {
         let shards = split(slots, max_shard_bytes);
         let mut writer = Self {
             files: Vec::new(),
-            places: IndexMap::with_capacity(slots.len()),
+            locations: IndexMap::with_capacity(slots.len()),
             written: AtomicU64::new(0),
             bytes: 0,
         };
@@ -108,7 +109,7 @@ impl Writer {
         }
         let format = [("format".to_owned(), "pt".to_owned())].into();
         let header = Metadata::new(Some(format), infos.clone()).map(|metadata| serde_json::to_vec(&metadata));
-        // Neither can fail: offsets were counted just now, and the metadata are strings and numbers.
+        // Neither can fail: the offsets are consecutive, and the metadata are strings and numbers.
         let mut header = header.expect("offsets follow each other").expect("a header is plain JSON");
         header.resize(header.len().next_multiple_of(8), b' ');
         let start = 8 + header.len() as u64;
@@ -120,13 +121,13 @@ impl Writer {
         file.write_all_at(&head, 0).map_err(Error::io(&path))?;
         for (name, info) in infos {
             let (begin, end) = info.data_offsets;
-            let place = Place {
+            let location = Location {
                 file: self.files.len(),
                 offset: start + begin as u64,
                 length: (end - begin) as u64,
                 dtype: info.dtype,
             };
-            self.places.insert(name, place);
+            self.locations.insert(name, location);
         }
         self.files.push((path, file));
         self.bytes += length;
@@ -148,11 +149,11 @@ impl Writer {
     /// # Panics
     /// If the tensor was not laid out, or the bytes reach beyond it.
     pub fn write(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
-        let place = &self.places[name];
+        let location = &self.locations[name];
         let length = bytes.len() as u64;
-        assert!(offset + length <= place.length, "tensor '{name}' is {} bytes long", place.length);
-        let (path, file) = &self.files[place.file];
-        file.write_all_at(bytes, place.offset + offset).map_err(Error::io(path))?;
+        assert!(offset + length <= location.length, "tensor '{name}' is {} bytes long", location.length);
+        let (path, file) = &self.files[location.file];
+        file.write_all_at(bytes, location.offset + offset).map_err(Error::io(path))?;
         self.written.fetch_add(length, Relaxed);
         Ok(())
     }
@@ -165,7 +166,7 @@ impl Writer {
     /// # Panics
     /// As [`write`](Self::write), and if the tensor is not floating.
     pub fn write_floats(&self, name: &str, first: usize, values: &[f32]) -> Result<()> {
-        let float = Float::from_dtype(self.places[name].dtype).expect("a floating tensor");
+        let float = Float::from_dtype(self.locations[name].dtype).expect("a floating tensor");
         let mut bytes = Vec::new();
         for (i, values) in values.chunks(CHUNK).enumerate() {
             bytes.clear();
@@ -196,7 +197,7 @@ impl Writer {
     /// [`Error::Io`].
     ///
     /// # Panics
-    /// If a tensor was not written, or written twice: a hole in a checkpoint must never be taken for zeros.
+    /// If a tensor was not written, or written twice: a hole in a file would read as zeros.
     pub fn finish(self) -> Result<()> {
         assert_eq!(self.written.into_inner(), self.bytes, "every tensor is written once");
         for (path, file) in &self.files {
@@ -222,7 +223,7 @@ fn split(slots: &[Slot], most: u64) -> Vec<Vec<&Slot>> {
     shards
 }
 
-/// Makes the file `length` bytes long, with the space behind it where the file system can promise that.
+/// Makes the file `length` bytes long, and reserves the space where the file system can.
 fn reserve(file: &File, length: u64) -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, length) {

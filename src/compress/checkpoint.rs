@@ -17,7 +17,7 @@ use super::place::{Calibration, place};
 use super::report::Report;
 use crate::checkpoint::files::is_weight_file;
 use crate::checkpoint::read::{Checkpoint, Tensor};
-use crate::checkpoint::staging::{Destination, Stage};
+use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};
 use crate::family::{Kind, Matrix};
@@ -134,11 +134,11 @@ fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
 /// do not depend on its number of threads.
 ///
 /// Weights, `config.json` with a `quantization_config`, a model card and `compression_report.json` are written; the
-/// tokenizer and every other file of `source` that holds no weights is copied. For each module `M` with
-/// `W[p][:, q] ≈ Σ A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the gather indices of
-/// the forward pass that its spec allows: `M.input_permutation` (`p`; its inverse in an embedding) and
-/// `M.output_permutation` (the inverse of `q`). A low-rank matrix has `M.left` and `M.right` and one permutation instead;
-/// the tensors of a sum of several terms are those of `M.terms.0`, `M.terms.1` and so on.
+/// tokenizer and every other file of `source` that holds no weights is copied. For each module `M` with `W[p][:, q] ≈ Σ
+/// A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the gather indices of the forward pass
+/// that its spec allows: `M.input_permutation` (`p`; its inverse in an embedding) and `M.output_permutation` (the
+/// inverse of `q`). A low-rank matrix has `M.left` and `M.right` and one permutation instead; the tensors of a sum of
+/// several terms are those of `M.terms.0`, `M.terms.1` and so on.
 ///
 /// # Errors
 /// Any of [`Error`], naming the tensor or the path. Then, and when cancelled, nothing is left behind.
@@ -161,7 +161,7 @@ pub fn compress_checkpoint(
     let destination = Destination::check(destination, checkpoint, options.overwrite)?;
     check_finite(checkpoint, &plan, progress)?;
 
-    let stage = Stage::begin(destination)?;
+    let stage = StagingDirectory::begin(destination)?;
     let slots: Vec<_> = outputs.iter().map(|output| output.slot.clone()).collect();
     let writer = Writer::create(stage.directory(), &slots, options.max_shard_bytes)?;
     for output in &outputs {
@@ -341,7 +341,7 @@ fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
     for (t, term) in fit.terms.iter().enumerate() {
         let name = |which| factor_name(matrix, fit.terms.len(), t, which);
         let (rows, columns) = match term {
-            Term::Kronecker(Decomposition { sum, rows, columns }) => {
+            Term::Kronecker(Decomposition { sum, row_permutation: rows, column_permutation: columns }) => {
                 writer.write_floats(&name("A"), 0, &sum.a)?;
                 writer.write_floats(&name("B"), 0, &sum.b)?;
                 (rows.as_ref(), columns.as_ref())

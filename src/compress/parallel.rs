@@ -67,8 +67,8 @@ pub(super) fn in_order(
     Ok(taken.map(|timed| timed.expect("every job was done")).collect())
 }
 
-/// Decomposes, on the current rayon pool, matrices that `load` yields by their index in `tasks`, and hands each result to
-/// `finish` at once, both on the thread that did the work. A matrix is dropped as soon as it is factored.
+/// Decomposes, on the current rayon pool, matrices that `load` yields by their index in `tasks`, and hands each result
+/// to `finish` at once, both on the thread that did the work. A matrix is dropped as soon as it is factored.
 ///
 /// # Errors
 /// Those of [`fit`] and `load`, in the matrix, and those of `finish`. After the first, `progress` is cancelled, so

@@ -9,12 +9,12 @@ use crate::progress::{Parallelism, Progress};
 /// Runs `one(i, parallelism)` for every size, on the current rayon pool.
 ///
 /// A large job that begins last would leave the other threads idle, so the largest begin first. With fewer jobs than
-/// threads, `parallelism` lets each use all of them. With more, each keeps to its own: a thread that waits for a part of
-/// one matrix would otherwise begin another, and hold both.
+/// threads, `parallelism` lets each use all of them. With more, each keeps to its own: a thread that waits for a part
+/// of one matrix would otherwise begin another, and hold both.
 ///
 /// # Errors
-/// Of several, the first by number that isn't [`Error::Cancelled`]. After the first, `progress` is cancelled, so that the
-/// other threads stop soon.
+/// Of several, the first by number that isn't [`Error::Cancelled`]. After the first, `progress` is cancelled, so that
+/// the other threads stop soon.
 pub(super) fn largest_first(
     sizes: &[usize],
     progress: &Progress,

@@ -1,4 +1,5 @@
-//! What was done, or would be done, to a checkpoint: the JSON that Python, the shell and `compression_report.json` share.
+//! What was done, or would be done, to a checkpoint: the JSON that Python, the shell and `compression_report.json`
+//! share.
 
 use serde::Serialize;
 

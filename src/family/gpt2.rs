@@ -1,11 +1,11 @@
-//! What `config.json` promises: the tensors that a GPT-2 of that geometry must have, and their shapes.
+//! The tensors and shapes that a `config.json` asks for.
 
 use serde_json::{Map, Value};
 
 use super::description::Family;
 use super::matrix::Kind;
 
-/// The numbers of a GPT-2 `config.json` that shapes follow from. Missing ones have transformers' defaults.
+/// The keys of a GPT-2 `config.json` that determine shapes. Missing keys have transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// `n_layer`
@@ -63,8 +63,8 @@ impl Geometry {
         })
     }
 
-    /// The bare names and shapes of the tensors that must be there, one layer at a time, so that a `config.json` that
-    /// asks for 10¹⁸ layers costs nothing more than the first one that is missing.
+    /// The bare names and shapes of all required tensors. Lazy, so that a `config.json` that asks for 10¹⁸ layers fails
+    /// at the first missing one.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
         let d = self.width;
         let top = [("wte.weight", vec![self.vocabulary, d]), ("wpe.weight", vec![self.positions, d])];
@@ -104,7 +104,7 @@ impl Geometry {
     /// Checks a checkpoint's tensors, given by stored name and shape.
     ///
     /// # Errors
-    /// The first tensor that is missing, misshapen, or that the configuration leaves no room for.
+    /// The first tensor that is missing, has a wrong shape, or does not belong to the model.
     pub fn check<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Result<(), String> {
         let family = family();
         let mut found = std::collections::HashMap::new();
@@ -129,7 +129,7 @@ impl Geometry {
         rest.sort_unstable();
         for (name, (stored, shape)) in rest {
             let fits = match family.kind_of(stored) {
-                // A head: its width is the model's, how many outputs it has is its own affair.
+                // A head has the model's width and any number of outputs.
                 Some(Kind::Linear) if family.is_output_head(name) => **shape == [self.vocabulary, self.width],
                 Some(Kind::Linear) => shape.len() == 2 && shape[1] == self.width,
                 Some(_) => false,

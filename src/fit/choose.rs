@@ -4,7 +4,7 @@ use super::low_rank::{Spectrum, low_rank};
 use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
 use super::terms::{Fit, Term};
-use super::weighted::{Turns, in_own_order, weighted_kronecker, widened};
+use super::weighted::{Turns, in_own_order, upcast, weighted_kronecker};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
@@ -78,8 +78,8 @@ impl Limits {
 
 /// The best approximation of `view` within `limits` that is found in `norm`, in which `spectrum` is that of `view`.
 ///
-/// It is the low rank of the largest rank at effort [`Effort::Fast`]. Above, sums of low rank and a permuted Kronecker sum,
-/// and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
+/// It is the low rank of the largest rank at effort [`Effort::Fast`]. Above, sums of low rank and a permuted Kronecker
+/// sum, and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
 ///
 /// # Errors
 /// [`Error::Shape`] if not even rank 1 has as few parameters, or no rank as few MACs; otherwise as [`fit`].
@@ -106,7 +106,7 @@ pub fn fit_within(
     if candidates.is_empty() {
         return Ok(best);
     }
-    let target = widened(view);
+    let target = upcast(view);
     let shared = Shared { target: target.as_ref(), norm, spectrum, progress };
     let problems = candidates.iter().map(|spec| Problem::new(&shared, spec.terms())).collect::<Result<Vec<_>>>()?;
     let mut screened = Vec::with_capacity(problems.len());

@@ -15,9 +15,9 @@ use crate::spec::{KroneckerShape, Permute};
 pub(super) struct Factors {
     pub shape: KroneckerShape,
     /// `p` as gather indices.
-    pub rows: Vec<usize>,
+    pub row_permutation: Vec<usize>,
     /// `q`, likewise.
-    pub columns: Vec<usize>,
+    pub column_permutation: Vec<usize>,
     /// One column for each `A_k`, column-major within: `(m1·n1, rank)`.
     pub a: Mat<f64>,
     /// One column for each `B_k`, column-major within: `(m2·n2, rank)`.
@@ -29,8 +29,8 @@ impl Factors {
     pub fn zeros(shape: KroneckerShape) -> Self {
         Self {
             shape,
-            rows: (0..shape.rows()).collect(),
-            columns: (0..shape.columns()).collect(),
+            row_permutation: (0..shape.rows()).collect(),
+            column_permutation: (0..shape.columns()).collect(),
             a: Mat::zeros(shape.blocks(), shape.rank),
             b: Mat::zeros(shape.block_entries(), shape.rank),
         }
@@ -39,7 +39,13 @@ impl Factors {
     /// Factors of `a bᵀ`.
     pub fn low_rank(a: Mat<f64>, b: Mat<f64>) -> Self {
         let shape = KroneckerShape { m1: a.nrows(), n1: 1, m2: 1, n2: b.nrows(), rank: a.ncols() };
-        Self { shape, rows: (0..shape.rows()).collect(), columns: (0..shape.columns()).collect(), a, b }
+        Self {
+            shape,
+            row_permutation: (0..shape.rows()).collect(),
+            column_permutation: (0..shape.columns()).collect(),
+            a,
+            b,
+        }
     }
 
     /// The factors of a finished decomposition.
@@ -47,8 +53,10 @@ impl Factors {
         let sum = &decomposition.sum;
         let KroneckerShape { m1, n1, m2, n2, rank } = sum.shape;
         let mut factors = Self::zeros(sum.shape);
-        for (order, found) in [(&mut factors.rows, &decomposition.rows), (&mut factors.columns, &decomposition.columns)]
-        {
+        for (order, found) in [
+            (&mut factors.row_permutation, &decomposition.row_permutation),
+            (&mut factors.column_permutation, &decomposition.column_permutation),
+        ] {
             if let Some(found) = found {
                 order.copy_from_slice(found.as_slice());
             }
@@ -69,9 +77,9 @@ impl Factors {
         for j2 in 0..n2 {
             for i2 in 0..m2 {
                 for j1 in 0..n1 {
-                    let column = self.columns[j1 * n2 + j2];
+                    let column = self.column_permutation[j1 * n2 + j2];
                     for i1 in 0..m1 {
-                        visit(i1 + m1 * j1, i2 + m2 * j2, self.rows[i1 * m2 + i2], column);
+                        visit(i1 + m1 * j1, i2 + m2 * j2, self.row_permutation[i1 * m2 + i2], column);
                     }
                 }
             }
@@ -137,8 +145,8 @@ impl Factors {
         }
     }
 
-    /// The result in f32: terms in descending order of norm, balanced, with the first entry of largest magnitude of each
-    /// `B_k` positive, as [`crate::kron::nearest_kronecker_sum`] gives them.
+    /// The result in f32: terms in descending order of norm, balanced, with the first entry of largest magnitude of
+    /// each `B_k` positive, as [`crate::kron::nearest_kronecker_sum`] gives them.
     pub fn decomposition(&self, permute: Permute, lost_energy: f64) -> Result<Decomposition> {
         let mut balanced = self.clone();
         balanced.balance();
@@ -162,8 +170,8 @@ impl Factors {
         let order = |wanted: bool, order: &[usize]| wanted.then(|| Permutation::new(order.to_vec())).transpose();
         Ok(Decomposition {
             sum: KroneckerSum { shape: self.shape, a, b, lost_energy },
-            rows: order(permute.rows(), &self.rows)?,
-            columns: order(permute.columns(), &self.columns)?,
+            row_permutation: order(permute.rows(), &self.row_permutation)?,
+            column_permutation: order(permute.columns(), &self.column_permutation)?,
         })
     }
 }

@@ -1,8 +1,8 @@
 //! The nearest matrix of a given rank in a weighted norm, in interpolative form.
 //!
-//! With `S = C_in^½` and `G = S W C_out Wᵀ S`, whose leading eigenvectors are `U`, the nearest matrix of rank `k` is
-//! `Ŵ = S⁻¹ U Uᵀ S W` and loses the eigenvalues beyond the `k`-th (Eckart and Young, 1936, after whitening). Only the shorter
-//! side is ever whitened, so that a wide matrix costs one eigendecomposition of its narrow side more.
+//! With `S = C_in^½` and `G = S W C_out Wᵀ S`, whose leading eigenvectors are `U`, the nearest matrix of rank `k` is `Ŵ
+//! = S⁻¹ U Uᵀ S W` and loses the eigenvalues beyond the `k`-th (Eckart and Young, 1936, after whitening). Only the
+//! shorter side is ever whitened, so that a wide matrix costs one eigendecomposition of its narrow side more.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::matmul::matmul;
@@ -17,11 +17,11 @@ use crate::permute::Permutation;
 use crate::progress::Progress;
 use crate::spec::LowRankShape;
 
-/// Values of the matrix that are widened to f64 at a time.
+/// Values of the matrix that are upcast to f64 at a time.
 const CHUNK_VALUES: usize = 1 << 20;
 
-/// A low-rank matrix in interpolative form: `Ŵ[p] = [I; left] right`, or `Ŵ[:, q] = left [I right]` where the columns are
-/// the shorter side.
+/// A low-rank matrix in interpolative form: `Ŵ[p] = [I; left] right`, or `Ŵ[:, q] = left [I right]` where the columns
+/// are the shorter side.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LowRank {
     /// Its shape and rank.
@@ -42,8 +42,8 @@ pub struct LowRank {
 /// [`Error::Shape`] for a rank that saves nothing, [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
 ///
 /// # Cost
-/// With the shorter side `s` and the longer `l`: an eigendecomposition of size `s` (two with a full weight on the shorter
-/// side) and `2·s²·l` MACs, `s·l²` more with a full weight on the longer side.
+/// With the shorter side `s` and the longer `l`: an eigendecomposition of size `s` (two with a full weight on the
+/// shorter side) and `2·s²·l` MACs, `s·l²` more with a full weight on the longer side.
 pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progress) -> Result<LowRank> {
     Spectrum::new(view, norm, progress)?.low_rank(view, rank, progress)
 }
@@ -67,7 +67,7 @@ impl Spectrum {
     pub fn new(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Self> {
         view.check_finite()?;
         let roots = Roots::new((view.rows(), view.columns()), norm)?;
-        let whitened = Sides::new(Source::View(view)).whiten(norm, &roots, progress)?;
+        let whitened = Sides::new(Operand::View(view)).whiten(norm, &roots, progress)?;
         Ok(Self { roots, whitened, scale: norm.scale })
     }
 
@@ -83,7 +83,7 @@ impl Spectrum {
     /// # Errors
     /// [`Error::Shape`] for a rank that saves nothing, [`Error::Cancelled`].
     pub fn low_rank(&self, view: MatrixView<'_>, rank: usize, progress: &Progress) -> Result<LowRank> {
-        low_rank_in(&Sides::new(Source::View(view)), rank, &self.roots, &self.whitened, progress)
+        low_rank_in(&Sides::new(Operand::View(view)), rank, &self.roots, &self.whitened, progress)
     }
 
     /// Bytes of memory that it takes.
@@ -97,7 +97,7 @@ impl Spectrum {
 
 /// The spectrum of a finite matrix in f64, from which its nearest matrices of every rank follow.
 pub(super) fn whiten(target: MatRef<'_, f64>, norm: &Norm, roots: &Roots, progress: &Progress) -> Result<Whitened> {
-    Sides::new(Source::Dense(target)).whiten(norm, roots, progress)
+    Sides::new(Operand::Dense(target)).whiten(norm, roots, progress)
 }
 
 /// [`low_rank`] for a matrix in f64 that was whitened.
@@ -108,7 +108,7 @@ pub(super) fn low_rank_of(
     whitened: &Whitened,
     progress: &Progress,
 ) -> Result<LowRank> {
-    low_rank_in(&Sides::new(Source::Dense(target)), rank, roots, whitened, progress)
+    low_rank_in(&Sides::new(Operand::Dense(target)), rank, roots, whitened, progress)
 }
 
 /// The two factors of the same matrix before it is brought into interpolative form: `a : (m, rank)` and `b : (n, rank)`
@@ -173,14 +173,14 @@ fn lost_share(lost: &[f64], all: &[f64]) -> f64 {
 
 /// Where the values of a matrix come from.
 #[derive(Clone, Copy)]
-enum Source<'a> {
+enum Operand<'a> {
     View(MatrixView<'a>),
     Dense(MatRef<'a, f64>),
 }
 
 /// A matrix seen as short × long, transposed if it has more rows than columns.
 struct Sides<'a> {
-    source: Source<'a>,
+    operand: Operand<'a>,
     shape: (usize, usize),
     transposed: bool,
 }
@@ -203,7 +203,8 @@ struct Directions {
     lost_energy: f64,
 }
 
-/// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, ascending, none negative; its eigenvectors.
+/// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, ascending, none negative; its
+/// eigenvectors.
 pub(super) struct Whitened {
     energies: Vec<f64>,
     vectors: Mat<f64>,
@@ -223,12 +224,12 @@ impl Whitened {
 }
 
 impl<'a> Sides<'a> {
-    fn new(source: Source<'a>) -> Self {
-        let shape = match source {
-            Source::View(view) => (view.rows(), view.columns()),
-            Source::Dense(matrix) => (matrix.nrows(), matrix.ncols()),
+    fn new(operand: Operand<'a>) -> Self {
+        let shape = match operand {
+            Operand::View(view) => (view.rows(), view.columns()),
+            Operand::Dense(matrix) => (matrix.nrows(), matrix.ncols()),
         };
-        Self { source, shape, transposed: shape.0 > shape.1 }
+        Self { operand, shape, transposed: shape.0 > shape.1 }
     }
 
     fn short(&self) -> usize {
@@ -246,9 +247,9 @@ impl<'a> Sides<'a> {
         mut visit: impl FnMut(usize, MatRef<'_, f64>) -> Result<()>,
     ) -> Result<()> {
         let (short, long) = (self.short(), self.long());
-        let view = match self.source {
-            Source::View(view) => view,
-            Source::Dense(matrix) => return visit(0, if self.transposed { matrix.transpose() } else { matrix }),
+        let view = match self.operand {
+            Operand::View(view) => view,
+            Operand::Dense(matrix) => return visit(0, if self.transposed { matrix.transpose() } else { matrix }),
         };
         let step = (CHUNK_VALUES / short).clamp(1, long);
         let mut row = vec![0.0_f32; view.columns()];

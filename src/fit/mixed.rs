@@ -1,8 +1,8 @@
 //! A sum of several terms: low rank for what is smooth, a permuted Kronecker sum for what it leaves.
 //!
 //! All terms are lowered together by descent on their factors, since what one of them should leave depends on what the
-//! others can take; orders and the final low-rank terms are fitted to what the other terms leave. No step raises what is
-//! lost.
+//! others can take; orders and the final low-rank terms are fitted to what the other terms leave. No step raises what
+//! is lost.
 
 use std::slice;
 
@@ -13,7 +13,7 @@ use super::factors::Factors;
 use super::low_rank::{Spectrum, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
 use super::terms::Term;
-use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, widened};
+use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, upcast};
 use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
@@ -40,7 +40,7 @@ pub fn mixed(
     progress: &Progress,
 ) -> Result<(Vec<Term>, f64)> {
     let spectrum = Spectrum::new(view, norm, progress)?;
-    let target = widened(view);
+    let target = upcast(view);
     let shared = Shared { target: target.as_ref(), norm, spectrum: &spectrum, progress };
     let problem = Problem::new(&shared, terms)?;
     let turns = Turns::new(effort);

@@ -1,9 +1,10 @@
 //! The norm in which a matrix is approximated: what its inputs look like, and how much the model minds its outputs.
 //!
-//! `‖E‖² = tr(C_in E C_out Eᵀ)` for an error `E = W − Ŵ` of shape `(m, n)`, with the second moment of the layer's inputs
-//! `C_in = E[x xᵀ]` (SVD-LLM, arXiv 2403.07378) and that of the gradients at its outputs `C_out = E[g gᵀ]`: the
+//! `‖E‖² = tr(C_in E C_out Eᵀ)` for an error `E = W − Ŵ` of shape `(m, n)`, with the second moment of the layer's
+//! inputs `C_in = E[x xᵀ]` (SVD-LLM, arXiv 2403.07378) and that of the gradients at its outputs `C_out = E[g gᵀ]`: the
 //! Kronecker-factored Gauss–Newton matrix (Martens and Grosse, arXiv 1503.05671), by which the loss of the whole model
-//! grows when this layer is off. A side without a moment counts as the identity, and both without as the Frobenius norm.
+//! grows when this layer is off. A side without a moment counts as the identity, and both without as the Frobenius
+//! norm.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
@@ -11,9 +12,9 @@ use faer::{Accum, Mat, MatRef, Par};
 use crate::error::{Error, Result};
 use crate::kron::eigenvectors;
 
-/// The share of its mean eigenvalue that is added to every eigenvalue of a moment, and taken from its whole: few samples
-/// say nothing about some directions, which is not the same as those never occurring. With it, a singular moment is
-/// ordinary. Between 1e-6 and 0.1 the perplexity of compressed models hardly depends on it.
+/// The share of its mean eigenvalue that is added to every eigenvalue of a moment, and taken from its whole: few
+/// samples say nothing about some directions, which is not the same as those never occurring. With it, a singular
+/// moment is ordinary. Between 1e-6 and 0.1 the perplexity of compressed models hardly depends on it.
 const SHRINKAGE: f64 = 0.01;
 
 /// A second moment of one side: symmetric and positive semidefinite.

@@ -29,8 +29,8 @@ impl BlockWeights {
     /// The partial traces of the weights of `norm` in the order of `factors`.
     pub fn new(factors: &Factors, norm: &Norm) -> Self {
         let KroneckerShape { m1, n1, m2, n2, .. } = factors.shape;
-        let (c1, c2) = partial_traces(&norm.input, &factors.rows, m1, m2);
-        let (d1, d2) = partial_traces(&norm.output, &factors.columns, n1, n2);
+        let (c1, c2) = partial_traces(&norm.input, &factors.row_permutation, m1, m2);
+        let (d1, d2) = partial_traces(&norm.output, &factors.column_permutation, n1, n2);
         Self { c1, c2, d1, d2 }
     }
 

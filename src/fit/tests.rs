@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::descent::{descend, residual};
 use super::factors::Factors;
-use super::weighted::{ASSIGNMENTS, start, widened};
+use super::weighted::{ASSIGNMENTS, start, upcast};
 use super::weighted_permutation::improve_orders;
 use super::*;
 use crate::error::{Error, Result};
@@ -94,7 +94,7 @@ proptest! {
         let w = noise(m * n, seed);
         let view = MatrixView::new(&w, m, n).unwrap();
         let norm = norm(kind, m, n, seed);
-        let target = widened(view);
+        let target = upcast(view);
         let (left, right) = (norm.input.roots().unwrap().0, norm.output.roots().unwrap().0);
         let whitened = dense_weight(&left, m) * &target * dense_weight(&right, n);
         let (energies, _) = eigenvectors((&whitened * whitened.transpose()).as_ref()).unwrap();
@@ -131,7 +131,7 @@ proptest! {
     fn no_step_of_a_fit_raises_what_is_lost(kind in 0..NORMS, seed in any::<u64>(), rank in 1..7_usize) {
         let (m, n) = (12, 8);
         let w = noise(m * n, seed);
-        let target = widened(MatrixView::new(&w, m, n).unwrap());
+        let target = upcast(MatrixView::new(&w, m, n).unwrap());
         let norm = norm(kind, m, n, seed);
         let progress = Progress::default();
         let spec = KroneckerSpec { block: (3, 2), rank: rank.min(6), permute: Permute::Both };
@@ -154,8 +154,8 @@ proptest! {
             let changed = improve_orders(&mut terms[0], rest.as_ref(), &norm, Permute::Both, &progress).unwrap();
             last = left(&terms);
             prop_assert!((changed && last < now) || (!changed && last == now));
-            Permutation::new(terms[0].rows.clone()).unwrap();
-            Permutation::new(terms[0].columns.clone()).unwrap();
+            Permutation::new(terms[0].row_permutation.clone()).unwrap();
+            Permutation::new(terms[0].column_permutation.clone()).unwrap();
         }
     }
 
@@ -168,7 +168,7 @@ proptest! {
         let terms = vec![TermSpec::LowRank { rank: 2 }, kronecker((2, 2), 2, Permute::Both), kronecker((4, 2), 1, Permute::Rows)];
         let sum = fitted(view, &MatrixSpec::new(terms.clone()).unwrap(), &norm).unwrap();
         prop_assert_eq!(sum.terms.len(), 3);
-        let measured = lost(&norm, widened(view).as_ref(), &sum.terms);
+        let measured = lost(&norm, upcast(view).as_ref(), &sum.terms);
         prop_assert!((sum.lost_energy - measured).abs() < 1e-9);
         for term in terms {
             let alone = fitted(view, &term.into(), &norm).unwrap();
@@ -186,7 +186,7 @@ proptest! {
         let TermSpec::Kronecker(spec) = term else { unreachable!() };
         let weighted = fitted(view, &term.into(), &norm).unwrap();
         let plain = fitted(view, &term.into(), &Norm::frobenius()).unwrap();
-        let target = widened(view);
+        let target = upcast(view);
         let measured = lost(&norm, target.as_ref(), &weighted.terms);
         prop_assert!((weighted.lost_energy - measured).abs() < 1e-9);
         prop_assert!(measured <= lost(&norm, target.as_ref(), &plain.terms) + 1e-6);
@@ -220,7 +220,7 @@ proptest! {
                 within(view, limits, &norm, effort).unwrap();
             prop_assert!(fits(&within.spec));
             prop_assert!(within.lost_energy <= low_rank.lost_energy + 1e-9);
-            prop_assert!((within.lost_energy - lost(&norm, widened(view).as_ref(), &within.terms)).abs() < 1e-5);
+            prop_assert!((within.lost_energy - lost(&norm, upcast(view).as_ref(), &within.terms)).abs() < 1e-5);
         }
     }
 }
@@ -230,7 +230,7 @@ fn descent_ends_at_the_closed_form_where_there_is_one() {
     let (m, n) = (24, 16);
     let w = noise(m * n, 3);
     let view = MatrixView::new(&w, m, n).unwrap();
-    let target = widened(view);
+    let target = upcast(view);
     let spec = KroneckerSpec { block: (4, 4), rank: 3, permute: Permute::None };
     let shape = spec.shape(m, n).unwrap();
     let progress = Progress::default();

@@ -1,7 +1,7 @@
 //! A permuted Kronecker sum fitted in a weighted norm.
 //!
-//! There is no closed form. Orders and factors start where a norm that has one puts them, and then take turns: descent on
-//! both factors for fixed orders, better orders for fixed factors. No step raises what is lost.
+//! There is no closed form. Orders and factors start where a norm that has one puts them, and then take turns: descent
+//! on both factors for fixed orders, better orders for fixed factors. No step raises what is lost.
 
 use std::slice;
 
@@ -67,7 +67,7 @@ pub fn weighted_kronecker(
 ) -> Result<Decomposition> {
     spec.shape(view.rows(), view.columns())?;
     view.check_finite()?;
-    let target = widened(view);
+    let target = upcast(view);
     let mut factors = start(target.as_ref(), &spec, norm, ASSIGNMENTS, progress)?;
     improve(slice::from_mut(&mut factors), &[spec.permute], target.as_ref(), norm, Turns::new(effort), progress)?;
     let mut decomposition = factors.decomposition(spec.permute, 0.0)?;
@@ -96,8 +96,13 @@ pub(super) fn start(
             .map(|at| scaled[(at / target.ncols(), at % target.ncols())] as f32)
             .collect();
         let view = MatrixView::new(&values, target.nrows(), target.ncols())?;
-        let orders = norm_sort(view, &shape, permute, Orders { rows: factors.rows, columns: factors.columns });
-        (factors.rows, factors.columns) = (orders.rows, orders.columns);
+        let orders = norm_sort(
+            view,
+            &shape,
+            permute,
+            Orders { rows: factors.row_permutation, columns: factors.column_permutation },
+        );
+        (factors.row_permutation, factors.column_permutation) = (orders.rows, orders.columns);
         for _ in 0..assignments {
             progress.check()?;
             factors.set_nearest(factors.gather(scaled.as_ref()).as_ref())?;
@@ -150,7 +155,7 @@ pub(super) fn improve(
 }
 
 /// `W` in f64.
-pub(super) fn widened(view: MatrixView<'_>) -> Mat<f64> {
+pub(super) fn upcast(view: MatrixView<'_>) -> Mat<f64> {
     let mut target = Mat::zeros(view.rows(), view.columns());
     let mut row = vec![0.0_f32; view.columns()];
     for i in 0..view.rows() {

@@ -1,8 +1,8 @@
 //! Better orders for the rows and columns of a Kronecker sum whose factors stay as they are, in the norm of the fit.
 //!
-//! With `E = W − K`, moving rows of `K` about changes `‖E‖²` by terms that two matrix products hold for all pairs of rows.
-//! A side whose weight is diagonal is a linear assignment problem; with a full one the rows depend on each other, and pairs
-//! change places instead.
+//! With `E = W − K`, moving rows of `K` about changes `‖E‖²` by terms that two matrix products hold for all pairs of
+//! rows. A side whose weight is diagonal is a linear assignment problem; with a full one the rows depend on each other,
+//! and pairs change places instead.
 
 use faer::{Mat, MatRef};
 
@@ -51,12 +51,12 @@ pub(super) fn improve_orders(
         let (moved, order) = match side {
             Side::Rows => {
                 let rows = Rows { target, sum: dense.as_ref(), own: &norm.input, other: &norm.output };
-                (rows.best_places(progress)?, &mut factors.rows)
+                (rows.best_places(progress)?, &mut factors.row_permutation)
             }
             Side::Columns => {
                 let (target, sum) = (target.transpose(), dense.transpose());
                 let rows = Rows { target, sum, own: &norm.output, other: &norm.input };
-                (rows.best_places(progress)?, &mut factors.columns)
+                (rows.best_places(progress)?, &mut factors.column_permutation)
             }
         };
         if let Some(places) = moved {
@@ -98,8 +98,8 @@ impl Rows<'_> {
         }
     }
 
-    /// All rows at once: row `y` of the sum at row `x` of the matrix costs `c_x ‖W_x − K_y‖²`, but for what depends on `x`
-    /// only. `weighted` is `C Kᵀ` for the other side's weight `C`.
+    /// All rows at once: row `y` of the sum at row `x` of the matrix costs `c_x ‖W_x − K_y‖²`, but for what depends on
+    /// `x` only. `weighted` is `C Kᵀ` for the other side's weight `C`.
     fn assign(&self, weighted: MatRef<'_, f64>, progress: &Progress) -> Result<Option<Vec<usize>>> {
         let size = self.sum.nrows();
         let products = product(self.target, weighted);

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::spec::KroneckerShape;
 
-/// Up to this many block entries the Gram matrix is formed, in f64, so that squaring costs no digit that f32 has; beyond
-/// it, a thin SVD of `R(W)` takes no longer.
+/// Up to this many block entries the Gram matrix is used. It is in f64, so that squaring loses no digit of f32. Beyond,
+/// a thin SVD of `R(W)` takes no longer.
 const GRAM_ENTRIES: usize = 1024;
 
 /// A Kronecker sum `Σ_k A_k ⊗ B_k` with balanced factors.
@@ -96,7 +96,7 @@ fn check_shape(view: MatrixView<'_>, shape: &KroneckerShape) -> Result<()> {
     })
 }
 
-/// `A ⊗ B` is `B ⊗ A` with rows and columns in another order, so a large block can be had as a small one.
+/// Solves for the exchanged sum: `A ⊗ B` is `B ⊗ A` with rows and columns in another order, and has the smaller block.
 fn with_views_exchanged<T>(
     view: MatrixView<'_>,
     shape: KroneckerShape,
@@ -138,7 +138,7 @@ fn right_singular_vectors(
     let mut values = vec![0.0; entries];
     let mut vectors = Mat::zeros(entries, entries);
     let parameters = Spec::<_, f64>::new(Auto::<f64>::auto());
-    // Only the small side's vectors are wanted: the large side follows from a multiplication.
+    // Only the vectors of the small side: a product gives those of the large side.
     let scratch =
         svd_scratch::<f64>(blocks, entries, ComputeSvdVectors::No, ComputeSvdVectors::Full, Par::Seq, parameters);
     svd(

@@ -1,4 +1,4 @@
-//! The matrix of a Kronecker sum, rows and columns in any order.
+//! The dense matrix of a Kronecker sum, with rows and columns in any order.
 
 use rayon::prelude::*;
 
@@ -10,8 +10,8 @@ use crate::spec::KroneckerShape;
 
 /// `K[rows][:, columns]` for `K = Σ_k A_k ⊗ B_k`, row-major `(m, n)`.
 ///
-/// `a : (rank, m1, n1)` and `b : (rank, m2, n2)` are row-major; `rows` and `columns` are gather indices, none where a side
-/// is to be as it is. Sums over the rank are in f32. The result is the same for any number of threads.
+/// `a : (rank, m1, n1)` and `b : (rank, m2, n2)` are row-major; `rows` and `columns` are gather indices, or `None`
+/// for the sum's own order. Sums over the rank are in f32. The result is the same for any number of threads.
 ///
 /// # Errors
 /// [`Error::Shape`] for factors or indices of another length than `shape` says; [`Error::Cancelled`].
@@ -52,7 +52,7 @@ pub fn expand(
             got: format!("{lengths:?}"),
         });
     }
-    // Long vectors are added up: rows of the longer factor, one after the other.
+    // Add long vectors: rows of the longer factor.
     let length = n1.max(n2);
     let places = |column: usize| if n1 < n2 { column } else { column % n2 * n1 + column / n2 };
     let places: Vec<usize> = (0..n).map(|column| places(columns.map_or(column, |columns| columns[column]))).collect();

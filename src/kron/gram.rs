@@ -1,7 +1,7 @@
 //! The Gram matrix of a matrix's blocks, straight from the matrix, and its leading eigenvectors.
 //!
-//! The rearranged matrix `R(W)` of Van Loan and Pitsianis holds one block of `W` per row: `(m1·n1, m2·n2)`. With a small
-//! block it is very tall, so its `m2·n2 × m2·n2` Gram matrix `G = RᵀR` holds all that is needed of it.
+//! The rearranged matrix `R(W)` of Van Loan and Pitsianis holds one block of `W` per row: `(m1·n1, m2·n2)`. With a
+//! small block it is very tall, and its `m2·n2 × m2·n2` Gram matrix `G = RᵀR` suffices.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
@@ -15,13 +15,15 @@ use crate::numeric::simd::{LANES, dispatched};
 use crate::progress::Progress;
 use crate::spec::KroneckerShape;
 
-/// Entries of `R` that are widened to f64 at a time: the chunk stays in cache, and its products are long enough to be fast.
+/// Entries of `R` that are upcast to f64 at a time: the chunk stays in cache, and its products are long enough to be
+/// fast.
 const CHUNK_ENTRIES: usize = 32 * 1024;
 
-/// Up to this many block entries, products are taken by hand: a general matrix product spends its time on packing.
+/// Up to this many block entries, products are summed directly: a general matrix product would spend its time on
+/// packing.
 const FEW_ENTRIES: usize = 16;
 
-/// Consecutive rows of `R(W)`, that is blocks of `W`, widened to f64 and transposed: one row for each entry of a block.
+/// Consecutive rows of `R(W)`, that is blocks of `W`, upcast to f64 and transposed: one row for each entry of a block.
 pub(super) struct Chunk<'a> {
     /// The number of the first block; blocks are numbered `i1·n1 + j1`.
     pub first: usize,
@@ -70,8 +72,8 @@ impl Chunk<'_> {
         }
     }
 
-    /// `R V` of these rows for the directions `vectors : (m2·n2, rank)`. Column `k` goes to `columns[k]`, rounded to f32;
-    /// its squared norm, not rounded, is added to `squares[k]`.
+    /// `R V` of these rows for the directions `vectors : (m2·n2, rank)`. Column `k` goes to `columns[k]`, rounded to
+    /// f32; its squared norm, not rounded, is added to `squares[k]`.
     pub fn project(&self, vectors: &Mat<f64>, columns: &mut [&mut [f32]], squares: &mut [f64]) {
         if self.entries > FEW_ENTRIES {
             let mut products = vec![0.0; vectors.ncols() * self.blocks];
@@ -117,11 +119,11 @@ pub(super) fn for_each_chunk(
                 for j2 in 0..n2 {
                     let to = &mut values[(i2 * n2 + j2) * blocks + (i1 - first) * n1..][..n1];
                     match n2 {
-                        1 => widen_phase::<1>(&row, n2, j2, to),
-                        2 => widen_phase::<2>(&row, n2, j2, to),
-                        4 => widen_phase::<4>(&row, n2, j2, to),
-                        8 => widen_phase::<8>(&row, n2, j2, to),
-                        _ => widen_phase::<0>(&row, n2, j2, to),
+                        1 => upcast_phase::<1>(&row, n2, j2, to),
+                        2 => upcast_phase::<2>(&row, n2, j2, to),
+                        4 => upcast_phase::<4>(&row, n2, j2, to),
+                        8 => upcast_phase::<8>(&row, n2, j2, to),
+                        _ => upcast_phase::<0>(&row, n2, j2, to),
                     }
                 }
             }
@@ -133,7 +135,7 @@ pub(super) fn for_each_chunk(
 
 dispatched! {
     /// `to[j] = row[j·step + phase]`; `STEP` is `step`, or 0 for any.
-    fn widen_phase<const STEP: usize>(row: &[f32], step: usize, phase: usize, to: &mut [f64]) {
+    fn upcast_phase<const STEP: usize>(row: &[f32], step: usize, phase: usize, to: &mut [f64]) {
         if STEP == 0 {
             for (to, values) in to.iter_mut().zip(row.chunks_exact(step)) {
                 *to = f64::from(values[phase]);
@@ -230,7 +232,8 @@ pub fn top_eigenvectors(gram: &Mat<f64>, rank: usize) -> Result<(Mat<f64>, Vec<f
     Ok((leading, values))
 }
 
-/// All eigenvalues of a symmetric matrix (lower triangle read), in ascending order, and its eigenvectors, one per column.
+/// All eigenvalues of a symmetric matrix (lower triangle read), in ascending order, and its eigenvectors, one per
+/// column.
 ///
 /// # Errors
 /// [`Error::Convergence`] if the eigensolver gives up.

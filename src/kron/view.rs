@@ -1,4 +1,4 @@
-//! A read-only matrix whose rows and columns are seen through an order, without copying it.
+//! A read-only matrix with its rows and columns in any order, without a copy.
 
 use crate::error::{Error, Result};
 use crate::numeric::simd::{LANES, dispatched};

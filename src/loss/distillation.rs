@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
-/// Logits of `rows` tokens and what they are compared with.
+/// Logits of `rows` tokens, with the teacher's logits and labels.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// The student's logits, `(rows, vocabulary)`.
@@ -34,8 +34,8 @@ pub struct Batch<'a> {
 /// [`Error::NonFinite`] in "student_logits" or "teacher_logits", [`Error::Cancelled`].
 ///
 /// # Cost
-/// Logits are read once from memory; two exponentials per entry at temperatures 1 and 2, else three. Memory beyond the gradient:
-/// up to four rows of f32 per thread.
+/// Logits are read once from memory; two exponentials per entry at temperatures 1 and 2, else three. Memory beyond the
+/// gradient: up to four rows of f32 per thread.
 pub fn distillation_loss(
     batch: &Batch<'_>,
     objective: &Objective,
@@ -47,19 +47,19 @@ pub fn distillation_loss(
     let labels = Labels { labels: batch.labels, ignore_index: batch.ignore_index };
     let work = |scratch: &mut Scratch, row: usize, scale, out: RowMut<'_>| {
         let Some(label) = labels.of(row) else { return Ok(0.0) };
-        let Scratch { student, teacher, out: narrow, exponentials } = scratch;
+        let Scratch { student, teacher, gradient, exponentials } = scratch;
         let logits = Row {
             student: batch.student.row(row, batch.vocabulary, student),
             teacher: batch.teacher.map(|values| values.row(row, batch.vocabulary, teacher)),
             label,
         };
-        out.fill(narrow, |out| row_loss(&logits, objective, scale, out, exponentials))
+        out.fill(gradient, |out| row_loss(&logits, objective, scale, out, exponentials))
             .map_err(|which| non_finite(which, row, &logits))
     };
     mean_over_rows(batch.student, batch.vocabulary, labels.counted(rows), gradient, parallelism, progress, work)
 }
 
-/// Some rows of a batch whose logits are never held whole, and what they are compared with.
+/// Consecutive rows of a batch whose logits are never all in memory, with the teacher's logits and labels.
 #[derive(Clone, Copy, Debug)]
 pub struct Chunk<'a> {
     /// The teacher's logits, `(rows, vocabulary)`.
@@ -70,16 +70,16 @@ pub struct Chunk<'a> {
     pub vocabulary: usize,
     /// The label of rows that do not count.
     pub ignore_index: i64,
-    /// The number of the first row in the whole batch, which errors name.
+    /// The first row's number in the whole batch, for errors.
     pub first: usize,
-    /// What each row's loss and gradient is multiplied by: one over the number of rows of the batch that count.
+    /// The factor of each row's loss and gradient: 1 over the number of rows of the batch that count.
     pub scale: f64,
 }
 
-/// The part that a chunk's rows have in [`distillation_loss`]; their gradient takes the place of the student's `logits`.
+/// The contribution of a chunk to [`distillation_loss`]. The gradient overwrites the student's `logits`.
 ///
-/// Without `gradient` the logits stay as they are. Errors as [`distillation_loss`]; the logits are then worth nothing.
-/// Memory: a few rows of f32 per thread.
+/// Without `gradient` the logits stay unchanged. Errors are those of [`distillation_loss`]; the logits are then
+/// undefined. Memory: a few rows of f32 per thread.
 pub fn distillation_loss_in_place(
     logits: &mut [f32],
     chunk: &Chunk<'_>,
@@ -125,12 +125,12 @@ pub fn distillation_loss_in_place(
     Ok(losses.iter().sum::<f64>() * scale)
 }
 
-/// What a thread uses again for each of its rows.
+/// Buffers that a thread reuses for all of its rows.
 #[derive(Default)]
 struct Scratch {
     student: Vec<f32>,
     teacher: Vec<f32>,
-    out: Vec<f32>,
+    gradient: Vec<f32>,
     exponentials: Exponentials,
 }
 

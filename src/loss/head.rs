@@ -1,4 +1,4 @@
-//! The output head and the loss together, a chunk of tokens at a time, so that the logits are never held whole.
+//! The output head and the loss together, one chunk of tokens at a time, so that the logits are never all in memory.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -11,19 +11,19 @@ use crate::error::{Error, Result};
 use crate::numeric::memory::zeros;
 use crate::progress::{Parallelism, Progress};
 
-/// Bytes of logits (of student and teacher together) held at a time. The more, the fewer passes over the head's gradient.
+/// Bytes of logits in memory, student and teacher together. More bytes mean fewer passes over the head's gradient.
 const LOGITS_BYTES: usize = 28 << 20;
 /// Vocabulary entries per product. Fixed, so that results do not depend on the number of threads.
 const VOCABULARY_TILE: usize = 2048;
 /// Columns of the hidden states' gradient per product.
 const WIDTH_TILE: usize = 256;
 
-/// Hidden states and the head that turns them into logits, `hidden · weightᵀ`.
+/// Hidden states and an output head: the logits are `hidden · weightᵀ`.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
     /// `(rows, width)`, row-major.
     pub hidden: &'a [f32],
-    /// `(vocabulary, width)`, row-major: as a token embedding or an `nn.Linear` holds it.
+    /// `(vocabulary, width)`, row-major, as in a token embedding or an `nn.Linear`.
     pub weight: &'a [f32],
     /// Values per hidden state.
     pub width: usize,
@@ -46,7 +46,7 @@ pub struct HeadBatch<'a> {
     pub ignore_index: i64,
 }
 
-/// Gradients by what made the student's logits.
+/// Gradients by the student's hidden states and head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeadGradients {
     /// By the hidden states, `(rows, width)`.
@@ -99,7 +99,7 @@ pub fn head_loss(
             scale,
         };
         total += distillation_loss_in_place(student_logits, &loss, objective, gradient, parallelism, progress)?;
-        // From here on the logits are their gradient.
+        // The gradient has overwritten the logits.
         if let Some(gradients) = &mut gradients {
             student.add_gradients(first, count, student_logits, gradients, parallelism, progress)?;
         }

@@ -6,7 +6,7 @@ use crate::numeric::simd::{LANES, dispatched};
 use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
-/// How far two vectors are apart.
+/// A distance between two vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HiddenDistance {
     /// `‖s − t‖² / width`.
@@ -38,7 +38,7 @@ pub struct HiddenBatch<'a> {
     pub teacher: Values<'a>,
     /// Values per row.
     pub width: usize,
-    /// Which rows count; all without a mask. The others are not read, and their gradient is exactly zero.
+    /// The rows that count; all without a mask. Other rows are not read, and their gradient is exactly zero.
     pub mask: Option<&'a [bool]>,
 }
 
@@ -60,7 +60,7 @@ pub fn hidden_state_loss(
 ) -> Result<(f64, Option<OwnedValues>)> {
     let rows = batch.check()?;
     let counted = batch.mask.map_or(rows, |mask| mask.iter().filter(|&&counts| counts).count());
-    let work = |[student, teacher, narrow]: &mut [Vec<f32>; 3], row: usize, scale: Option<f64>, out: RowMut<'_>| {
+    let work = |[student, teacher, scratch]: &mut [Vec<f32>; 3], row: usize, scale: Option<f64>, out: RowMut<'_>| {
         if batch.mask.is_some_and(|mask| !mask[row]) {
             return Ok(0.0);
         }
@@ -93,7 +93,7 @@ pub fn hidden_state_loss(
             }
         };
         if let Some(scale) = scale {
-            out.fill(narrow, |out| combine(student, teacher, own * scale, other * scale, out));
+            out.fill(scratch, |out| combine(student, teacher, own * scale, other * scale, out));
         }
         Ok(value)
     };

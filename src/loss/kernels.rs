@@ -2,9 +2,9 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::tiles::{Factors, TILE, alone, exponentiate, extent, forward, reverse, weighted_difference};
+use super::tiles::{TILE, TileCoefficients, alone, exponentiate, extent, forward, reverse, weighted_difference};
 
-/// How `Σ e^z` of the cross-entropy is found from `e^(z/T)`, so that no exponential is computed twice.
+/// How `Σ e^z` of the cross-entropy follows from `e^(z/T)`, so that no exponential is computed twice.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plain {
     /// There is no cross-entropy.
@@ -17,26 +17,26 @@ pub(super) enum Plain {
     Own,
 }
 
-/// The logits of a row, and how they are looked at.
+/// The logits of a row, and the parameters of their exponentials.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a> {
     pub student: &'a [f32],
     /// Empty if there is none.
     pub teacher: &'a [f32],
-    /// `log2(e) / T`: what turns differences of logits into exponents of two.
+    /// `log2(e) / T`: the factor from differences of logits to exponents of two.
     pub scale: f32,
     pub plain: Plain,
     pub reversed: bool,
 }
 
-/// Where the exponentials of a row, `2^(scale·(value − reference))`, are kept until its gradient is written.
+/// Buffers for the exponentials of a row, `2^(scale·(value − reference))`, until its gradient is written.
 pub(super) struct Outputs<'a> {
     /// The student's, which become the gradient.
     pub student: &'a mut [f32],
     pub teacher: &'a mut [f32],
     /// The student's at temperature 1, for [`Plain::Own`].
     pub plain: &'a mut [f32],
-    /// What the exponentials of each tile are relative to: the largest logits so far, student's and teacher's.
+    /// The reference of each tile's exponentials: the largest logits so far, student's and teacher's.
     pub references: &'a mut [[f32; 2]],
 }
 
@@ -44,13 +44,13 @@ pub(super) struct Outputs<'a> {
 pub(super) struct Measured {
     /// The largest logits, student's and teacher's.
     pub maxima: [f32; 2],
-    /// Where the student's largest first stands.
+    /// The index of the student's first largest logit.
     pub at: usize,
-    /// Of exponentials relative to the maxima.
+    /// Sums of exponentials relative to the maxima.
     pub sums: Sums,
-    /// What `sums.cross` takes differences against.
+    /// The shift of the differences in `sums.cross`.
     pub shift: f32,
-    /// Whether all values and sums are; if not, a value may be NaN or infinite.
+    /// Whether all values and sums are finite.
     pub finite: bool,
 }
 
@@ -64,25 +64,26 @@ pub(super) struct Sums {
     pub cross: f64,
 }
 
-/// Coefficients of the gradient's terms, which [`Factors`] names, for exponentials relative to the row's largest logits.
+/// Coefficients of the gradient's terms, which [`TileCoefficients`] names, for exponentials relative to the row's
+/// largest logits.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Coefficients {
     pub student: f64,
     pub teacher: f64,
     pub plain: f64,
     pub difference: f64,
-    /// What is taken from differences of logits, as a number and what it lacks: they may be only a little larger, and what
-    /// is left of them must keep its digits.
+    /// The number subtracted from differences of logits, as an f32 and its rounding error: what is left may be small,
+    /// and must keep its digits.
     pub normaliser: [f32; 2],
 }
 
-/// What exponentials relative to `from` must be multiplied by to be relative to `to`.
+/// The factor that makes exponentials relative to `from` relative to `to`.
 fn rescaling(from: f32, to: f32, scale: f32) -> f64 {
     if from == to { 1.0 } else { ((f64::from(from) - f64::from(to)) * f64::from(scale)).exp2() }
 }
 
-/// Writes exponentials of the student at the temperature, and those of the teacher and at temperature 1 if they are asked
-/// for, and adds them up.
+/// Writes and sums the exponentials of the student at the temperature, and, where asked for, those of the teacher and
+/// those of the student at temperature 1.
 pub(super) fn measure(inputs: Inputs<'_>, outputs: &mut Outputs<'_>) -> Measured {
     let Inputs { student, teacher, scale, plain, reversed } = inputs;
     let (mut maxima, mut least) = ([f32::NEG_INFINITY; 2], f32::INFINITY);
@@ -133,7 +134,7 @@ pub(super) fn measure(inputs: Inputs<'_>, outputs: &mut Outputs<'_>) -> Measured
             };
         }
     }
-    // A NaN is in a sum, +∞ is the largest value, −∞ the least.
+    // NaN shows in a sum, +∞ in the largest value, −∞ in the least.
     let finite = (sums.student + sums.teacher + sums.plain + sums.cross).is_finite()
         && maxima.iter().all(|&max| max < f32::INFINITY)
         && least > f32::NEG_INFINITY;
@@ -151,36 +152,37 @@ pub(super) fn write_gradient(
 ) {
     let Inputs { student, teacher, scale, plain, reversed } = inputs;
     let mut references = [f32::NAN; 2];
-    let mut factors = Factors { normaliser: coefficients.normaliser, scale, ..Factors::default() };
+    let mut tile_coefficients =
+        TileCoefficients { normaliser: coefficients.normaliser, scale, ..TileCoefficients::default() };
     for (tile, start) in (0..student.len()).step_by(TILE).enumerate() {
         if references != outputs.references[tile] {
             references = outputs.references[tile];
             let by = rescaling(references[0], maxima[0], scale);
-            factors.student = (coefficients.student * by) as f32;
-            factors.teacher = (coefficients.teacher * rescaling(references[1], maxima[1], scale)) as f32;
-            factors.difference = (coefficients.difference * by) as f32;
-            factors.plain = (coefficients.plain * rescaling(references[0], maxima[0], LOG2_E)) as f32;
+            tile_coefficients.student = (coefficients.student * by) as f32;
+            tile_coefficients.teacher = (coefficients.teacher * rescaling(references[1], maxima[1], scale)) as f32;
+            tile_coefficients.difference = (coefficients.difference * by) as f32;
+            tile_coefficients.plain = (coefficients.plain * rescaling(references[0], maxima[0], LOG2_E)) as f32;
         }
         let range = start..(start + TILE).min(student.len());
         let (z, out) = (&student[range.clone()], &mut outputs.student[range.clone()]);
-        // Not looked at unless they are their own.
+        // Read only for `Plain::Own`.
         let own = if plain == Plain::Own { &outputs.plain[range.clone()] } else { z };
         if teacher.is_empty() {
             match plain {
-                Plain::Absent | Plain::Same => alone::<false, false>(out, own, &factors),
-                Plain::Square => alone::<true, false>(out, own, &factors),
-                Plain::Own => alone::<false, true>(out, own, &factors),
+                Plain::Absent | Plain::Same => alone::<false, false>(out, own, &tile_coefficients),
+                Plain::Square => alone::<true, false>(out, own, &tile_coefficients),
+                Plain::Own => alone::<false, true>(out, own, &tile_coefficients),
             }
             continue;
         }
         let (t, e) = (&teacher[range.clone()], &outputs.teacher[range]);
         match (reversed, plain) {
-            (false, Plain::Absent | Plain::Same) => forward::<false, false>(out, e, own, z, t, &factors),
-            (false, Plain::Square) => forward::<true, false>(out, e, own, z, t, &factors),
-            (false, Plain::Own) => forward::<false, true>(out, e, own, z, t, &factors),
-            (true, Plain::Absent | Plain::Same) => reverse::<false, false>(out, own, z, t, &factors),
-            (true, Plain::Square) => reverse::<true, false>(out, own, z, t, &factors),
-            (true, Plain::Own) => reverse::<false, true>(out, own, z, t, &factors),
+            (false, Plain::Absent | Plain::Same) => forward::<false, false>(out, e, own, z, t, &tile_coefficients),
+            (false, Plain::Square) => forward::<true, false>(out, e, own, z, t, &tile_coefficients),
+            (false, Plain::Own) => forward::<false, true>(out, e, own, z, t, &tile_coefficients),
+            (true, Plain::Absent | Plain::Same) => reverse::<false, false>(out, own, z, t, &tile_coefficients),
+            (true, Plain::Square) => reverse::<true, false>(out, own, z, t, &tile_coefficients),
+            (true, Plain::Own) => reverse::<false, true>(out, own, z, t, &tile_coefficients),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::objective::Objective;
 use crate::error::{Error, Result};
 use crate::numeric::Values;
 
-/// How many rows of a vocabulary the student's logits are.
+/// The number of rows of the student's logits.
 pub(super) fn rows_of_logits(student: Values<'_>, vocabulary: usize) -> Result<usize> {
     let values = student.len();
     if vocabulary == 0 || !values.is_multiple_of(vocabulary) {
@@ -30,7 +30,7 @@ impl Labels<'_> {
         self.labels.map_or(rows, |labels| labels.iter().filter(|&&label| label != self.ignore_index).count())
     }
 
-    /// `None` for a row that does not count, `Some(None)` for one that has no label. Labels are checked before.
+    /// `None` for a row that does not count, `Some(None)` for a row without a label. Labels must have been checked.
     pub(super) fn of(&self, row: usize) -> Option<Option<usize>> {
         match self.labels {
             None => Some(None),
@@ -39,7 +39,7 @@ impl Labels<'_> {
         }
     }
 
-    /// That there is one label per row, each in the vocabulary or ignored, and that the objective can do without.
+    /// Checks for one label per row, each in the vocabulary or ignored. Only a cross-entropy needs labels.
     pub(super) fn check(&self, rows: usize, vocabulary: usize, objective: &Objective) -> Result<()> {
         let Some(labels) = self.labels else {
             if objective.cross_entropy > 0.0 {

@@ -1,4 +1,4 @@
-//! One row of logits: its loss, and the gradient written while the exponentials are still in cache.
+//! One row of logits: its loss, and its gradient, written while the exponentials are still in the cache.
 
 use std::f64::consts::{LN_2, LOG2_E};
 
@@ -6,14 +6,14 @@ use super::kernels::{Coefficients, Inputs, Outputs, Plain, measure, write_gradie
 use super::objective::{Direction, Objective};
 use super::tiles::{TILE, sum};
 
-/// Which of the two rows holds a NaN or an infinity.
+/// The row that holds a NaN or an infinity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NotFinite {
     Student,
     Teacher,
 }
 
-/// Exponentials of a row that are needed until its gradient is written. Grown once, then used again for every row.
+/// Exponentials of a row, kept until its gradient is written. The buffers are reused for every row.
 #[derive(Default)]
 pub(super) struct Exponentials {
     teacher: Vec<f32>,
@@ -21,7 +21,7 @@ pub(super) struct Exponentials {
     references: Vec<[f32; 2]>,
 }
 
-/// A row of logits with what stands for it in the loss.
+/// A row of logits, with the teacher's logits and its label.
 pub(super) struct Row<'a> {
     pub student: &'a [f32],
     pub teacher: Option<&'a [f32]>,
@@ -29,7 +29,7 @@ pub(super) struct Row<'a> {
 }
 
 impl Plain {
-    /// How the cross-entropy is found beside exponentials at this temperature.
+    /// How the cross-entropy's exponentials follow from those at this temperature.
     pub(super) fn at(temperature: f64) -> Self {
         match temperature {
             1.0 => Self::Same,
@@ -39,11 +39,11 @@ impl Plain {
     }
 }
 
-/// The loss of one row, not yet divided by the number of rows. Leaves in `out` its gradient times `scale`, if `gradient`;
-/// otherwise `out` is only scratch.
+/// The loss of one row, not yet divided by the number of rows. `gradient` is the factor of the gradient, which is
+/// written to `out`; without one, `out` is scratch.
 ///
-/// The gradient's entries sum to zero. Where the student is nearly sure, that gives the entry at its largest logit, which
-/// as a difference of numbers near 1 would have no correct digit in f32.
+/// The gradient's entries sum to zero. Where the student is nearly sure, the entry at the largest logit is computed
+/// from that sum: a difference of numbers near 1 would have no correct digit in f32.
 pub(super) fn row_loss(
     row: &Row<'_>,
     objective: &Objective,
@@ -60,7 +60,7 @@ pub(super) fn row_loss(
     let plain = if label.is_some() { Plain::at(temperature) } else { Plain::Absent };
     let reverse = direction == Direction::Reverse;
     let exponent_scale = (LOG2_E / temperature) as f32;
-    // That of the exponentials, rounding included.
+    // The inverse temperature of the exponentials, with the rounding of their scale.
     let inverse = f64::from(exponent_scale) * LN_2;
     exponentials.references.resize(width.div_ceil(TILE), [0.0; 2]);
     exponentials.teacher.resize(if teacher.is_some() { width } else { 0 }, 0.0);
@@ -98,7 +98,7 @@ pub(super) fn row_loss(
         // `T·ln Σe^(z/T)` of the student less that of the teacher.
         let normaliser = (maxima[0] - maxima[1]) + (sums.student.ln() - sums.teacher.ln()) / inverse;
         let (first, excess) = if reverse { (sums.student, -normaliser) } else { (sums.teacher, normaliser) };
-        // Rounding could make it a little negative, which no divergence is.
+        // Rounding may make it slightly negative.
         let divergent = ((sums.cross / first + (f64::from(measured.shift) + excess)) * inverse).max(0.0);
         loss += divergence * divergent;
         let weight = divergence / temperature * scale;
@@ -123,10 +123,10 @@ pub(super) fn row_loss(
         }
     }
     if gradient.is_some() {
-        // The largest exponential is 1: more than half of the sum of one of the student's distributions.
+        // The largest exponential is 1. Here it is more than half of the sum of one of the student's distributions.
         let sure = sums.student < 2.0 || (label.is_some() && plain != Plain::Same && sums.plain < 2.0);
         if sure {
-            // Exponentials of zero give an entry of zero, so that the sum is that of all other entries.
+            // With its exponentials set to zero this entry is zero, and the sum covers all other entries.
             outputs.student[at] = 0.0;
             for exponentials in [&mut *outputs.teacher, &mut *outputs.plain] {
                 if let Some(value) = exponentials.get_mut(at) {

@@ -1,9 +1,10 @@
-//! Losses of distillation with their gradients: cross-entropy, Kullback–Leibler divergence, and distances of hidden states.
+//! Losses of distillation with their gradients: cross-entropy, Kullback–Leibler divergence, and distances of hidden
+//! states.
 //!
-//! A row is one token. Rows are worked on in parallel, each by one thread and always in the same way, and their losses are
-//! added in f64 in row order: results do not depend on the number of threads, nor on the instruction set. A row is worked
-//! on twice: `kernels::measure` reads it from memory and leaves its exponentials in the cache, where
-//! `kernels::write_gradient` finds them.
+//! A row is one token. Rows run in parallel, each on one thread, and their losses are added in f64 in row order.
+//! Results therefore do not depend on the number of threads, nor on the instruction set. Each row takes two passes:
+//! `kernels::measure` reads it from memory and leaves its exponentials in the cache, and `kernels::write_gradient`
+//! reads them there.
 
 mod distillation;
 mod head;

@@ -1,17 +1,17 @@
-//! What a distillation loss minimises.
+//! The objective of a distillation loss.
 
 use crate::error::{Error, Result};
 
-/// Which distribution a Kullback–Leibler divergence is taken from.
+/// The direction of a Kullback–Leibler divergence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// `KL(teacher ‖ student)`: the student must cover whatever the teacher finds likely.
+    /// `KL(teacher ‖ student)`: the student covers all that the teacher finds likely.
     Forward,
-    /// `KL(student ‖ teacher)`: the student must avoid whatever the teacher finds unlikely.
+    /// `KL(student ‖ teacher)`: the student avoids all that the teacher finds unlikely.
     Reverse,
 }
 
-/// `divergence · KL_T + cross_entropy · CE`: what is minimised.
+/// `divergence · KL_T + cross_entropy · CE`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Objective {
     pub(super) temperature: f64,
@@ -21,10 +21,10 @@ pub struct Objective {
 }
 
 impl Objective {
-    /// Temperatures beyond these leave nothing of the logits, or nothing but their largest.
+    /// Temperatures outside this range flatten all logits, or leave only the largest.
     const TEMPERATURES: std::ops::RangeInclusive<f64> = 1e-4..=1e4;
 
-    /// Any weights. A term of weight 0 is not computed, nor its input read.
+    /// An objective of two weights. A term of weight 0 is not computed, and its input is not read.
     ///
     /// # Errors
     /// [`Error::Config`] if the temperature is not between 1e-4 and 1e4, or a weight is negative or not finite.
@@ -41,7 +41,7 @@ impl Objective {
     }
 
     /// `alpha·T²·KL(teacher ‖ student at T) + (1 − alpha)·CE` (Hinton, Vinyals and Dean, arXiv 1503.02531). The factor
-    /// `T²` keeps the gradient of the first term about as large whatever the temperature.
+    /// `T²` keeps the gradient of the first term about equally large at every temperature.
     ///
     /// # Errors
     /// [`Error::Config`] if `alpha` is not between 0 and 1, or the temperature is refused.

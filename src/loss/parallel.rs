@@ -1,4 +1,4 @@
-//! Handing out rows to threads.
+//! Distribution of rows over threads.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -14,7 +14,7 @@ pub(super) enum RowMut<'a> {
 }
 
 impl RowMut<'_> {
-    /// Lets `write` write the row in f32. The values of a row that is not wanted stay in `scratch`.
+    /// Calls `write` with a buffer of f32 for the row. An unwanted row stays in `scratch`.
     pub fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
         match self {
             Self::Wanted(values) => values.fill(scratch, write),
@@ -28,8 +28,8 @@ impl RowMut<'_> {
 
 /// The mean of a loss over the `counted` ones of the student's rows, and its gradient in the student's dtype if wanted.
 ///
-/// `work` gets a scratch, a row's number, what its gradient is to be multiplied by (none if it is not wanted) and where it
-/// is to be written; it returns the row's loss, 0 for a row that does not count.
+/// `work` takes a scratch, a row's number, the factor of its gradient (`None` without a gradient) and the gradient's
+/// place. It returns the row's loss: 0 for a row that does not count.
 pub(super) fn mean_over_rows<S: Default>(
     student: Values<'_>,
     width: usize,
@@ -56,10 +56,10 @@ pub(super) fn mean_over_rows<S: Default>(
     Ok((losses.iter().sum::<f64>() * scale, written))
 }
 
-/// Calls `work` on every item, each thread with a scratch of its own that it uses again for its next item.
+/// Calls `work` on every item. Each thread reuses a scratch of its own.
 ///
-/// Items are taken in order and a begun item is always completed, so that of several errors the first item's is returned,
-/// whatever the number of threads.
+/// Items start in order, and a started item always completes. Of several errors the first item's is returned, for any
+/// number of threads.
 pub(super) fn for_each<T: Send, S>(
     items: impl Iterator<Item = T> + Send,
     parallelism: Parallelism,

@@ -4,13 +4,14 @@
 use crate::numeric::exponential::{SMALL, power_of_two, small_power_less_one};
 use crate::numeric::simd::{LANES, dispatched, prefetch};
 
-/// Values that are read from memory once and then worked on in the first-level cache: the most that these functions take.
+/// Values that are read from memory once and then worked on in the first-level cache: the most that these functions
+/// take.
 pub(super) const TILE: usize = 1024;
 /// Values that are added up together.
 const BLOCK: usize = 8 * LANES;
 
-/// Combines the terms of a block to one value per lane: those at distances of [`LANES`], pairwise, so that few operations
-/// wait for each other. Written out because loops that carry lanes are vectorised in pieces, if at all.
+/// Combines the terms of a block to one value per lane: those at distances of [`LANES`], pairwise, so that few
+/// operations wait for each other. Written out because loops that carry lanes are vectorised in pieces, if at all.
 macro_rules! fold {
     ($combine:ident, $index:ident => $term:expr) => {{
         let mut lanes = [Default::default(); LANES];
@@ -31,7 +32,7 @@ macro_rules! fold {
 /// Coefficients of a tile's gradient. `e`, `t` and `p` are the exponentials of the student, of the teacher and at
 /// temperature 1 (see [`plain_exponential`]), and `d` is `((z − t) − normaliser[0]) − normaliser[1]`.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Factors {
+pub(super) struct TileCoefficients {
     pub student: f32,
     pub teacher: f32,
     pub difference: f32,
@@ -46,12 +47,12 @@ dispatched! {
         let (mut largest, mut least) = ([f32::NEG_INFINITY; LANES], [f32::INFINITY; LANES]);
         let (blocks, rest) = values.as_chunks::<BLOCK>();
         for block in blocks {
-            widen(&mut largest, &mut least, block);
+            extend(&mut largest, &mut least, block);
         }
         if let Some(&first) = rest.first() {
             let mut block = [first; BLOCK];
             block[..rest.len()].copy_from_slice(rest);
-            widen(&mut largest, &mut least, &block);
+            extend(&mut largest, &mut least, &block);
         }
         let [mut max, mut min] = [largest[0], least[0]];
         for lane in 1..LANES {
@@ -63,8 +64,8 @@ dispatched! {
 }
 
 dispatched! {
-    /// Writes `2^(scale·(value − reference))`; returns their sum and, if asked for, that of their squares. Meanwhile asks
-    /// for `next` to be brought into the cache.
+    /// Writes `2^(scale·(value − reference))`; returns their sum and, if asked for, that of their squares. Meanwhile
+    /// asks for `next` to be brought into the cache.
     pub(super) fn exponentiate<const SQUARES: bool>(
         values: &[f32],
         reference: f32,
@@ -144,8 +145,8 @@ fn weighted_differences(w: &[f32; BLOCK], x: &[f32; BLOCK], y: &[f32; BLOCK], sh
 
 dispatched! {
     /// Without a teacher: `student·e + plain·p`.
-    pub(super) fn alone<const SQUARE: bool, const OWN: bool>(out: &mut [f32], own: &[f32], factors: &Factors) {
-        let Factors { student, plain, .. } = *factors;
+    pub(super) fn alone<const SQUARE: bool, const OWN: bool>(out: &mut [f32], own: &[f32], coefficients: &TileCoefficients) {
+        let TileCoefficients { student, plain, .. } = *coefficients;
         for (e, &own) in out.iter_mut().zip(own) {
             *e = student * *e + plain * plain_exponential::<SQUARE, OWN>(*e, own);
         }
@@ -163,9 +164,9 @@ dispatched! {
         own: &[f32],
         z: &[f32],
         y: &[f32],
-        factors: &Factors,
+        coefficients: &TileCoefficients,
     ) {
-        let Factors { student, teacher: of_teacher, plain, normaliser, scale, .. } = *factors;
+        let TileCoefficients { student, teacher: of_teacher, plain, normaliser, scale, .. } = *coefficients;
         let logits = z.iter().zip(y);
         for (((e, &t), &own), (&z, &y)) in out.iter_mut().zip(teacher).zip(own).zip(logits) {
             let exponent = ((z - y) - normaliser[0] - normaliser[1]) * scale;
@@ -184,9 +185,9 @@ dispatched! {
         own: &[f32],
         z: &[f32],
         y: &[f32],
-        factors: &Factors,
+        coefficients: &TileCoefficients,
     ) {
-        let Factors { student, difference, plain, normaliser, .. } = *factors;
+        let TileCoefficients { student, difference, plain, normaliser, .. } = *coefficients;
         let logits = z.iter().zip(y);
         for ((e, &own), (&z, &y)) in out.iter_mut().zip(own).zip(logits) {
             let d = (z - y) - normaliser[0] - normaliser[1];
@@ -229,7 +230,7 @@ fn smaller(a: f32, b: f32) -> f32 {
 }
 
 #[inline(always)]
-fn widen(largest: &mut [f32; LANES], least: &mut [f32; LANES], block: &[f32; BLOCK]) {
+fn extend(largest: &mut [f32; LANES], least: &mut [f32; LANES], block: &[f32; BLOCK]) {
     let (block_largest, block_least) = (fold!(larger, i => block[i]), fold!(smaller, i => block[i]));
     for lane in 0..LANES {
         largest[lane] = larger(largest[lane], block_largest[lane]);

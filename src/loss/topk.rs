@@ -1,4 +1,4 @@
-//! The distillation loss against a teacher of whom only the likeliest tokens are known.
+//! The distillation loss against a teacher's most probable tokens.
 
 use std::f64::consts::{LN_2, LOG2_E};
 
@@ -13,17 +13,17 @@ use crate::error::{Error, Result};
 use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
-/// Probabilities may sum to so much more than 1, as those that were kept in half precision do.
+/// Tolerance of a sum of probabilities above 1: rounding to half precision may exceed it.
 const EXCESS: f64 = 1e-3;
-/// Stands for logits that are looked at by themselves: finite, and nothing beside any other.
+/// Replaces logits that are handled separately: finite, with an exponential of 0 beside any other.
 const APART: f32 = f32::MIN;
 
-/// Logits of `rows` tokens, and what the teacher finds likeliest in each place.
+/// Logits of `rows` tokens, with the teacher's most probable tokens of each row.
 #[derive(Clone, Copy, Debug)]
 pub struct TopKBatch<'a> {
     /// The student's logits, `(rows, vocabulary)`.
     pub student: Values<'a>,
-    /// The teacher's `count` likeliest tokens, `(rows, count)`, distinct within a row.
+    /// The teacher's `count` most probable tokens, `(rows, count)`, distinct within a row.
     pub tokens: &'a [i64],
     /// The teacher's softmax at the objective's temperature on these tokens, `(rows, count)`.
     pub probabilities: &'a [f32],
@@ -33,24 +33,24 @@ pub struct TopKBatch<'a> {
     pub labels: Option<&'a [i64]>,
     /// Columns.
     pub vocabulary: usize,
-    /// The label of rows that do not count: nothing of them is read, and their gradient is exactly zero.
+    /// The label of rows that do not count: they are not read, and their gradient is exactly zero.
     pub ignore_index: i64,
 }
 
-/// [`distillation_loss`](super::distillation_loss) with the tokens that the teacher does not name taken as one: their mass
-/// `p_tail = 1 − Σp` against the student's own mass on them. A row's divergence is
-/// `Σ p·ln(p/q) + p_tail·ln(p_tail/q_tail)`, its gradient `(q − p)/T` on the named tokens and `q·(1 − p_tail/q_tail)/T` on
-/// the others.
+/// [`distillation_loss`](super::distillation_loss) with all tokens that the teacher does not name merged into one: the
+/// tail. The teacher's tail has the mass `p_tail = 1 − Σp`, the student's the sum of its own probabilities. A row's
+/// divergence is `Σ p·ln(p/q) + p_tail·ln(p_tail/q_tail)`, its gradient `(q − p)/T` on the named tokens and `q·(1 −
+/// p_tail/q_tail)/T` on the others.
 ///
 /// Where the probabilities sum to more than 1, or name the whole vocabulary, they are divided by their sum.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Label`], [`Error::SoftLabel`] for a token that is not in the vocabulary or comes twice and
-/// for probabilities that are none or sum to more than 1.001, [`Error::Config`] for the reverse divergence,
+/// [`Error::Shape`], [`Error::Label`], [`Error::SoftLabel`] for a token outside the vocabulary or named twice and for
+/// invalid probabilities or a sum above 1.001, [`Error::Config`] for the reverse divergence,
 /// [`Error::NonFinite`] in "student_logits", [`Error::Cancelled`].
 ///
 /// # Cost
-/// As without a teacher, and two exponentials in f64 per named token.
+/// That of the loss without a teacher, and two exponentials in f64 per named token.
 pub fn topk_distillation_loss(
     batch: &TopKBatch<'_>,
     objective: &Objective,
@@ -64,10 +64,10 @@ pub fn topk_distillation_loss(
         let Some(label) = labels.of(row) else { return Ok(0.0) };
         let range = row * batch.count..(row + 1) * batch.count;
         let (tokens, probabilities) = (&batch.tokens[range.clone()], &batch.probabilities[range]);
-        let Scratch { student, narrow, named } = scratch;
+        let Scratch { student, gradient, named } = scratch;
         let student = batch.student.row(row, batch.vocabulary, student);
         named.gather(student, tokens, probabilities, label, objective, row)?;
-        out.fill(narrow, |out| named.row_loss(objective, scale, out))
+        out.fill(gradient, |out| named.row_loss(objective, scale, out))
             .map_err(|which| non_finite(which, row, &Row { student, teacher: None, label: None }))
     };
     mean_over_rows(batch.student, batch.vocabulary, labels.counted(rows), gradient, parallelism, progress, work)
@@ -89,37 +89,35 @@ impl TopKBatch<'_> {
             }
         }
         if objective.direction == Direction::Reverse {
-            return Err(Error::Config(
-                "reverse: a teacher of whom few tokens are known has no reverse divergence".into(),
-            ));
+            return Err(Error::Config("reverse: the reverse divergence needs the teacher's whole distribution".into()));
         }
         Labels { labels: self.labels, ignore_index: self.ignore_index }.check(rows, self.vocabulary, objective)?;
         Ok(rows)
     }
 }
 
-/// What a thread uses again for each of its rows.
+/// Buffers that a thread reuses for all of its rows.
 #[derive(Default)]
 struct Scratch {
     student: Vec<f32>,
-    narrow: Vec<f32>,
+    gradient: Vec<f32>,
     named: Named,
 }
 
-/// A token that is looked at by itself.
+/// A token that is handled separately.
 struct Token {
     at: usize,
     logit: f64,
-    /// The teacher's, or 0 for a label that the teacher does not name.
+    /// The teacher's probability, or 0 for a label that the teacher does not name.
     probability: f64,
-    /// Whether the teacher names it, or it is only the label.
+    /// Whether the teacher names it; otherwise it is only the label.
     named: bool,
 }
 
-/// A row taken apart: the named tokens and the label, and all others, which share one mass.
+/// A row split into the named tokens and the label, and all others, the tail.
 ///
-/// The few are worked on in f64, so that a student who is nearly sure of one of them has a gradient with correct digits,
-/// and the mass of the others is a sum and not what is left of 1.
+/// The named tokens are handled in f64, so that the gradient keeps its digits where the student is nearly sure of one.
+/// The mass of the tail is a sum, not a difference from 1.
 #[derive(Default)]
 struct Named {
     tokens: Vec<Token>,
@@ -212,7 +210,7 @@ impl Named {
             return Err(NotFinite::Student);
         }
         if self.tokens.len() == width {
-            // There are no others, and what stands for them is all that was measured.
+            // The tail is empty: only placeholders were measured.
             measured.sums = Default::default();
         }
         let others_max = f64::from(measured.maxima[0]);
@@ -229,7 +227,7 @@ impl Named {
         let scale = gradient.unwrap_or(0.0);
         let weight = divergence / temperature * scale;
         let mut loss = 0.0;
-        // By one unit of the student's probability in the tail.
+        // The gradient per unit of the student's probability in the tail.
         let mut of_tail = 0.0;
         if divergence > 0.0 {
             let named = self.tokens.iter().filter(|token| token.probability > 0.0);
@@ -240,7 +238,7 @@ impl Named {
                 divergent += self.tail * (self.tail.ln() - (tail.logarithm() - all.logarithm()));
             }
             loss += divergence * divergent.max(0.0);
-            // `q·(1 − p_tail/q_tail) = q/q_tail·(q_tail − p_tail)`, which is finite where `q_tail` is not to be told from 0.
+            // `q·(1 − p_tail/q_tail) = q/q_tail·(q_tail − p_tail)`, which is finite where `q_tail` rounds to 0.
             of_tail = weight * ((tail.logarithm() - all.logarithm()).exp() - self.tail);
         }
         if let Some(label) = self.label {

@@ -1,15 +1,16 @@
-//! Powers of two of many values, in operations that every instruction set vectorises and rounds alike.
+//! Powers of two, in operations that every instruction set vectorises and rounds alike.
 
-/// Below this, [`power_of_two`] is 0: it would soon be subnormal, which is slow and adds nothing to any sum.
+/// [`power_of_two`] is 0 below this. Subnormal results would be slow and add nothing to a sum.
 pub(crate) const SMALLEST_EXPONENT: f32 = -125.0;
 
 /// `2^x` for `x ≤ 0`, or 0 below [`SMALLEST_EXPONENT`]; NaN stays NaN. Relative error below 2e-7.
 ///
-/// `x = n + f` with `|f| ≤ 1/2`, then `2^f` by a polynomial, minimax in the relative error (2e-8, so that no error is left
-/// that all values share: sums of many come out more exact than their terms), and `2^n` added to its exponent bits. No fused multiply-add, which would be a library call where the processor has none.
+/// `x = n + f` with `|f| ≤ 1/2`. A polynomial gives `2^f`, minimax in the relative error: 2e-8, so that errors average
+/// out in sums of many values. `2^n` is added to the exponent bits. Fused multiply-adds are avoided, because they are
+/// library calls on processors without them.
 #[inline(always)]
 pub(crate) fn power_of_two(x: f32) -> f32 {
-    // Adding 1.5·2²³ rounds to an integer, which then stands in the lowest bits.
+    // Adding 1.5·2²³ rounds to an integer and leaves it in the lowest bits.
     const ROUNDER: f32 = 12_582_912.0;
     let rounded = x + ROUNDER;
     let f = x - (rounded - ROUNDER);
@@ -24,7 +25,7 @@ pub(crate) fn power_of_two(x: f32) -> f32 {
     if x < SMALLEST_EXPONENT { 0.0 } else { power }
 }
 
-/// The largest magnitude that [`small_power_less_one`] is meant for.
+/// The largest magnitude that [`small_power_less_one`] accepts.
 pub(crate) const SMALL: f32 = 0.25;
 
 /// `2^x − 1` for `|x|` up to [`SMALL`], with a relative error below 2e-6 however small it is.

@@ -1,7 +1,8 @@
 //! Kernels compiled for several instruction sets, of which the best is chosen at run time.
 //!
-//! No other module knows processor features. A kernel is a plain loop over [`LANES`] accumulators, which the compiler turns
-//! into vector instructions of any width. The order of additions, and so the result, is the same on every instruction set.
+//! No other module knows processor features. A kernel is a plain loop over [`LANES`] accumulators, which the compiler
+//! turns into vector instructions of any width. The order of additions, and so the result, is the same on every
+//! instruction set.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{self, __m512};
@@ -56,12 +57,12 @@ unsafe fn load<T: Element>(at: *const T, mask: u16) -> __m512 {
     }
 }
 
-/// Sums of a dot product that do not wait for each other, each of [`LANES`] lanes.
+/// Independent sums of a dot product, each of [`LANES`] lanes: an addition need not wait for the one before it.
 const CHAINS: usize = 2;
 
-/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: `N` rows with `R` vectors, as fast as memory gives the rows.
+/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: `N` rows times `R` vectors, at the speed of memory.
 ///
-/// Each product is added up in the same order whatever `N` and `R` are, and on every instruction set.
+/// The order of additions is the same for every `N`, `R` and instruction set.
 #[inline]
 pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
@@ -73,7 +74,7 @@ pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], le
     dot_portable::<N, R>(T::as_f32(rows, &mut Vec::new()), x, length, out);
 }
 
-/// Written by hand, because compilers keep so many sums in memory and not in registers; loops over indices are unrolled.
+/// Written with intrinsics, because the compiler spills so many sums to memory. The loops over indices are unrolled.
 ///
 /// # Safety
 /// Needs AVX-512 F, BW and VL; `rows` holds `N` rows and `x` `R` vectors of `length` values.
@@ -90,13 +91,13 @@ unsafe fn dot_avx512<T: Element, const N: usize, const R: usize>(
         _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
         _mm512_reduce_add_ps, _mm512_setzero_ps,
     };
-    // What the processor's own prefetching, which stops at the ends of pages, is helped by: a sixth on the machine that this
-    // was measured on, with two rows at a time.
+    // Software prefetch distance, in values. The hardware prefetcher stops at page boundaries: this gained 17 % on an
+    // AMD EPYC with two rows at a time.
     const AHEAD: usize = 4096;
     let mut sums = [[[_mm512_setzero_ps(); CHAINS]; R]; N];
     let (rows, x) = (rows.as_ptr(), x.as_ptr());
     let mut i = 0;
-    // SAFETY: all that is loaded lies below `length` in its row or vector; a prefetch may point anywhere.
+    // SAFETY: every load stays below `length` in its row or vector; a prefetch may point anywhere.
     unsafe {
         while i + CHAINS * LANES <= length {
             for chain in 0..CHAINS {
@@ -129,7 +130,7 @@ unsafe fn dot_avx512<T: Element, const N: usize, const R: usize>(
     for n in 0..N {
         for r in 0..R {
             let [a, b] = sums[n][r];
-            // Halves are added to halves, as in `dot_portable`.
+            // The same order of additions as in `dot_portable`.
             out[n * R + r] = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
         }
     }
@@ -163,7 +164,7 @@ dispatched! {
     }
 }
 
-/// The sum of all lanes, pairwise.
+/// The sum of all lanes, added pairwise.
 #[inline(always)]
 fn added_up(sums: [[f32; LANES]; CHAINS]) -> f32 {
     let [a, b] = sums;
@@ -179,7 +180,7 @@ fn added_up(sums: [[f32; LANES]; CHAINS]) -> f32 {
 }
 
 dispatched! {
-    /// `out += Σ_k factors[k] · rows[k]`, written once.
+    /// `out += Σ_k factors[k] · rows[k]`, in one pass over `out`.
     pub fn add_combination(out: &mut [f32], factors: &[f32], rows: &[&[f32]]) {
         let (blocks, rest) = out.as_chunks_mut::<LANES>();
         let done = blocks.len() * LANES;
@@ -201,7 +202,7 @@ dispatched! {
     }
 }
 
-/// Asks for the cache line of `value`, without waiting for it.
+/// Prefetches the cache line of `value`.
 #[inline(always)]
 pub fn prefetch<T>(value: &T) {
     #[cfg(target_arch = "x86_64")]

@@ -57,7 +57,7 @@ impl<'a> Values<'a> {
     /// Zeros of the same dtype and number.
     #[must_use]
     pub fn zeros(&self) -> OwnedValues {
-        // Integers, because only for these does the allocator hand out zeroed memory that was never touched.
+        // Zeros of integers, which come as untouched pages from the allocator; zeros of halves would be written.
         match self {
             Self::F32(values) => OwnedValues::F32(zeros(values.len())),
             Self::F16(values) => OwnedValues::F16(zeros::<u16>(values.len()).reinterpret_into()),
@@ -99,7 +99,7 @@ impl OwnedValues {
 }
 
 impl ValuesMut<'_> {
-    /// Lets `write` write f32 values, in place or into `scratch`, from where they are rounded to nearest, ties to even.
+    /// Calls `write` with a buffer of f32, in place or in `scratch`. Halves are then rounded to nearest, ties to even.
     pub(crate) fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
         fn downcast<E: Element, T>(values: &mut [E], scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
             scratch.resize(values.len(), 0.0);

@@ -1,8 +1,8 @@
-//! Simulated annealing over swaps of two elements, with no matrix product and no SVD inside a move.
+//! Simulated annealing over swaps of two elements, without a matrix product or an SVD per swap.
 //!
 //! A swap changes the kept energy `tr(M G)` for the current projector `M` by a few products of the [`PhaseGram`], so
-//! millions of swaps a second can be tried. `M` is refreshed between stages; since the kept energy is the maximum over all
-//! projectors, refreshing it never lowers it.
+//! millions of swaps per second can be tried. `M` is refitted between rounds. The kept energy is the maximum over all
+//! projectors, so a refit never lowers it.
 
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
@@ -13,25 +13,26 @@ use crate::error::Result;
 use crate::numeric::simd::{dispatched, prefetch};
 use crate::progress::Progress;
 
-/// How long to anneal and from how hot.
+/// The temperatures and the length of an annealing.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Schedule {
-    /// Temperature of the first stage, as a share of an element's mean energy.
+    /// Temperature of the first round, as a share of an element's mean energy.
     pub start: f64,
-    /// Temperature of the last stage, likewise.
+    /// Temperature of the last round, likewise.
     pub end: f64,
-    /// Stages; the projector is refreshed after each.
-    pub stages: usize,
-    /// Swaps tried in a stage, for each element; fewer where a swap costs more than [`SWAP_MACS`].
+    /// Rounds; the projector is refitted after each.
+    pub rounds: usize,
+    /// Swaps tried in a round, for each element; fewer where a swap costs more than [`SWAP_MACS`].
     pub moves: usize,
 }
 
-/// MACs of a swap up to which a schedule is followed to the letter: a block of (8, 8). Beyond, time is kept.
+/// MACs per swap up to which all moves of a schedule are made: those of a block of (8, 8). Costlier swaps get fewer
+/// moves, so that the time stays the same.
 const SWAP_MACS: usize = 512;
 
-/// Improves `order` by annealing and returns the energy kept. The order found is not always better than the one given.
+/// Anneals `order` and returns the energy kept. The new order may be worse than the old one.
 ///
-/// Cost: `stages·moves·elements` swaps at `slots·phases²` MACs and `4·slots` cache lines each.
+/// Cost: `rounds·moves·elements` swaps at `slots·phases²` MACs and `4·slots` cache lines each.
 pub(super) fn anneal(
     gram: &PhaseGram,
     order: &mut [usize],
@@ -43,13 +44,13 @@ pub(super) fn anneal(
 ) -> Result<f64> {
     let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
     let unit = energy / gram.elements as f64;
-    let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.stages.max(2) - 1) as f64);
+    let cooling = (schedule.end / schedule.start).powf(1.0 / (schedule.rounds.max(2) - 1) as f64);
     let mut projector = Projector::fit(gram, order, rank)?;
     let macs = gram.slots * gram.phases * gram.phases;
     let moves = (schedule.moves * SWAP_MACS / macs.max(SWAP_MACS)).max(1);
     let mut own = Vec::new();
-    for stage in 0..schedule.stages {
-        let temperature = (unit * schedule.start * cooling.powi(stage as i32)) as f32;
+    for round in 0..schedule.rounds {
+        let temperature = (unit * schedule.start * cooling.powi(round as i32)) as f32;
         own_energies(gram, &projector, &mut own);
         let mut left = moves * gram.elements;
         while left > 0 {
@@ -71,7 +72,7 @@ pub(super) fn anneal(
     Ok(projector.kept)
 }
 
-/// `own[y·slots + a]`: energy that element `y` keeps by itself in slot `a`, whatever else is in the block.
+/// `own[y·slots + a]`: energy of element `y` alone in slot `a`, independent of the rest of the block.
 fn own_energies(gram: &PhaseGram, projector: &Projector, own: &mut Vec<f32>) {
     own.clear();
     for y in 0..gram.elements {
@@ -109,10 +110,10 @@ dispatched! {
     }
 }
 
-/// Swaps drawn ahead of the one being tried: their products are on the way from memory in the meantime.
+/// Swaps drawn ahead of the current one, so that their products are prefetched in time.
 const AHEAD: usize = 4;
 
-/// Draws a swap and prefetches what its gain will need, as far as the order stays what it is.
+/// Draws a swap and prefetches the products of its gain for the current order.
 #[inline(always)]
 fn draw(state: &State<'_>, order: &[usize], random: &mut Xoshiro256PlusPlus) -> (usize, usize) {
     let bits = random.next_u64();
@@ -136,7 +137,7 @@ fn below(limit: usize, bits: u32) -> usize {
 /// Metropolis' rule, `u < exp(gain / temperature)` for a uniform `u`.
 #[inline(always)]
 fn accepts(gain: f32, temperature: f32, random: &mut Xoshiro256PlusPlus) -> bool {
-    // exp(−16) is one in nine million: not worth an exponential.
+    // exp(−16) is below 1 in 8 million: skip the exponential.
     if gain < -16.0 * temperature {
         return false;
     }
@@ -144,7 +145,7 @@ fn accepts(gain: f32, temperature: f32, random: &mut Xoshiro256PlusPlus) -> bool
     uniform < (gain / temperature).exp()
 }
 
-/// Change of the kept energy if the elements at positions `x` and `y`, in different blocks, change places.
+/// Change of the kept energy if the elements at positions `x` and `y`, in different blocks, are swapped.
 #[inline(always)]
 fn swap_gain<const PAIR: usize>(state: &State<'_>, order: &[usize], x: usize, y: usize) -> f32 {
     let State { gram, projector, own, .. } = *state;

@@ -1,4 +1,4 @@
-//! Alternating assignment: refit the factors, then place a side's elements as well as these factors allow.
+//! Alternating assignment: refit the factors, then find the best order of a side's elements for these factors.
 
 use super::jonker_volgenant::solve_assignment;
 use super::phase_gram::PhaseGram;
@@ -9,9 +9,9 @@ use crate::progress::Progress;
 
 /// Improves `order` by alternating refit and assignment, at most `iterations` times; returns the energy kept.
 ///
-/// For fixed factors `K = Σ_k A_k ⊗ B_k` the best order maximises `⟨W[p], K⟩`, a linear assignment problem whose costs are
-/// sums of [`PhaseGram`] products. Refit and assignment each raise the energy kept, so it never falls; it is checked all
-/// the same, since the costs are f32.
+/// For fixed factors `K = Σ_k A_k ⊗ B_k` the best order maximises `⟨W[p], K⟩`, a linear assignment problem whose costs
+/// are sums of [`PhaseGram`] products. Neither refit nor assignment lowers the energy kept, except by the rounding of
+/// f32 costs, which is checked.
 ///
 /// Cost, each iteration: `elements²·slots·phases²` MACs and one assignment problem of size `elements`.
 pub(super) fn alternate_assignment(

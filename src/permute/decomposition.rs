@@ -10,13 +10,13 @@ pub struct Decomposition {
     /// The factors and the lost energy.
     pub sum: KroneckerSum,
     /// The row permutation `p`; `None` if rows were not permuted.
-    pub rows: Option<Permutation>,
+    pub row_permutation: Option<Permutation>,
     /// The column permutation `q`; `None` if columns were not permuted.
-    pub columns: Option<Permutation>,
+    pub column_permutation: Option<Permutation>,
 }
 
 impl Decomposition {
-    /// The dense matrix that stands for `W`, row-major `(m, n)`, permutations undone.
+    /// The dense approximation of `W`, row-major `(m, n)`, with the permutations undone.
     ///
     /// # Cost
     /// `rank·m·n` MACs.
@@ -26,8 +26,8 @@ impl Decomposition {
         let n = self.sum.shape.columns();
         let mut dense = vec![0.0; permuted.len()];
         for (i, from) in permuted.chunks_exact(n).enumerate() {
-            let row = self.rows.as_ref().map_or(i, |order| order.as_slice()[i]);
-            scatter(from, self.columns.as_ref(), &mut dense[row * n..][..n]);
+            let row = self.row_permutation.as_ref().map_or(i, |order| order.as_slice()[i]);
+            scatter(from, self.column_permutation.as_ref(), &mut dense[row * n..][..n]);
         }
         dense
     }
@@ -38,20 +38,20 @@ impl Decomposition {
     /// As [`KroneckerSum::apply`].
     pub fn apply(&self, x: &[f32], batch: usize) -> Result<Vec<f32>> {
         let m = self.sum.shape.rows();
-        let y = match &self.rows {
+        let y = match &self.row_permutation {
             Some(order) if x.len() == batch * m => {
                 let gathered: Vec<f32> = x.chunks_exact(m).flat_map(|row| order.gather(row)).collect();
                 self.sum.apply(&gathered, batch)?
             }
             _ => self.sum.apply(x, batch)?,
         };
-        if self.columns.is_none() {
+        if self.column_permutation.is_none() {
             return Ok(y);
         }
         let mut scattered = vec![0.0; y.len()];
         let n = self.sum.shape.columns();
         for (from, to) in y.chunks_exact(n).zip(scattered.chunks_exact_mut(n)) {
-            scatter(from, self.columns.as_ref(), to);
+            scatter(from, self.column_permutation.as_ref(), to);
         }
         Ok(scattered)
     }

@@ -1,16 +1,16 @@
-//! How long permutations are searched.
+//! Effort levels of the permutation search.
 
 use crate::error::{Error, Result};
 
-/// How long to search.
+/// How much time the permutation search takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Effort {
     /// Norm sort, alternating assignment and a very short annealing.
     Fast,
-    /// The same, and a longer annealing.
+    /// [`Fast`](Self::Fast) and a longer annealing.
     #[default]
     Balanced,
-    /// The same, and two annealings some fifteen times as long.
+    /// [`Balanced`](Self::Balanced) and two annealings about fifteen times as long.
     Best,
 }
 

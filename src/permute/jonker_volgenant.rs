@@ -75,8 +75,8 @@ impl<'a> Matching<'a> {
         self.row_of[column] = row;
     }
 
-    /// Prices every column at its least cost and gives it to that row, if the row has none yet; then lowers the price of
-    /// columns held by rows that no other column wanted. Returns the rows without a column.
+    /// Prices every column at its least cost and gives it to that row, if the row has none yet; then lowers the price
+    /// of columns held by rows that no other column wanted. Returns the rows without a column.
     fn reduce_columns(&mut self) -> Vec<usize> {
         let mut cheapest = vec![0_usize; self.size];
         self.price.copy_from_slice(&self.cost[..self.size]);
@@ -104,8 +104,8 @@ impl<'a> Matching<'a> {
         (0..self.size).filter(|&i| claims[i] == 0).collect()
     }
 
-    /// Augmenting row reduction: each free row takes its cheapest column at a price that makes its second choice as good;
-    /// the row that is displaced goes on at once if the price fell. Returns the rows still free.
+    /// Augmenting row reduction: each free row takes its cheapest column at a price that makes its second choice as
+    /// good; the row that is displaced goes on at once if the price fell. Returns the rows still free.
     fn reduce_rows(&mut self, free_rows: Vec<usize>, progress: &Progress) -> Result<Vec<usize>> {
         let mut displaced_later = Vec::new();
         // Rounding can make prices fall by next to nothing, for ever: past this many steps, leave rows to the paths.

@@ -1,4 +1,4 @@
-//! The start of the search: rows and columns sorted by norm and dealt out phase by phase.
+//! The start of the search: rows and columns sorted by norm and dealt out over the blocks.
 
 use super::orders::Orders;
 use crate::kron::MatrixView;
@@ -7,9 +7,8 @@ use crate::spec::{KroneckerShape, Permute};
 /// Sorts rows and columns by descending norm and deals them out over the blocks, phase by phase: the row of rank `t`
 /// goes to position `(t mod m1)·m2 + t div m1`, columns alike.
 ///
-/// Then the first row of every block is a large one and the last a small one, so that the energy gathers in a few
-/// entries of the block, and `B` can follow it. Ties keep their order. A side that may not be permuted keeps that of
-/// `orders`.
+/// The first row of every block is then large and the last one small. The energy gathers in a few entries of the block,
+/// where `B` can represent it. Ties keep their order. A side that may not be permuted keeps that of `orders`.
 ///
 /// # Cost
 /// One pass over `W`.

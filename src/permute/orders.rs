@@ -12,7 +12,7 @@ pub struct Orders {
 }
 
 impl Orders {
-    /// The orders that change nothing.
+    /// The identity orders.
     #[must_use]
     pub fn identity(m: usize, n: usize) -> Self {
         Self { rows: (0..m).collect(), columns: (0..n).collect() }

@@ -1,13 +1,14 @@
-//! A permutation, and what can be done with one.
+//! Permutations as gather indices.
 
 use crate::error::{Error, Result};
 
-/// A validated permutation, held as gather indices: element `i` of the permuted sequence is element `p[i]` of the original.
+/// A validated permutation, held as gather indices: element `i` of the permuted sequence is element `p[i]` of the
+/// original.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Permutation(Vec<usize>);
 
 impl Permutation {
-    /// The permutation that changes nothing.
+    /// The identity permutation.
     #[must_use]
     pub fn identity(length: usize) -> Self {
         Self((0..length).collect())
@@ -51,13 +52,13 @@ impl Permutation {
         self.0.is_empty()
     }
 
-    /// Whether it changes nothing.
+    /// Whether this is the identity.
     #[must_use]
     pub fn is_identity(&self) -> bool {
         self.0.iter().enumerate().all(|(at, &index)| at == index)
     }
 
-    /// The permutation that undoes this one.
+    /// The inverse permutation.
     #[must_use]
     pub fn inverse(&self) -> Self {
         let mut inverse = vec![0; self.len()];

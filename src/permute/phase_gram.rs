@@ -1,4 +1,4 @@
-//! All inner products that a permutation of one side can need, so that no search step touches the matrix again.
+//! All inner products that a search over one side's permutations needs. No search step reads the matrix itself.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
@@ -16,10 +16,10 @@ const TILE: usize = 64;
 
 /// Inner products between the phases of a side's elements.
 ///
-/// For the rows of `W` with the columns in a given order, `W_c` (`m × n1`) holds the columns of phase `c`, that is columns
-/// `c, n2 + c, 2·n2 + c, …`. The phase Gram is `C[y, x, c, d] = ⟨W_c[y], W_d[x]⟩`, with `phases² = n2²` values for each pair
-/// of rows. For the columns of `W`, read `Wᵀ`. Rows `y` and `x` are numbered as in the data, so `C` holds for every row
-/// permutation, and stays valid until the order of the *other* side changes.
+/// For the rows of `W` with the columns in a given order, `W_c` (`m × n1`) holds the columns of phase `c`, that is
+/// columns `c, n2 + c, 2·n2 + c, …`. The phase Gram is `C[y, x, c, d] = ⟨W_c[y], W_d[x]⟩`, with `phases² = n2²` values
+/// for each pair of rows. For the columns of `W`, read `Wᵀ`. Rows `y` and `x` are numbered as in the data, so `C` holds
+/// for every row permutation, and stays valid until the order of the *other* side changes.
 pub(super) struct PhaseGram {
     /// Elements on this side: rows, or columns.
     pub elements: usize,
@@ -37,7 +37,7 @@ impl PhaseGram {
         elements * elements * phases * phases * size_of::<f32>()
     }
 
-    /// Forms the products of `side`'s elements, with the other side in the order that `view` carries.
+    /// The products of `side`'s elements, with the other side in the order of `view`.
     ///
     /// Cost: `elements²·phases·(length of an element)` MACs.
     pub fn new(
@@ -55,7 +55,7 @@ impl PhaseGram {
         let inner = length / phases;
         let gathered;
         let parts = match side {
-            // With a single phase in its own order, the matrix is already what is needed.
+            // With one phase in the matrix's own order, nothing needs to be gathered.
             Side::Columns if phases == 1 && (0..length).all(|i| view.source_row(i) == i) => {
                 MatRef::from_column_major_slice(view.data(), elements, inner)
             }
@@ -113,7 +113,7 @@ impl PhaseGram {
             let first = tile * TILE;
             let (high, wide) = (rows.len() / element_length * phases, (elements - first) * phases);
             let mut product = vec![0.0_f32; high * wide];
-            // Not all at once: a wide matrix would keep a cancelled job busy for long.
+            // In pieces, so that a cancelled job ends soon.
             for start in (0..wide).step_by(16 * TILE) {
                 progress.check()?;
                 let width = (wide - start).min(16 * TILE);
@@ -181,7 +181,8 @@ fn gather_row_phases(view: MatrixView<'_>, phases: usize) -> Vec<f32> {
     parts
 }
 
-/// `(columns·phases) × (rows/phases)`, column-major: column `I` holds, for each column `j`, the entries of block row `I`.
+/// `(columns·phases) × (rows/phases)`, column-major: column `I` holds, for each column `j`, the entries of block row
+/// `I`.
 fn gather_column_phases(view: MatrixView<'_>, phases: usize) -> Vec<f32> {
     let mut row = vec![0.0; view.columns()];
     let mut parts = vec![0.0; view.rows() * view.columns()];

@@ -1,4 +1,4 @@
-//! The block space of the factors, which a step of the search keeps fixed.
+//! The projector onto the blocks that the factors can represent, which a search step keeps fixed.
 
 use faer::Mat;
 
@@ -6,10 +6,10 @@ use super::phase_gram::PhaseGram;
 use crate::error::Result;
 use crate::kron::top_eigenvectors;
 
-/// The factors' block space under an order: what a step of the search needs to know of `A` and `B`.
+/// The projector of one order: all that a search step needs of `A` and `B`.
 ///
-/// With the leading eigenvectors `V` of the block Gram `G`, the nearest Kronecker sum projects every block onto `V`, and
-/// keeps the energy `tr(M G)` with `M = V Vᵀ`.
+/// With the leading eigenvectors `V` of the block Gram `G`, the nearest Kronecker sum projects every block onto `V`,
+/// and keeps the energy `tr(M G)` with `M = V Vᵀ`.
 pub(super) struct Projector {
     /// Energy kept by the nearest Kronecker sum, the sum of the leading eigenvalues.
     pub kept: f64,
@@ -39,7 +39,7 @@ impl Projector {
         Ok(Self { kept, coefficients, slots, pair: phases * phases })
     }
 
-    /// Energy `tr(M G)` that these factors' block space keeps under another order.
+    /// Energy `tr(M G)` kept by this projector under another order.
     #[cfg(test)]
     pub fn energy(&self, gram: &PhaseGram, order: &[usize]) -> f64 {
         let blocks = order.chunks_exact(self.slots);

@@ -16,7 +16,7 @@ use crate::kron::{MatrixView, lost_energy, nearest_kronecker_sum};
 use crate::progress::{Parallelism, Progress};
 use crate::spec::{KroneckerShape, KroneckerSpec, Permute};
 
-/// The sides that may be permuted, whose order matters, and whose [`PhaseGram`] has a bearable size.
+/// The sides that may be permuted, whose order matters, and whose [`PhaseGram`] fits in memory.
 ///
 /// With one slot or one block on a side, permuting it only permutes `A` or `B`.
 fn searchable_sides(shape: &KroneckerShape, permute: Permute) -> Vec<Side> {
@@ -32,36 +32,36 @@ fn searchable_sides(shape: &KroneckerShape, permute: Permute) -> Vec<Side> {
     [Side::Rows, Side::Columns].into_iter().filter(|&side| allowed(side) && matters(side)).collect()
 }
 
-/// Memory that a [`PhaseGram`] may take. A side for which it would not do (a vocabulary, or a block with many entries on
-/// the other side) is sorted by norm only.
+/// The most memory of a [`PhaseGram`]. A side that needs more (a vocabulary, or a block with many entries on the other
+/// side) is sorted by norm only.
 const PHASE_GRAM_BYTES: usize = 512 << 20;
 
-/// Temperature, as a share of an element's mean energy, where the slow part of the cooling ends. Nearly all the energy is
-/// gained above it, from 1e-2 on; hotter still, the norm sort is undone.
+/// Temperature, as a share of an element's mean energy, at the end of the slow cooling. Nearly all energy is gained
+/// between 1e-2 and this. Above 1e-2 the norm sort is undone.
 const COLD: f64 = 1e-3;
-/// Where the final quench ends: no swap that loses energy is accepted any more.
+/// Temperature at the end of the final quench, where no swap that loses energy is accepted.
 const FROZEN: f64 = 1e-5;
-/// Stages of annealing on one side before the other side's turn; the projector is refreshed after each.
-const STAGES: usize = 5;
-/// Assignments in a row on one side before the other side's turn.
+/// Rounds of annealing on one side before the other side follows; the projector is refitted after each.
+const ROUNDS: usize = 5;
+/// Consecutive assignments on one side before the other side follows.
 const ASSIGNMENTS: usize = 2;
-/// Sides longer than this are annealed only: there an assignment problem costs more than the annealing that gains as much.
+/// Longer sides are only annealed: an assignment problem costs more than the annealing that gains as much.
 const ASSIGNMENT_ELEMENTS: usize = 1024;
 
 /// One annealing, from `hot` down to [`COLD`] and a quench.
 #[derive(Clone, Copy, Debug)]
 struct Cooling {
-    /// Temperature of the start, as a share of an element's mean energy.
+    /// First temperature, as a share of an element's mean energy.
     hot: f64,
-    /// Temperature levels from there to [`COLD`]; every level visits both sides.
+    /// Temperature levels down to [`COLD`]; every level visits both sides.
     levels: usize,
-    /// Swaps tried in a stage, for each element.
+    /// Swaps tried in a round, for each element.
     moves: usize,
 }
 
 impl Effort {
-    /// The annealings that this level runs, each with a seed of its own; the best result is kept. A higher level repeats
-    /// all that the lower ones do, so it never does worse.
+    /// The annealings of this level, each with its own seed. The best result is kept. A higher level includes those of
+    /// the lower ones, so its result is never worse.
     fn coolings(self) -> &'static [Cooling] {
         const ALL: [Cooling; 4] = [
             Cooling { hot: 4e-3, levels: 1, moves: 40 },
@@ -79,13 +79,13 @@ impl Effort {
 
 /// Units of [`Progress`] that [`find_permutation`] and [`decompose`] advance by for one matrix.
 ///
-/// A job announces them for all its matrices before it starts, so that its total does not grow on the way.
+/// A job adds the units of all matrices before it starts, so that its total is fixed.
 #[must_use]
 pub fn work(shape: KroneckerShape, permute: Permute, effort: Effort) -> u64 {
     let shape = if shape.large_blocks() { shape.exchanged() } else { shape };
     let elements: usize = searchable_sides(&shape, permute).iter().map(|side| side.elements(&shape)).sum();
-    let stages: usize = effort.coolings().iter().map(|cooling| (cooling.levels + 1) * STAGES).sum();
-    1 + (elements * stages) as u64
+    let rounds: usize = effort.coolings().iter().map(|cooling| (cooling.levels + 1) * ROUNDS).sum();
+    1 + (elements * rounds) as u64
 }
 
 /// Decomposes `w`, row-major `(m, n)`: searches permutations, then takes the nearest Kronecker sum under them.
@@ -110,12 +110,15 @@ pub fn decompose(
     let view = MatrixView::new(w, m, n)?;
     let shape = spec.shape(m, n)?;
     let (orders, _) = find_permutation(view, shape, spec.permute, effort, seed, parallelism, progress)?;
-    let rows = spec.permute.rows().then(|| Permutation::new(orders.rows)).transpose()?;
-    let columns = spec.permute.columns().then(|| Permutation::new(orders.columns)).transpose()?;
-    let ordered = view.ordered(rows.as_ref().map(Permutation::as_slice), columns.as_ref().map(Permutation::as_slice));
+    let row_permutation = spec.permute.rows().then(|| Permutation::new(orders.rows)).transpose()?;
+    let column_permutation = spec.permute.columns().then(|| Permutation::new(orders.columns)).transpose()?;
+    let ordered = view.ordered(
+        row_permutation.as_ref().map(Permutation::as_slice),
+        column_permutation.as_ref().map(Permutation::as_slice),
+    );
     let sum = nearest_kronecker_sum(ordered, shape, progress)?;
     progress.advance(1);
-    Ok(Decomposition { sum, rows, columns })
+    Ok(Decomposition { sum, row_permutation, column_permutation })
 }
 
 /// Searches row and column orders under which `view` is near to a Kronecker sum; returns them with the lost energy.
@@ -182,7 +185,7 @@ impl Search<'_> {
         Ok(annealed.into_iter().fold(assigned, |best, next| if next.0 > best.0 { next } else { best }).1)
     }
 
-    /// Alternating assignment, one turn for each side that is not too long; returns the energy kept and the orders.
+    /// Alternating assignment on each side that is short enough; returns the energy kept and the orders.
     fn assign(&self, mut orders: Orders) -> Result<(f64, Orders)> {
         let mut kept = 0.0;
         for &side in self.sides.iter().filter(|side| side.elements(&self.shape) <= ASSIGNMENT_ELEMENTS) {
@@ -193,7 +196,8 @@ impl Search<'_> {
         Ok((kept, orders))
     }
 
-    /// Cools slowly, taking turns between the sides at every level, and quenches; returns the energy kept and the orders.
+    /// Cools slowly, alternating between the sides at every level, and quenches; returns the energy kept and the
+    /// orders.
     fn anneal(&self, mut orders: Orders, cooling: Cooling, seed: u64) -> Result<(f64, Orders)> {
         let step = (COLD / cooling.hot).powf(1.0 / cooling.levels as f64);
         let levels = (0..cooling.levels).map(|level| {
@@ -202,7 +206,7 @@ impl Search<'_> {
         });
         let mut kept = 0.0;
         for (level, (start, end)) in levels.chain([(COLD, FROZEN)]).enumerate() {
-            let schedule = Schedule { start, end, stages: STAGES, moves: cooling.moves };
+            let schedule = Schedule { start, end, rounds: ROUNDS, moves: cooling.moves };
             for &side in &self.sides {
                 kept = self.improve(side, &mut orders, |gram, order| {
                     let seed = seed.wrapping_add(level as u64);

@@ -12,7 +12,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// How many rows, or columns, there are.
+    /// The number of rows or columns.
     pub(super) fn elements(self, shape: &KroneckerShape) -> usize {
         match self {
             Self::Rows => shape.rows(),

@@ -127,8 +127,8 @@ proptest! {
         let w = uneven(m, n, seed);
         let spec = spec(&shape, Permute::NAMES[permute].1);
         let found = decompose(&w, (m, n), &spec, Effort::Fast, seed, Parallelism::Rayon, &Progress::default()).unwrap();
-        prop_assert_eq!(found.rows.is_some(), spec.permute.rows());
-        prop_assert_eq!(found.columns.is_some(), spec.permute.columns());
+        prop_assert_eq!(found.row_permutation.is_some(), spec.permute.rows());
+        prop_assert_eq!(found.column_permutation.is_some(), spec.permute.columns());
         let dense = found.to_dense();
         let difference: f64 = w.iter().zip(&dense).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
         let lost = difference / MatrixView::new(&w, m, n).unwrap().energy();
@@ -189,7 +189,7 @@ fn a_seed_decides_and_threads_do_not() {
     for threads in [1, 2, 4] {
         assert_eq!(one, run(threads, 0, Parallelism::Rayon));
     }
-    assert_ne!(one.rows, run(1, 1, Parallelism::Sequential).rows);
+    assert_ne!(one.row_permutation, run(1, 1, Parallelism::Sequential).row_permutation);
 }
 
 #[test]
@@ -200,7 +200,7 @@ fn annealing_at_rest_only_climbs() {
     let gram = row_gram(view, &shape);
     let mut order: Vec<usize> = (0..64).collect();
     let before = Projector::fit(&gram, &order, 3).unwrap().kept;
-    let schedule = Schedule { start: 1e-12, end: 1e-12, stages: 4, moves: 200 };
+    let schedule = Schedule { start: 1e-12, end: 1e-12, rounds: 4, moves: 200 };
     let kept = anneal(&gram, &mut order, 3, view.energy(), schedule, 1, &Progress::default()).unwrap();
     assert!(kept > before * 1.05, "{before} {kept}");
     Permutation::new(order).unwrap();

@@ -1,11 +1,11 @@
 //! One budget of parameters spent over the matrices of a model.
 //!
-//! Every matrix has a curve: the energy that it loses at each rank, and the parameters that the rank takes; kept dense, it
-//! loses nothing. Spending parameter after parameter where it saves most is a walk along the lower convex hulls of these
-//! curves in the order of their slopes (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
-//! 1988), optimal but for the last step, where what is left of the budget goes to whichever rank still fits. A cap on
-//! MACs is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at whichever
-//! limit is met first.
+//! Every matrix has a curve: the energy that it loses at each rank, and the parameters that the rank takes; kept dense,
+//! it loses nothing. Spending parameter after parameter where it saves most is a walk along the lower convex hulls of
+//! these curves in the order of their slopes (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
+//! quantizers", 1988), optimal but for the last step, where what is left of the budget goes to whichever rank still
+//! fits. A cap on MACs is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at
+//! whichever limit is met first.
 
 use crate::error::{Error, Result};
 use crate::spec::{MatrixSpec, TermSpec, Usage};
@@ -28,8 +28,8 @@ pub struct Candidate {
 pub enum Weighting {
     /// They add up as they are: with the gradients at the outputs they are losses of the whole model.
     Absolute,
-    /// Each matrix counts by its lost energy's share of its own, times its parameters: without gradients nothing says how
-    /// much the model minds an error, and energies of different layers cannot be compared.
+    /// Each matrix counts by its lost energy's share of its own, times its parameters: without gradients nothing says
+    /// how much the model minds an error, and energies of different layers cannot be compared.
     Relative,
 }
 

@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 use crate::permute::Effort;
 use crate::spec::{MatrixSpec, given, matrix_spec, matrix_spec_json};
 
-/// The newest format that this version reads: 1 has Kronecker sums only, 2 has low rank and sums of several terms too. The
-/// oldest that can say it is written.
+/// The newest format that this version reads: 1 has Kronecker sums only, 2 has low rank and sums of several terms too.
+/// The oldest that can say it is written.
 pub const FORMAT_VERSION: u64 = 2;
 
 /// A configuration: patterns and what each asks of the matrices it matches, in order.

@@ -1,4 +1,4 @@
-//! numpy arrays to plain slices and back, with every check before a kernel sees them.
+//! Conversion between numpy arrays and slices, with all checks of their layout and shape.
 
 use numpy::ndarray::{Array, Dimension, IntoDimension};
 use numpy::{Element, PyArray, PyArray1, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
@@ -38,10 +38,10 @@ pub(super) fn factor_shape(a: &PyReadonlyArray3<'_, f32>, b: &PyReadonlyArray3<'
 }
 
 /// `A` and `B`.
-type Factors<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>);
+type FactorArrays<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>);
 
 /// The factors of a sum, without a copy.
-pub(super) fn factor_arrays(py: Python<'_>, sum: KroneckerSum) -> Factors<'_> {
+pub(super) fn factor_arrays(py: Python<'_>, sum: KroneckerSum) -> FactorArrays<'_> {
     let KroneckerShape { m1, n1, m2, n2, rank } = sum.shape;
     (shaped(py, (rank, m1, n1), sum.a), shaped(py, (rank, m2, n2), sum.b))
 }
@@ -56,7 +56,7 @@ pub(super) fn permutation(indices: &PyReadonlyArray1<'_, i64>, length: usize) ->
             got: view.len().to_string(),
         });
     }
-    // A negative index becomes a huge one, which is out of range.
+    // A negative index maps to one that is out of range.
     Permutation::new(view.iter().map(|&index| usize::try_from(index).unwrap_or(usize::MAX)).collect())
 }
 

@@ -1,4 +1,4 @@
-//! Long jobs: the work runs on threads of its own without the GIL, while the calling thread stays responsive.
+//! Long jobs run on their own threads without the GIL, while the calling thread handles signals and progress.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::progress::{Parallelism, Progress};
 use crate::runtime::ThreadPool;
 
-/// How often the calling thread looks for Ctrl-C and reports progress.
+/// Interval at which the calling thread checks for Ctrl-C and reports progress.
 const TICK: Duration = Duration::from_millis(50);
 
 /// A pool of `threads` threads, one per core by default, for a job to install.
@@ -34,9 +34,9 @@ pub(super) fn thread_pool(threads: Option<usize>) -> PyResult<ThreadPool> {
 
 /// Runs `job` on a thread of its own, without the GIL, and returns its result.
 ///
-/// The calling thread looks every [`TICK`] for Ctrl-C and calls `callback` with `(done, total)`, and once at the end.
-/// After Ctrl-C, or an exception from `callback`, the job is cancelled and waited for: it ends at its next
-/// [`Progress::check`], and may remove what it has written.
+/// Every [`TICK`] and once at the end, the calling thread checks for Ctrl-C and calls `callback` with `(done, total)`.
+/// After Ctrl-C or an exception of `callback` it cancels the job and waits for it. The job ends at its next
+/// [`Progress::check`] and may remove its output first.
 pub(super) fn run<T: Send>(
     py: Python<'_>,
     callback: Option<Py<PyAny>>,
@@ -56,13 +56,13 @@ pub(super) fn run_watched<T: Send>(
     job: impl FnOnce(&Progress) -> Result<T> + Send,
 ) -> PyResult<T> {
     let progress = Progress::default();
-    // A mutex only makes the receiver shareable, which `detach` asks for; nobody else ever locks it.
+    // `detach` needs a `Sync` receiver, hence the mutex. Only this thread locks it.
     let (sender, receiver) = channel();
     let receiver = Mutex::new(receiver);
     let receive = |wait| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(wait);
     std::thread::scope(|scope| {
         let work = || {
-            // Nothing that a panic may have left half done is looked at again.
+            // State that a panic left incomplete is not used again.
             let outcome = catch_unwind(AssertUnwindSafe(|| job(&progress)));
             // The receiver lives as long as this scope.
             let _ = sender.send(outcome);
@@ -80,7 +80,7 @@ pub(super) fn run_watched<T: Send>(
             }
             if let Err(stop) = py.check_signals().and_then(|()| report(py, &progress)) {
                 progress.cancel();
-                // Here, without the GIL, and not at the end of the scope, which would wait with it.
+                // Wait here without the GIL: the end of the scope would wait with it.
                 py.detach(|| while matches!(receive(TICK), Err(RecvTimeoutError::Timeout)) {});
                 return Err(stop);
             }
@@ -88,7 +88,7 @@ pub(super) fn run_watched<T: Send>(
     })
 }
 
-/// As [`run`], for a job that cannot be cancelled: after Ctrl-C it goes on by itself until it ends, and nobody waits.
+/// As [`run`], for a job that cannot be cancelled. After Ctrl-C it runs to its end in the background.
 pub(super) fn run_detached<T: Send + 'static>(
     py: Python<'_>,
     job: impl FnOnce() -> Result<T> + Send + 'static,
@@ -96,7 +96,7 @@ pub(super) fn run_detached<T: Send + 'static>(
     let (sender, receiver) = channel();
     let receiver = Mutex::new(receiver);
     let work = move || {
-        // Nobody listens after Ctrl-C.
+        // The receiver is gone after Ctrl-C.
         let _ = sender.send(catch_unwind(AssertUnwindSafe(job)));
     };
     std::thread::Builder::new().name("tqcompressor".into()).spawn(work).map_err(no_thread)?;
@@ -136,7 +136,7 @@ fn result_of<T>(outcome: std::thread::Result<Result<T>>) -> PyResult<T> {
     Ok(outcome.map_err(|panic| internal_error(panic.as_ref()))??)
 }
 
-/// A panic is a bug of ours; it reaches Python as an exception that says so.
+/// A panic is a bug. It becomes a Python exception that asks for a report.
 fn internal_error(panic: &(dyn std::any::Any + Send)) -> PyErr {
     let message = panic
         .downcast_ref::<String>()

@@ -16,7 +16,7 @@ type NearestSum<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>, f6
 /// `(p, q, lost_energy)`.
 type FoundOrders<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, f64);
 
-/// Entries of a matrix that the calling thread makes by itself, in some milliseconds.
+/// Matrices of up to this many entries are expanded on the calling thread, in a few milliseconds.
 const SMALL: usize = 1 << 22;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -86,8 +86,8 @@ fn decomposition(
         b: contiguous(b.as_array().as_slice(), "B")?.to_vec(),
         lost_energy: 0.0,
     };
-    let (rows, columns) = (permutation(p, shape.rows())?, permutation(q, shape.columns())?);
-    Ok(Decomposition { sum, rows: Some(rows), columns: Some(columns) })
+    let (p, q) = (permutation(p, shape.rows())?, permutation(q, shape.columns())?);
+    Ok(Decomposition { sum, row_permutation: Some(p), column_permutation: Some(q) })
 }
 
 #[pyfunction]
@@ -120,7 +120,8 @@ fn expand<'py>(
     let (rows, columns) = (order(rows, shape.rows())?, order(columns, shape.columns())?);
     let (a, b) = (contiguous(a.as_slice().ok(), "A")?, contiguous(b.as_slice().ok(), "B")?);
     let (rows, columns) = (rows.as_ref().map(Permutation::as_slice), columns.as_ref().map(Permutation::as_slice));
-    // torch's threads, which go on turning for a while after a product, would be in the way of others.
+    // Small matrices run on this thread: torch's threads spin for a while after a product and would compete with
+    // others.
     let small = shape.rows() * shape.columns() <= SMALL;
     let matrix = jobs::run_by_size(py, small, Some(threads), |parallelism, progress| {
         crate::kron::expand(shape, a, b, rows, columns, parallelism, progress)

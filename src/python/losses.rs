@@ -14,8 +14,8 @@ use crate::loss::{self, Direction, Objective};
 use crate::numeric::{Float, OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
-/// Up to so many values a call is worked on by the calling thread: it takes less than two milliseconds, and starting
-/// threads would take longer.
+/// Calls of up to this many values run on the calling thread: they take less than 2 ms, and starting threads takes
+/// longer.
 const SMALL: usize = 1 << 20;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -61,7 +61,7 @@ fn unlike(array: &str, float: Float) -> Error {
     Error::Dtype { expected: array.into(), got: float.name().into() }
 }
 
-/// That teacher and student agree in shape, said in terms of both sides.
+/// Checks that teacher and student have the same shape.
 fn same_shape(operation: &'static str, student: [usize; 2], teacher: [usize; 2]) -> Result<()> {
     if student == teacher {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The boundary: numpy arrays and Python objects in and out, nothing computed here.
+//! The Python boundary: converts and checks arguments and results. It computes nothing.
 
 mod arrays;
 mod budget;

@@ -1,4 +1,4 @@
-//! `Runtime`: a GPT-2 that computes without torch.
+//! `Runtime`, a GPT-2 without torch, and `Tokenizer`.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::runtime::{self, Continuation, Gpt2, Sampling, ThreadPool};
 
-/// Logits that are computed between two looks for Ctrl-C: 16 MB.
+/// Logits computed between two checks for Ctrl-C: 16 MB.
 const LOGITS: usize = 1 << 22;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -21,7 +21,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<DecodeStream>()
 }
 
-/// A model in memory, and the threads that it computes with.
+/// A model in memory, and its number of threads.
 #[pyclass(frozen, module = "tqcompressor._core")]
 struct Runtime {
     model: Gpt2,
@@ -180,7 +180,7 @@ impl Runtime {
     ) -> PyResult<T> {
         let pool = jobs::thread_pool(self.threads)?;
         jobs::run(py, callback, |progress| {
-            // All of them, and not a reference: only one thread at a time may call them.
+            // Moved in, because a `ThreadPool` is not `Sync`.
             let pool = pool;
             job(&pool, progress)
         })

@@ -84,9 +84,10 @@ impl Fitted {
 
 fn term_to_python(py: Python<'_>, term: Term) -> PyResult<Py<PyAny>> {
     Ok(match term {
-        Term::Kronecker(Decomposition { sum, rows, columns }) => {
+        Term::Kronecker(Decomposition { sum, row_permutation, column_permutation }) => {
             let (m, n) = (sum.shape.rows(), sum.shape.columns());
-            let (row_permutation, column_permutation) = (order(py, rows, m), order(py, columns, n));
+            let row_permutation = order(py, row_permutation, m);
+            let column_permutation = order(py, column_permutation, n);
             let (a, b) = factor_arrays(py, sum);
             let (a, b) = (a.unbind(), b.unbind());
             Py::new(py, KroneckerTerm { a, b, row_permutation, column_permutation })?.into_any()

@@ -1,4 +1,4 @@
-//! Causal self-attention over what was seen before, which a cache keeps.
+//! Causal self-attention with a key-value cache.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -6,9 +6,9 @@ use faer::{Accum, MatMut, MatRef, Par};
 use super::kernels::{dot_rows, softmax, weighted_sum};
 use super::thread_pool::ThreadPool;
 
-/// Queries that are worked on together.
+/// Queries of one matrix product.
 const QUERIES: usize = 64;
-/// Multiplications below which sharing them takes longer than the work.
+/// MACs below which distributing the work takes longer than the work.
 const SEQUENTIAL: usize = 1 << 15;
 
 /// Keys and values of one layer for one sequence, each `(heads, capacity, head width)`.
@@ -25,7 +25,7 @@ pub(super) struct Heads {
     pub heads: usize,
     /// Of a head.
     pub width: usize,
-    /// What scores are multiplied by.
+    /// The factor of the scores.
     pub scale: f32,
 }
 
@@ -44,8 +44,8 @@ impl KvCache {
     }
 }
 
-/// `y : (tokens, d)` from `qkv : (tokens, 3·d)`, the new tokens of all `spans` one behind the other; their keys and values
-/// are added to `caches`.
+/// `y : (tokens, d)` from `qkv : (tokens, 3·d)`, the new tokens of all `spans` one behind the other; their keys and
+/// values are added to `caches`.
 pub(super) fn attend(
     heads: Heads,
     qkv: &[f32],
@@ -66,7 +66,7 @@ pub(super) fn attend(
         }
         first += span.tokens;
     }
-    // (head, token, width) of every sequence, so that each head of each is one thread's.
+    // (head, token, width) of every sequence: one task per head and sequence.
     let mut by_head = vec![0.0; qkv.len() / 3];
     let mut tasks = Vec::with_capacity(spans.len() * count);
     let (mut rest, mut first, mut work) = (by_head.as_mut_slice(), 0, 0);
@@ -118,7 +118,7 @@ fn attend_head(heads: Heads, qkv: &[f32], head: usize, span: Span, cache: &KvCac
     let mut scores = vec![0.0; QUERIES.min(tokens) * (before + tokens)];
     for first in (0..tokens).step_by(QUERIES) {
         let rows = QUERIES.min(tokens - first);
-        // The last of these sees so many.
+        // Keys that the last of these queries sees.
         let seen = before + first + rows;
         let keys = MatRef::from_row_major_slice(&keys[..seen * width], seen, width);
         let values = MatRef::from_row_major_slice(&values[..seen * width], seen, width);

@@ -1,4 +1,4 @@
-//! What a GPT-2's `config.json` says about how it computes.
+//! GPT-2's hyperparameters, from `config.json`.
 
 use serde_json::{Map, Value};
 

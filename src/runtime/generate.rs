@@ -1,4 +1,4 @@
-//! Continuing texts, token by token.
+//! Text generation, token by token.
 
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
@@ -12,13 +12,13 @@ use crate::progress::Progress;
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
-    /// What logits are divided by; 0 takes the most probable token.
+    /// The divisor of the logits; 0 takes the most probable token.
     pub temperature: f64,
-    /// Only so many of the most probable tokens are drawn from; 0 for all.
+    /// Sample from this many of the most probable tokens; 0 for all.
     pub top_k: usize,
-    /// Only the most probable tokens that together have this probability are drawn from; 1 for all.
+    /// Sample from the most probable tokens that together have this probability; 1 for all.
     pub top_p: f64,
-    /// Of the draws. Sequence `i` of a batch draws by itself, so that it does not depend on its company.
+    /// Seed of the sampling. Each sequence of a batch has its own generator, so that it does not depend on the others.
     pub seed: u64,
 }
 
@@ -41,28 +41,28 @@ impl Sampling {
     }
 }
 
-/// What is asked of a continuation.
+/// The parameters of a generation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Continuation<'a> {
-    /// Tokens, at most.
+    /// The maximum number of new tokens.
     pub most: usize,
-    /// Where it ends, after this token.
+    /// Tokens after which a sequence ends.
     pub end_tokens: &'a [u32],
     /// How tokens are chosen.
     pub sampling: Sampling,
 }
 
 impl Gpt2 {
-    /// Continues every prompt by up to `most` tokens, fewer where one of `end_tokens` comes first, which is the last one
-    /// returned. `on_token` is told of every token, with the number of its prompt, as soon as it is known.
+    /// Continues every prompt by up to `most` tokens, fewer where one of `end_tokens` comes first, which is the last
+    /// one returned. `on_token` is called for every token as soon as it is known, with the number of its prompt.
     ///
     /// # Errors
     /// [`Error::Config`] for an empty prompt, a token out of range, or more tokens than the model's context holds;
     /// [`Error::Cancelled`].
     ///
     /// # Cost
-    /// One pass over the prompts, some at a time, then one pass over the weights for a token of all of them. The caches hold
-    /// `2·layers·width` values a token.
+    /// One pass over the prompts, some at a time, then one pass over the weights for a token of all of them. The caches
+    /// hold `2·layers·width` values a token.
     pub fn generate(
         &self,
         prompts: &[&[u32]],
@@ -91,7 +91,7 @@ impl Gpt2 {
             return Ok(generated);
         }
         progress.expect((prompts.len() * most) as u64);
-        // The last token needs no place: nothing follows it.
+        // The last token needs no cache entry: nothing follows it.
         let caches = prompts.iter().map(|prompt| self.cache(prompt.len() + most - 1)).collect::<Result<Vec<_>>>()?;
         let random = |i: usize| Xoshiro256PlusPlus::seed_from_u64(sampling.seed.wrapping_add(i as u64));
         let mut active: Vec<_> =
@@ -131,7 +131,7 @@ impl Gpt2 {
     }
 }
 
-/// A prompt that goes on.
+/// A sequence that has not ended.
 struct Active {
     index: usize,
     cache: Cache,

@@ -1,4 +1,4 @@
-//! The loops of a forward pass over f32 slices, compiled for every instruction set.
+//! The kernels of a forward pass over f32 slices, compiled for several instruction sets.
 
 use std::f32::consts::LOG2_E;
 
@@ -6,11 +6,11 @@ use crate::numeric::Element;
 use crate::numeric::exponential::power_of_two;
 use crate::numeric::simd::{LANES, dispatched, dot};
 
-/// Vectors of one call of [`dot`]: as many as leave all sums in registers.
+/// The most vectors of one call of [`dot`]: with more, the sums would not fit in registers.
 pub(super) const TOGETHER: usize = 4;
 
-/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in the
-/// same order whatever their numbers.
+/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in
+/// the same order whatever their numbers.
 pub(super) fn dot_rows<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
@@ -31,7 +31,7 @@ pub(super) fn dot_rows<T: Element>(rows: &[T], length: usize, x: &[f32], count: 
 }
 
 fn each_group<T: Element, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
-    // From two places at a time memory gives more than from one or from four.
+    // Two rows at a time read memory faster than one or four.
     const N: usize = 2;
     let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));
     for (rows, out) in groups.zip(places) {
@@ -106,7 +106,7 @@ dispatched! {
 dispatched! {
     /// `Σ e^(value − largest)`; no value may be larger.
     pub(super) fn sum_of_exponentials(values: &[f32], largest: f32) -> f64 {
-        // Few enough for f32, many enough that adding them in f64 costs nothing.
+        // Few enough for sums in f32, and many enough that the f64 additions cost little.
         const TILE: usize = 1024;
         let tile = |tile: &[f32]| f64::from(total(tile, |value| power_of_two((value - largest) * LOG2_E)));
         values.chunks(TILE).map(tile).sum()
@@ -153,7 +153,8 @@ fn total(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
 }
 
 dispatched! {
-    /// GELU in its tanh form: `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`, which is `x · sigmoid` of twice the argument.
+    /// GELU in its tanh form: `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`, which is `x · sigmoid` of twice the
+    /// argument.
     pub(super) fn gelu_tanh(values: &mut [f32]) {
         // 2·√(2/π)·log2(e)
         const SCALE: f32 = 2.302_208_2;

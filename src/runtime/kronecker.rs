@@ -1,4 +1,4 @@
-//! Multiplying by a permuted Kronecker sum: by its factors, or by the matrix, made for the occasion.
+//! Products with a permuted Kronecker sum: by its factors, or by its matrix, expanded on the fly.
 
 use std::borrow::Cow;
 
@@ -14,19 +14,19 @@ use crate::numeric::simd::add_combination;
 use crate::permute::Permutation;
 use crate::spec::KroneckerShape;
 
-/// What one multiplication in a product of few columns costs, in those of a large matrix product.
+/// Cost of one MAC in a product with few columns, in MACs of a large matrix product.
 const COMBINED: f64 = 8.0;
-/// What one entry of one term of the matrix costs to make, in multiplications of a large matrix product.
+/// Cost of expanding one entry of one term, in MACs of a large matrix product.
 const EXPANDED: f64 = 4.0;
 
-/// How a Kronecker sum multiplies.
+/// How the product with a Kronecker sum is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
     /// By its factors.
     Factors,
-    /// By its matrix, made for the occasion.
+    /// By its matrix, expanded on the fly.
     Matrix,
-    /// Whichever is expected to take less time.
+    /// By whichever of the two is expected to be faster.
     Cheapest,
 }
 
@@ -45,8 +45,8 @@ pub(super) struct Kronecker {
 }
 
 impl Kronecker {
-    /// The map `y = x W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`: `a : (rank, m1, n1)`, `b : (rank, m2, n2)`, `input` is `p` and
-    /// `output` the inverse of `q`.
+    /// The map `y = x W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`: `a : (rank, m1, n1)`, `b : (rank, m2, n2)`, `input` is `p`
+    /// and `output` the inverse of `q`.
     pub fn new(
         shape: KroneckerShape,
         a: &Tensor,
@@ -126,7 +126,7 @@ impl Kronecker {
         self.input.scatter_add(&gathered, out);
     }
 
-    /// Whether it is cheaper to make the matrix and multiply by that.
+    /// Whether expanding the matrix is expected to be faster.
     fn expands(&self, count: usize) -> bool {
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;
         let entries = self.shape.rows() * self.shape.columns();
@@ -136,7 +136,8 @@ impl Kronecker {
         factored > entries as f64 * (count as f64 + EXPANDED * rank as f64)
     }
 
-    /// The product of `X`s, each `(m2, m1)`, with the matrix, which is made some outputs at a time and never as a whole.
+    /// The product of `X`s, each `(m2, m1)`, with the matrix, which is made some outputs at a time and never as a
+    /// whole.
     fn expand_and_multiply(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
         let (m, n) = (self.shape.rows(), self.shape.columns());
         let mut y = vec![0.0; count * n];

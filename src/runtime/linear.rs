@@ -90,7 +90,8 @@ impl Linear {
     /// Unless `x` has `count·rows` values.
     ///
     /// # Cost
-    /// For few vectors every factor is read once. For many, a Kronecker sum is expanded if that is expected to be faster.
+    /// For few vectors every factor is read once. For many, a Kronecker sum is expanded if that is expected to be
+    /// faster.
     #[must_use]
     pub fn forward(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
         self.forward_by(x, count, Strategy::Cheapest, pool)
@@ -132,8 +133,8 @@ impl Linear {
         }
     }
 
-    /// Lets outputs come in the order in which the only term makes them: output `j` is then at place `order.at(j)`. What
-    /// reads them must be told, by [`take_inputs_from`](Self::take_inputs_from).
+    /// Leaves the outputs in the order of the only term: output `j` is then at position `order.at(j)`. The map that
+    /// reads them needs [`take_inputs_from`](Self::take_inputs_from).
     pub(super) fn keep_output_order(&mut self) -> Order {
         let order = match self.only_term() {
             Some(
@@ -147,7 +148,7 @@ impl Linear {
         order
     }
 
-    /// Makes the map read inputs of which the `i`-th is at place `order.at(i)`.
+    /// Reads input `i` from position `order.at(i)`.
     pub(super) fn take_inputs_from(&mut self, order: &Order) {
         for term in self.parts.iter_mut().flat_map(|part| &mut part.terms) {
             match term {
@@ -161,8 +162,8 @@ impl Linear {
         }
     }
 
-    /// Lets the map read inputs in the order in which its only term needs them: `order.at(p)` is what is to be at place `p`.
-    /// What makes them must be told, by [`put_outputs_in`](Self::put_outputs_in).
+    /// Reads the inputs in the order of the only term: input `order.at(p)` must be at position `p`. The map that makes
+    /// them needs [`put_outputs_in`](Self::put_outputs_in).
     pub(super) fn keep_input_order(&mut self) -> Order {
         match self.only_term() {
             Some(
@@ -172,7 +173,7 @@ impl Linear {
         }
     }
 
-    /// Makes the map put output `order.at(p)` at place `p`; it must have one part.
+    /// Puts output `order.at(p)` at position `p`. The map must have one part.
     pub(super) fn put_outputs_in(&mut self, order: &Order) {
         debug_assert_eq!(self.parts.len(), 1);
         for term in self.parts.iter_mut().flat_map(|part| &mut part.terms) {
@@ -206,7 +207,7 @@ impl Linear {
         })
     }
 
-    /// How often a vector is put into another order on its way through.
+    /// The number of gathers per vector.
     pub(super) fn gathers(&self) -> usize {
         let gathers = |term: &StoredTerm| match term {
             StoredTerm::Dense(_) => 0,

@@ -31,12 +31,12 @@ use crate::progress::Progress;
 use crate::spec::{KroneckerShape, KroneckerSpec, LowRankShape, MatrixSpec, TermSpec};
 
 impl Gpt2 {
-    /// Reads the checkpoint in `directory` on the current rayon pool: `config.json` and safetensors files with a language
-    /// model's or a bare model's weights, dense or with the factors that its `quantization_config` names.
+    /// Reads the checkpoint in `directory` on the current rayon pool: `config.json` and safetensors files with a
+    /// language model's or a bare model's weights, dense or with the factors that its `quantization_config` names.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] with the file and what is wrong with it, such as a tensor that is missing, superfluous or of
-    /// another shape than `config.json` says; [`Error::NonFinite`] or [`Error::Dtype`] in a tensor; [`Error::Io`].
+    /// [`Error::Checkpoint`] with the file and what is wrong with it, such as a tensor that is missing, superfluous or
+    /// of another shape than `config.json` says; [`Error::NonFinite`] or [`Error::Dtype`] in a tensor; [`Error::Io`].
     ///
     /// # Cost
     /// The memory of the weights in their own dtype, and of one more matrix a thread while they are read.
@@ -47,25 +47,25 @@ impl Gpt2 {
         let generation = read_object_if_any(&directory.join("generation_config.json"))?;
         let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry).map_err(problem)?;
         let specs = specs(&checkpoint).map_err(problem)?;
-        let source = Source::new(&checkpoint, &specs, progress);
-        source.check(geometry)?;
+        let loader = Loader::new(&checkpoint, &specs, progress);
+        loader.check(geometry)?;
         progress.expect(geometry.layers as u64 + 2);
         let (d, vocabulary) = (geometry.width, geometry.vocabulary);
-        // First and by themselves: until they are copied, the largest tensors are in memory twice.
-        let tokens = source.embedding("wte", vocabulary, d)?;
-        let positions = source.embedding("wpe", geometry.positions, d)?;
-        let head = if geometry.tied { None } else { source.head(vocabulary, d)? };
-        let blocks = (0..geometry.layers).into_par_iter().map(|layer| source.block(layer, geometry));
-        // Collected first, so that of several faults the first in the model is reported.
+        // Load the largest tensors first and alone: until copied, they are in memory twice.
+        let tokens = loader.embedding("wte", vocabulary, d)?;
+        let positions = loader.embedding("wpe", geometry.positions, d)?;
+        let head = if geometry.tied { None } else { loader.head(vocabulary, d)? };
+        let blocks = (0..geometry.layers).into_par_iter().map(|layer| loader.block(layer, geometry));
+        // Collect first, so that the first error in model order is reported.
         let blocks = blocks.collect::<Vec<_>>().into_iter().collect::<Result<_>>()?;
-        let last_norm = source.norm("ln_f", d)?;
+        let last_norm = loader.norm("ln_f", d)?;
         progress.finish();
-        let size = source.read.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let size = loader.read.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(Self { config, tokens, positions, blocks, last_norm, head, size })
     }
 }
 
-/// What is compressed, by the names of the matrices.
+/// The specs of compressed matrices, by name.
 fn specs(checkpoint: &Checkpoint) -> Result<IndexMap<String, MatrixSpec>, String> {
     match checkpoint.config().get("quantization_config") {
         None | Some(Value::Null) => Ok(IndexMap::new()),
@@ -85,7 +85,7 @@ fn specs(checkpoint: &Checkpoint) -> Result<IndexMap<String, MatrixSpec>, String
 }
 
 /// A mapped checkpoint, tensors by their bare names.
-struct Source<'a> {
+struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     tensors: IndexMap<&'a str, (&'a str, &'a Stored)>,
     specs: &'a IndexMap<String, MatrixSpec>,
@@ -94,16 +94,16 @@ struct Source<'a> {
     read: Mutex<Size>,
 }
 
-/// Whether `W` or `Wᵀ` is the map that is applied.
+/// Whether the map is `W` or `Wᵀ`.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
+enum Orientation {
     /// `y = x W`
-    Forward,
+    AsStored,
     /// `y = x Wᵀ`: an embedding as a head.
     Transposed,
 }
 
-impl<'a> Source<'a> {
+impl<'a> Loader<'a> {
     fn new(checkpoint: &'a Checkpoint, specs: &'a IndexMap<String, MatrixSpec>, progress: &'a Progress) -> Self {
         let family = checkpoint.family();
         let bare = |(name, tensor): (&'a String, &'a Stored)| (family.bare(name), (name.as_str(), tensor));
@@ -151,8 +151,8 @@ impl<'a> Source<'a> {
         let name = |module: &str| format!("h.{layer}.{module}");
         let mut expansion = self.linear(&name("mlp.c_fc"), d, geometry.inner, &[])?;
         let mut projection = self.linear(&name("mlp.c_proj"), geometry.inner, d, &[])?;
-        // What is between them acts on every value by itself, so that they may agree on any order: that in which the second
-        // reads, which a matrix that is made from its factors, or was dense, is put in for nothing; else the first's own.
+        // The activation is elementwise, so the hidden units may be stored in any order. Use c_proj's input order,
+        // which is free for a dense or Kronecker c_fc; otherwise keep c_fc's output order.
         let wanted = projection.keep_input_order();
         expansion.put_outputs_in(&wanted);
         let mut hidden_order = wanted.inverse();
@@ -187,12 +187,12 @@ impl<'a> Source<'a> {
                 let spec = self.specs.get(&name).ok_or_else(|| {
                     self.problem(format!("quantization_config: '{name}' is missing beside the parts of {module}"))
                 })?;
-                Ok(Part { columns, terms: self.terms(&name, spec, m, columns, Direction::Forward)? })
+                Ok(Part { columns, terms: self.terms(&name, spec, m, columns, Orientation::AsStored)? })
             };
             parts.iter().map(part).collect::<Result<_>>()?
         } else {
             let terms = match spec("") {
-                Some(spec) => self.terms(module, spec, m, n, Direction::Forward)?,
+                Some(spec) => self.terms(module, spec, m, n, Orientation::AsStored)?,
                 None => {
                     let weight = self.tensor(&format!("{module}.weight"), &[m, n])?;
                     vec![StoredTerm::Dense(Rows::new(&weight.t().expect("two dimensions"))?)]
@@ -207,7 +207,7 @@ impl<'a> Source<'a> {
     fn embedding(&self, module: &str, entries: usize, d: usize) -> Result<Linear> {
         self.progress.check()?;
         let terms = match self.specs.get(module) {
-            Some(spec) => self.terms(module, spec, entries, d, Direction::Transposed)?,
+            Some(spec) => self.terms(module, spec, entries, d, Orientation::Transposed)?,
             None => vec![StoredTerm::Dense(Rows::new(&self.tensor(&format!("{module}.weight"), &[entries, d])?)?)],
         };
         Ok(Linear { rows: d, columns: entries, parts: vec![Part { columns: entries, terms }], bias: Vec::new() })
@@ -216,7 +216,7 @@ impl<'a> Source<'a> {
     /// A head of its own: an `nn.Linear`, stored out × in.
     fn head(&self, vocabulary: usize, d: usize) -> Result<Option<Linear>> {
         let terms = match self.specs.get("lm_head") {
-            Some(spec) => self.terms("lm_head", spec, d, vocabulary, Direction::Forward)?,
+            Some(spec) => self.terms("lm_head", spec, d, vocabulary, Orientation::AsStored)?,
             None => vec![StoredTerm::Dense(Rows::new(&self.tensor("lm_head.weight", &[vocabulary, d])?)?)],
         };
         let parts = vec![Part { columns: vocabulary, terms }];
@@ -229,15 +229,15 @@ impl<'a> Source<'a> {
         spec: &MatrixSpec,
         m: usize,
         n: usize,
-        direction: Direction,
+        orientation: Orientation,
     ) -> Result<Vec<StoredTerm>> {
         let terms = spec.terms();
         let number = |t: usize| if terms.len() == 1 { String::new() } else { format!(".terms.{t}") };
         let term = |(t, term): (usize, &TermSpec)| {
             let name = format!("{name}{}", number(t));
             match term {
-                TermSpec::Kronecker(spec) => self.kronecker(&name, spec, m, n, direction),
-                TermSpec::LowRank { rank } => self.low_rank(&name, *rank, m, n, direction),
+                TermSpec::Kronecker(spec) => self.kronecker(&name, spec, m, n, orientation),
+                TermSpec::LowRank { rank } => self.low_rank(&name, *rank, m, n, orientation),
             }
             .map_err(|error| match error {
                 Error::Shape { .. } => error.in_tensor(&name),
@@ -253,7 +253,7 @@ impl<'a> Source<'a> {
         spec: &KroneckerSpec,
         m: usize,
         n: usize,
-        direction: Direction,
+        orientation: Orientation,
     ) -> Result<StoredTerm> {
         let stored = spec.shape(m, n)?;
         let KroneckerShape { m1, n1, m2, n2, rank } = stored;
@@ -266,16 +266,16 @@ impl<'a> Source<'a> {
         let input = side("input_permutation", spec.permute.rows(), m)?;
         let output = side("output_permutation", spec.permute.columns(), n)?;
         let transpose = |tensor: Tensor| tensor.transpose(1, 2).expect("three dimensions");
-        Ok(StoredTerm::Kronecker(match direction {
-            Direction::Forward => Kronecker::new(stored, &a, &b, &input, &output)?,
+        Ok(StoredTerm::Kronecker(match orientation {
+            Orientation::AsStored => Kronecker::new(stored, &a, &b, &input, &output)?,
             // The stored indices of an embedding are both inverse: see `compress`.
-            Direction::Transposed => {
+            Orientation::Transposed => {
                 Kronecker::new(stored.transposed(), &transpose(a), &transpose(b), &output.inverse(), &input)?
             }
         }))
     }
 
-    fn low_rank(&self, name: &str, rank: usize, m: usize, n: usize, direction: Direction) -> Result<StoredTerm> {
+    fn low_rank(&self, name: &str, rank: usize, m: usize, n: usize, orientation: Orientation) -> Result<StoredTerm> {
         let shape = LowRankShape::new(m, n, rank)?;
         let left = self.tensor(&format!("{name}.left"), &[shape.left().0, shape.left().1])?;
         let right = self.tensor(&format!("{name}.right"), &[shape.right().0, shape.right().1])?;
@@ -284,18 +284,18 @@ impl<'a> Source<'a> {
         let stored = self.permutation(&format!("{name}.{which}"), length)?;
         let order = |permutation: &Permutation| Order::new(permutation.as_slice().iter().copied());
         let transposed = |tensor: &Tensor| Rows::new(&tensor.t().expect("two dimensions"));
-        Ok(StoredTerm::LowRank(match (direction, on_rows) {
-            (Direction::Forward, true) => {
+        Ok(StoredTerm::LowRank(match (orientation, on_rows) {
+            (Orientation::AsStored, true) => {
                 LowRank::OnRows { left: transposed(&left)?, right: transposed(&right)?, input: order(&stored) }
             }
-            (Direction::Forward, false) => {
+            (Orientation::AsStored, false) => {
                 LowRank::OnColumns { left: transposed(&left)?, right: transposed(&right)?, output: order(&stored) }
             }
             // Wᵀ[q] = [I; rightᵀ] leftᵀ, and Wᵀ[:, p] = rightᵀ [I leftᵀ]; what is stored is inverse.
-            (Direction::Transposed, false) => {
+            (Orientation::Transposed, false) => {
                 LowRank::OnRows { left: Rows::new(&right)?, right: Rows::new(&left)?, input: order(&stored.inverse()) }
             }
-            (Direction::Transposed, true) => {
+            (Orientation::Transposed, true) => {
                 LowRank::OnColumns { left: Rows::new(&right)?, right: Rows::new(&left)?, output: order(&stored) }
             }
         }))
@@ -332,7 +332,7 @@ impl<'a> Source<'a> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let (stored, tensor) = self.found(name, shape)?;
         self.checkpoint.check_finite(stored)?;
-        /// On huge pages, which are read a third faster.
+        /// On huge pages: reading is a third faster.
         fn copied<T: WithDType + Pod + Default>(bytes: &[u8], shape: &[usize]) -> candle_core::Result<Tensor> {
             let mut values = zeros::<T>(bytes.len() / size_of::<T>());
             bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
@@ -355,7 +355,7 @@ impl<'a> Source<'a> {
             return Err(error.in_tensor(stored));
         }
         let (indices, _) = self.checkpoint.bytes(tensor).as_chunks::<8>();
-        // A negative index becomes a huge one, which is out of range.
+        // A negative index maps to one that is out of range.
         let index = |bytes: &[u8; 8]| usize::try_from(i64::from_le_bytes(*bytes)).unwrap_or(usize::MAX);
         Permutation::new(indices.iter().map(index).collect()).map_err(|error| error.in_tensor(stored))
     }

@@ -1,4 +1,4 @@
-//! Multiplying by a low-rank matrix in interpolative form.
+//! Products with a low-rank matrix in interpolative form.
 
 use std::borrow::Cow;
 

@@ -1,8 +1,8 @@
-//! GPT-2 on the processor without torch: weights are candle tensors, the loops over them are ours.
+//! GPT-2 on the CPU without torch. Weights are candle tensors; the kernels are this crate's.
 //!
-//! A linear map reads its weights out × in, one output a row, whatever its kind: a dense matrix, the factors of a permuted
-//! Kronecker sum, or those of a low-rank one. One token reads every row once, as fast as memory gives them; many tokens are
-//! a matrix product. Results do not depend on the number of threads.
+//! Every linear map stores its weights out × in, one output per row: a dense matrix, the factors of a permuted
+//! Kronecker sum, or those of a low-rank matrix. One token reads every row once, at the speed of memory. Many tokens
+//! are a matrix product. Results do not depend on the number of threads.
 
 mod attention;
 mod config;

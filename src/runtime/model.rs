@@ -1,4 +1,4 @@
-//! GPT-2 as it runs: embeddings, blocks, the final normalisation and the head.
+//! The forward pass of GPT-2: embeddings, blocks, the final layer norm and the head.
 
 use super::attention::{Heads, KvCache, Span, attend};
 use super::config::{Activation, Gpt2Config};
@@ -9,14 +9,14 @@ use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-/// Values that a thread works on at a time where every value is by itself.
+/// Values of one task of an elementwise operation.
 const PIECE: usize = 1 << 14;
 
-/// Tokens of one forward pass where there are more sequences: enough for full matrix products, and few enough for sums of
-/// their products in f32.
+/// Tokens of one forward pass over several sequences: enough for full matrix products, and few enough for f32 sums of
+/// second moments.
 const TOKENS: usize = 2048;
 
-/// How many of the first sequences, one at least, are read in one forward pass.
+/// The number of leading sequences, at least 1, that one forward pass reads.
 pub(super) fn fitting(sequences: &[&[u32]]) -> usize {
     let mut tokens = 0;
     let fits = sequences.iter().take_while(|sequence| {
@@ -32,13 +32,13 @@ pub(super) fn fitting(sequences: &[&[u32]]) -> usize {
 #[derive(Clone, Debug)]
 pub struct Gpt2 {
     pub(super) config: Gpt2Config,
-    /// As the map from hidden states to logits, whose columns are looked up.
+    /// The token embedding, stored as the map from hidden states to logits. A lookup reads a column.
     pub(super) tokens: Linear,
-    /// Likewise.
+    /// The position embedding, stored likewise.
     pub(super) positions: Linear,
     pub(super) blocks: Vec<Block>,
     pub(super) last_norm: LayerNorm,
-    /// None if it is the token embedding.
+    /// `None` if tied to the token embedding.
     pub(super) head: Option<Linear>,
     pub(super) size: Size,
 }
@@ -71,7 +71,7 @@ pub(super) struct LayerNorm {
     pub bias: Vec<f32>,
 }
 
-/// What was computed for the tokens of one sequence so far.
+/// Keys and values of one sequence's tokens so far, for all layers.
 #[derive(Clone, Debug)]
 pub struct Cache {
     length: usize,
@@ -80,20 +80,21 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// How many tokens were seen.
+    /// The number of tokens so far.
     #[must_use]
     pub fn len(&self) -> usize {
         self.length
     }
 
-    /// Whether none was seen.
+    /// Whether there are no tokens.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 }
 
-/// Is told what goes into a linear layer: its name in configs ("h.0.mlp.c_fc", "lm_head"), and the inputs `(count, rows)`.
+/// Receives the inputs of every linear layer: its name in configs ("h.0.mlp.c_fc", "lm_head") and `(count, rows)`
+/// values.
 pub type Observer<'a> = &'a mut dyn FnMut(&str, &[f32]) -> Result<()>;
 
 impl Gpt2 {
@@ -124,12 +125,12 @@ impl Gpt2 {
         Ok(Cache { length: 0, capacity, layers })
     }
 
-    /// The last hidden states, normalised, `(tokens of all sequences, width)`, of new tokens behind those of their caches,
-    /// which they are added to. Sequences may be of any lengths: none is padded.
+    /// The last hidden states, normalised, `(tokens of all sequences, width)`, of new tokens behind those of their
+    /// caches, which they are added to. Sequences may be of any lengths: none is padded.
     ///
     /// # Errors
-    /// [`Error::Config`] for a token out of range or a sequence longer than its cache; [`Error::Cancelled`]; what `observer`
-    /// returns.
+    /// [`Error::Config`] for a token out of range or a sequence longer than its cache; [`Error::Cancelled`]; what
+    /// `observer` returns.
     ///
     /// # Cost
     /// Two MACs per token and parameter of the blocks, and `2·width` per pair of tokens and layer.
@@ -162,8 +163,8 @@ impl Gpt2 {
             let normed = block.attention_norm.forward(&x, self.config.epsilon, pool);
             observe(layer, "attn.c_attn", &normed)?;
             let qkv = block.query_key_value.forward(&normed, count, pool);
-            let mut memories: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
-            let attended = attend(self.heads(layer), &qkv, &spans, &mut memories, pool);
+            let mut kv_caches: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
+            let attended = attend(self.heads(layer), &qkv, &spans, &mut kv_caches, pool);
             observe(layer, "attn.c_proj", &attended)?;
             add_scaled(&mut x, 1.0, &block.attention_projection.forward(&attended, count, pool));
             progress.check()?;
@@ -201,8 +202,7 @@ impl Gpt2 {
         self.head.is_none()
     }
 
-    /// How often the values of a token are put into another order on their way through the model: by permutations that no
-    /// neighbour could take over.
+    /// The number of gathers per token: permutations that could not be merged into a neighbouring map.
     #[must_use]
     pub fn gathers(&self) -> usize {
         let maps = |block: &Block| {
@@ -269,9 +269,8 @@ impl Activation {
             Self::GeluTanh => gelu_tanh(values),
             Self::Silu => silu(values),
             Self::Gelu => values.iter_mut().for_each(|x| {
-                let wide = f64::from(*x);
-                *x = (0.5 * wide * (1.0 + candle_core::cpu::erf::erf_f64(wide * std::f64::consts::FRAC_1_SQRT_2)))
-                    as f32;
+                let x64 = f64::from(*x);
+                *x = (0.5 * x64 * (1.0 + candle_core::cpu::erf::erf_f64(x64 * std::f64::consts::FRAC_1_SQRT_2))) as f32;
             }),
             Self::Relu => values.iter_mut().for_each(|x| *x = x.max(0.0)),
             Self::Tanh => values.iter_mut().for_each(|x| *x = x.tanh()),

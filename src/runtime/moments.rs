@@ -1,4 +1,4 @@
-//! Second moments of what goes into linear layers: `Σ xᵀx` over the tokens of a text.
+//! Second moments of the inputs of linear layers: `Σ xᵀx` over the tokens of a text.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -12,12 +12,12 @@ use crate::progress::Progress;
 const PANEL: usize = 192;
 
 /// The sum of `xᵀx` of one layer's inputs: `(size, size)`, of which the lower triangle is kept.
-struct Moment {
+struct MomentSum {
     size: usize,
     sum: Vec<f64>,
 }
 
-impl Moment {
+impl MomentSum {
     fn add(&mut self, x: &[f32], pool: &ThreadPool) {
         let size = self.size;
         let x = MatRef::from_row_major_slice(x, x.len() / size, size);
@@ -44,12 +44,12 @@ impl Moment {
 }
 
 impl Gpt2 {
-    /// `E[xᵀx]`, row-major `(m, m)`, of the inputs of the layers in `names` ("h.0.attn.c_attn", "lm_head"), over all tokens
-    /// of all `sequences`.
+    /// `E[xᵀx]`, row-major `(m, m)`, of the inputs of the layers in `names` ("h.0.attn.c_attn", "lm_head"), over all
+    /// tokens of all `sequences`.
     ///
     /// # Errors
-    /// [`Error::Config`] for a name that is no linear layer, no tokens, a token out of range or a sequence longer than the
-    /// context; [`Error::Cancelled`].
+    /// [`Error::Config`] for a name that is no linear layer, no tokens, a token out of range or a sequence longer than
+    /// the context; [`Error::Cancelled`].
     ///
     /// # Cost
     /// A forward pass, `m²` MACs a token and name, and `12·m²` bytes for each name.
@@ -69,7 +69,7 @@ impl Gpt2 {
         }
         let layers = self.linear_layers();
         let moment = |name: &String| match layers.iter().find(|(known, _)| known == name) {
-            Some(&(_, size)) => Ok(Moment { size, sum: vec![0.0; size * size] }),
+            Some(&(_, size)) => Ok(MomentSum { size, sum: vec![0.0; size * size] }),
             None => Err(Error::Config(format!("names: expected linear layers, got {name:?}"))),
         };
         let mut moments = names.iter().map(moment).collect::<Result<Vec<_>>>()?;
@@ -92,8 +92,8 @@ impl Gpt2 {
         Ok(moments.into_iter().map(|moment| moment.mean(tokens)).collect())
     }
 
-    /// Every linear layer by its name in configs, in model order, with its number of inputs; the head, if the checkpoint
-    /// says that it has one, is "lm_head".
+    /// Every linear layer by its name in configs, in model order, with its number of inputs; the head, if the
+    /// checkpoint says that it has one, is "lm_head".
     #[must_use]
     pub fn linear_layers(&self) -> Vec<(String, usize)> {
         let of_block = |(layer, block): (usize, &Block)| {

@@ -1,11 +1,11 @@
-//! Putting vectors into another order.
+//! Reordering of vectors.
 
 use std::borrow::Cow;
 
 use super::thread_pool::ThreadPool;
 
-/// Gather indices of vectors of one length: element `i` of the result is element `indices[i]`. The order that changes
-/// nothing costs nothing.
+/// Gather indices of vectors of one length: element `i` of the result is element `indices[i]`. The identity costs
+/// nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Order(Option<Vec<u32>>);
 
@@ -17,7 +17,7 @@ impl Order {
         Self((!identity).then_some(indices))
     }
 
-    /// Whether it changes nothing.
+    /// Whether this is the identity.
     pub fn is_identity(&self) -> bool {
         self.0.is_none()
     }
@@ -27,12 +27,12 @@ impl Order {
         self.0.as_ref().map_or(i, |indices| indices[i] as usize)
     }
 
-    /// The order that gathers from what `before` has gathered, at once; `length` is that of the vectors.
+    /// The order that gathers by `before` and then by `self`, for vectors of `length`.
     pub fn after(&self, before: &Self, length: usize) -> Self {
         Self::new((0..length).map(|i| before.at(self.at(i))))
     }
 
-    /// The order that undoes this one.
+    /// The inverse order.
     pub fn inverse(&self) -> Self {
         let Some(indices) = &self.0 else { return Self(None) };
         let mut inverse = vec![0; indices.len()];
@@ -42,7 +42,7 @@ impl Order {
         Self(Some(inverse))
     }
 
-    /// Vectors one behind the other, each gathered.
+    /// Gathers each of several concatenated vectors.
     pub fn gather<'a>(&self, x: impl Into<Cow<'a, [f32]>>, pool: &ThreadPool) -> Cow<'a, [f32]> {
         let x = x.into();
         let Some(indices) = &self.0 else { return x };

@@ -1,4 +1,4 @@
-//! The one product that everything is made of: vectors times the rows of a stored matrix.
+//! Products of vectors with the rows of a stored matrix, on which every linear map is built.
 
 use std::ops::Range;
 
@@ -14,9 +14,9 @@ use crate::error::{Error, Result};
 use crate::numeric::memory::zeros;
 use crate::numeric::{Element, Values};
 
-/// Up to so many vectors the rows are read once for all of them, without being packed for a matrix product first.
+/// Up to this many vectors share one pass over the rows. More vectors are a packed matrix product.
 const FEW: usize = 2 * TOGETHER;
-/// Values of rows that a thread takes at a time.
+/// Values of rows in one task.
 const TASK: usize = 1 << 16;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
@@ -90,7 +90,8 @@ impl Rows {
 
     /// `y[t, i] = Σ_j x[t, j] · rows[i, j]` for `x : (count, length)`, as `(count, rows)`.
     ///
-    /// The result is the same for any number of threads, and for few vectors that of each does not depend on the others.
+    /// The result is the same for any number of threads, and for few vectors that of each does not depend on the
+    /// others.
     ///
     /// # Cost
     /// Few vectors read the rows once, as fast as memory gives them; many are a matrix product.
@@ -135,8 +136,8 @@ fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32]
     }
 }
 
-/// Moves matrices one behind the other, in the order in which they are read: one by one most are too small to lie on huge
-/// pages from end to end.
+/// Moves matrices into one buffer, in the order in which they are read. Most matrices alone are too small for huge
+/// pages.
 pub(super) fn move_together(matrices: &mut [&mut Rows]) -> Result<()> {
     fn of_dtype<T: WithDType + Default>(matrices: &mut [&mut Rows]) -> candle_core::Result<()> {
         let mut matrices: Vec<_> = matrices.iter_mut().filter(|matrix| matrix.tensor.dtype() == T::DTYPE).collect();
@@ -166,7 +167,8 @@ fn unexpected(error: candle_core::Error) -> Error {
     Error::Config(format!("weights: {error}"))
 }
 
-/// A tensor of two or three dimensions and any strides as a contiguous one, on huge pages, which are read a third faster.
+/// A tensor of two or three dimensions and any strides as a contiguous one, on huge pages, which are read a third
+/// faster.
 fn packed(tensor: &Tensor) -> candle_core::Result<Tensor> {
     fn copy<T: Copy + Default>(values: &[T], layout: &Layout) -> Vec<T> {
         // A block is read and written within the first-level cache.
@@ -199,7 +201,8 @@ fn packed(tensor: &Tensor) -> candle_core::Result<Tensor> {
     }
 }
 
-/// `y : (count, ·)` of `x : (count, length)` with rows that `panel` gives, some at a time, to the function that it gets.
+/// `y : (count, ·)` of `x : (count, length)` with rows that `panel` gives, some at a time, to the function that it
+/// gets.
 pub(super) fn product_by_panels(
     x: &[f32],
     length: usize,

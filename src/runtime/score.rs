@@ -1,4 +1,4 @@
-//! How probable a model finds texts.
+//! Log-likelihoods of texts.
 
 use super::generate::most_probable;
 use super::kernels::sum_of_exponentials;
@@ -7,10 +7,10 @@ use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-/// Logits that are held at a time.
+/// Logits in memory at a time.
 const LOGITS: usize = 1 << 23;
 
-/// What a model made of one token, given those before it.
+/// The score of one token, given those before it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenScore {
     /// `ln p`, in nats.
@@ -23,8 +23,8 @@ impl Gpt2 {
     /// Scores the last `scored[i]` tokens of each sequence, given all tokens before them, sequence by sequence.
     ///
     /// # Errors
-    /// [`Error::Config`] for a token out of range, a sequence longer than the context by more than the last token, which is
-    /// never read, or a first token that is to be scored; [`Error::Cancelled`].
+    /// [`Error::Config`] for a token out of range, a sequence longer than the context by more than the last token,
+    /// which is never read, or a first token that is to be scored; [`Error::Cancelled`].
     ///
     /// # Cost
     /// One forward pass, and logits for the scored tokens only, a bounded number of them at a time.

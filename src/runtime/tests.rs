@@ -21,8 +21,8 @@ use crate::progress::{Parallelism, Progress};
 use crate::spec::{KroneckerShape, KroneckerSpec, Permute};
 use crate::testing::noise;
 
-/// A compressed checkpoint with every kind of term: both orders of contraction, large blocks, pivots on rows and columns,
-/// sums, parts, and embeddings.
+/// A compressed checkpoint with every kind of term: both orders of contraction, large blocks, pivots on rows and
+/// columns, sums, parts, and embeddings.
 const SPECS: &str = r#"{"specs":{
     "wte":{"block":[4,2],"rank":3},
     "wpe":{"rank":4},
@@ -312,7 +312,7 @@ proptest! {
         let (a, b) = (integers(rank * m1 * n1, seed), integers(rank * m2 * n2, seed ^ 1));
         let (p, q) = (shuffled(m, seed ^ 2), shuffled(n, seed ^ 3));
         let sum = KroneckerSum { shape, a: a.clone(), b: b.clone(), lost_energy: 0.0 };
-        let w = Decomposition { sum, rows: Some(p.clone()), columns: Some(q.clone()) }.to_dense();
+        let w = Decomposition { sum, row_permutation: Some(p.clone()), column_permutation: Some(q.clone()) }.to_dense();
         let x = integers(count * m, seed ^ 4);
         let entry = |at: usize| (0..m).map(|i| x[at / n * m + i] * w[i * n + at % n]).sum::<f32>();
         let expected: Vec<f32> = (0..count * n).map(entry).collect();
@@ -359,7 +359,7 @@ fn a_sum_that_is_made_first_gives_what_its_factors_give() {
         let found = decompose(&matrix, (m, n), &spec, Effort::Fast, 0, sequential, &Progress::default()).unwrap();
         let dense = found.to_dense();
         let sum = &found.sum;
-        let (p, q) = (found.rows.as_ref().unwrap(), found.columns.as_ref().unwrap());
+        let (p, q) = (found.row_permutation.as_ref().unwrap(), found.column_permutation.as_ref().unwrap());
         let linear = Linear::kronecker(sum.shape, &sum.a, &sum.b, p, q).unwrap();
         // Few vectors go by the factors; as many as are cheaper to multiply by the matrix go by that.
         for count in [1, 2, 7, 2000] {

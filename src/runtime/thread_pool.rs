@@ -1,7 +1,7 @@
-//! Threads that stay awake between the many short steps of a forward pass.
+//! Threads for the many short steps of a forward pass.
 //!
-//! A step of a decoded token takes some hundred microseconds, and waking a thread that sleeps takes a tenth of that: rayon's
-//! threads sleep too soon. These wait by turning for a while, and sleep only when nothing comes.
+//! One step of a decoded token takes about a hundred microseconds, and waking a sleeping thread takes a tenth of that.
+//! rayon's threads sleep too soon. These helpers spin before they park.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -12,30 +12,30 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-/// How often a thread looks for work before it sleeps: some hundred microseconds.
+/// Spins of a helper before it parks: some hundred microseconds.
 const SPINS: u32 = 1 << 14;
 
-/// The calling thread and its helpers. They end when it is dropped.
+/// The calling thread and its helpers, which end when the pool is dropped.
 #[derive(Debug)]
 pub struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
-    /// Not `Sync`: one job at a time, and none from within another.
+    /// Not `Sync`: one job at a time, and no job within another.
     _one_caller: PhantomData<Cell<()>>,
 }
 
-/// A borrowed closure whose borrow the compiler cannot see: [`ThreadPool::run`] ends it.
+/// A borrowed closure without its lifetime; [`ThreadPool::run`] ends the borrow.
 #[derive(Clone, Copy)]
 struct Job(*const (dyn Fn() + Sync));
 
-// SAFETY: what is pointed to is `Sync`, and outlives its use (see `ThreadPool::run`).
+// SAFETY: the closure is `Sync` and outlives its use (see `ThreadPool::run`).
 unsafe impl Send for Job {}
 
 struct Shared {
-    /// Changes when there is a job.
+    /// Incremented for every job.
     round: AtomicUsize,
     job: Mutex<Option<Job>>,
-    /// Helpers that have not finished the job.
+    /// Helpers that have not finished the current job.
     busy: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -51,7 +51,7 @@ impl ThreadPool {
     /// Starts `threads − 1` helpers.
     ///
     /// # Errors
-    /// What the system says if it cannot start a thread.
+    /// The system's error if a thread does not start.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             round: AtomicUsize::new(0),
@@ -71,8 +71,8 @@ impl ThreadPool {
 
     /// Calls `work` on every item, in any order and on any thread.
     ///
-    /// Neighbours are one thread's, one after the other, as long as no thread is idle: what the processor reads ahead is
-    /// then of use, and memory is read a sixth faster than in turns.
+    /// Each thread takes consecutive items while no thread is idle. Hardware prefetching then works, and memory is read
+    /// a sixth faster than with interleaved items.
     pub fn for_each<T: Send>(&self, mut items: impl ExactSizeIterator<Item = T>, work: impl Fn(T) + Sync) {
         let (count, threads) = (items.len(), self.helpers.len() + 1);
         if threads == 1 || count < 2 {
@@ -84,7 +84,7 @@ impl ThreadPool {
         let started = AtomicUsize::new(0);
         self.run(&|| {
             let own = started.fetch_add(1, Relaxed);
-            // What is left to others is taken from its end, far from where they are.
+            // Items of another thread are taken from its end, far from that thread's position.
             let next = || {
                 (0..threads).find_map(|other| {
                     let mut share = shares[(own + other) % threads].lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,7 +127,7 @@ impl Drop for ThreadPool {
         self.shared.round.fetch_add(1, SeqCst);
         for helper in self.helpers.drain(..) {
             helper.thread().unpark();
-            // Its panics were told where they happened.
+            // `run` has already reported panics.
             let _ = helper.join();
         }
     }
@@ -137,13 +137,13 @@ impl Shared {
     fn help(&self) {
         let mut seen = 0;
         loop {
-            let mut turns = 0;
+            let mut spins = 0;
             while self.round.load(Acquire) == seen {
-                turns += 1;
-                if turns < SPINS {
+                spins += 1;
+                if spins < SPINS {
                     std::hint::spin_loop();
                 } else {
-                    // A call of `unpark` between the look and the sleep makes this return at once.
+                    // Returns at once if `unpark` was called since the check.
                     thread::park();
                 }
             }
@@ -178,7 +178,7 @@ mod tests {
                     assert!(values.iter().enumerate().all(|(i, &value)| value == i + 1));
                 }
             }
-            // They sleep by then, and wake.
+            // By then the helpers are parked, and must wake.
             std::thread::sleep(std::time::Duration::from_millis(20));
             let count = AtomicUsize::new(0);
             pool.for_each(0..1000, |_| _ = count.fetch_add(1, Relaxed));

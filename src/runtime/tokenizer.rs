@@ -1,4 +1,4 @@
-//! The tokenizer that lies beside the weights.
+//! The tokenizer of a checkpoint.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -38,7 +38,7 @@ impl Tokenizer {
     /// Reads the tokenizer of the checkpoint in `directory`: `tokenizer.json`, or else `vocab.json` and `merges.txt`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there is none, or with what is wrong with it; [`Error::Io`].
+    /// [`Error::Checkpoint`] if there is none or it is invalid; [`Error::Io`].
     pub fn load(directory: &Path) -> Result<Self> {
         let problem = |path: PathBuf| move |problem: String| Error::Checkpoint { path, problem };
         let mut named = Vec::new();
@@ -102,7 +102,7 @@ impl Tokenizer {
         self.tokenizer.decode(tokens, skip_special_tokens).map_err(|error| self.problem(&error))
     }
 
-    /// How many tokens there are, special ones included.
+    /// The number of tokens, special ones included.
     #[must_use]
     pub fn vocabulary(&self) -> usize {
         self.tokenizer.get_vocab_size(true)

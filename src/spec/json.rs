@@ -1,4 +1,4 @@
-//! The JSON of what one matrix becomes.
+//! The JSON of a matrix's spec.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
@@ -32,10 +32,10 @@ pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer
     T::deserialize(deserializer).map(Some)
 }
 
-/// Reads the JSON of what one matrix becomes: `{"block", "rank", "permute"}`, `{"rank"}` for low rank, or `{"terms"}`.
+/// Reads a matrix's spec: `{"block", "rank", "permute"}`, `{"rank"}` for low rank, or `{"terms"}` for a sum.
 ///
 /// # Errors
-/// What is wrong, in words.
+/// A message that names the wrong key.
 pub fn matrix_spec(value: Value) -> Result<MatrixSpec, String> {
     if value.get("terms").is_none() {
         return Ok(term_spec(value)?.into());

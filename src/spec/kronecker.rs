@@ -1,4 +1,4 @@
-//! Factor shapes: how a matrix splits into Kronecker factors, and what that costs.
+//! The shape of a Kronecker sum, and its cost.
 
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ impl KroneckerShape {
     ///
     /// # Errors
     /// [`Error::Shape`] if a dimension is zero, if the block does not divide the matrix, or if the rank is not between
-    /// 1 and `min(m1·n1, m2·n2)`: a higher one could only add zero terms.
+    /// 1 and `min(m1·n1, m2·n2)`, beyond which all terms are zero.
     pub fn new(m: usize, n: usize, block: (usize, usize), rank: usize) -> Result<Self> {
         let (m2, n2) = block;
         if m == 0 || n == 0 {
@@ -110,13 +110,13 @@ impl KroneckerShape {
         Self { m1: self.n1, n1: self.m1, m2: self.n2, n2: self.m2, rank: self.rank }
     }
 
-    /// The shape of the exchanged sum `Σ_k B_k ⊗ A_k`, which is the same matrix but for the order of rows and columns.
+    /// The shape of the exchanged sum `Σ_k B_k ⊗ A_k`: the same matrix with rows and columns in another order.
     #[must_use]
     pub fn exchanged(&self) -> Self {
         Self { m1: self.m2, n1: self.n2, m2: self.m1, n2: self.n1, rank: self.rank }
     }
 
-    /// Whether the blocks have more entries than there are blocks, so that the exchanged sum has the smaller Gram matrix.
+    /// Whether a block has more entries than there are blocks. The exchanged sum then has the smaller Gram matrix.
     #[must_use]
     pub fn large_blocks(&self) -> bool {
         self.blocks() < self.block_entries()
@@ -179,7 +179,7 @@ impl Permute {
     }
 }
 
-/// What is asked of one matrix: block, rank, and which sides may be permuted.
+/// The spec of a Kronecker sum: block, rank, and the sides that may be permuted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KroneckerSpec {
     /// The block `(m2, n2)`, in × out.

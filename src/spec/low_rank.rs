@@ -1,13 +1,13 @@
-//! The shape of a low-rank matrix, and what it costs.
+//! The shape of a low-rank matrix, and its cost.
 
 use crate::error::{Error, Result};
 
 /// The shape of a low-rank matrix in interpolative form.
 ///
-/// A matrix of rank `k` is `[I; T] R` after a permutation of its rows that brings `k` independent ones, `R`, to the top:
-/// the identity need not be stored, so `k·(m + n − k)` numbers do, where two plain factors take `k·(m + n)`. The rows
-/// are those of the shorter side: `[I; T] R` for `m ≤ n`, `L [I T]` otherwise (Cheng, Gimbutas, Martinsson and Rokhlin,
-/// "On the compression of low rank matrices", 2005).
+/// A matrix of rank `k` equals `[I; T] R` once a permutation has moved `k` independent rows, `R`, to the top. The
+/// identity is not stored, so `k·(m + n − k)` numbers suffice, where two plain factors take `k·(m + n)`. The permuted
+/// side is the shorter one: `[I; T] R` for `m ≤ n`, `L [I T]` otherwise (Cheng, Gimbutas, Martinsson and Rokhlin, "On
+/// the compression of low rank matrices", 2005).
 ///
 /// ```
 /// use tqcompressor::spec::LowRankShape;
@@ -27,7 +27,7 @@ pub struct LowRankShape {
 
 impl LowRankShape {
     /// # Errors
-    /// [`Error::Shape`] unless the rank is between 1 and `min(m, n) − 1`: with a higher one nothing is saved.
+    /// [`Error::Shape`] unless the rank is between 1 and `min(m, n) − 1`: a higher one saves nothing.
     pub fn new(rows: usize, columns: usize, rank: usize) -> Result<Self> {
         let most = rows.min(columns).saturating_sub(1);
         if rank == 0 || rank > most {
@@ -58,7 +58,7 @@ impl LowRankShape {
         (self.rank, if self.pivots_on_rows() { self.columns } else { self.columns - self.rank })
     }
 
-    /// Stored parameters, `k·(m + n − k)`, which is also the number of MACs for one vector.
+    /// Stored parameters, `k·(m + n − k)`: also the MACs of a product with one vector.
     #[must_use]
     pub fn parameters(&self) -> usize {
         self.rank * (self.rows + self.columns - self.rank)
@@ -68,7 +68,7 @@ impl LowRankShape {
     #[must_use]
     pub fn largest_rank(rows: usize, columns: usize, parameters: usize) -> usize {
         let most = rows.min(columns).saturating_sub(1);
-        // k·(m + n − k) grows with k up to (m + n)/2, which is beyond `most`.
+        // k·(m + n − k) grows up to k = (m + n)/2, which is beyond `most`.
         let (mut low, mut high) = (0, most + 1);
         while low + 1 < high {
             let middle = low.midpoint(high);

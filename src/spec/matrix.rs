@@ -1,4 +1,4 @@
-//! What is asked of one matrix: a Kronecker sum, a low-rank product, or a sum of several of these.
+//! The spec of one matrix: a sum of one or more Kronecker or low-rank terms.
 
 use std::fmt;
 
@@ -6,15 +6,15 @@ use super::kronecker::KroneckerSpec;
 use super::low_rank::LowRankShape;
 use crate::error::{Error, Result};
 
-/// What is done with a matrix for every token, which says what it costs in MACs.
+/// How a model uses a matrix for each token. MACs follow from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Usage {
-    /// A linear map: one vector is multiplied by it.
+    /// A linear map: a product with one vector.
     #[default]
     Map,
-    /// An embedding: one of its rows is looked up.
+    /// An embedding: a lookup of one row.
     Lookup,
-    /// An embedding that is the output head, too.
+    /// An embedding that is also the output head.
     TiedLookup,
 }
 
@@ -32,7 +32,7 @@ impl Usage {
         })
     }
 
-    /// MACs for one token of a dense `(m, n)` matrix: `m·n`, and none for a row that is only looked up.
+    /// MACs for one token of a dense `(m, n)` matrix: `m·n`, and none for a lookup.
     #[must_use]
     pub fn dense_macs(self, m: usize, n: usize) -> usize {
         if self == Self::Lookup { 0 } else { m * n }
@@ -52,7 +52,7 @@ pub enum TermSpec {
 }
 
 impl TermSpec {
-    /// The parameters that this term takes of an `(m, n)` matrix.
+    /// The parameters of this term of an `(m, n)` matrix.
     ///
     /// # Errors
     /// [`Error::Shape`] if it does not fit.
@@ -63,7 +63,7 @@ impl TermSpec {
         }
     }
 
-    /// MACs for one token of an `(m, n)` matrix that is this term: those of a product with a vector,
+    /// MACs for one token of an `(m, n)` matrix that is this term. A product with a vector takes
     /// [`KroneckerShape::macs`](super::KroneckerShape::macs) or a low rank's parameters, and, where
     /// rows are looked up, those that make one row: `rank·n`, less the columns that a low rank holds as they are.
     ///
@@ -85,7 +85,7 @@ impl TermSpec {
     }
 }
 
-/// What one matrix becomes: the sum of one or more terms.
+/// The spec of one matrix: a sum of one or more terms.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MatrixSpec {
     terms: Vec<TermSpec>,
@@ -127,7 +127,7 @@ impl MatrixSpec {
         &self.terms
     }
 
-    /// The spec, if it is one Kronecker sum and nothing else.
+    /// The Kronecker spec, if that is the only term.
     #[must_use]
     pub fn as_kronecker(&self) -> Option<&KroneckerSpec> {
         match self.terms.as_slice() {
@@ -136,7 +136,7 @@ impl MatrixSpec {
         }
     }
 
-    /// The parameters that an `(m, n)` matrix is left with.
+    /// The parameters of an `(m, n)` matrix of this spec.
     ///
     /// # Errors
     /// [`Error::Shape`] if a term does not fit the matrix.
@@ -144,7 +144,7 @@ impl MatrixSpec {
         self.terms.iter().map(|term| term.parameters(m, n)).sum()
     }
 
-    /// The MACs for one token that an `(m, n)` matrix is left with.
+    /// The MACs for one token of an `(m, n)` matrix of this spec.
     ///
     /// # Errors
     /// [`Error::Shape`] if a term does not fit the matrix.

@@ -1,9 +1,9 @@
-//! What one matrix becomes: the shapes of its factors, what they cost, and how a configuration asks for them.
+//! Specs of compressed matrices: the shapes of their factors, their cost, and their JSON.
 //!
 //! * `kronecker`: Kronecker sums with permutations.
 //! * `low_rank`: low rank in interpolative form.
 //! * `matrix`: one matrix as a sum of these terms.
-//! * `json`: the JSON of that.
+//! * `json`: its JSON.
 
 mod json;
 mod kronecker;

@@ -15,7 +15,7 @@ fn names(directory: &Path) -> Vec<String> {
 fn a_commit_leaves_only_the_destination() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("new/parents/out");
-    let stage = Stage::begin(destination(&out, false)).unwrap();
+    let stage = StagingDirectory::begin(destination(&out, false)).unwrap();
     stage.write("a.txt", b"1").unwrap();
     assert!(!out.exists());
     stage.commit().unwrap();
@@ -26,7 +26,7 @@ fn a_commit_leaves_only_the_destination() {
 #[test]
 fn a_dropped_stage_leaves_no_trace() {
     let root = tempfile::tempdir().unwrap();
-    let stage = Stage::begin(destination(&root.path().join("new/parents/out"), false)).unwrap();
+    let stage = StagingDirectory::begin(destination(&root.path().join("new/parents/out"), false)).unwrap();
     stage.write("a.txt", b"1").unwrap();
     drop(stage);
     assert!(names(root.path()).is_empty());
@@ -49,7 +49,7 @@ fn overwriting_replaces_the_whole_directory_either_way() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
     for (file, overwrite) in [("was", false), ("is", true)] {
-        let stage = Stage::begin(destination(&out, overwrite)).unwrap();
+        let stage = StagingDirectory::begin(destination(&out, overwrite)).unwrap();
         stage.write(file, b"").unwrap();
         stage.commit().unwrap();
     }
@@ -60,7 +60,7 @@ fn overwriting_replaces_the_whole_directory_either_way() {
 fn a_destination_filled_meanwhile_is_left_alone() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    let stage = Stage::begin(destination(&out, false)).unwrap();
+    let stage = StagingDirectory::begin(destination(&out, false)).unwrap();
     fs::create_dir(&out).unwrap();
     fs::write(out.join("theirs"), b"").unwrap();
     assert!(matches!(stage.commit(), Err(Error::Destination { .. })));
@@ -71,9 +71,9 @@ fn a_destination_filled_meanwhile_is_left_alone() {
 fn live_runs_are_left_alone_and_stale_ones_cleaned() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    let live = Stage::begin(destination(&out, false)).unwrap();
+    let live = StagingDirectory::begin(destination(&out, false)).unwrap();
     live.write("half", b"").unwrap();
-    let second = Stage::begin(destination(&out, false)).unwrap_err();
+    let second = StagingDirectory::begin(destination(&out, false)).unwrap_err();
     assert!(second.to_string().contains("another run"), "{second}");
     assert!(live.directory().join("half").exists());
     drop(live);
@@ -82,7 +82,7 @@ fn live_runs_are_left_alone_and_stale_ones_cleaned() {
     fs::write(sibling(&out, "lock"), b"").unwrap();
     fs::create_dir(sibling(&out, "partial")).unwrap();
     fs::write(sibling(&out, "partial").join("stale"), b"").unwrap();
-    let stage = Stage::begin(destination(&out, false)).unwrap();
+    let stage = StagingDirectory::begin(destination(&out, false)).unwrap();
     assert!(names(stage.directory()).is_empty());
     stage.commit().unwrap();
     assert_eq!(names(root.path()), ["out"]);
@@ -95,7 +95,7 @@ fn what_a_killed_exchange_moved_aside_comes_back() {
     let aside = sibling(&out, "replaced");
     fs::create_dir(&aside).unwrap();
     fs::write(aside.join("theirs"), b"").unwrap();
-    assert!(matches!(Stage::begin(destination(&out, false)), Err(Error::Destination { .. })));
+    assert!(matches!(StagingDirectory::begin(destination(&out, false)), Err(Error::Destination { .. })));
     assert_eq!((names(root.path()), names(&out)), (vec!["out".to_owned()], vec!["theirs".to_owned()]));
 }
 
