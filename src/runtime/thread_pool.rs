@@ -104,8 +104,8 @@ impl ThreadPool {
     /// returned. A helper that is not scheduled in time is not waited for.
     fn run(&self, job: &(dyn Fn() + Sync)) {
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. Helpers call the job only between `open` and `close`, which is reached even if
-        // the job panics on this thread.
+        // SAFETY: only the lifetime changes. Helpers call the job only between `open` and `close`, which is reached
+        // even if the job panics on this thread.
         let erased = Job(unsafe { std::mem::transmute::<&(dyn Fn() + Sync), *const (dyn Fn() + Sync)>(job) });
         shared.open(erased);
         for helper in &self.helpers {
