@@ -69,7 +69,7 @@ fn auto_class(architecture: &str) -> &str {
     }
 }
 
-/// What to call the source in a report: the hub's name if it is in the hub's cache, else the path as given.
+/// The source's name in a report: its hub id if it is in the hub's cache, else the path as given.
 #[must_use]
 pub fn source_name(source: &Path) -> String {
     let absolute = std::path::absolute(source);

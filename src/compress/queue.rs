@@ -1,4 +1,4 @@
-//! Many jobs of different sizes on the threads of a pool, the largest first.
+//! Jobs of different sizes on a thread pool, the largest first.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -8,9 +8,9 @@ use crate::progress::{Parallelism, Progress};
 
 /// Runs `one(i, parallelism)` for every size, on the current rayon pool.
 ///
-/// A large job that begins last would leave the other threads idle, so the largest begin first. With fewer jobs than
-/// threads, `parallelism` lets each use all of them. With more, each keeps to its own: a thread that waits for a part
-/// of one matrix would otherwise begin another, and hold both.
+/// The largest jobs start first, because a large job that starts last would leave the other threads idle. With fewer jobs
+/// than threads, `parallelism` lets each job use all threads. With more, each job uses one thread: otherwise a thread that
+/// waits for a part of one matrix would start another and hold both in memory.
 ///
 /// # Errors
 /// Of several, the first by number that isn't [`Error::Cancelled`]. After the first, `progress` is cancelled, so that
@@ -36,7 +36,7 @@ pub(super) fn largest_first(
         }
     });
     let mut errors = errors.into_inner().expect("no thread panicked");
-    // What came of cancelling the others is not the cause.
+    // Report the original error, not the cancellations it triggered.
     errors.sort_by_key(|(i, error)| (matches!(error, Error::Cancelled), *i));
     errors.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
 }

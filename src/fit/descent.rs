@@ -1,7 +1,7 @@
-//! Descent on the factors of all terms of a sum at once: L-BFGS with a preconditioner.
+//! Descent on the factors of all terms of a sum: L-BFGS with a preconditioner.
 //!
-//! J. Nocedal, "Updating quasi-Newton matrices with limited storage", Mathematics of Computation 35 (1980). It takes a
-//! third of the norm evaluations that alternating least squares by conjugate gradients takes to the same lost energy.
+//! J. Nocedal, "Updating quasi-Newton matrices with limited storage", Mathematics of Computation 35 (1980). It needs a
+//! third of the norm evaluations of alternating least squares by conjugate gradients for the same lost energy.
 
 use std::collections::VecDeque;
 
@@ -13,11 +13,11 @@ use super::preconditioner::{BlockWeights, Preconditioner};
 use crate::error::Result;
 use crate::progress::Progress;
 
-/// Steps that the curvature is remembered from.
+/// Steps in the history of the curvature.
 const MEMORY: usize = 10;
-/// Share of the decrease that the slope promises which a step must bring.
+/// The least decrease of a step, as a share of what the slope predicts (Armijo's rule).
 const ARMIJO: f64 = 1e-4;
-/// Relative decrease of a step below which the descent ends.
+/// The descent ends at a smaller relative decrease.
 const CONVERGED: f64 = 2e-5;
 
 /// Factors of every term, or a gradient, or a step: `(a, b)` of each.
@@ -134,7 +134,7 @@ impl History {
         self.0.clear();
     }
 
-    /// Takes up a step, unless the function was not convex along it.
+    /// Adds a step, unless the function was not convex along it.
     fn push(&mut self, step: Point, change: Point) {
         let curvature = dot(&step, &change);
         if curvature > 1e-12 * (dot(&step, &step) * dot(&change, &change)).sqrt() {

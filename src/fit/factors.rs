@@ -71,7 +71,7 @@ impl Factors {
         factors
     }
 
-    /// Calls `visit` with every entry of the rearranged matrix and its place in the matrix itself, column by column.
+    /// Calls `visit` with the indices of every entry in the rearranged matrix and in the matrix, column by column.
     fn for_each_place(&self, mut visit: impl FnMut(usize, usize, usize, usize)) {
         let KroneckerShape { m1, n1, m2, n2, .. } = self.shape;
         for j2 in 0..n2 {
@@ -138,7 +138,7 @@ impl Factors {
         for k in 0..self.shape.rank {
             let square = |factor: &Mat<f64>| factor.col(k).iter().map(|value| value * value).sum::<f64>();
             let (a, b) = (square(&self.a), square(&self.b));
-            // A term one of whose factors is zero is zero.
+            // A term with a zero factor is zero.
             let (to_a, to_b) = if a > 0.0 && b > 0.0 { ((b / a).powf(0.25), (a / b).powf(0.25)) } else { (0.0, 0.0) };
             self.a.col_mut(k).iter_mut().for_each(|value| *value *= to_a);
             self.b.col_mut(k).iter_mut().for_each(|value| *value *= to_b);

@@ -1,9 +1,9 @@
-//! The norm in which a matrix is approximated: what its inputs look like, and how much the model minds its outputs.
+//! The norm of an approximation: the distribution of a layer's inputs, and the loss's sensitivity to each output.
 //!
 //! `‖E‖² = tr(C_in E C_out Eᵀ)` for an error `E = W − Ŵ` of shape `(m, n)`, with the second moment of the layer's
 //! inputs `C_in = E[x xᵀ]` (SVD-LLM, arXiv 2403.07378) and that of the gradients at its outputs `C_out = E[g gᵀ]`: the
-//! Kronecker-factored Gauss–Newton matrix (Martens and Grosse, arXiv 1503.05671), by which the loss of the whole model
-//! grows when this layer is off. A side without a moment counts as the identity, and both without as the Frobenius
+//! Kronecker-factored Gauss–Newton matrix (Martens and Grosse, arXiv 1503.05671), which approximates the growth of the
+//! model's loss under an error of this layer. A side without a moment is the identity; without both it is the Frobenius
 //! norm.
 
 use faer::linalg::matmul::matmul;
@@ -12,9 +12,9 @@ use faer::{Accum, Mat, MatRef, Par};
 use crate::error::{Error, Result};
 use crate::kron::eigenvectors;
 
-/// The share of its mean eigenvalue that is added to every eigenvalue of a moment, and taken from its whole: few
-/// samples say nothing about some directions, which is not the same as those never occurring. With it, a singular
-/// moment is ordinary. Between 1e-6 and 0.1 the perplexity of compressed models hardly depends on it.
+/// Shrinkage of a moment towards its mean eigenvalue times the identity. Few samples leave some directions unobserved;
+/// shrinkage keeps their weight above zero, so that singular moments need no special case. Between 1e-6 and 0.1 the
+/// perplexity of compressed models hardly depends on it.
 const SHRINKAGE: f64 = 0.01;
 
 /// A second moment of one side: symmetric and positive semidefinite.
@@ -22,7 +22,7 @@ const SHRINKAGE: f64 = 0.01;
 pub enum Moment<'a> {
     /// Only its diagonal is known, or it has no other entries.
     Diagonal(&'a [f32]),
-    /// All of it, row-major `(d, d)`; the mean of it and its transpose is what counts.
+    /// The whole matrix, row-major `(d, d)`. It is averaged with its transpose.
     Full(&'a [f32]),
 }
 
@@ -53,7 +53,7 @@ impl Moment<'_> {
     }
 }
 
-/// The two moments of a norm as given; [`Norm::prepare`] makes them usable.
+/// The two moments of a norm, as given; see [`Norm::prepare`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Moments<'a> {
     /// `C_in`, of the rows' side.
@@ -62,11 +62,10 @@ pub struct Moments<'a> {
     pub output: Option<Moment<'a>>,
 }
 
-/// One side of a [`Norm`], shrunk and of mean diagonal 1 (the scale of a norm matters to nobody here but
-/// [`Norm::scale`]).
+/// One side of a [`Norm`], shrunk and scaled to a mean diagonal of 1; [`Norm::scale`] keeps the scale.
 #[derive(Clone, Debug)]
 pub enum Weight {
-    /// Every direction alike.
+    /// The identity.
     Identity,
     /// Positive entries.
     Diagonal(Vec<f64>),
@@ -81,7 +80,7 @@ pub struct Norm {
     pub input: Weight,
     /// `C_out`.
     pub output: Weight,
-    /// What the squared norm must be multiplied by to be in units of the moments that were given.
+    /// The factor from squared norms to the units of the given moments.
     pub scale: f64,
 }
 
@@ -200,7 +199,7 @@ impl Weight {
     }
 }
 
-/// `x y`, on the calling thread: a job has its matrices side by side.
+/// `x y`, on the calling thread: jobs run their matrices in parallel.
 #[must_use]
 pub(super) fn product(x: MatRef<'_, f64>, y: MatRef<'_, f64>) -> Mat<f64> {
     let mut product = Mat::zeros(x.nrows(), y.ncols());

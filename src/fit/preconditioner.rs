@@ -1,4 +1,4 @@
-//! Roughly the inverse of the curvature of `‖W − K‖²` in the factors of a Kronecker sum.
+//! An approximate inverse of the curvature of `‖W − K‖²` in the factors of a Kronecker sum.
 //!
 //! If the norm's weights were Kronecker products that follow the blocks, `C_in[p][:, p] = C1 ⊗ C2` and
 //! `C_out[q][:, q] = D1 ⊗ D2`, the curvature in `a` for a fixed `b` would be `(D1 ⊗ C1) a ⟨b, (D2 ⊗ C2) b⟩`: two small
@@ -13,8 +13,8 @@ use super::moment::{Norm, Weight, product};
 use crate::error::Result;
 use crate::spec::KroneckerShape;
 
-/// What is added to the Gram matrix of a factor, as a share of its mean eigenvalue: terms far below the mean would
-/// otherwise take steps that their curvature in the true norm does not bear out.
+/// Regularisation of a factor's Gram matrix, as a share of its mean eigenvalue. Without it, terms far below the mean
+/// take steps that are too long in the true norm.
 const REGULARISATION: f64 = 1e-3;
 
 /// The two factors of each side's weight.
@@ -57,7 +57,7 @@ impl BlockWeights {
             let mut gram = product(factor.transpose(), weighted.as_ref());
             let size = gram.nrows();
             let mean = (0..size).map(|k| gram[(k, k)]).sum::<f64>() / size as f64;
-            // A zero factor has no curvature: any positive number will do.
+            // A zero factor has no curvature, so any positive number works.
             let added = if mean > 0.0 { REGULARISATION * mean } else { 1.0 };
             (0..size).for_each(|k| gram[(k, k)] += added);
             inverse(gram)
@@ -95,7 +95,7 @@ fn both_sides(columns: MatRef<'_, f64>, shape: (usize, usize), left: &Weight, ri
     if let (Weight::Identity, Weight::Identity) = (left, right) {
         return columns.to_owned();
     }
-    // All of them side by side are one product.
+    // One product of all matrices side by side.
     let values: Vec<f64> = columns.col_iter().flat_map(|column| column.iter().copied()).collect();
     let mut weighted = left.times(MatRef::from_column_major_slice(&values, height, width * count));
     if height == 1 {
@@ -111,7 +111,7 @@ fn both_sides(columns: MatRef<'_, f64>, shape: (usize, usize), left: &Weight, ri
     Mat::from_fn(height * width, count, |at, k| weighted[(at % height, k * width + at / height)])
 }
 
-/// See the module.
+/// The approximate inverse of the curvature at given factors.
 pub(super) struct Preconditioner {
     a_shape: (usize, usize),
     b_shape: (usize, usize),
@@ -138,8 +138,8 @@ fn inverse_weight(weight: &Weight) -> Weight {
     }
 }
 
-/// The inverse of a positive definite matrix; of its diagonal if rounding has made it indefinite, since here it only
-/// shows a direction.
+/// The inverse of a positive definite matrix, or of its diagonal if rounding made it indefinite: a preconditioner need
+/// not be exact.
 fn inverse(mut matrix: Mat<f64>) -> Mat<f64> {
     let size = matrix.nrows();
     let diagonal: Vec<f64> = (0..size).map(|i| matrix[(i, i)]).collect();

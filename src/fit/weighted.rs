@@ -1,7 +1,7 @@
 //! A permuted Kronecker sum fitted in a weighted norm.
 //!
-//! There is no closed form. Orders and factors start where a norm that has one puts them, and then take turns: descent
-//! on both factors for fixed orders, better orders for fixed factors. No step raises what is lost.
+//! There is no closed form. Orders and factors start from a norm that has one. Then two steps alternate: descent on both
+//! factors for fixed orders, and better orders for fixed factors. No step raises the lost energy.
 
 use std::slice;
 
@@ -18,21 +18,21 @@ use crate::permute::{Decomposition, Effort, Orders, norm_sort};
 use crate::progress::Progress;
 use crate::spec::{KroneckerSpec, Permute};
 
-/// How long a fit goes on.
+/// The length of a fit.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Turns {
-    /// Turns of descent and orders.
+    /// Alternations of descent and orders.
     pub turns: usize,
-    /// Steps of descent in a turn.
+    /// Steps of descent per alternation.
     pub steps: usize,
     /// Steps of descent at the end.
     pub last_steps: usize,
 }
 
 impl Turns {
-    /// To tell a good spec from a bad one.
+    /// Enough to rule out bad specs.
     pub const SCREENING: Self = Self { turns: 1, steps: 4, last_steps: 4 };
-    /// To tell the best of the good ones.
+    /// Enough to find the best of the remaining specs.
     pub const SECOND_SCREENING: Self = Self { turns: 1, steps: 7, last_steps: 7 };
 
     pub fn new(effort: Effort) -> Self {
@@ -44,7 +44,7 @@ impl Turns {
     }
 }
 
-/// Alternating assignments that the orders start from, at most.
+/// The most alternating assignments of the start.
 pub(super) const ASSIGNMENTS: usize = 6;
 
 /// The Kronecker sum of the given spec that is near to `view` in `norm`; its lost energy is that of `norm`.
@@ -79,7 +79,7 @@ pub fn weighted_kronecker(
 /// Orders from the norm of the moments' diagonals, by norm sort and alternating assignment, and factors in closed form
 /// from the weights' nearest Kronecker products, or from the Frobenius norm if these are better; never worse than zero.
 ///
-/// `assignments` is how many there may be on each side.
+/// `assignments` is the most of them on each side.
 pub(super) fn start(
     target: MatRef<'_, f64>,
     spec: &KroneckerSpec,
@@ -120,7 +120,7 @@ pub(super) fn start(
     Ok(if other_energy < energy { other } else { factors })
 }
 
-/// Scales a sum so that `‖W − K‖²`, which is returned, is least: what is near in one norm may be far off in another.
+/// Scales a sum to the least `‖W − K‖²`, which is returned. A sum that is near in one norm may be far off in another.
 fn shrink(factors: &mut Factors, target: MatRef<'_, f64>, norm: &Norm) -> f64 {
     let dense = factors.dense();
     let weighted = norm.apply(dense.as_ref());
@@ -130,8 +130,8 @@ fn shrink(factors: &mut Factors, target: MatRef<'_, f64>, norm: &Norm) -> f64 {
     norm.energy(target) - scale * along
 }
 
-/// Takes turns on all terms of a sum, whose orders may change as `permutes` say; returns the energy that is left. Never
-/// raises it.
+/// Alternates descent and orders on all terms of a sum; `permutes` says which orders may change. Returns the lost
+/// energy, which never rises.
 pub(super) fn improve(
     terms: &mut [Factors],
     permutes: &[Permute],

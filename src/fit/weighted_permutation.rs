@@ -1,8 +1,8 @@
-//! Better orders for the rows and columns of a Kronecker sum whose factors stay as they are, in the norm of the fit.
+//! Better orders for the rows and columns of a Kronecker sum with fixed factors, in the norm of the fit.
 //!
-//! With `E = W − K`, moving rows of `K` about changes `‖E‖²` by terms that two matrix products hold for all pairs of
-//! rows. A side whose weight is diagonal is a linear assignment problem; with a full one the rows depend on each other,
-//! and pairs change places instead.
+//! With `E = W − K`, two matrix products give the change of `‖E‖²` for every move of a row of `K`. With a diagonal weight
+//! the best order of a side is a linear assignment problem. With a full weight rows depend on each other, and pairs are
+//! swapped.
 
 use faer::{Mat, MatRef};
 
@@ -17,9 +17,9 @@ use crate::spec::Permute;
 const LONGEST: usize = 4096;
 /// Longest side for an assignment problem; beyond, swaps gain nearly as much in less time.
 const LONGEST_ASSIGNMENT: usize = 1024;
-/// Relative gain below which a move is rounding.
+/// A smaller relative gain is rounding.
 const ROUNDING: f64 = 1e-9;
-/// Swaps that are tried, for each row.
+/// Swaps tried per row.
 const TRIES: usize = 8;
 
 /// Improves both orders of `factors` as far as `permute` allows; returns whether anything has changed.

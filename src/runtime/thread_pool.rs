@@ -7,13 +7,16 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// Spins of a helper before it parks: some hundred microseconds.
 const SPINS: u32 = 1 << 14;
+
+/// No helper may begin to work on the job.
+const CLOSED: usize = usize::MAX;
 
 /// The calling thread and its helpers, which end when the pool is dropped.
 #[derive(Debug)]
@@ -35,8 +38,8 @@ struct Shared {
     /// Incremented for every job.
     round: AtomicUsize,
     job: Mutex<Option<Job>>,
-    /// Helpers that have not finished the current job.
-    busy: AtomicUsize,
+    /// Helpers that are at work on the job, or [`CLOSED`].
+    working: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
@@ -56,7 +59,7 @@ impl ThreadPool {
         let shared = Arc::new(Shared {
             round: AtomicUsize::new(0),
             job: Mutex::new(None),
-            busy: AtomicUsize::new(0),
+            working: AtomicUsize::new(CLOSED),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
@@ -97,23 +100,19 @@ impl ThreadPool {
         });
     }
 
-    /// Calls `job` once on every thread, and returns when all have returned.
+    /// Calls `job` on this thread and on every helper that wakes before this thread is done, and returns when all have
+    /// returned. A helper that is not scheduled in time is not waited for.
     fn run(&self, job: &(dyn Fn() + Sync)) {
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. Helpers call the job between here and the end of `wait`, which is reached
-        // even if the job panics on this thread, and the pointer is taken away before this function returns.
+        // SAFETY: only the lifetime changes. Helpers call the job only between `open` and `close`, which is reached
+        // even if the job panics on this thread.
         let erased = Job(unsafe { std::mem::transmute::<&(dyn Fn() + Sync), *const (dyn Fn() + Sync)>(job) });
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(erased);
-        shared.busy.store(self.helpers.len(), Relaxed);
-        shared.round.fetch_add(1, SeqCst);
+        shared.open(erased);
         for helper in &self.helpers {
             helper.thread().unpark();
         }
         let own = catch_unwind(AssertUnwindSafe(job));
-        while shared.busy.load(Acquire) > 0 {
-            std::hint::spin_loop();
-        }
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        shared.close();
         if let Err(panic) = own {
             resume_unwind(panic);
         }
@@ -134,6 +133,27 @@ impl Drop for ThreadPool {
 }
 
 impl Shared {
+    /// Lets helpers work on a job.
+    fn open(&self, job: Job) {
+        *self.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+        self.working.store(0, Release);
+        self.round.fetch_add(1, SeqCst);
+    }
+
+    /// Waits for the helpers that have begun, and lets no other begin.
+    fn close(&self) {
+        let mut spins = 0;
+        while self.working.compare_exchange(0, CLOSED, AcqRel, Relaxed).is_err() {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
+        }
+        *self.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn help(&self) {
         let mut seen = 0;
         loop {
@@ -147,18 +167,22 @@ impl Shared {
                     thread::park();
                 }
             }
-            seen += 1;
+            seen = self.round.load(Acquire);
             if self.stop.load(SeqCst) {
                 return;
             }
+            let begin = |working| if working == CLOSED { None } else { Some(working + 1) };
+            if self.working.fetch_update(AcqRel, Relaxed, begin).is_err() {
+                continue;
+            }
             let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(Job(job)) = job {
-                // SAFETY: `run` keeps the job alive until `busy` is 0.
+                // SAFETY: `close` waits for this thread.
                 if catch_unwind(AssertUnwindSafe(|| unsafe { (*job)() })).is_err() {
                     self.panicked.store(true, Relaxed);
                 }
             }
-            self.busy.fetch_sub(1, Release);
+            self.working.fetch_sub(1, Release);
         }
     }
 }
