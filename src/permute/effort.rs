@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Effort {
     /// Norm sort, alternating assignment and a very short annealing.
+    #[default]
     Fast,
     /// [`Fast`](Self::Fast) and a longer annealing.
-    #[default]
     Balanced,
     /// [`Balanced`](Self::Balanced) and two annealings about fifteen times as long.
     Best,

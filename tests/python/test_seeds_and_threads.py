@@ -46,7 +46,7 @@ WITH_BOTH = {
         TINY, tmp_path / "out", budget=0.5, **given
     ),
     "distill": lambda model, tmp_path, **given: tqcompressor.distill(
-        TINY, texts=TINY / "heldout.txt", out=tmp_path / "out", **given
+        TINY, text=TINY / "heldout.txt", out=tmp_path / "out", **given
     ),
 }
 WITH_SEED = {

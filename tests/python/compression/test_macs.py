@@ -139,7 +139,7 @@ def test_a_plan_states_macs():
     assert line in str(found) and allowed in str(found) and allowed not in str(plan(TINY, 0.8))
     # Nothing to compare with, but what is looked up takes some.
     only_looked_up = plan(tiny_model(), 0.98, matrices=["wpe"])
-    assert "multiplies for one token: 0 by the dense matrices" in str(only_looked_up) and only_looked_up.macs_after > 0
+    assert "MACs for one token: 0 by the dense matrices" in str(only_looked_up) and only_looked_up.macs_after > 0
 
 
 @pytest.mark.parametrize("cap", [0, -0.5, math.nan, math.inf, True, "0.7", [0.5]], ids=repr)

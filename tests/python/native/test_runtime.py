@@ -295,7 +295,7 @@ def test_streams_decode_every_token_once(trained):
 
     native = NativeModel(trained._directory, trained._runtime)
     vars(native)["_tokenizer"] = Tokenizer()
-    native.generate(["He", "She"], max_new_tokens=100, temperature=1.0, stream=lambda prompt, piece: None)
+    native.generate(["He", "She"], max_new_tokens=100, temperature=1.0, streamer=lambda prompt, piece: None)
     # Once as they come and once all together, however many times the stream was called.
     assert sum(pushed) == sum(decoded) and len(decoded) == 2
 
