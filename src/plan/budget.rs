@@ -29,7 +29,7 @@ pub enum Weighting {
     /// They add up as they are: with the gradients at the outputs they are losses of the whole model.
     Absolute,
     /// Each matrix counts by its lost energy's share of its own, times its parameters: without gradients nothing says
-    /// how much the model minds an error, and energies of different layers cannot be compared.
+    /// how sensitive the loss is to an error, and energies of different layers cannot be compared.
     Relative,
 }
 
