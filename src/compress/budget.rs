@@ -1,7 +1,7 @@
 //! From a budget to a fit for every matrix: spectra, allocation, and the best kind of approximation for each.
 //!
-//! A [`SpentBudget`] carries what planning computed, so that nothing is computed again when the plan is carried out:
-//! beyond the effort "fast" the fits themselves, and at "fast" the eigendecompositions, as far as [`KEPT_SPECTRA`] reaches.
+//! A [`SpentBudget`] keeps the results of planning, so that compression need not repeat them. Above the effort "fast"
+//! these are the fits themselves; at "fast" they are the eigendecompositions, up to [`KEPT_SPECTRA`] bytes.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -20,77 +20,78 @@ use crate::plan::{Candidate, Choice, Target, Weighting, allocate};
 use crate::progress::Progress;
 use crate::spec::{MatrixSpec, Usage};
 
-/// Bytes of eigendecompositions that are kept between planning and fitting; beyond them they are computed again.
+/// Bytes of eigendecompositions kept between planning and fitting. The rest is computed again.
 pub const KEPT_SPECTRA: usize = 768 << 20;
 
-/// A matrix that a budget may be spent on.
+/// A matrix that a budget may compress.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BudgetMatrix<'a> {
     /// The matrix.
     pub place: Place<'a>,
-    /// Its module. The parts of a fused weight have one module, and are compressed all or none.
+    /// Its module. The parts of a fused weight have the same module; either all of them are compressed or none.
     pub module: String,
-    /// What is done with it for every token.
+    /// The operation in which the model uses it for every token.
     pub usage: Usage,
 }
 
-/// What a budget is, and how hard to look.
+/// A budget and the effort of the search.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BudgetOptions {
-    /// How far to go.
+    /// The target.
     pub target: Target,
-    /// A cap on the MACs for one token of all matrices together, as a share of those that they take dense.
+    /// A cap on the MACs for one token of all matrices together, as a share of their MACs while dense.
     pub max_macs: Option<f64>,
-    /// "fast" takes low rank; beyond it, each matrix takes the best of any kind with no more parameters.
+    /// At "fast", every fit is low rank. Above, each matrix gets the best fit of any kind with no more parameters.
     pub effort: Effort,
 }
 
-/// What a matrix is to become.
+/// The plan for one matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Planned {
     /// Its spec; `None` if it stays dense.
     pub spec: Option<MatrixSpec>,
-    /// Its parameters then.
+    /// Its parameters after compression.
     pub parameters: usize,
     /// Its MACs for one token while it is dense.
     pub macs_before: usize,
-    /// Its MACs for one token then.
+    /// Its MACs for one token after compression.
     pub macs: usize,
-    /// The energy that it then loses, in its norm.
+    /// Its lost energy after compression, in its norm.
     pub lost_energy: f64,
-    /// Its energies in descending order: rank `k` loses all but the first `k`.
+    /// Its energies in descending order. Rank `k` loses all but the first `k`.
     pub energies: Vec<f64>,
 }
 
-/// A budget that was spent: a plan for every matrix, and what is needed to carry it out.
+/// A budget after planning: the plan for every matrix, and the results that fitting reuses.
 pub struct SpentBudget {
     planned: Vec<Planned>,
     work: Vec<Mutex<Work>>,
     fits: FitStore,
 }
 
-/// What planning left of the work on one matrix.
+/// The work that remains on one matrix after planning.
 enum Work {
-    /// The matrix stays dense, or its fit is in the store or was taken.
+    /// The matrix stays dense, its fit is in the store, or its fit was already taken.
     Nothing,
-    /// A low rank, to be fitted; with the eigendecomposition if that was kept.
+    /// A low-rank fit to compute, with its eigendecomposition if that was kept.
     LowRank(usize, Option<Spectrum>),
 }
 
 impl SpentBudget {
-    /// Spends one budget over matrices that `load` yields by their index, on the current rayon pool: the rank of each
-    /// follows from a spectrum that is computed once, and, beyond the effort "fast", each matrix then takes the best
-    /// approximation of any kind that has no more parameters.
+    /// Distributes one budget over matrices that `load` reads by index, on the current rayon pool. Each rank follows
+    /// from a spectrum that is computed once. Above the effort "fast", each matrix then gets the best approximation of
+    /// any kind that has no more parameters.
     ///
-    /// Where some parts of a fused weight are compressed, a part that would stay dense gets all but one of its ranks, which
-    /// has one parameter less and loses next to nothing. What the ranks leave of a cap on MACs is shared out in proportion
-    /// to what each takes, and no matrix's best may take more. With `keep`, [`fit_each`](Self::fit_each) can follow.
+    /// If some parts of a fused weight are compressed, a part that would stay dense gets its full rank less one, which
+    /// has fewer parameters and loses almost nothing. MACs that the ranks leave below a cap are distributed in
+    /// proportion to the MACs of each choice, and limit the best approximation of each matrix. With `keep`,
+    /// [`fit_each`](Self::fit_each) can follow.
     ///
     /// # Errors
-    /// Those of `load`, of [`Spectrum::new`] and [`fit_within`], in the matrix, and of [`allocate`].
+    /// Those of `load`, of [`Spectrum::new`] and of [`fit_within`], in the matrix, and those of [`allocate`].
     ///
     /// # Cost
-    /// Memory: one matrix a thread; with `keep` up to [`KEPT_SPECTRA`], or [`FitStore`]'s bound, beside it.
+    /// Memory: one matrix per thread. With `keep`, also up to [`KEPT_SPECTRA`] bytes, or the bound of [`FitStore`].
     pub fn spend<'a>(
         matrices: &[BudgetMatrix<'_>],
         options: BudgetOptions,
@@ -153,7 +154,7 @@ impl SpentBudget {
         Ok(spent)
     }
 
-    /// Replaces the low rank of every matrix by the best of any kind within the same limits.
+    /// Replaces each low rank by the best approximation of any kind within the same limits.
     #[allow(clippy::too_many_arguments)]
     fn refine<'a>(
         &mut self,
@@ -209,21 +210,21 @@ impl SpentBudget {
         in_order(which.len(), |keep| self.fit_each(which, places, progress, load, keep))
     }
 
-    /// What every matrix is to become, in the order in which they were given.
+    /// The plan for every matrix, in the order of [`spend`](Self::spend).
     #[must_use]
     pub fn planned(&self) -> &[Planned] {
         &self.planned
     }
 
-    /// Hands the fits of compressed matrices to `finish`, on the current rayon pool, each of them once: those that planning
-    /// found, and those of low rank that it only chose. `which` are their indices among the matrices of
-    /// [`spend`](Self::spend); `places`, `load` and `finish` count as `which` does.
+    /// Calls `finish` with the fit of each compressed matrix, once, on the current rayon pool: the fits that planning
+    /// kept, and the low-rank fits that it only selected. `which` holds indices into the matrices of
+    /// [`spend`](Self::spend); `places`, `load` and `finish` use positions in `which`.
     ///
     /// # Errors
-    /// Those of `load` and of the fit, in the matrix, those of `finish`, and [`Error::Io`] of the store of fits.
+    /// Those of `load` and of the fit, in the matrix, those of `finish`, and [`Error::Io`] of the fit store.
     ///
     /// # Panics
-    /// If there are not as many places as indices, or a matrix stays dense or was fitted before.
+    /// If there are not as many places as indices, or a matrix stays dense or was already taken.
     pub fn fit_each<'a>(
         &self,
         which: &[usize],
@@ -263,7 +264,7 @@ fn low_rank(
     progress: &Progress,
 ) -> Result<LowRank> {
     match spectrum {
-        // The norm is in the spectrum: preparing it again would cost as much as the rest.
+        // The norm is part of the spectrum: preparing it again would cost as much as the rest of the fit.
         Some(spectrum) => MatrixView::new(values, place.rows, place.columns)
             .and_then(|view| spectrum.low_rank(view, rank, progress))
             .map_err(|error| error.in_tensor(&place.name)),
@@ -271,7 +272,7 @@ fn low_rank(
     }
 }
 
-/// Eigendecompositions that are kept, as far as their memory reaches.
+/// Eigendecompositions kept up to a limit of memory.
 struct Kept {
     room: Mutex<usize>,
 }
@@ -288,7 +289,7 @@ impl Kept {
     }
 }
 
-/// Compresses those parts of a fused weight that would stay dense beside others that do not.
+/// Compresses the dense parts of fused weights that have compressed parts.
 fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [Choice]) -> Result<()> {
     let fitted = matrices.iter().zip(&*choices).filter(|(_, choice)| choice.rank.is_some());
     let compressed: HashSet<_> = fitted.map(|(matrix, _)| &matrix.module).collect();
@@ -300,18 +301,18 @@ fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [
     Ok(())
 }
 
-/// What each matrix may take of `most` MACs: as many as its choice does, and of what all choices together leave a
-/// part in proportion to that. Dense matrices have no use for it.
+/// The MACs that each matrix may use of `most`: those of its choice, and a share of the remainder in proportion to
+/// them. Dense matrices get no share.
 fn shared_out(most: usize, choices: &[Choice]) -> Vec<usize> {
     let left = most - choices.iter().map(|choice| choice.macs).sum::<usize>();
     let used = |choice: &Choice| if choice.rank.is_some() { choice.macs } else { 0 };
     let all = choices.iter().map(used).sum::<usize>().max(1);
-    // Rounded down, and in more bits, since a product of two counts may not fit.
+    // Rounded down. A product of two counts may exceed 64 bits.
     let part = |choice: &Choice| (left as u128 * used(choice) as u128 / all as u128) as usize;
     choices.iter().map(|choice| choice.macs + part(choice)).collect()
 }
 
-/// How many times as long finding the best approximation takes as a spectrum does, roughly, for the progress bar.
+/// Approximate cost of finding the best approximation, in spectra, for the progress bar.
 const REFINEMENT: u64 = 10;
 
 #[cfg(test)]

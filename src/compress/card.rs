@@ -1,5 +1,5 @@
-//! The model card, `README.md`, of a compressed checkpoint. It holds no times and no dates: the same input gives the
-//! same card.
+//! The model card, `README.md`, of a compressed checkpoint. It holds no times and no dates, so that the same input
+//! gives the same card.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::report::Report;
 
-/// Writes the card of a checkpoint made from `source`, whose configuration is `config`.
+/// Writes the card of a checkpoint compressed from `source` by `config`.
 #[must_use]
 pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -> String {
     let hub = hub_id(source);
@@ -69,21 +69,21 @@ fn auto_class(architecture: &str) -> &str {
     }
 }
 
-/// The source's name in a report: its hub id if it is in the hub's cache, else the path as given.
+/// The source's name in a report: its hub id if it is in the hub's cache, otherwise the path as given.
 #[must_use]
 pub fn source_name(source: &Path) -> String {
     let absolute = std::path::absolute(source);
     absolute.ok().and_then(|path| hub_id(&path)).unwrap_or_else(|| source.display().to_string())
 }
 
-/// The hub's name of a model in huggingface_hub's cache: `models--ORG--NAME/snapshots/REVISION`.
+/// The hub id of a model in huggingface_hub's cache: `models--ORG--NAME/snapshots/REVISION`.
 fn hub_id(source: &Path) -> Option<String> {
     let snapshots = source.parent()?;
     let id = snapshots.parent()?.file_name()?.to_str()?.strip_prefix("models--")?;
     (snapshots.file_name()? == "snapshots").then(|| id.replace("--", "/"))
 }
 
-/// The licence that the source's own card declares.
+/// The licence declared in the source's card.
 fn license(source: &Path) -> Option<String> {
     let card = std::fs::read_to_string(source.join("README.md")).ok()?;
     let front = card.strip_prefix("---\n")?.split("\n---").next()?;

@@ -1,5 +1,5 @@
-//! A checkpoint compressed into another: everything is validated before anything is written, matrices are decomposed in
-//! parallel, and the destination appears whole or not at all.
+//! Compression of a checkpoint into another directory. Everything is validated before anything is written, matrices are
+//! decomposed in parallel, and the destination appears complete or not at all.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -28,17 +28,17 @@ use crate::plan::{Job, Model, Plan, TQConfig};
 use crate::progress::Progress;
 use crate::spec::{KroneckerShape, LowRankShape, TermSpec, Usage};
 
-/// Bytes copied between two looks at whether to stop.
+/// Bytes copied between two checks for cancellation.
 const COPIED: usize = 4 << 20;
 
-/// How a checkpoint is written.
+/// Options of the written checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The dtype of every floating tensor; `None` keeps each tensor's own.
     pub dtype: Option<Float>,
     /// Whether a destination that holds a checkpoint is replaced.
     pub overwrite: bool,
-    /// The longest weight file; a longer one is split into shards.
+    /// The largest weight file, in bytes. Larger ones are split into shards.
     pub max_shard_bytes: u64,
 }
 
@@ -48,7 +48,7 @@ impl Default for Options {
     }
 }
 
-/// What `plan` would do to a checkpoint.
+/// The report of `plan` for a checkpoint, before compression.
 #[must_use]
 pub fn planned_report(checkpoint: &Checkpoint, plan: &Plan) -> Report {
     Report {
@@ -58,10 +58,10 @@ pub fn planned_report(checkpoint: &Checkpoint, plan: &Plan) -> Report {
     }
 }
 
-/// Spends a budget over matrices of a checkpoint, by their names.
+/// Distributes a budget over matrices of a checkpoint, given by name.
 ///
 /// # Errors
-/// [`Error::Config`] for a name that is no matrix of the checkpoint; those of [`SpentBudget::spend`].
+/// [`Error::Config`] for a name that is not a matrix of the checkpoint; those of [`SpentBudget::spend`].
 pub fn spend_budget(
     checkpoint: &Checkpoint,
     names: &[String],
@@ -97,18 +97,18 @@ fn usage(checkpoint: &Checkpoint, matrix: &Matrix) -> Usage {
     }
 }
 
-/// Where the fits of a checkpoint's matrices come from.
+/// The source of the fits of a checkpoint's matrices.
 #[derive(Clone, Copy)]
 pub enum Fits<'a> {
-    /// They are made, in the norms of a calibration.
+    /// They are computed, in the norms of a calibration.
     Made(&'a Calibration<'a>),
-    /// A budget was spent on the matrices of these names, in the norms of a calibration, and carries them.
+    /// A budget planned for the matrices of these names, in the norms of a calibration, holds them.
     Spent {
         /// The budget.
         budget: &'a SpentBudget,
-        /// The names of its matrices, in its order.
+        /// The names of its matrices, in order.
         names: &'a [String],
-        /// The moments that it was spent with.
+        /// The moments that it was planned with.
         calibration: &'a Calibration<'a>,
     },
 }
@@ -120,7 +120,7 @@ impl Fits<'_> {
     }
 }
 
-/// The places of a plan's matrices among `names`.
+/// The positions of a plan's matrices in `names`.
 fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
     let places: HashMap<_, _> = names.iter().enumerate().map(|(i, name)| (name.as_str(), i)).collect();
     let place = |job: &Job| {
@@ -130,21 +130,21 @@ fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
     plan.jobs.iter().map(place).collect()
 }
 
-/// Compresses a checkpoint into the directory `destination`, on the current rayon pool. The bytes written
-/// do not depend on its number of threads.
+/// Compresses a checkpoint into the directory `destination`, on the current rayon pool. The bytes written do not depend
+/// on the number of threads.
 ///
-/// Weights, `config.json` with a `quantization_config`, a model card and `compression_report.json` are written; the
-/// tokenizer and every other file of `source` that holds no weights is copied. For each module `M` with `W[p][:, q] ≈ Σ
-/// A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the gather indices of the forward pass
-/// that its spec allows: `M.input_permutation` (`p`; its inverse in an embedding) and `M.output_permutation` (the
-/// inverse of `q`). A low-rank matrix has `M.left` and `M.right` and one permutation instead; the tensors of a sum of
-/// several terms are those of `M.terms.0`, `M.terms.1` and so on.
+/// The result holds the weights, `config.json` with a `quantization_config`, a model card and
+/// `compression_report.json`. The tokenizer and every other file of `source` without weights are copied. For each
+/// module `M` with `W[p][:, q] ≈ Σ A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the
+/// gather indices of the forward pass for each permuted side: `M.input_permutation` (`p`; its inverse in an embedding)
+/// and `M.output_permutation` (the inverse of `q`). A low-rank matrix has `M.left`, `M.right` and one permutation. A
+/// sum of several terms has the tensors of each term, under `M.terms.0`, `M.terms.1` and so on.
 ///
 /// # Errors
-/// Any of [`Error`], naming the tensor or the path. Then, and when cancelled, nothing is left behind.
+/// Any of [`Error`], naming the tensor or the path. After an error or a cancellation, no output remains.
 ///
 /// # Cost
-/// Memory: one matrix a thread and what its decomposition needs. The source is mapped, not loaded.
+/// Memory: one matrix per thread and the workspace of its decomposition. The source is memory-mapped.
 pub fn compress_checkpoint(
     checkpoint: &Checkpoint,
     destination: &Path,
@@ -216,23 +216,23 @@ pub fn compress_checkpoint(
     Ok(report)
 }
 
-/// One tensor of the compressed checkpoint and where its values come from.
+/// One tensor of the compressed checkpoint and the source of its values.
 struct Output<'a> {
     slot: Slot,
     content: Content<'a>,
 }
 
 enum Content<'a> {
-    /// A tensor of the source.
+    /// A copy of a tensor of the source.
     Copy(&'a Tensor),
-    /// Part of a decomposition.
+    /// A factor or a permutation of a decomposition.
     Factor,
-    /// One zero byte under the name of a dense weight, so that a plain load, which would leave that weight random and
-    /// only warn, fails on its shape.
+    /// One zero byte under the name of a dense weight. Without it, a plain load would leave that weight random and only
+    /// warn; with it, the load fails because the shapes differ.
     Guard,
 }
 
-/// A head that is stored although it is the token embedding, and must not be stored any more once that is factored.
+/// A head that is stored although it is tied. It must be left out once the token embedding is factored.
 fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'a Tensor>> {
     let family = checkpoint.family();
     let embedding = plan.jobs.iter().find(|job| family.is_token_embedding(&job.matrix.tensor));
@@ -271,7 +271,7 @@ fn outputs<'a>(
         }
         if jobs.peek().is_none_or(|job| job.matrix.tensor != *name) {
             let dtype = match dtype {
-                // Integers stay integers; floats that cannot be converted are refused.
+                // Integers are copied; floats that cannot be converted are errors.
                 Some(float) if tensor.parameters() > 0 => {
                     Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(name))?;
                     float.dtype()
@@ -299,7 +299,7 @@ fn outputs<'a>(
     Ok(outputs)
 }
 
-/// The stored name of a tensor of term `t` of a compressed matrix; the only term's have no number.
+/// The stored name of a tensor of term `t` of a compressed matrix. A single term has no number.
 fn factor_name(matrix: &Matrix, terms: usize, t: usize, which: &str) -> String {
     let number = if terms == 1 { String::new() } else { format!(".terms.{t}") };
     format!("{}{}{number}.{which}", matrix.stored_module(), matrix.part())
@@ -353,7 +353,8 @@ fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
             }
         };
         if let Some(rows) = rows {
-            // A linear map gathers its input by `p`; an embedding looks up where row `id` went, which is the inverse.
+            // A linear map gathers its input by `p`. An embedding looks up the new position of row `id`, which is the
+            // inverse.
             let inverse = (matrix.kind == Kind::Embedding).then(|| rows.inverse());
             writer.write_indices(&name("input_permutation"), inverse.as_ref().unwrap_or(rows).as_slice())?;
         }
@@ -364,7 +365,7 @@ fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
     Ok(())
 }
 
-/// Looks at every weight to be compressed, so that a bad one is found now and not after minutes of work.
+/// Checks every weight to compress, so that an invalid one is found before minutes of work.
 fn check_finite(checkpoint: &Checkpoint, plan: &Plan, progress: &Progress) -> Result<()> {
     let mut names: Vec<_> = plan.jobs.iter().map(|job| job.matrix.tensor.as_str()).collect();
     names.dedup();
@@ -374,11 +375,11 @@ fn check_finite(checkpoint: &Checkpoint, plan: &Plan, progress: &Progress) -> Re
         checkpoint.release(&checkpoint.tensors()[*name]);
         result
     });
-    // Collected first, so that of several faults the first in the model is reported.
+    // Collect all results first, so that the error reported is that of the first faulty tensor in the model.
     results.collect::<Vec<_>>().into_iter().collect()
 }
 
-/// Copies a tensor, in pieces, converted if its slot has another dtype.
+/// Copies a tensor in pieces, converted if its slot has another dtype.
 fn copy(checkpoint: &Checkpoint, tensor: &Tensor, slot: &Slot, writer: &Writer, progress: &Progress) -> Result<()> {
     let bytes = checkpoint.bytes(tensor);
     if tensor.dtype == slot.dtype {
@@ -402,7 +403,7 @@ fn copy(checkpoint: &Checkpoint, tensor: &Tensor, slot: &Slot, writer: &Writer, 
     Ok(())
 }
 
-/// The files of `source` that go along: all but weights, pickles, hidden files, and what is written anew.
+/// The files of `source` to copy: all but weights, pickles, hidden files, and files that are written anew.
 fn carried(source: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(source).map_err(Error::io(source))? {
@@ -410,7 +411,7 @@ fn carried(source: &Path) -> Result<Vec<PathBuf>> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let written = ["config.json", "README.md", "compression_report.json"].contains(&&*name);
         let skipped = written || name.starts_with('.') || name.ends_with(".index.json") || is_weight_file(&name);
-        // Through links: huggingface_hub's cache is made of them.
+        // Follow links: huggingface_hub's cache consists of them.
         if !skipped && path.is_file() {
             paths.push(path);
         }
@@ -419,7 +420,7 @@ fn carried(source: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The source's `config.json` with the resolved configuration, and its dtype kept in step.
+/// The source's `config.json` with the resolved configuration and the dtype of the result.
 fn config_json(source: &Map<String, Value>, config: &TQConfig, dtype: Option<Float>) -> String {
     let mut object = source.clone();
     if let Some(float) = dtype {

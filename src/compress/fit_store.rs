@@ -1,5 +1,5 @@
-//! Fits between the plan that found them and the checkpoint or model that takes them: in memory up to a bound, the rest in a
-//! temporary file without a name, which goes with the process.
+//! Storage for fits between planning and compression: in memory up to a bound, the rest in an unnamed temporary file,
+//! which the system removes when the process ends.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -12,30 +12,30 @@ use crate::error::{Error, Result};
 use crate::fit::{Fit, LowRank, Term};
 use crate::permute::Decomposition;
 
-/// Bytes of factors that stay in memory.
+/// Bytes of factors kept in memory.
 const HELD: usize = 1 << 30;
 
-/// A place for one fit of each of several matrices.
+/// A store with one slot per matrix.
 pub(super) struct FitStore {
     slots: Vec<Mutex<Option<Stored>>>,
     shelf: Mutex<Shelf>,
 }
 
-/// A fit; where its factors are in the file, these are empty, and their lengths are here.
+/// A fit. If its factors are in the file, the vectors here are empty and their lengths are kept.
 struct Stored {
     timed: Timed,
     spilled: Option<(u64, Vec<usize>)>,
 }
 
 struct Shelf {
-    /// Bytes that may still be held.
+    /// Bytes that may still be kept in memory.
     room: usize,
     file: Option<File>,
     end: u64,
 }
 
 impl FitStore {
-    /// A store for the fits of so many matrices.
+    /// A store for the fits of the given number of matrices.
     pub fn new(matrices: usize) -> Self {
         Self::with_room(matrices, HELD)
     }
@@ -45,7 +45,7 @@ impl FitStore {
         Self { slots, shelf: Mutex::new(Shelf { room, file: None, end: 0 }) }
     }
 
-    /// Keeps the fit of matrix `i`.
+    /// Stores the fit of matrix `i`.
     ///
     /// # Errors
     /// [`Error::Io`] if the temporary file cannot be written.
@@ -66,13 +66,13 @@ impl FitStore {
         Ok(())
     }
 
-    /// Gives back the fit of matrix `i`, once.
+    /// Takes the fit of matrix `i` out of the store.
     ///
     /// # Errors
     /// [`Error::Io`] if the temporary file cannot be read.
     ///
     /// # Panics
-    /// If there is none.
+    /// If the store has no fit of that matrix.
     pub fn take(&self, i: usize) -> Result<Timed> {
         let stored = self.slots[i].lock().expect("no thread panicked").take();
         let Stored { mut timed, spilled } = stored.expect("a fit is taken once, after it was put");
@@ -113,7 +113,7 @@ impl Shelf {
     }
 }
 
-/// The values of all factors of a fit, term by term.
+/// The values of all factors of a fit, by term.
 fn factors(fit: &mut Fit) -> impl Iterator<Item = &mut Vec<f32>> {
     fit.terms.iter_mut().flat_map(|term| match term {
         Term::Kronecker(Decomposition { sum, .. }) => [&mut sum.a, &mut sum.b],

@@ -1,4 +1,4 @@
-//! Decomposing many matrices at once, with no more of them in memory than there are threads.
+//! Decomposition of many matrices in parallel, with at most one of them per thread in memory.
 
 use std::borrow::Cow;
 use std::sync::Mutex;
@@ -17,11 +17,11 @@ use crate::spec::{MatrixSpec, TermSpec};
 pub struct Task<'a> {
     /// The matrix.
     pub place: Place<'a>,
-    /// What is asked of it.
+    /// Its spec.
     pub spec: MatrixSpec,
 }
 
-/// A decomposition and the time that it took.
+/// A decomposition and its duration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timed {
     /// The decomposition.
@@ -30,14 +30,14 @@ pub struct Timed {
     pub seconds: f64,
 }
 
-/// Decomposes matrices held in memory, row-major, in × out, on the current rayon pool. Results come in the order of
+/// Decomposes matrices held in memory, row-major, in × out, on the current rayon pool. Results are in the order of
 /// `tasks`.
 ///
-/// The result of a matrix depends on its values, its spec, `effort` and `seed` only: not on the number of threads, nor
-/// on the other matrices.
+/// The result for a matrix depends only on its values, its spec, `effort` and `seed`. It depends neither on the number
+/// of threads nor on the other matrices.
 ///
 /// # Errors
-/// Those of [`fit`], in the matrix; of several, that of the first matrix.
+/// Those of [`fit`], in the matrix. Of several errors, that of the first matrix is returned.
 ///
 /// # Panics
 /// If there are not as many matrices as tasks.
@@ -53,7 +53,7 @@ pub fn decompose_many(
     in_order(tasks.len(), |keep| decompose_each(tasks, effort, seed, progress, load, keep))
 }
 
-/// The results of `count` jobs in their order, from `run`, which hands each of them to its argument as it comes.
+/// The results of `count` jobs in order. `run` calls its argument with each result when it is ready.
 pub(super) fn in_order(
     count: usize,
     run: impl FnOnce(&(dyn Fn(usize, Timed) -> Result<()> + Sync)) -> Result<()>,
@@ -67,12 +67,12 @@ pub(super) fn in_order(
     Ok(taken.map(|timed| timed.expect("every job was done")).collect())
 }
 
-/// Decomposes, on the current rayon pool, matrices that `load` yields by their index in `tasks`, and hands each result
-/// to `finish` at once, both on the thread that did the work. A matrix is dropped as soon as it is factored.
+/// Decomposes, on the current rayon pool, matrices that `load` reads by their index in `tasks`. The thread that loads a
+/// matrix decomposes it and calls `finish` with the result. A matrix is dropped as soon as it is factored.
 ///
 /// # Errors
-/// Those of [`fit`] and `load`, in the matrix, and those of `finish`. After the first, `progress` is cancelled, so
-/// that the other threads stop soon.
+/// Those of [`fit`] and `load`, in the matrix, and those of `finish`. After the first error, `progress` is cancelled
+/// and the other threads stop soon.
 pub fn decompose_each<'a>(
     tasks: &[Task<'_>],
     effort: Effort,
@@ -96,17 +96,17 @@ pub fn decompose_each<'a>(
     Ok(())
 }
 
-/// Roughly what the eigendecompositions of a low-rank term cost, in the units of the permutation search.
+/// Approximate cost of the eigendecompositions of a low-rank term, in the units of the permutation search.
 fn low_rank_units(Task { place, spec }: &Task<'_>) -> u64 {
     let terms = spec.terms().iter().filter(|term| matches!(term, TermSpec::LowRank { .. })).count();
     (terms * place.size()) as u64
 }
 
-/// The work of a task; the permutation searches advance theirs themselves.
+/// The work of a task. The permutation searches advance their own progress.
 fn units(task: &Task<'_>, effort: Effort) -> u64 {
     let Task { place, spec } = task;
     let term = |term: &TermSpec| match term {
-        // What does not fit is no work: `fit` refuses it.
+        // A spec that does not fit counts as no work: `fit` returns the error.
         TermSpec::Kronecker(spec) => {
             spec.shape(place.rows, place.columns).map_or(0, |shape| work(shape, spec.permute, effort))
         }

@@ -1,4 +1,4 @@
-//! A matrix that there is work on: its name, its shape and its norm.
+//! A matrix to work on: its name, its shape and its norm.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use crate::family::Matrix;
 use crate::fit::{Moments, Norm};
 use crate::kron::MatrixView;
 
-/// The moments of matrices, by their names; those that have none are approximated in the Frobenius norm.
+/// The moments of matrices by name. A matrix without moments is approximated in the Frobenius norm.
 pub type Calibration<'a> = HashMap<String, Moments<'a>>;
 
 /// A matrix, without its values.
@@ -19,12 +19,12 @@ pub struct Place<'a> {
     pub rows: usize,
     /// Its columns (out features).
     pub columns: usize,
-    /// The norm in which it is approximated.
+    /// The norm of its approximation.
     pub moments: Moments<'a>,
 }
 
 impl Place<'_> {
-    /// How many values it has.
+    /// Its number of values.
     pub(super) fn size(&self) -> usize {
         self.rows.saturating_mul(self.columns)
     }
@@ -41,7 +41,7 @@ impl Place<'_> {
     }
 }
 
-/// A matrix of a checkpoint with what a calibration knows of it.
+/// A matrix of a checkpoint with its moments in a calibration.
 pub(super) fn place<'a>(matrix: &Matrix, calibration: &Calibration<'a>) -> Place<'a> {
     let moments = calibration.get(&matrix.name).copied().unwrap_or_default();
     Place { name: matrix.name.clone(), rows: matrix.rows, columns: matrix.columns, moments }

@@ -13,7 +13,7 @@ use crate::progress::{Parallelism, Progress};
 /// waits for a part of one matrix would start another and hold both in memory.
 ///
 /// # Errors
-/// Of several, the first by number that isn't [`Error::Cancelled`]. After the first, `progress` is cancelled, so that
+/// Of several, the first by number that isn't [`Error::Cancelled`]. After the first error, `progress` is cancelled and
 /// the other threads stop soon.
 pub(super) fn largest_first(
     sizes: &[usize],

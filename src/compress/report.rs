@@ -1,5 +1,4 @@
-//! What was done, or would be done, to a checkpoint: the JSON that Python, the shell and `compression_report.json`
-//! share.
+//! The report of a compression or of a plan: the JSON shared by Python, the command line and `compression_report.json`.
 
 use serde::Serialize;
 
@@ -15,42 +14,42 @@ pub struct MatrixReport {
     pub tensor: String,
     /// Its shape, in × out.
     pub shape: (usize, usize),
-    /// What it becomes, with the keys that configurations use: "block", "rank" and "permute"; "rank"; or "terms".
+    /// Its spec, with the keys of a configuration: "block", "rank" and "permute"; "rank"; or "terms".
     #[serde(flatten)]
     pub spec: MatrixSpec,
     /// Its parameters before.
     pub parameters_before: usize,
     /// Its parameters after.
     pub parameters_after: usize,
-    /// `‖W − Ŵ‖² / ‖W‖²`, once it is known, of the `f32` factors.
+    /// `‖W − Ŵ‖² / ‖W‖²` of the `f32` factors, once it is computed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lost_energy: Option<f64>,
-    /// Wall-clock seconds, once they are known.
+    /// Wall-clock seconds, once they are measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
 }
 
-/// What was done to a checkpoint, or, from a plan, what would be.
+/// The report of a compression or, before it, of a plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
     /// The version of this package.
     pub tqcompressor: &'static str,
     /// The version of the format.
     pub format_version: u64,
-    /// The directory that was read, or its name on the hub; `None` for a model in memory.
+    /// The source directory, or its hub id; `None` for a model in memory.
     pub source: Option<String>,
-    /// How long permutations are searched.
+    /// The effort of the permutation search.
     pub effort: &'static str,
     /// The seed of the search.
     pub seed: u64,
-    /// The dtype asked for; `None` keeps each tensor's own.
+    /// The requested dtype; `None` keeps each tensor's own.
     pub dtype: Option<&'static str>,
-    /// Whether lost energies are in the norm of a calibration, and not in the Frobenius norm.
+    /// Whether lost energies are in the norm of a calibration instead of the Frobenius norm.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub calibrated: bool,
     /// The compressed matrices, in model order.
     pub matrices: Vec<MatrixReport>,
-    /// The tensors that stay as they are, in model order.
+    /// The tensors that are not compressed, in model order.
     pub untouched: Vec<Untouched>,
     /// Parameters before.
     pub parameters_before: usize,
@@ -68,7 +67,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// What `plan` would do.
+    /// The report of `plan`.
     #[must_use]
     pub fn planned(plan: &Plan) -> Self {
         Self {

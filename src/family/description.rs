@@ -1,6 +1,6 @@
-//! The description of a family, and what it says of stored names.
+//! The description of a family of models, and how it classifies stored names.
 //!
-//! A *bare* name has no base prefix: `AutoModel` saves bare names, models with a head save prefixed ones.
+//! A *bare* name has no base prefix. `AutoModel` saves bare names, models with a head save prefixed names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
@@ -11,26 +11,26 @@ use serde::Deserialize;
 use super::matrix::{Kind, Matrix};
 use crate::error::{Error, Result};
 
-/// How the checkpoints of one `model_type` of transformers are laid out.
+/// The layout of checkpoints of one `model_type` of transformers.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Family {
-    /// The prefix that models with a head put before the names of the base model: "transformer.".
+    /// The prefix of the base model's names in models with a head: "transformer.".
     pub base_prefix: String,
     /// The module of the token embedding, bare: "wte".
     pub token_embedding: String,
     /// The output head, which may share its weight with the token embedding: "lm_head".
     pub output_head: String,
-    /// What comes before the number of a layer: "h.".
+    /// The text before the number of a layer: "h.".
     layers: String,
     /// Modules outside the layers that hold a matrix.
     top: IndexMap<String, Kind>,
     /// Modules of a layer that hold a matrix.
     layer: IndexMap<String, Kind>,
-    /// Tensors of a layer that are no weights: causal masks that old versions of transformers stored among the weights.
-    /// Today's rebuild them and ignore the stored ones.
+    /// Tensors of a layer that are not weights: causal masks that old versions of transformers stored among the
+    /// weights. Today's versions rebuild the masks and ignore the stored ones.
     ignored: Vec<String>,
-    /// The order in which the model uses its tensors, by the beginnings of their names.
+    /// The order in which the model uses its tensors, as prefixes of their names.
     order: Order,
 }
 
@@ -53,14 +53,15 @@ struct Table {
 static TABLE: LazyLock<Table> =
     LazyLock::new(|| serde_json::from_str(include_str!("families.json")).expect("the table is well formed"));
 
-/// The names of the parts of a fused weight `(rows, columns)`, in × out: q, k and v of a `c_attn` of `d × 3d`, k and v in
-/// cross-attention, where it is `d × 2d`. `None` for a module that is not fused.
+/// The names of the parts of a fused weight `(rows, columns)`, in × out: q, k and v of a `c_attn` of shape `d × 3d`; k
+/// and v in cross-attention, where the shape is `d × 2d`. `None` for a module that is not fused.
 ///
 /// # Errors
 /// [`Error::Shape`] for a fused module of another shape.
 pub fn fused_parts(module: &str, kind: Kind, rows: usize, columns: usize) -> Result<Option<&'static [String]>> {
     let last = module.rsplit('.').next().unwrap_or(module);
-    // Only GPT-2's relatives fuse so, and these store `Conv1D`; a linear layer of that name may be anything.
+    // Only GPT-2 and its relatives fuse weights this way, and they use `Conv1D`. A linear layer of that name may be
+    // anything, so it is not split.
     let Some(counts) = TABLE.fused.get(last).filter(|_| kind == Kind::Conv1d) else { return Ok(None) };
     let parts = counts.iter().find(|&(&count, _)| rows > 0 && columns == count * rows);
     parts.map(|(_, parts)| Some(parts.as_slice())).ok_or_else(|| Error::Shape {
@@ -70,8 +71,8 @@ pub fn fused_parts(module: &str, kind: Kind, rows: usize, columns: usize) -> Res
     })
 }
 
-/// The module of a matrix, and the part of it that the matrix is, if the module is fused:
-/// "h.0.attn.c_attn.q" is `("h.0.attn.c_attn", Some("q"))`.
+/// The module of a matrix and, if the module is fused, the name of the part: "h.0.attn.c_attn.q" is
+/// `("h.0.attn.c_attn", Some("q"))`.
 #[must_use]
 pub fn split_part(matrix: &str) -> (&str, Option<&str>) {
     let Some((module, part)) = matrix.rsplit_once('.') else { return (matrix, None) };
@@ -84,7 +85,7 @@ impl Family {
     /// The description of a `model_type`.
     ///
     /// # Errors
-    /// What is wrong, naming the families that have one.
+    /// A message that names the families that have a description.
     pub fn of(model_type: &str) -> Result<&'static Self, String> {
         TABLE.families.get(model_type).ok_or_else(|| {
             let known = TABLE.families.keys().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
@@ -116,8 +117,8 @@ impl Family {
         format!("{}.weight", self.output_head)
     }
 
-    /// The kind of the module that a stored weight belongs to, or `None` for tensors that are not a matrix (biases,
-    /// layer norms, unknown names).
+    /// The kind of the module of a stored weight; `None` for tensors that are not matrices (biases, layer norms,
+    /// unknown names).
     #[must_use]
     pub fn kind_of(&self, stored: &str) -> Option<Kind> {
         let module = self.bare(stored).strip_suffix(".weight")?;
@@ -134,14 +135,14 @@ impl Family {
         Some((number.parse().ok()?, within))
     }
 
-    /// Whether a tensor is stored but not read: see `ignored`.
+    /// Whether a tensor is stored but not used: see `ignored`.
     #[must_use]
     pub fn is_ignored(&self, stored: &str) -> bool {
         self.layer_of(self.bare(stored)).is_some_and(|(_, within)| self.ignored.iter().any(|name| name == within))
     }
 
     /// A sort key that puts stored names in the order in which the model uses them: embeddings, layers by number, the
-    /// final norm, heads, anything else by name.
+    /// final norm, heads, all others by name.
     #[must_use]
     pub fn model_order<'a>(&self, stored: &'a str) -> (usize, u64, usize, &'a str) {
         let position = |prefixes: &[String], name: &str| {
@@ -158,11 +159,11 @@ impl Family {
 }
 
 impl Matrix {
-    /// The matrices that a weight holds: one, or the parts of a fused one. `stored` and `bare` are its name, with and
-    /// without the base prefix.
+    /// The matrices of a weight: one, or the parts of a fused weight. `stored` and `bare` are its name with and without
+    /// the base prefix.
     ///
     /// # Errors
-    /// [`Error::Shape`] in the tensor if it is not two-dimensional, or fused and of another shape than its parts make.
+    /// [`Error::Shape`], in the tensor, if it is not two-dimensional or its shape does not suit its fused parts.
     pub fn all_of(stored: &str, bare: &str, shape: &[usize], kind: Kind) -> Result<Vec<Self>> {
         let &[first, second] = shape else {
             let error = Error::Shape {

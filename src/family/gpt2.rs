@@ -1,11 +1,11 @@
-//! The tensors and shapes that a `config.json` asks for.
+//! The tensors and shapes that a `config.json` determines.
 
 use serde_json::{Map, Value};
 
 use super::description::Family;
 use super::matrix::Kind;
 
-/// The keys of a GPT-2 `config.json` that determine shapes. Missing keys have transformers' defaults.
+/// The keys of a GPT-2 `config.json` that determine shapes. Missing keys get transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// `n_layer`
@@ -34,7 +34,7 @@ impl Geometry {
     /// Reads a `config.json`.
     ///
     /// # Errors
-    /// The key whose value is of the wrong type.
+    /// A message that names the key with a value of the wrong type.
     pub fn from_config(config: &Map<String, Value>) -> Result<Self, String> {
         let number = |key: &str, default: usize| match config.get(key) {
             None | Some(Value::Null) => Ok(default),
@@ -63,8 +63,8 @@ impl Geometry {
         })
     }
 
-    /// The bare names and shapes of all required tensors. Lazy, so that a `config.json` that asks for 10¹⁸ layers fails
-    /// at the first missing one.
+    /// The bare names and shapes of all required tensors. The iterator is lazy, so that a `config.json` with 10¹⁸
+    /// layers fails at the first missing tensor.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
         let d = self.width;
         let top = [("wte.weight", vec![self.vocabulary, d]), ("wpe.weight", vec![self.positions, d])];
@@ -104,7 +104,7 @@ impl Geometry {
     /// Checks a checkpoint's tensors, given by stored name and shape.
     ///
     /// # Errors
-    /// The first tensor that is missing, has a wrong shape, or does not belong to the model.
+    /// A message that names the first tensor that is missing, has a wrong shape, or does not belong to the model.
     pub fn check<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Result<(), String> {
         let family = family();
         let mut found = std::collections::HashMap::new();
@@ -129,7 +129,7 @@ impl Geometry {
         rest.sort_unstable();
         for (name, (stored, shape)) in rest {
             let fits = match family.kind_of(stored) {
-                // A head has the model's width and any number of outputs.
+                // A head has the width of the model and any number of outputs.
                 Some(Kind::Linear) if family.is_output_head(name) => **shape == [self.vocabulary, self.width],
                 Some(Kind::Linear) => shape.len() == 2 && shape[1] == self.width,
                 Some(_) => false,
@@ -159,7 +159,7 @@ mod tests {
     fn defaults_are_gpt2_small() {
         let small = geometry("{}").unwrap();
         assert_eq!((small.layers, small.width, small.inner, small.tied, small.head), (12, 768, 3072, true, false));
-        // 124,439,808 is GPT-2 small's published count, the tied head counted once.
+        // GPT-2 small has 124,439,808 published parameters, the tied head counted once.
         let count: usize = small.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         assert_eq!(count, 124_439_808);
     }

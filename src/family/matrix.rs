@@ -1,10 +1,10 @@
-//! A matrix that can be compressed: its name, its place among the tensors, and how it is stored.
+//! A matrix that can be compressed: its name, its position among the tensors, and its storage order.
 
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
 
-/// What a module does with its weight, which also says how the weight is stored.
+/// The operation of a module with its weight, which also determines the storage order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -20,17 +20,17 @@ impl Kind {
     const NAMES: [(&'static str, Self); 3] =
         [("conv1d", Self::Conv1d), ("linear", Self::Linear), ("embedding", Self::Embedding)];
 
-    /// Reads the name that the Python side uses.
+    /// Parses the name used in Python.
     ///
     /// # Errors
-    /// [`Error::Config`] if it is none of "conv1d", "linear", "embedding".
+    /// [`Error::Config`] unless it is "conv1d", "linear" or "embedding".
     pub fn from_name(name: &str) -> Result<Self> {
         Self::NAMES.iter().find(|(known, _)| *known == name).map(|&(_, kind)| kind).ok_or_else(|| {
             Error::Config(format!("kind: expected \"conv1d\", \"linear\" or \"embedding\", got {name:?}"))
         })
     }
 
-    /// The name that the Python side uses.
+    /// The name used in Python.
     #[must_use]
     pub fn name(self) -> &'static str {
         Self::NAMES[self as usize].0
@@ -46,13 +46,13 @@ pub struct Matrix {
     pub module: String,
     /// The stored name of its tensor: "transformer.h.0.attn.c_attn.weight".
     pub tensor: String,
-    /// What the module does with it.
+    /// The kind of the module.
     pub kind: Kind,
     /// Rows: in features, or the vocabulary.
     pub rows: usize,
-    /// Columns: out features, or the dimension.
+    /// Columns: out features, or the embedding dimension.
     pub columns: usize,
-    /// Where its columns begin in the in × out tensor; not 0 only for the later parts of a fused weight.
+    /// Its first column in the in × out tensor; not 0 only for the later parts of a fused weight.
     pub first_column: usize,
 }
 
@@ -63,13 +63,13 @@ impl Matrix {
         self.rows.saturating_mul(self.columns)
     }
 
-    /// The part of a fused weight that it is, as a suffix of the module's name: "" or ".q", ".k", ".v".
+    /// The suffix of the module's name for its part of a fused weight: "" or ".q", ".k", ".v".
     #[must_use]
     pub fn part(&self) -> &str {
         &self.name[self.module.len()..]
     }
 
-    /// The stored name of its module, with the prefix that the checkpoint uses.
+    /// The stored name of its module, with the prefix of the checkpoint.
     #[must_use]
     pub fn stored_module(&self) -> &str {
         self.tensor.strip_suffix(".weight").unwrap_or(&self.tensor)

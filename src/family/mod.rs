@@ -1,7 +1,7 @@
-//! Families of models: which tensor of a checkpoint is what, described once, as data.
+//! Families of models: the role of each tensor of a checkpoint, described once, as data.
 //!
-//! `families.json` names for each family its prefixes, embeddings, heads, layers and fused weights. Rust reads
-//! checkpoints by it, and Python asks the same table for the parts of fused weights of live models.
+//! `families.json` lists the prefixes, embeddings, heads, layers and fused weights of each family. Rust reads
+//! checkpoints by this table, and Python finds the parts of fused weights of live models in it.
 
 mod description;
 mod gpt2;

@@ -1,4 +1,4 @@
-//! Approximating one matrix as its spec says, or as well as a number of parameters allows.
+//! Approximation of one matrix by its spec, or as closely as a number of parameters allows.
 
 use super::low_rank::{Spectrum, low_rank};
 use super::mixed::{Problem, Shared, mixed};
@@ -11,9 +11,9 @@ use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
 use crate::spec::{KroneckerSpec, LowRankShape, MatrixSpec, Permute, TermSpec, Usage};
 
-/// Approximates `view` as `spec` says, in `norm`.
+/// Approximates `view` by `spec` in `norm`.
 ///
-/// The result depends on all but `parallelism` and `progress`.
+/// The result depends on all arguments but `parallelism` and `progress`.
 ///
 /// # Errors
 /// [`Error::Shape`] if `spec` does not fit, [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
@@ -51,41 +51,43 @@ pub fn fit(
     }
 }
 
-/// Longest side for which more than low rank is tried: a vocabulary would take gigabytes and minutes.
+/// The longest side for which more than low rank is tried. For a vocabulary, it would take gigabytes and minutes.
 const LONGEST: usize = 4096;
 
-/// What one matrix may take.
+/// The limits of one matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// At most so many parameters.
+    /// The largest number of parameters.
     pub parameters: usize,
-    /// At most so many MACs for one token, when this is done with it; `None` for any number.
+    /// The largest number of MACs for one token in the given use; `None` for no limit.
     pub macs: Option<(usize, Usage)>,
 }
 
 impl Limits {
-    /// At most so many parameters, and any number of MACs.
+    /// A limit on parameters only.
     #[must_use]
     pub fn of_parameters(parameters: usize) -> Self {
         Self { parameters, macs: None }
     }
 
-    /// Whether an `(m, n)` matrix of that spec keeps within the MACs.
+    /// Whether an `(m, n)` matrix of that spec is within the limit on MACs.
     fn affords(&self, spec: &MatrixSpec, m: usize, n: usize) -> Result<bool> {
         self.macs.map_or(Ok(true), |(most, usage)| Ok(spec.macs(m, n, usage)? <= most))
     }
 }
 
-/// The best approximation of `view` within `limits` that is found in `norm`, in which `spectrum` is that of `view`.
+/// The best approximation of `view` found within `limits` in `norm`. `spectrum` is that of `view` in `norm`.
 ///
-/// It is the low rank of the largest rank at effort [`Effort::Fast`]. Above, sums of low rank and a permuted Kronecker
-/// sum, and Kronecker sums alone, are fitted roughly; the best of them is fitted well, and kept if it is better.
+/// At effort [`Effort::Fast`] it is the low-rank matrix of the largest rank that fits. Above, sums of low rank and a
+/// permuted Kronecker sum, and Kronecker sums alone, are screened by rough fits. The best candidate is fitted well, and
+/// replaces low rank if it loses less energy.
 ///
 /// # Errors
-/// [`Error::Shape`] if not even rank 1 has as few parameters, or no rank as few MACs; otherwise as [`fit`].
+/// [`Error::Shape`] if rank 1 exceeds the parameters or no rank is within the MACs; otherwise as [`fit`].
 ///
 /// # Cost
-/// At balanced effort some 100 evaluations of the norm beyond [`low_rank`]; ten times that at [`Effort::Best`].
+/// At balanced effort, some 100 evaluations of the norm in addition to [`low_rank`]; ten times that at
+/// [`Effort::Best`].
 pub fn fit_within(
     view: MatrixView<'_>,
     limits: Limits,
@@ -114,7 +116,7 @@ pub fn fit_within(
         let (energy, factors) = problem.screen()?;
         screened.push((energy, which, factors));
     }
-    // Low rank is exact from the start and Kronecker sums are not, so a first look favours the former.
+    // Low rank is exact from the start and Kronecker sums are not, so the first screening favours low rank.
     let hopeless = HOPELESS * best.lost_energy * norm.energy(target.as_ref());
     for kept in [FINALISTS, 1] {
         screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
@@ -156,15 +158,16 @@ fn largest_rank(m: usize, n: usize, limits: Limits) -> Result<usize> {
     Err(refused("MACs", MatrixSpec::low_rank(1).macs(m, n, usage)?, got))
 }
 
-/// A candidate that after its second look is so many times worse than low rank is given up.
+/// A candidate is dropped after the second screening if it loses this many times as much as low rank.
 const HOPELESS: f64 = 1.5;
-/// Candidates that get a second look.
+/// Candidates in the second screening.
 const FINALISTS: usize = 3;
 
-/// Sums with at most `parameters` parameters that may beat low rank.
+/// Sums with at most `parameters` parameters that may lose less than low rank.
 fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<MatrixSpec> {
-    // Shares of the parameters that go to low rank, and sizes of the block as shares of √(m·n), where a Kronecker sum
-    // has the most terms for its parameters. Measured on attention and feed-forward matrices of GPT-2 and MiniLM.
+    // `shares` are the shares of the parameters in low rank. `sizes` are block sizes as shares of √(m·n), the size at
+    // which a Kronecker sum has the most terms for its parameters. Measured on attention and feed-forward matrices of
+    // GPT-2 and MiniLM.
     let (shares, sizes): (&[f64], &[f64]) = match effort {
         Effort::Fast => (&[], &[]),
         Effort::Balanced => (&[0.65, 0.85], &[0.7]),
@@ -198,7 +201,8 @@ fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<Matr
     candidates
 }
 
-/// The block of about so many entries, as square as its sides' divisors allow; `None` if a side has no proper divisor.
+/// The block of about the given number of entries, as square as the divisors of the sides allow; `None` if a side has
+/// no proper divisor.
 fn block_near(m: usize, n: usize, entries: f64) -> Option<(usize, usize)> {
     let divisors = |side: usize| (2..side).filter(move |divisor| side.is_multiple_of(*divisor));
     let distance = |&(m2, n2): &(usize, usize)| {

@@ -1,8 +1,8 @@
 //! The nearest matrix of a given rank in a weighted norm, in interpolative form.
 //!
 //! With `S = C_in^½` and `G = S W C_out Wᵀ S`, whose leading eigenvectors are `U`, the nearest matrix of rank `k` is `Ŵ
-//! = S⁻¹ U Uᵀ S W` and loses the eigenvalues beyond the `k`-th (Eckart and Young, 1936, after whitening). Only the
-//! shorter side is ever whitened, so that a wide matrix costs one eigendecomposition of its narrow side more.
+//! = S⁻¹ U Uᵀ S W`. It loses the eigenvalues beyond the `k`-th (Eckart and Young, 1936, after whitening). Only the
+//! shorter side is whitened, so a wide matrix needs only one more eigendecomposition, of the size of its narrow side.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::matmul::matmul;
@@ -17,7 +17,7 @@ use crate::permute::Permutation;
 use crate::progress::Progress;
 use crate::spec::LowRankShape;
 
-/// Values of the matrix that are upcast to f64 at a time.
+/// Values of the matrix converted to f64 at a time.
 const CHUNK_VALUES: usize = 1 << 20;
 
 /// A low-rank matrix in interpolative form: `Ŵ[p] = [I; left] right`, or `Ŵ[:, q] = left [I right]` where the columns
@@ -30,26 +30,27 @@ pub struct LowRank {
     pub left: Vec<f32>,
     /// `right`, row-major.
     pub right: Vec<f32>,
-    /// `p` or `q`: the pivots come first.
+    /// `p` or `q`, with the pivots first.
     pub order: Permutation,
-    /// `‖W − Ŵ‖² / ‖W‖²` in the norm that it was found in; 0 for a zero matrix.
+    /// `‖W − Ŵ‖² / ‖W‖²` in the norm of the fit; 0 for a zero matrix.
     pub lost_energy: f64,
 }
 
-/// The matrix of rank `rank` that is nearest to `view` in `norm`. f32 in and out, f64 inside.
+/// The matrix of rank `rank` that is nearest to `view` in `norm`. Input and output are f32, the computation is f64.
 ///
 /// # Errors
-/// [`Error::Shape`] for a rank that saves nothing, [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
+/// [`Error::Shape`] for a rank that saves no parameters, [`Error::NonFinite`], [`Error::Convergence`],
+/// [`Error::Cancelled`].
 ///
 /// # Cost
 /// With the shorter side `s` and the longer `l`: an eigendecomposition of size `s` (two with a full weight on the
-/// shorter side) and `2·s²·l` MACs, `s·l²` more with a full weight on the longer side.
+/// shorter side) and `2·s²·l` MACs. A full weight on the longer side adds `s·l²` MACs.
 pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progress) -> Result<LowRank> {
     Spectrum::new(view, norm, progress)?.low_rank(view, rank, progress)
 }
 
-/// The eigendecomposition of a matrix in a norm, from which its nearest matrices of every rank follow: computed once,
-/// however many ranks are looked at.
+/// The eigendecomposition of a matrix in a norm. The nearest matrices of every rank follow from it, so it is computed
+/// once for any number of ranks.
 pub struct Spectrum {
     pub(super) roots: Roots,
     pub(super) whitened: Whitened,
@@ -63,7 +64,7 @@ impl Spectrum {
     /// [`Error::NonFinite`], [`Error::Convergence`], [`Error::Cancelled`].
     ///
     /// # Cost
-    /// As [`low_rank`], less half of the products.
+    /// As [`low_rank`], with half of the products.
     pub fn new(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Self> {
         view.check_finite()?;
         let roots = Roots::new((view.rows(), view.columns()), norm)?;
@@ -71,8 +72,8 @@ impl Spectrum {
         Ok(Self { roots, whitened, scale: norm.scale })
     }
 
-    /// The energies in descending order and in the units of the moments: the nearest matrix of rank `k` loses the sum of
-    /// all but the first `k`.
+    /// The energies in descending order and in the units of the moments. The nearest matrix of rank `k` loses the sum
+    /// of all but the first `k`.
     #[must_use]
     pub fn energies(&self) -> Vec<f64> {
         self.whitened.energies.iter().rev().map(|energy| energy * self.scale).collect()
@@ -81,12 +82,12 @@ impl Spectrum {
     /// The nearest matrix of rank `rank` to the same `view`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a rank that saves nothing, [`Error::Cancelled`].
+    /// [`Error::Shape`] for a rank that saves no parameters, [`Error::Cancelled`].
     pub fn low_rank(&self, view: MatrixView<'_>, rank: usize, progress: &Progress) -> Result<LowRank> {
         low_rank_in(&Sides::new(Operand::View(view)), rank, &self.roots, &self.whitened, progress)
     }
 
-    /// Bytes of memory that it takes.
+    /// Its size in memory, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let size = self.whitened.energies.len();
@@ -95,12 +96,12 @@ impl Spectrum {
     }
 }
 
-/// The spectrum of a finite matrix in f64, from which its nearest matrices of every rank follow.
+/// The spectrum of a finite matrix in f64.
 pub(super) fn whiten(target: MatRef<'_, f64>, norm: &Norm, roots: &Roots, progress: &Progress) -> Result<Whitened> {
     Sides::new(Operand::Dense(target)).whiten(norm, roots, progress)
 }
 
-/// [`low_rank`] for a matrix in f64 that was whitened.
+/// [`low_rank`] for a whitened matrix in f64.
 pub(super) fn low_rank_of(
     target: MatRef<'_, f64>,
     rank: usize,
@@ -111,7 +112,7 @@ pub(super) fn low_rank_of(
     low_rank_in(&Sides::new(Operand::Dense(target)), rank, roots, whitened, progress)
 }
 
-/// The two factors of the same matrix before it is brought into interpolative form: `a : (m, rank)` and `b : (n, rank)`
+/// The two factors of the same matrix before its conversion to interpolative form: `a : (m, rank)` and `b : (n, rank)`
 /// with `Ŵ = a bᵀ`.
 pub(super) fn plain_factors(
     target: MatRef<'_, f64>,
@@ -171,14 +172,14 @@ fn lost_share(lost: &[f64], all: &[f64]) -> f64 {
     if total > 0.0 { (lost.iter().sum::<f64>() / total).clamp(0.0, 1.0) } else { 0.0 }
 }
 
-/// Where the values of a matrix come from.
+/// The source of the values of a matrix.
 #[derive(Clone, Copy)]
 enum Operand<'a> {
     View(MatrixView<'a>),
     Dense(MatRef<'a, f64>),
 }
 
-/// A matrix seen as short × long, transposed if it has more rows than columns.
+/// A matrix as short × long, transposed if it has more rows than columns.
 struct Sides<'a> {
     operand: Operand<'a>,
     shape: (usize, usize),
@@ -196,15 +197,15 @@ impl Roots {
     }
 }
 
-/// The nearest matrix of some rank: `basis coordinatesᵀ X` for the short × long matrix `X`.
+/// The nearest matrix of a given rank: `basis coordinatesᵀ X` for the short × long matrix `X`.
 struct Directions {
     basis: Mat<f64>,
     coordinates: Mat<f64>,
     lost_energy: f64,
 }
 
-/// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, ascending, none negative; its
-/// eigenvectors.
+/// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, in ascending order and not negative, and
+/// its eigenvectors.
 pub(super) struct Whitened {
     energies: Vec<f64>,
     vectors: Mat<f64>,
@@ -212,7 +213,7 @@ pub(super) struct Whitened {
 
 impl Whitened {
     fn directions(&self, rank: usize, roots: &Roots) -> Directions {
-        // Eigenvalues ascend: the leading vectors are the last ones.
+        // Eigenvalues ascend, so the leading vectors are last.
         let first = self.energies.len() - rank;
         let leading = self.vectors.subcols(first, rank);
         Directions {
@@ -240,7 +241,8 @@ impl<'a> Sides<'a> {
         self.shape.0.max(self.shape.1)
     }
 
-    /// Calls `visit` with the place on the long side and the values, short × some of the long side.
+    /// Calls `visit` with blocks of the matrix: the position on the long side and the values, short × part of the long
+    /// side.
     fn for_each_chunk(
         &self,
         progress: &Progress,
@@ -312,17 +314,18 @@ impl<'a> Sides<'a> {
         let gram = roots.0.times(half.transpose());
         progress.check()?;
         let (mut energies, vectors) = eigenvectors(gram.as_ref())?;
-        // Rounding leaves zeros on either side of zero.
+        // Rounding can make a zero eigenvalue slightly negative.
         energies.iter_mut().for_each(|energy| *energy = energy.max(0.0));
         progress.check()?;
         Ok(Whitened { energies, vectors })
     }
 }
 
-/// An order of the rows of `basis : (s, k)` that puts `k` well-conditioned ones first, and the coefficients
-/// `T : (k, s − k)` that make the others of them: `basis[order[k..]] = Tᵀ basis[order[..k]]`.
+/// An order of the rows of `basis : (s, k)` with `k` well-conditioned rows first, and the coefficients `T : (k, s − k)`
+/// of the others: `basis[order[k..]] = Tᵀ basis[order[..k]]`.
 ///
-/// The pivots of a QR decomposition of the transpose: greedy, but in practice no coefficient is much beyond 1.
+/// The first rows are the pivots of a QR decomposition of the transpose. The choice is greedy, but in practice no
+/// coefficient is much larger than 1.
 fn interpolate(basis: MatRef<'_, f64>) -> (Permutation, Mat<f64>) {
     let (size, rank) = (basis.nrows(), basis.ncols());
     let mut triangle = basis.transpose().to_owned();
@@ -345,7 +348,7 @@ fn interpolate(basis: MatRef<'_, f64>) -> (Permutation, Mat<f64>) {
 }
 
 impl LowRank {
-    /// The dense matrix, row-major `(m, n)`, the permutation undone; sums in f64.
+    /// The dense matrix, row-major `(m, n)`, in the original order of rows and columns; sums in f64.
     ///
     /// # Cost
     /// `rank·(s − rank)·l` MACs for the sides `s ≤ l`.

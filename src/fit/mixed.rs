@@ -1,8 +1,8 @@
-//! A sum of several terms: low rank for what is smooth, a permuted Kronecker sum for what it leaves.
+//! A sum of several terms: low rank for the smooth part, a permuted Kronecker sum for the remainder.
 //!
-//! All terms are lowered together by descent on their factors, since what one of them should leave depends on what the
-//! others can take; orders and the final low-rank terms are fitted to what the other terms leave. No step raises what
-//! is lost.
+//! The best value of each term depends on the others, so descent on the factors improves all terms together. The
+//! permutations and the final low-rank terms are fitted to the residual of the other terms. No step increases the lost
+//! energy.
 
 use std::slice;
 
@@ -22,14 +22,14 @@ use crate::spec::{Permute, TermSpec};
 
 /// `W ≈ Σ_t Ŵ_t` for terms of the given specs, near in `norm`, and the lost energy.
 ///
-/// Never worse than the best of its terms alone, fitted with the same effort.
+/// It loses no more than the best of its terms alone, fitted with the same effort.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) if a term does not fit, [`Error::NonFinite`](crate::Error::NonFinite),
 /// [`Error::Convergence`](crate::Error::Convergence), [`Error::Cancelled`](crate::Error::Cancelled).
 ///
 /// # Cost
-/// Every Kronecker term three times as by itself, and an eigendecomposition for every low-rank term.
+/// Three times the cost of every Kronecker term alone, and an eigendecomposition for every low-rank term.
 pub fn mixed(
     view: MatrixView<'_>,
     terms: &[TermSpec],
@@ -47,7 +47,7 @@ pub fn mixed(
     let mut best: Option<(f64, Vec<Factors>)> = None;
     for which in 0..terms.len() {
         let alone = match &terms[which] {
-            // The search of permutations in this norm goes further than turns can.
+            // In this norm, the permutation search finds better permutations than alternating steps.
             TermSpec::Kronecker(spec) if norm.is_frobenius() => {
                 let shape = (view.rows(), view.columns());
                 let search = |w: &[f32]| decompose(w, shape, spec, effort, seed, parallelism, progress);
@@ -70,10 +70,10 @@ pub fn mixed(
     problem.finish(factors)
 }
 
-/// Alternating assignments before a candidate is judged.
+/// Alternating assignments before a candidate is screened.
 const SCREENING_ASSIGNMENTS: usize = 2;
 
-/// What all fits of one matrix share.
+/// The state that all fits of one matrix share.
 pub(super) struct Shared<'a> {
     pub target: MatRef<'a, f64>,
     pub norm: &'a Norm,
@@ -81,7 +81,7 @@ pub(super) struct Shared<'a> {
     pub progress: &'a Progress,
 }
 
-/// A sum of terms for a matrix.
+/// The fit of a sum of terms to a matrix.
 pub(super) struct Problem<'a> {
     shared: &'a Shared<'a>,
     terms: &'a [TermSpec],
@@ -96,7 +96,7 @@ impl<'a> Problem<'a> {
         Ok(Self { shared, terms })
     }
 
-    /// Every term zero.
+    /// Factors of zero for every term.
     pub fn zeros(&self) -> Vec<Factors> {
         let (m, n) = (self.shared.target.nrows(), self.shared.target.ncols());
         let zeros = |term: &TermSpec| match term {
@@ -106,7 +106,7 @@ impl<'a> Problem<'a> {
         self.terms.iter().map(zeros).collect()
     }
 
-    /// One term fitted to the target by itself.
+    /// One term fitted to the whole target.
     pub fn alone(&self, which: usize, turns: Turns) -> Result<Factors> {
         let Shared { target, norm, spectrum, progress } = self.shared;
         let Spectrum { roots, whitened, .. } = spectrum;
@@ -120,7 +120,7 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// Fits the terms that are still zero to what the others leave; `assignments` as in [`start`].
+    /// Fits the terms that are still zero to the residual of the others; `assignments` as in [`start`].
     pub fn fill(&self, factors: &mut [Factors], assignments: usize) -> Result<()> {
         let Shared { target, norm, spectrum, progress } = self.shared;
         let roots = &spectrum.roots;
@@ -140,7 +140,7 @@ impl<'a> Problem<'a> {
         Ok(())
     }
 
-    /// Every term roughly fitted, to tell a good spec from a bad one: the energy that is left, and the factors.
+    /// A rough fit of all terms, to rank specs: its residual energy and its factors.
     pub fn screen(&self) -> Result<(f64, Vec<Factors>)> {
         let mut factors = self.zeros();
         self.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
@@ -157,7 +157,7 @@ impl<'a> Problem<'a> {
         improve(factors, &permutes, self.shared.target, self.shared.norm, turns, self.shared.progress)
     }
 
-    /// The terms in f32, each low-rank one nearest to what the others leave, and the lost energy.
+    /// The terms in f32, each low-rank term fitted to the residual of the others, and the lost energy.
     pub fn finish(&self, mut factors: Vec<Factors>) -> Result<(Vec<Term>, f64)> {
         let Shared { target, norm, spectrum, progress } = self.shared;
         let roots = &spectrum.roots;
@@ -169,7 +169,7 @@ impl<'a> Problem<'a> {
                     let left = left_to(which, &factors, *target);
                     let whitened = whiten(left.as_ref(), norm, roots, progress)?;
                     let fitted = low_rank_of(left.as_ref(), *rank, roots, &whitened, progress)?;
-                    // A later low-rank term is fitted to what this one really leaves.
+                    // Later low-rank terms are fitted to the residual of this one.
                     let (a, b) = plain_factors(left.as_ref(), *rank, roots, &whitened);
                     factors[which] = Factors::low_rank(a, b);
                     Term::LowRank(fitted)

@@ -1,4 +1,4 @@
-//! What a fit finds: the terms of a sum, and what they lose.
+//! The result of a fit: the terms of a sum, and the lost energy.
 
 use super::low_rank::LowRank;
 use crate::permute::Decomposition;
@@ -14,7 +14,7 @@ pub enum Term {
 }
 
 impl Term {
-    /// The dense matrix that it stands for, row-major `(m, n)`, permutations undone.
+    /// The dense matrix of this term, row-major `(m, n)`, in the original order of rows and columns.
     #[must_use]
     pub fn to_dense(&self) -> Vec<f32> {
         match self {
@@ -27,10 +27,10 @@ impl Term {
 /// `W ≈ Σ_t Ŵ_t`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fit {
-    /// What the matrix has become.
+    /// The spec of the terms.
     pub spec: MatrixSpec,
-    /// Its terms, in the order of the spec's.
+    /// The terms, in the order of the spec.
     pub terms: Vec<Term>,
-    /// `‖W − Σ_t Ŵ_t‖² / ‖W‖²` in the norm of the fit, which is the Frobenius norm where there are no moments.
+    /// `‖W − Σ_t Ŵ_t‖² / ‖W‖²` in the norm of the fit, which is the Frobenius norm without moments.
     pub lost_energy: f64,
 }

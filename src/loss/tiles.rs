@@ -1,17 +1,17 @@
-//! The loops over a few hundred logits, compiled for every instruction set. Each is small enough to be vectorised as it
-//! stands, and works on enough values that choosing the instruction set costs nothing.
+//! The loops over a few hundred logits, compiled for every instruction set. Each loop is simple enough for automatic
+//! vectorisation, and long enough that selecting the instruction set costs nothing.
 
 use crate::numeric::exponential::{SMALL, power_of_two, small_power_less_one};
 use crate::numeric::simd::{LANES, dispatched, prefetch};
 
-/// Values that are read from memory once and then worked on in the first-level cache: the most that these functions
-/// take.
+/// The largest tile: values that are read from memory once and stay in the first-level cache.
 pub(super) const TILE: usize = 1024;
-/// Values that are added up together.
+/// Values that are summed in one block.
 const BLOCK: usize = 8 * LANES;
 
-/// Combines the terms of a block to one value per lane: those at distances of [`LANES`], pairwise, so that few
-/// operations wait for each other. Written out because loops that carry lanes are vectorised in pieces, if at all.
+/// Reduces the terms of a block to one value per lane. Terms at distances of [`LANES`] are added pairwise, which keeps
+/// chains of dependent operations short. Unrolled by hand because compilers vectorise loops with carried lanes only in
+/// part.
 macro_rules! fold {
     ($combine:ident, $index:ident => $term:expr) => {{
         let mut lanes = [Default::default(); LANES];
@@ -42,7 +42,7 @@ pub(super) struct TileCoefficients {
 }
 
 dispatched! {
-    /// The largest and the least value; NaN is neither.
+    /// The largest and the least value, NaN ignored.
     pub(super) fn extent(values: &[f32]) -> [f32; 2] {
         let (mut largest, mut least) = ([f32::NEG_INFINITY; LANES], [f32::INFINITY; LANES]);
         let (blocks, rest) = values.as_chunks::<BLOCK>();
@@ -64,8 +64,8 @@ dispatched! {
 }
 
 dispatched! {
-    /// Writes `2^(scale·(value − reference))`; returns their sum and, if asked for, that of their squares. Meanwhile
-    /// asks for `next` to be brought into the cache.
+    /// Writes `2^(scale·(value − reference))`. Returns the sum of these values and, if requested, of their squares.
+    /// Prefetches `next` into the cache.
     pub(super) fn exponentiate<const SQUARES: bool>(
         values: &[f32],
         reference: f32,
@@ -88,7 +88,8 @@ dispatched! {
 }
 
 dispatched! {
-    /// `Σ w·((x − y) − shift)`: the difference of two near logits is exact, that to a far maximum is not.
+    /// `Σ w·((x − y) − shift)`. The difference of two close logits is exact; the difference to a distant maximum is
+    /// not.
     pub(super) fn weighted_difference(w: &[f32], x: &[f32], y: &[f32], shift: f32) -> f64 {
         let mut partial = [0.0; BLOCK];
         let ((w, w_rest), (x, x_rest), (y, y_rest)) = (w.as_chunks(), x.as_chunks(), y.as_chunks());
@@ -156,7 +157,7 @@ dispatched! {
 dispatched! {
     /// The forward divergence: `student·e − teacher·t + plain·p`.
     ///
-    /// Where the first two terms are near, as in a student that has learned, their difference would have few correct
+    /// Where the first two terms are close, as in a well-trained student, their difference would have few correct
     /// digits. There it is `teacher·t·(2^(scale·d) − 1)`.
     pub(super) fn forward<const SQUARE: bool, const OWN: bool>(
         out: &mut [f32],
@@ -196,7 +197,8 @@ dispatched! {
     }
 }
 
-/// The exponential at temperature 1: of its own, or `e` at temperature 1, or its square at temperature 2.
+/// The exponential at temperature 1: a separate value, `e` itself at temperature 1, or the square of `e` at temperature
+/// 2.
 #[inline(always)]
 fn plain_exponential<const SQUARE: bool, const OWN: bool>(e: f32, own: f32) -> f32 {
     match (OWN, SQUARE) {
@@ -206,7 +208,7 @@ fn plain_exponential<const SQUARE: bool, const OWN: bool>(e: f32, own: f32) -> f
     }
 }
 
-/// The last values of a tile, with zeros behind them.
+/// The last values of a tile, padded with zeros.
 #[inline(always)]
 fn padded(rest: &[f32]) -> [f32; BLOCK] {
     let mut block = [0.0; BLOCK];
@@ -238,7 +240,7 @@ fn extend(largest: &mut [f32; LANES], least: &mut [f32; LANES], block: &[f32; BL
     }
 }
 
-/// Sums of eight values each, of the blocks of a tile.
+/// Sums of eight values each over the blocks of a tile.
 type Partial = [f32; BLOCK];
 
 #[inline(always)]

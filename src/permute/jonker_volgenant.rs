@@ -9,16 +9,16 @@ use crate::progress::Progress;
 
 const NONE: usize = usize::MAX;
 
-/// The assignment of columns to rows of least total cost: element `i` of the result is row `i`'s column.
+/// The assignment of columns to rows of least total cost. Element `i` of the result is the column of row `i`.
 ///
 /// Minimises `Σ_i cost[i, columns[i]]` over permutations; `cost` is `(size, size)`, row-major, finite. Dual values are
-/// held in f32, so the total may exceed the least one by rounding: some `1e-6` of the largest cost for each row.
+/// stored in f32, so rounding may raise the total above the minimum by some `1e-6` of the largest cost for each row.
 ///
 /// # Errors
 /// [`Error::Cancelled`](crate::Error::Cancelled).
 ///
 /// # Cost
-/// `O(size³)` at worst. Most rows are placed by the first passes, which cost `O(size²)`.
+/// `O(size³)` in the worst case. The first passes assign most rows and cost `O(size²)`.
 ///
 /// # Panics
 /// If `cost` is not square.
@@ -50,11 +50,11 @@ struct Matching<'a> {
     row_of: Vec<usize>,
 }
 
-/// Scratch space of the shortest path search.
+/// Scratch space of the shortest-path search.
 struct PathSearch {
     distance: Vec<f32>,
     predecessor: Vec<u32>,
-    /// 0 for a column that may still be reached, infinity for one whose distance is settled.
+    /// 0 for a column that may still be reached, infinity for a column with a settled distance.
     closed: Vec<f32>,
     settled: Vec<usize>,
 }
@@ -75,8 +75,8 @@ impl<'a> Matching<'a> {
         self.row_of[column] = row;
     }
 
-    /// Prices every column at its least cost and gives it to that row, if the row has none yet; then lowers the price
-    /// of columns held by rows that no other column wanted. Returns the rows without a column.
+    /// Prices every column at its least cost and assigns it to the row of that cost, if the row is free. Then lowers
+    /// the price of each column whose row is the cheapest of no other column. Returns the free rows.
     fn reduce_columns(&mut self) -> Vec<usize> {
         let mut cheapest = vec![0_usize; self.size];
         self.price.copy_from_slice(&self.cost[..self.size]);
@@ -104,11 +104,12 @@ impl<'a> Matching<'a> {
         (0..self.size).filter(|&i| claims[i] == 0).collect()
     }
 
-    /// Augmenting row reduction: each free row takes its cheapest column at a price that makes its second choice as
-    /// good; the row that is displaced goes on at once if the price fell. Returns the rows still free.
+    /// Augmenting row reduction. Each free row gets its cheapest column, at a price that makes its second choice
+    /// equally good. If the price fell, the displaced row is processed at once. Returns the rows that are still free.
     fn reduce_rows(&mut self, free_rows: Vec<usize>, progress: &Progress) -> Result<Vec<usize>> {
         let mut displaced_later = Vec::new();
-        // Rounding can make prices fall by next to nothing, for ever: past this many steps, leave rows to the paths.
+        // Rounding can make prices fall by tiny amounts without end. Past this number of steps, the remaining rows are
+        // left to the path search.
         let mut steps_left = 16 * self.size;
         for row in free_rows {
             let mut current = row;
@@ -139,7 +140,7 @@ impl<'a> Matching<'a> {
         Ok(displaced_later)
     }
 
-    /// Another column than `column` whose reduced cost is `value` for the row, if there is one.
+    /// A column other than `column` with the reduced cost `value` in the row, if there is one.
     fn equally_good(&self, row: usize, column: usize, value: f32) -> usize {
         let reduced = self.row(row).iter().zip(&self.price).map(|(&cost, &price)| cost - price);
         reduced.enumerate().find(|&(j, reduced)| j != column && reduced == value).map_or(column, |(j, _)| j)
@@ -184,7 +185,7 @@ impl<'a> Matching<'a> {
 }
 
 dispatched! {
-    /// Least and second least of `cost − price`, and the first index of the least.
+    /// The least and second least of `cost − price`, and the first index of the least.
     fn two_smallest(cost: &[f32], price: &[f32]) -> (f32, usize, f32) {
         let mut least = [f32::INFINITY; LANES];
         let mut second = [f32::INFINITY; LANES];
@@ -220,7 +221,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// Least distance of an open column, and the first column that has it.
+    /// The least distance of an open column, and the first column at that distance.
     fn smallest_open(distance: &[f32], closed: &[f32]) -> (f32, usize) {
         let mut least = [f32::INFINITY; LANES];
         let (distances, distance_rest) = distance.as_chunks::<LANES>();
@@ -245,7 +246,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// Shortens the distances of open columns that are nearer by way of `row`.
+    /// Lowers the distances of open columns that are nearer through `row`.
     fn relax(cost: &[f32], price: &[f32], offset: f32, row: u32, distance: &mut [f32], predecessor: &mut [u32], closed: &[f32]) {
         for ((((&cost, &price), distance), predecessor), &closed) in
             cost.iter().zip(price).zip(distance).zip(predecessor).zip(closed)
@@ -267,7 +268,7 @@ mod tests {
         columns.iter().enumerate().map(|(i, &j)| f64::from(cost[i * size + j])).sum()
     }
 
-    /// Least total by dynamic programming over subsets of columns.
+    /// The least total by dynamic programming over subsets of columns.
     fn least_total(cost: &[f32], size: usize) -> f64 {
         let mut best = vec![f64::INFINITY; 1 << size];
         best[0] = 0.0;
@@ -292,7 +293,7 @@ mod tests {
 
         #[test]
         fn no_swap_improves_a_large_one(seed in 0_u64..1000) {
-            // Beyond brute force: optimality implies that exchanging two rows' columns never pays.
+            // Too large for brute force: in an optimum, exchanging the columns of two rows never lowers the total.
             let size = 70;
             let cost: Vec<f32> = (0..size * size).map(|i| ((i as u64 * 2_654_435_761 + seed * 97) % 1009) as f32).collect();
             let columns = solve_assignment(&cost, size, &Progress::default()).unwrap();

@@ -1,48 +1,49 @@
-//! One budget of parameters spent over the matrices of a model.
+//! One parameter budget, distributed over the matrices of a model.
 //!
-//! Every matrix has a curve: the energy that it loses at each rank, and the parameters that the rank takes; kept dense,
-//! it loses nothing. Spending parameter after parameter where it saves most is a walk along the lower convex hulls of
-//! these curves in the order of their slopes (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
-//! quantizers", 1988), optimal but for the last step, where what is left of the budget goes to whichever rank still
-//! fits. A cap on MACs is kept on the way: a low rank takes as many as it has parameters, so that the walk ends at
-//! whichever limit is met first.
+//! Every matrix has a curve: its lost energy at each rank against the parameters of that rank. A dense matrix loses
+//! nothing. The algorithm walks along the lower convex hulls of these curves in the order of their slopes, so each
+//! parameter goes where it saves most (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
+//! quantizers", 1988). The result is optimal except for the last step, where the rest of the budget goes to any rank
+//! that still fits. A cap on MACs is enforced during the walk. MACs grow with the rank as parameters do, so the walk
+//! ends at whichever limit it meets first.
 
 use crate::error::{Error, Result};
 use crate::spec::{MatrixSpec, TermSpec, Usage};
 
-/// A matrix that the budget may be spent on.
+/// A matrix that the budget may compress.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidate {
     /// Rows (in features, or the vocabulary).
     pub rows: usize,
-    /// Columns (out features, or the dimension).
+    /// Columns (out features, or the embedding dimension).
     pub columns: usize,
-    /// What is done with it for every token.
+    /// The operation in which the model uses it for every token.
     pub usage: Usage,
-    /// Its energies in descending order ([`crate::fit::spectrum`]): rank `k` loses all but the first `k`.
+    /// Its energies in descending order ([`crate::fit::spectrum`]). Rank `k` loses all but the first `k`.
     pub energies: Vec<f64>,
 }
 
-/// What the energies of different matrices mean to each other.
+/// How energies of different matrices are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weighting {
-    /// They add up as they are: with the gradients at the outputs they are losses of the whole model.
+    /// Energies are added unscaled. With gradients at the outputs they are losses of the whole model.
     Absolute,
-    /// Each matrix counts by its lost energy's share of its own, times its parameters: without gradients nothing says
-    /// how sensitive the loss is to an error, and energies of different layers cannot be compared.
+    /// Each matrix is weighted by its number of parameters: its term is the lost share of its energy times that number.
+    /// Without gradients, the sensitivity of the loss to each layer is unknown and energies of different layers cannot
+    /// be compared.
     Relative,
 }
 
-/// How far to go.
+/// The target of a budget.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Target {
-    /// At most so many parameters in all candidates together.
+    /// At most this number of parameters in all candidates together.
     Parameters(usize),
-    /// As few parameters as lose at most this share of the energy of all candidates together.
+    /// The fewest parameters that lose at most this share of the energy of all candidates together.
     LostEnergy(f64),
 }
 
-/// What became of one matrix.
+/// The choice for one matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
     /// Its rank; `None` if it stays dense.
@@ -51,21 +52,21 @@ pub struct Choice {
     pub parameters: usize,
     /// Its MACs for one token.
     pub macs: usize,
-    /// The share of its energy that this is expected to lose.
+    /// The share of its energy that it is expected to lose.
     pub lost_energy: f64,
 }
 
 impl Candidate {
-    /// The MACs for one token that it takes dense.
+    /// The MACs for one token of the dense matrix.
     #[must_use]
     pub fn dense_macs(&self) -> usize {
         self.usage.dense_macs(self.rows, self.columns)
     }
 
-    /// What becomes of it at some rank.
+    /// The choice of a given rank.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a rank that saves nothing.
+    /// [`Error::Shape`] for a rank that saves no parameters.
     pub fn choice_of_rank(&self, rank: usize) -> Result<Choice> {
         let term = TermSpec::LowRank { rank };
         let total: f64 = self.energies.iter().sum();
@@ -80,22 +81,22 @@ impl Candidate {
 }
 
 impl Choice {
-    /// What the matrix becomes; `None` if it stays dense.
+    /// The spec of the choice; `None` if the matrix stays dense.
     #[must_use]
     pub fn spec(&self) -> Option<MatrixSpec> {
         self.rank.map(MatrixSpec::low_rank)
     }
 }
 
-/// Spends the budget, with at most `most_macs` for one token of all candidates together. Choices come in the order
-/// of the candidates; the same candidates give the same choices.
+/// Distributes the budget, with at most `most_macs` for one token of all candidates together. Choices are in the order
+/// of the candidates. Equal candidates give equal choices.
 ///
 /// # Errors
-/// [`Error::Config`] if not even rank 1 of every matrix fits, naming the fewest parameters, or MACs, that would do;
-/// if a share of energy cannot be reached with so few MACs; or for one that is not between 0 and 1.
+/// [`Error::Config`] if rank 1 of every matrix exceeds a limit (the message states the smallest limit that suffices),
+/// if the share of energy cannot be reached within the MACs, or if the share is not between 0 and 1.
 ///
 /// # Cost
-/// `O(R log R)` for `R` ranks in all.
+/// `O(R log R)` for `R` ranks in total.
 ///
 /// ```
 /// use tqcompressor::plan::{Candidate, Target, Weighting, allocate};
@@ -103,7 +104,7 @@ impl Choice {
 /// let flat = Candidate { rows: 8, columns: 8, usage: Usage::Map, energies: vec![1.0; 8] };
 /// let steep = Candidate { energies: vec![8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..flat.clone() };
 /// let choices = allocate(&[flat, steep], Weighting::Absolute, Target::Parameters(79), None)?;
-/// // Rank 1 is all that the second one needs; the first one can stay dense.
+/// The second matrix needs rank 1 only, so the first one can stay dense.
 /// assert_eq!((choices[0].rank, choices[1].rank), (None, Some(1)));
 /// # Ok::<(), tqcompressor::Error>(())
 /// ```
@@ -136,7 +137,7 @@ pub fn allocate(
         return Err(too_few_macs(candidates, cap, "rank 1 of every matrix", macs));
     }
     let mut steps: Vec<Step> = curves.iter().enumerate().flat_map(|(i, curve)| curve.steps(i)).collect();
-    // Equal slopes in the order of the candidates: a sort that keeps it.
+    // The sort is stable: equal slopes stay in the order of the candidates.
     steps.sort_by(|left, right| right.slope.total_cmp(&left.slope));
 
     let mut chosen = vec![0; curves.len()];
@@ -152,7 +153,7 @@ pub fn allocate(
         }
         let points = &curves[candidate].points;
         let from = &points[chosen[candidate]];
-        // All of the step, or as much of it as fits, after which nothing more of this curve does.
+        // Take the whole step, or the part of it that fits. After a partial step, no further step of this curve fits.
         let fits =
             |at: usize| points[at].parameters - from.parameters <= left && macs - from.macs + points[at].macs <= cap;
         let reached = if fits(to) { to } else { (chosen[candidate]..to).rev().find(|&at| fits(at)).unwrap_or(0) };
@@ -162,7 +163,7 @@ pub fn allocate(
         macs = macs - from.macs + points[reached].macs;
         chosen[candidate] = reached;
     }
-    // Where no curve was closed, what is left of it is rounding.
+    // If no curve was closed, the remaining difference is rounding.
     if let (Target::LostEnergy(share), true) = (target, lost > allowed && closed.contains(&true)) {
         let needed = allocate(candidates, weighting, target, None)?.iter().map(|choice| choice.macs).sum();
         return Err(too_few_macs(candidates, cap, &format!("a lost energy of {share}"), needed));
@@ -172,7 +173,7 @@ pub fn allocate(
 
 fn too_few_macs(candidates: &[Candidate], cap: usize, what: &str, needed: usize) -> Error {
     let dense: usize = candidates.iter().map(Candidate::dense_macs).sum();
-    // The next four digits up, so that the share that is named is enough whatever it is multiplied to.
+    // Round up to four digits, so that the stated share suffices despite rounding in the product.
     let share = ((1e4 * needed as f64 / dense as f64).floor() + 1.0) / 1e4;
     let compared = if dense == 0 { "none".into() } else { format!("{dense}, so that a share of {share} would do") };
     Error::Config(format!(
@@ -181,7 +182,7 @@ fn too_few_macs(candidates: &[Candidate], cap: usize, what: &str, needed: usize)
     ))
 }
 
-/// A place on a matrix's curve.
+/// A point on a matrix's curve.
 struct Point {
     /// `None` for dense.
     rank: Option<usize>,
@@ -212,7 +213,7 @@ impl Curve {
             Weighting::Relative if sum > 0.0 => (rows * columns) as f64 / sum,
             Weighting::Relative => 0.0,
         };
-        // Summed from the small end, so that the tail of a large spectrum is exact.
+        // Sum from the smallest energy up, so that the tail of a large spectrum is exact.
         let mut tails = vec![0.0; energies.len() + 1];
         for (k, energy) in energies.iter().enumerate().rev() {
             tails[k] = tails[k + 1] + energy * scale;

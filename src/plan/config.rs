@@ -1,4 +1,4 @@
-//! `TQConfig` in JSON: which matrices get which Kronecker spec, how long to search, and the seed.
+//! `TQConfig` in JSON: the spec of each matrix, the effort of the search, and the seed.
 
 use indexmap::IndexMap;
 use serde::Deserialize;
@@ -8,18 +8,18 @@ use crate::error::{Error, Result};
 use crate::permute::Effort;
 use crate::spec::{MatrixSpec, given, matrix_spec, matrix_spec_json};
 
-/// The newest format that this version reads: 1 has Kronecker sums only, 2 has low rank and sums of several terms too.
-/// The oldest that can say it is written.
+/// The newest format that this version reads. Format 1 has Kronecker sums only; format 2 adds low rank and sums of
+/// several terms. A configuration is written in the oldest format that can express it.
 pub const FORMAT_VERSION: u64 = 2;
 
-/// A configuration: patterns and what each asks of the matrices it matches, in order.
+/// A configuration: patterns, each with the spec of the matrices that it matches, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TQConfig {
     /// Pattern → spec. The first pattern that matches a matrix decides.
     pub specs: IndexMap<String, MatrixSpec>,
-    /// How long to search permutations.
+    /// The effort of the permutation search.
     pub effort: Effort,
-    /// The seed of the search, used as it is for every matrix.
+    /// The seed of the search, the same for every matrix.
     pub seed: u64,
 }
 
@@ -28,7 +28,7 @@ pub struct TQConfig {
 struct Fields {
     #[serde(default, deserialize_with = "given")]
     quant_method: Option<String>,
-    // Read before the rest: see `from_json`.
+    // Read first: see `from_json`.
     #[serde(default, rename = "format_version", deserialize_with = "given")]
     _format_version: Option<u64>,
     specs: Map<String, Value>,
@@ -39,7 +39,7 @@ struct Fields {
 }
 
 impl TQConfig {
-    /// Reads the JSON of a configuration. `effort` and `seed` may be missing, unknown keys may not be there.
+    /// Reads the JSON of a configuration. `effort` and `seed` are optional; unknown keys are errors.
     ///
     /// ```
     /// use tqcompressor::plan::TQConfig;
@@ -52,15 +52,15 @@ impl TQConfig {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Config`] naming the key, or the pattern, that is wrong; a newer `format_version` is said to be one.
+    /// [`Error::Config`] naming the invalid key or pattern. The message for a newer `format_version` says to upgrade.
     pub fn from_json(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| Error::Config(format!("the configuration is not JSON: {error}")))?;
-        // serde reads the fields of a struct from an array, too.
+        // serde would also read a struct from an array.
         if !value.is_object() {
             return Err(Error::Config(format!("configuration: expected a JSON object, got {value}")));
         }
-        // A newer format may have other keys, so its version must be looked at before they are complained about.
+        // Check the version first: a newer format may have keys that are unknown here.
         match value.get("format_version") {
             None => {}
             Some(version) => match version.as_u64() {
@@ -100,13 +100,13 @@ impl TQConfig {
         })
     }
 
-    /// The oldest format that can say it: 1 for Kronecker sums, 2 for anything else.
+    /// The oldest format that can express it: 1 for Kronecker sums only, 2 otherwise.
     #[must_use]
     pub fn format_version(&self) -> u64 {
         if self.specs.values().all(|spec| spec.as_kronecker().is_some()) { 1 } else { FORMAT_VERSION }
     }
 
-    /// The JSON form, with every key.
+    /// Its JSON, with every key.
     #[must_use]
     pub fn to_value(&self) -> Value {
         let specs: Map<String, Value> =

@@ -1,4 +1,4 @@
-//! Which matrix becomes what: a configuration resolved against the tensors of a model, and budgets spent over matrices.
+//! Plans: a configuration resolved against the tensors of a model, and budgets distributed over matrices.
 
 mod budget;
 mod config;

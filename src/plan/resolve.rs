@@ -1,4 +1,4 @@
-//! A configuration resolved against the tensors of a model: every pattern replaced by the matrices that it names.
+//! A configuration resolved against the tensors of a model: matrix names replace every pattern.
 
 use glob::{MatchOptions, Pattern};
 use serde::Serialize;
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::family::{Kind, Matrix};
 use crate::spec::MatrixSpec;
 
-/// A tensor that a plan is made over.
+/// A tensor of the model to plan for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Input {
     /// Its stored name.
@@ -18,24 +18,24 @@ pub struct Input {
     pub bare: String,
     /// Its shape as stored.
     pub shape: Vec<usize>,
-    /// The kind of its module, if it is a weight that may be compressed.
+    /// The kind of its module, if it is a weight that can be compressed.
     pub kind: Option<Kind>,
     /// Its number of parameters.
     pub parameters: usize,
 }
 
-/// One matrix and what will become of it.
+/// One matrix and its spec.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
     /// The matrix.
     pub matrix: Matrix,
-    /// What the configuration asks of it.
+    /// Its spec.
     pub spec: MatrixSpec,
-    /// Its parameters when done.
+    /// Its parameters after compression.
     pub parameters: usize,
 }
 
-/// A tensor that stays as it is.
+/// A tensor that is not compressed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Untouched {
     /// Its stored name.
@@ -46,29 +46,29 @@ pub struct Untouched {
     pub parameters: usize,
 }
 
-/// A configuration resolved: every matrix validated, nothing computed yet.
+/// A resolved configuration: every matrix is validated, nothing is computed yet.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// The configuration with concrete matrix names for patterns, in model order.
+    /// The configuration with matrix names in place of patterns, in model order.
     pub config: TQConfig,
     /// The matrices to compress, in model order.
     pub jobs: Vec<Job>,
-    /// The tensors that stay as they are, in model order.
+    /// The tensors that are not compressed, in model order.
     pub untouched: Vec<Untouched>,
-    /// Parameters now. A tied head does not count: it is the token embedding.
+    /// Parameters before compression. A tied head does not count: it is the token embedding.
     pub parameters_before: usize,
-    /// Parameters when done.
+    /// Parameters after compression.
     pub parameters_after: usize,
 }
 
-/// The tensors of a model, and how its names are to be read.
+/// The tensors of a model and the structure of its names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Model {
-    /// Its tensors in model order, without those that are tied to others.
+    /// Its tensors in model order, without those tied to others.
     pub inputs: Vec<Input>,
-    /// The prefix of the base model's names, which patterns may have or not: "transformer.".
+    /// The prefix of the base model's names, optional in patterns: "transformer.".
     pub base_prefix: String,
-    /// Modules whose weight is another's, and that other, by bare names: `("lm_head", "wte")`.
+    /// Pairs of bare module names, where the first module shares the weight of the second: `("lm_head", "wte")`.
     pub tied: Vec<(String, String)>,
 }
 
@@ -96,11 +96,11 @@ impl Model {
         }
     }
 
-    /// The matrices that match one of `patterns`, in model order; all of them for `None`.
+    /// The matrices that match one of `patterns`, in model order; all matrices for `None`.
     ///
     /// # Errors
-    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a fused weight of which only a part
-    /// matches; [`Error::Shape`] in a tensor that is no matrix.
+    /// [`Error::Config`] for a malformed pattern, a pattern without a match, or a fused weight that matches only in
+    /// part; [`Error::Shape`], in the tensor, for a weight that is not a matrix.
     pub fn matrices(&self, patterns: Option<&[String]>) -> Result<Vec<Matrix>> {
         let Some(patterns) = patterns else {
             let each = self.inputs.iter().map(Input::matrices).collect::<Result<Vec<_>>>()?;
@@ -126,8 +126,8 @@ impl Plan {
     /// Resolves `config` against the tensors of a model.
     ///
     /// # Errors
-    /// [`Error::Config`] for a pattern that is malformed or matches nothing, or a fused weight of which only a part would
-    /// be compressed; [`Error::Shape`], in the matrix, for a block that does not divide it or a rank too large.
+    /// [`Error::Config`] for a malformed pattern, a pattern without a match, or a fused weight that would be compressed
+    /// only in part; [`Error::Shape`], in the matrix, for a block that does not divide it or a rank that is too large.
     pub fn resolve(model: &Model, config: &TQConfig) -> Result<Self> {
         let mut rules = Rules::new(config.specs.iter(), "specs", model)?;
         let mut plan = Self {
@@ -160,7 +160,8 @@ impl Plan {
     /// Resolves `config` against a checkpoint.
     ///
     /// # Errors
-    /// As [`resolve`](Self::resolve); [`Error::Dtype`] in a tensor that would be compressed and is not floating.
+    /// As [`resolve`](Self::resolve); [`Error::Dtype`], in the tensor, for a weight to compress that is not
+    /// floating-point.
     pub fn for_checkpoint(checkpoint: &Checkpoint, config: &TQConfig) -> Result<Self> {
         let plan = Self::resolve(&Model::of_checkpoint(checkpoint), config)?;
         plan.jobs.iter().try_for_each(|job| checkpoint.stored(&job.matrix).map(drop))?;
@@ -168,14 +169,14 @@ impl Plan {
     }
 }
 
-/// `*` matches across dots and a leading dot is nothing special: names are not paths.
+/// `*` also matches dots, and a leading dot has no special meaning: names are not paths.
 const OPTIONS: MatchOptions =
     MatchOptions { case_sensitive: true, require_literal_separator: false, require_literal_leading_dot: false };
 
-/// Patterns, each with what it asks of the matrices that it matches; the first that matches a matrix decides.
+/// Patterns, each with the spec of the matrices that it matches. The first match decides.
 struct Rules<'a, T> {
     rules: Vec<Rule<'a, T>>,
-    /// What the patterns are called in errors.
+    /// The name of the patterns in errors.
     what: &'static str,
     model: &'a Model,
 }
@@ -197,7 +198,8 @@ impl<'a, T: Copy> Rules<'a, T> {
         Ok(Self { rules: patterns.map(rule).collect::<Result<_>>()?, what, model })
     }
 
-    /// The matrices of a tensor that a pattern matches, and what the first such pattern asks: all of them or none.
+    /// The matrices of a tensor that match a pattern, with the spec of the first match: all matrices of the tensor or
+    /// none.
     fn matched(&mut self, input: &Input) -> Result<Vec<(Matrix, T)>> {
         let matrices = input.matrices()?;
         let parts = matrices.len();
@@ -218,7 +220,7 @@ impl<'a, T: Copy> Rules<'a, T> {
         Ok(asked)
     }
 
-    /// What the first rule that matches the matrix asks; every rule that does is marked.
+    /// The spec of the first rule that matches the matrix. Every rule that matches is marked.
     fn first_match(&mut self, matrix: &Matrix) -> Option<T> {
         let mut names = Vec::with_capacity(8);
         for name in [&matrix.name, &matrix.module] {
@@ -300,7 +302,7 @@ mod tests {
             let plan = resolve(&format!("{{{pattern:?}:{SPEC}}}"), true).unwrap();
             assert_eq!(names(&plan), ["h.1.mlp.c_fc", "h.3.mlp.c_fc"], "{pattern}");
         }
-        // A fused weight is matched by its module, or by the names of all its parts.
+        // A fused weight matches by its module, or by the names of all its parts.
         for pattern in ["h.0.attn.c_attn", "h.0.attn.c_attn.?"] {
             let plan = resolve(&format!("{{{pattern:?}:{SPEC}}}"), true).unwrap();
             assert_eq!(names(&plan), ["h.0.attn.c_attn.q", "h.0.attn.c_attn.k", "h.0.attn.c_attn.v"], "{pattern}");
@@ -347,7 +349,7 @@ mod tests {
             let message = resolve(specs, true).unwrap_err().to_string();
             assert!(message.contains("'h.1.mlp.c_fc'") && message.contains(words), "{message}");
         }
-        // Untied, the head is a matrix like any other, in × out.
+        // An untied head is a matrix like any other, in × out.
         let untied = resolve(r#"{"lm_head":{"block":[2,4],"rank":2}}"#, false).unwrap();
         assert_eq!((untied.jobs[0].matrix.rows, untied.jobs[0].matrix.columns), (8, 40));
     }

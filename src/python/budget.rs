@@ -1,4 +1,4 @@
-//! `MatrixInfo`, `Choice`, `spend_budget` and `SpentBudget`: one budget over the matrices of a model in memory.
+//! `MatrixInfo`, `Choice`, `spend_budget` and `SpentBudget`: one budget for the matrices of a model in memory.
 
 use std::borrow::Cow;
 
@@ -36,13 +36,13 @@ pub(super) struct MatrixInfo {
     kind: &'static str,
     /// Its shape, in × out.
     shape: (usize, usize),
-    /// Where its columns begin in the in × out tensor.
+    /// Its first column in the in × out tensor.
     first_column: usize,
     /// Its parameters while it is dense.
     parameters_before: usize,
-    /// What it becomes, an object of `tqcompressor.config.specs`; `None` where it stays dense.
+    /// Its spec, an object of `tqcompressor.config.specs`; `None` where it stays dense.
     spec: Option<Py<PyAny>>,
-    /// Its parameters then.
+    /// Its parameters after compression.
     parameters_after: usize,
 }
 
@@ -66,24 +66,24 @@ impl MatrixInfo {
     }
 }
 
-/// What a budget makes of one matrix.
+/// The choice of a budget for one matrix.
 #[pyclass(frozen, get_all, module = "tqcompressor._core")]
 pub(super) struct Choice {
     /// Its spec; `None` where it stays dense.
     spec: Option<Py<PyAny>>,
-    /// Its parameters then.
+    /// Its parameters after compression.
     parameters: usize,
     /// Its MACs for one token while it is dense.
     macs_before: usize,
-    /// Its MACs for one token then.
+    /// Its MACs for one token after compression.
     macs: usize,
-    /// The share of its energy that it then loses.
+    /// The share of its energy that it loses.
     lost_energy: f64,
     /// Its energies in descending order, float64.
     energies: Py<PyArray1<f64>>,
 }
 
-/// A budget that was spent, with what planning found.
+/// A budget after planning, with the results that fitting reuses.
 #[pyclass(frozen, module = "tqcompressor._core")]
 pub(super) struct SpentBudget {
     pub spent: compress::SpentBudget,
@@ -91,7 +91,7 @@ pub(super) struct SpentBudget {
 
 #[pymethods]
 impl SpentBudget {
-    /// What every matrix is to become.
+    /// The choice for every matrix.
     #[getter]
     fn choices(&self, py: Python<'_>) -> PyResult<Vec<Choice>> {
         let choice = |planned: &compress::Planned| {
@@ -108,7 +108,7 @@ impl SpentBudget {
         self.spent.planned().iter().map(choice).collect()
     }
 
-    /// The fits of those matrices that are at these places of the budget, each of them once.
+    /// The fits of the matrices at these positions of the budget. Each fit can be taken once.
     #[pyo3(signature = (which, matrices, names, moments, *, threads, progress))]
     #[allow(clippy::too_many_arguments)]
     fn fit<'py>(
@@ -141,7 +141,7 @@ fn places<'a>(
     Ok(each.collect::<Result<Vec<_>>>()?.into_iter().unzip())
 }
 
-/// The target of a budget: either of the two.
+/// The target of a budget: exactly one of the two.
 pub(super) fn target(parameters: Option<usize>, lost_energy: Option<f64>) -> Result<Target> {
     match (parameters, lost_energy) {
         (Some(parameters), None) => Ok(Target::Parameters(parameters)),

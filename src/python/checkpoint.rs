@@ -28,9 +28,9 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 /// A config resolved against the matrices of a model.
 #[pyclass(frozen, get_all, module = "tqcompressor._core")]
 pub(super) struct ModelPlan {
-    /// The matrices that it compresses, in model order, each with its spec.
+    /// The compressed matrices, in model order, each with its spec.
     matrices: Vec<Py<MatrixInfo>>,
-    /// The same as the JSON of a report.
+    /// The plan as the JSON of a report.
     report: String,
 }
 
@@ -104,13 +104,13 @@ impl Checkpoint {
         Ok(Self { opened: jobs::run(py, None, |_| read::Checkpoint::open(&directory))? })
     }
 
-    /// Its parameters; a tied head does not count.
+    /// Its parameters, without a tied head.
     #[getter]
     fn parameters(&self) -> usize {
         Model::of_checkpoint(&self.opened).inputs.iter().map(|input| input.parameters).sum()
     }
 
-    /// Size of its weight files.
+    /// Size of its weight files, in bytes.
     #[getter]
     fn bytes(&self) -> u64 {
         self.opened.weight_bytes()
@@ -162,8 +162,8 @@ impl Checkpoint {
         Ok(SpentBudget { spent })
     }
 
-    /// Writes the compressed checkpoint: with fits made in the norms of `moments`, or with those of a budget that was spent
-    /// on the matrices `names` with these moments.
+    /// Writes the compressed checkpoint. Fits are computed in the norms of `moments`, or taken from a budget that was
+    /// planned for the matrices `names` with these moments.
     #[pyo3(signature = (
         out, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, threads, progress
     ))]

@@ -1,4 +1,4 @@
-//! `fit_many` and `fit_within`: matrices approximated in the norms of their moments.
+//! `fit_many` and `fit_within`: approximation of matrices in the norms of their moments.
 
 use std::time::Instant;
 
@@ -40,7 +40,7 @@ fn fit_many<'py>(
     for (((array, name), spec), arrays) in matrices.iter().zip(names).zip(specs).zip(&moments) {
         let spec = spec_from_python(&spec)?;
         let (place, values) = place(array, &name, arrays)?;
-        // All of them, before the first is worked on.
+        // Check all matrices before the first fit.
         spec.parameters(place.rows, place.columns)
             .and_then(|_| MatrixView::new(values, place.rows, place.columns)?.check_finite())
             .map_err(|error| error.in_tensor(&name))?;

@@ -1,4 +1,4 @@
-//! Second moments as the boundary takes them.
+//! Second moments as arguments from Python.
 
 use numpy::{PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
@@ -40,7 +40,7 @@ pub(super) fn moments<'a>((input, output): &'a MomentArrays<'_>) -> Result<Momen
     Ok(Moments { input: moment(input)?, output: moment(output)? })
 }
 
-/// Moments by the names of their matrices.
+/// Moments by matrix name.
 pub(super) fn calibration<'a>(arrays: &'a [(String, MomentArrays<'_>)]) -> Result<Calibration<'a>> {
     arrays
         .iter()
@@ -59,7 +59,7 @@ pub(super) fn place<'a>(
     Ok((Place { name: name.to_owned(), rows, columns, moments }, values))
 }
 
-/// As many of everything as of the first, or an error.
+/// Returns an error unless all lengths equal `count`, the first one.
 pub(super) fn same_length(count: usize, others: &[usize]) -> Result<()> {
     if others.iter().all(|&length| length == count) {
         return Ok(());

@@ -1,7 +1,7 @@
-//! Specs and configs: the plain objects of `tqcompressor.config` and the types of this crate, both ways.
+//! Conversion of specs and configs between the plain objects of `tqcompressor.config` and the types of this crate.
 //!
-//! Python checks its objects when they are made, so that what is read here is well formed; what does not fit a matrix is
-//! refused where the matrix is known.
+//! Python validates its objects on construction, so the values read here are well formed. A spec that does not fit a
+//! matrix is refused once the matrix is known.
 
 use pyo3::prelude::*;
 use pyo3::types::{PyMapping, PyTuple};
@@ -14,10 +14,10 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_config, module)?)
 }
 
-/// `(pattern, spec)` pairs in their order, effort, seed.
+/// `(pattern, spec)` pairs in order, effort, seed.
 type Config = (Vec<(String, Py<PyAny>)>, &'static str, u64);
 
-/// The JSON of a config as checkpoints hold it, by the reader of the native runtime.
+/// Parses the JSON of a config in a checkpoint, with the reader of the native runtime.
 #[pyfunction]
 fn read_config(py: Python<'_>, text: &str) -> PyResult<Config> {
     let TQConfig { specs, effort, seed } = TQConfig::from_json(text)?;
@@ -25,7 +25,7 @@ fn read_config(py: Python<'_>, text: &str) -> PyResult<Config> {
     Ok((specs.collect::<PyResult<_>>()?, effort.name(), seed))
 }
 
-/// Where the Python classes are.
+/// The module of the Python classes.
 const MODULE: &str = "tqcompressor.config.specs";
 
 /// Reads a `KroneckerSpec`, `LowRankSpec` or `MixedSpec`.
@@ -47,7 +47,7 @@ fn term_from_python(spec: &Bound<'_, PyAny>) -> PyResult<TermSpec> {
     Ok(TermSpec::Kronecker(KroneckerSpec { block, rank, permute }))
 }
 
-/// The Python object for a spec.
+/// Converts a spec to its Python object.
 pub(super) fn spec_to_python<'py>(py: Python<'py>, spec: &MatrixSpec) -> PyResult<Bound<'py, PyAny>> {
     match spec.terms() {
         [term] => term_to_python(py, term),

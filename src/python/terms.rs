@@ -1,4 +1,4 @@
-//! What matrices became: the terms of a fit as numpy arrays, and the specs that describe them.
+//! Results of fits: terms as numpy arrays, and the specs that describe them.
 
 use numpy::{PyArray1, PyArray2, PyArray3};
 use pyo3::prelude::*;
@@ -49,7 +49,7 @@ pub(super) struct LowRankTerm {
     left: Py<PyArray2<f32>>,
     /// `right`, float32.
     right: Py<PyArray2<f32>>,
-    /// int64 gather indices of the shorter side; the pivots come first.
+    /// int64 gather indices of the shorter side, with the pivots first.
     order: Py<PyArray1<i64>>,
 }
 
@@ -61,14 +61,14 @@ impl LowRankTerm {
     }
 }
 
-/// What one matrix became.
+/// The fit of one matrix.
 #[pyclass(frozen, get_all, module = "tqcompressor._core")]
 pub(super) struct Fitted {
     /// Its spec, an object of `tqcompressor.config.specs`.
     spec: Py<PyAny>,
-    /// Its terms, in the order of the spec's.
+    /// Its terms, in the order of the spec.
     terms: Vec<Py<PyAny>>,
-    /// The share of its energy that was lost, in the norm of the fit.
+    /// The lost share of its energy, in the norm of the fit.
     lost_energy: f64,
     /// Wall-clock seconds.
     seconds: f64,
@@ -100,7 +100,7 @@ fn term_to_python(py: Python<'_>, term: Term) -> PyResult<Py<PyAny>> {
     })
 }
 
-/// A side's gather indices; a side without a permutation keeps its order.
+/// The gather indices of a side; the identity for a side without a permutation.
 fn order(py: Python<'_>, side: Option<Permutation>, length: usize) -> Py<PyArray1<i64>> {
     match side {
         Some(permutation) => indices(py, permutation.as_slice().iter().copied()),

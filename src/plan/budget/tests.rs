@@ -1,4 +1,4 @@
-//! Budgets and caps are kept, and what is left of them buys nothing more.
+//! Budgets and caps are kept, and the rest of a budget is too small for any further step.
 
 use super::*;
 use proptest::prelude::*;
@@ -32,7 +32,7 @@ proptest! {
         for (candidate, choice) in candidates.iter().zip(&choices) {
             let curve = Curve::new(candidate, weighting).unwrap();
             let next = curve.points.iter().find(|point| point.parameters > choice.parameters);
-            // A curve that loses nothing any more may stay where it is.
+            // A curve without further loss may stay at its point.
             if let Some(next) = next {
                 prop_assert!(spent + next.parameters - choice.parameters > most);
             }
@@ -75,7 +75,7 @@ proptest! {
 
     #[test]
     fn no_exchange_of_single_ranks_between_two_matrices_does_better(seed in 0..1000_u64) {
-        // Two curves of equal shape, so that every exchange is feasible.
+        // Two curves of equal shape, so that every exchange of ranks is feasible.
         let energies = |start: u64| (0..12).map(|k| ((start + 3) as f64 / (k + 1) as f64).powi(2)).collect();
         let pair = [1, 7].map(|start| Candidate { rows: 12, columns: 12, usage: Usage::Map, energies: energies(start * seed % 11) });
         let choices = allocate(&pair, Weighting::Absolute, Target::Parameters(150), None).unwrap();
@@ -87,7 +87,7 @@ proptest! {
         for first in 1..12 {
             for second in 1..12 {
                 if size(first) + size(second) <= size(ranks[0]) + size(ranks[1]) {
-                    // Optimal but for the last step of one matrix.
+                    // Optimal except for the last step of one matrix.
                     let slack = pair.iter().flat_map(|each| &each.energies[1..]).fold(0.0_f64, |a, &b| a.max(b));
                     prop_assert!(loss(ranks) <= loss([first, second]) + slack);
                 }
