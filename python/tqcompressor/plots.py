@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_block_energy", "plot_frontier", "plot_lost_energy", "plot_plan"]
 LostEnergies: TypeAlias = Mapping[str, float] | CompressionReport | BudgetPlan
 _MARKERS = "osD^vP*X"
-# Colours that stay apart for the colour-blind too (Okabe and Ito), for what a matrix of a plan becomes.
+# The colours of the kinds of fits, distinct for the colour-blind too (Okabe and Ito).
 _KINDS = {"stays dense": "#999999", "low rank": "#0072B2", "Kronecker sum": "#E69F00", "mixed sum": "#009E73"}
 # In larger blocks the numbers of a heat map would overlap.
 _MOST_NUMBERS = 64
@@ -33,13 +33,13 @@ _MOST_NUMBERS = 64
 def plot_lost_energy(methods: Mapping[str, LostEnergies], *, log_scale: bool = False) -> Figure:
     """Draws the lost energy `‖W − Ŵ‖² / ‖W‖²` of every layer, one row per layer and one marker per method.
 
-    Only energies in one norm can be compared: give methods of one objective.
+    Only energies in the same norm can be compared, so all methods should have the same objective.
 
     Args:
         methods: By the method's name, the lost energies by the layer's name: a mapping, a report of `compress` or
             `compress_checkpoint`, or a plan. Layers come in the order in which they are first named, from the top; one
             that a method does not have has no marker of it.
-        log_scale: Whether lost energy is on a logarithmic axis; a layer that loses nothing is then drawn at a true 0.
+        log_scale: Whether the axis is logarithmic. Layers without loss are then drawn at a true 0.
 
     Raises:
         ConfigError: There is nothing to draw, or a report comes from `inspect`, which has no lost energies.
@@ -85,7 +85,7 @@ def plot_frontier(
         methods: By the method's name, pairs `(parameters, quality)`. The parameters are numbers of them, or shares of
             the dense model's from 0 to 1, the same in all pairs.
         dense: The pair of the uncompressed model: a point, and a dashed line at its quality.
-        quality: What the quality is called.
+        quality: The name of the quality, for the axis.
         log_scale: Whether quality is on a logarithmic axis, as suits perplexities that are far apart.
 
     Raises:
@@ -143,8 +143,8 @@ def plot_block_energy(
 ) -> Figure:
     """Draws how the energy of a matrix is spread over the entries of the block, before and after its permutation.
 
-    Entry `(i2, j2)` of a block `(m2, n2)` has the share `Σ_{i1, j1} W[i1·m2 + i2, j1·n2 + j2]² / ‖W‖²`. Where it is
-    spread evenly, few terms of a Kronecker sum cannot follow it; the permutations gather it in few entries.
+    Entry `(i2, j2)` of a block `(m2, n2)` has the share `Σ_{i1, j1} W[i1·m2 + i2, j1·n2 + j2]² / ‖W‖²`. A Kronecker sum
+    of few terms approximates evenly spread energy badly; the permutations gather the energy in few entries.
 
     Args:
         w: Shape (m, n), in × out, of any floating dtype; summed in float64.
@@ -153,7 +153,7 @@ def plot_block_energy(
         column_permutation: Gather indices q of the columns. Without either there is one map, as `w` stands.
 
     Raises:
-        ShapeError: `w` is no matrix, the block does not divide it, or a permutation is none of its rows or columns.
+        ShapeError: `w` is not a matrix, the block does not divide it, or an index array does not permute its side.
         DtypeError: `w` is not of a floating dtype.
         NonFiniteError: `w` holds NaN or an infinity.
         ConfigError: The block is not two positive integers, or `w` is zero and has no energy.
@@ -201,10 +201,10 @@ def plot_block_energy(
 
 
 def plot_plan(plan: BudgetPlan) -> Figure:
-    """Draws what each matrix of a plan keeps and loses: its parameters before and after, and its lost energy.
+    """Draws the parameters of each matrix of a plan before and after compression, and its lost energy.
 
-    Pale bars are the parameters before, full ones those that are kept, with their share; the colour says what the
-    matrix becomes. The lost energies beside them are those of the plan, in the norm of its objective.
+    Pale bars are the parameters before. Full bars are the parameters after, with their share; their colour is the kind
+    of the fit. The lost energies beside them are those of the plan, in the norm of its objective.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -222,7 +222,7 @@ def plot_plan(plan: BudgetPlan) -> Figure:
     kept.barh(rows, [matrix.parameters_before for matrix in matrices], color=colors, alpha=0.3)
     bars = kept.barh(rows, [matrix.parameters_after for matrix in matrices], color=colors)
     shares = [f"{matrix.parameters_after / matrix.parameters_before:.0%}" for matrix in matrices]
-    # Behind the longer of the two bars, where nothing is drawn over them.
+    # To the right of the longer bar, where nothing overlaps the text.
     for bar, matrix, share in zip(bars, matrices, shares, strict=True):
         end, middle = max(matrix.parameters_after, matrix.parameters_before), bar.get_y() + bar.get_height() / 2
         kept.annotate(share, (end, middle), (3, 0), textcoords="offset points", va="center", fontsize="small")
@@ -257,7 +257,7 @@ def _height(rows: Sequence[str]) -> float:
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names the rows 0, 1, … of a figure that is read from the top."""
+    """Labels the rows 0, 1, … from the top of a figure."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="y", alpha=0.3)
@@ -275,7 +275,7 @@ def _energy_axis(axes: Axes, values: Sequence[float], log_scale: bool) -> None:
     elif len(positive) == len(values):
         axes.set_xscale("log")
     else:
-        # A logarithmic axis has no zero; this one is linear below the smallest value.
+        # A logarithmic axis has no zero, so this one is linear below the smallest value.
         axes.set_xscale("symlog", linthresh=min(positive))
 
 

@@ -1,4 +1,4 @@
-"""The command line: its options, and what each command does with them.
+"""The command line: the options and the commands.
 
 May import everything.
 """

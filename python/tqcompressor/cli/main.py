@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }[options.command]
     try:
         run(options)
-        # Here and not at interpreter exit, where a closed pipe could no longer be caught.
+        # Flush here: at interpreter exit, the error of a closed pipe could not be caught.
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("tqcompressor: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the pipe (`| head`) has ended. Keep the interpreter from flushing again.
+        # The reader of the pipe (`| head`) has exited. Prevent another flush at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -127,7 +127,7 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     _quiet_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    # The class that the checkpoint was saved from, as gradients need the head of a decoder.
+    # Load the class that saved the checkpoint: gradients need the head of a decoder.
     config = transformers.AutoConfig.from_pretrained(options.model)
     cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     if options.threads is not None:
@@ -145,7 +145,7 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    # Before torch is imported, so that errors in them come at once.
+    # Check before the import of torch, so that errors appear at once.
     values = {**vars(options), "seed": options.data_seed}
     training = TrainingConfig(**{field.name: values[field.name] for field in fields(TrainingConfig)})
     losses = DistillConfig(options.temperature, options.alpha, options.hidden_weight, options.hidden_kind)
@@ -173,7 +173,7 @@ def _distill(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"tqcompressor: {options.out} has the state of the run: resume it with --resume", file=sys.stderr)
         raise
-    # Only the first of several processes prints.
+    # Of several processes, only the first prints.
     if int(os.environ.get("RANK", "0")) == 0:
         print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
 
@@ -213,7 +213,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..evaluate.results import Comparison
 
     native = _is_native(options)
-    # Read before the models, which take seconds to load.
+    # Read the text before the models, which take seconds to load.
     text = one_text(Path(options.text))
     passages = None if options.passages is None else read_passages(options.passages)
     models = [name for name in (options.model, options.teacher) if name is not None]

@@ -13,7 +13,7 @@ from ..distillation.stages import DEFAULT_RECIPE, STAGED_RECIPES
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser; `command` of what it returns is the name of the command."""
+    """The parser; its result has the name of the command as `command`."""
     program = argparse.ArgumentParser(
         prog="tqcompressor",
         description="Compress models of transformers, by one budget for the whole model or by a recipe.",
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("source", metavar="SRC", help="a checkpoint directory, dense or compressed, or a hub id")
     _add_config(inspect)
     _add_calibration(inspect)
-    group = inspect.add_argument_group("how --budget is spent, which reads the weights")
+    group = inspect.add_argument_group("options of --budget, which reads the weights")
     group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
     group.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the search (default: %(default)s)")
     group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
@@ -65,7 +65,7 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     distill = commands.add_parser(
         "distill",
         parents=[common],
-        help="compress a checkpoint, in one stage or several, and train it to imitate what it was",
+        help="compress a checkpoint, in one stage or several, and train it to imitate the original",
         description="Compress a checkpoint, in one stage or several, and train it after each to imitate the teacher, "
         "the checkpoint as it was. A killed run resumes with --resume. For several processes: "
         "torchrun -m tqcompressor.cli distill ...",
@@ -110,7 +110,7 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
         default=training.save_steps,
         help="steps between checkpoints, or below 1 a share of a stage's steps (default: %(default)s)",
     )
-    group.add_argument("--device", choices=("cpu",), help="train on the CPU though there is a GPU")
+    group.add_argument("--device", choices=("cpu",), help="train on the CPU even if there is a GPU")
     group.add_argument(
         "--data-seed",
         type=int,
@@ -189,7 +189,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="native runs GPT-2 on the CPU in float32, without torch (default: torch if it is installed)",
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
 
 def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -222,7 +222,7 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
         help="draw from the most probable tokens with a total probability of P (default: 1)",
     )
     generate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the draws (default: 0)")
-    generate.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: all cores)")
+    generate.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -263,7 +263,7 @@ def _positive(text: str) -> int:
     return number
 
 
-# What argparse calls the type in "invalid positive integer value: '0'".
+# The name of the type in argparse's error: "invalid positive integer value: '0'".
 _positive.__name__ = "positive integer"
 
 

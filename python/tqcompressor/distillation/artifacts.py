@@ -28,7 +28,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """32 hexadecimal digits: equal where names, dtypes, shapes and values of all tensors are."""
+    """32 hexadecimal digits: equal if and only if names, dtypes, shapes and values of all tensors are equal."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -43,7 +43,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
+    """Reads a file of `write_json`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -13,7 +13,7 @@ from ..losses.hidden import HiddenKind as HiddenKind
 from ..losses.hidden import check_hidden_kind
 from ..utils import validate
 
-# transformers seeds numpy's old generator, too, which takes 32 bits.
+# transformers also seeds numpy's old generator, which is limited to 32 bits.
 _LARGEST_SEED = (1 << 32) - 1
 ResultDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
@@ -56,8 +56,8 @@ class DistillConfig:
 class TrainingConfig:
     """How every stage is trained: AdamW, a linear warm-up, then a cosine decay to zero.
 
-    The short form of a `transformers.TrainingArguments`, which `distill` takes as well. Fields that both have mean the
-    same.
+    This is a short form of `transformers.TrainingArguments`, which `distill` also accepts. Fields of the same name have
+    the same meaning.
 
     Raises `ConfigError` for values out of range.
     """
@@ -69,9 +69,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are averaged for one optimiser step."""
     learning_rate: float = 5e-4
-    """At the end of the warm-up."""
+    """The learning rate at the end of the warm-up."""
     warmup_ratio: float = 0.05
-    """Share of a stage's steps."""
+    """The warm-up's share of a stage's steps."""
     weight_decay: float = 0.0
     bf16: bool = False
     """bfloat16 in the forward pass; weights and optimiser stay float32."""
@@ -81,7 +81,7 @@ class TrainingConfig:
     """Steps from one checkpoint to the next, an integer, or below 1 a share of the stage's steps. A killed run resumes
     from the last checkpoint; the last two are kept."""
     seed: int = 0
-    """Of the order of the samples, and of dropout."""
+    """The seed of the order of the samples and of dropout."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):

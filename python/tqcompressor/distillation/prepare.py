@@ -1,4 +1,4 @@
-"""What a distillation needs, loaded and checked before anything takes long."""
+"""The inputs of a distillation, loaded and checked before any long computation."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class PreparedStage:
     """A stage of the recipe with its plan and its share of the text."""
 
     number: int
-    """From 1."""
+    """The number of the stage, from 1."""
     stage: Stage
     folder: Path
-    """Where its state is kept."""
+    """The folder of its state."""
     plan: ModelPlan
-    """What its config does to the matrices of the teacher, and so to those of the student."""
+    """The plan of its config for the matrices of the teacher, which holds for the student too."""
     samples: TokenBlocks | None
     """None for a stage without training."""
     steps: int
@@ -58,20 +58,20 @@ class Prepared:
     """A distillation that is ready to run: models, text and settings, all of them checked."""
 
     teacher: PreTrainedModel
-    """float32, on the CPU."""
+    """The teacher, in float32 on the CPU."""
     tokenizer: PreTrainedTokenizerBase
     recipe: StagedRecipe
     stages: tuple[PreparedStage, ...]
     one_shot: TQConfig
-    """All stages at once: each matrix as in the last stage that names it."""
+    """All stages in one: each matrix has the spec of the last stage that names it."""
     seq_len: int
     heldout: tuple[int, ...]
-    """Tokens to score."""
+    """The held-out tokens to score."""
     out: Path
     losses: DistillConfig
     training: TrainingConfig | TrainingArguments
     arguments: TrainingArguments
-    """Of no stage: device and processes of the run."""
+    """The device and the processes of the run, for no particular stage."""
     device: str | None
     dtype: ResultDtype
     threads: int | None
@@ -103,12 +103,12 @@ def prepare(
     threads: int | None,
     progress: ProgressOption,
 ) -> Prepared:
-    """Loads teacher and text, plans every stage, and checks that all fit together; arguments and errors of `distill`.
+    """Loads teacher and text, plans every stage, and checks all inputs. Arguments and errors are those of `distill`.
 
-    The cheap checks come first. Nothing is written but the token cache.
+    The cheap checks come first. Only the token cache is written.
     """
     out = Path(out)
-    # Early: it starts the communication between processes, and refuses what the machine does not support.
+    # Create it early: it starts the communication between processes and rejects settings that the machine lacks.
     arguments = training_arguments(training, out / "stages", 1, device)
     if dtype not in get_args(ResultDtype):
         raise ConfigError(f"dtype: expected one of {', '.join(get_args(ResultDtype))}, got {dtype!r}")
@@ -136,7 +136,7 @@ def prepare(
     if wanted > available:
         raise TextError(f"tokens: expected at most {available * seq_len:,} (of the text to train on), got {tokens:,}")
     stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
-    # At worst two students of every stage, two checkpoints with two moments each, and the result.
+    # At most two students of every stage, two checkpoints with two moments each, and the result.
     size = 4 * model.num_parameters()
     require_space(out, size * (2 * len(stages) + 2 * 3 + 1), "the stages and their checkpoints")
     return Prepared(
@@ -168,7 +168,7 @@ def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) ->
 def _load_teacher(teacher: StrPath | PreTrainedModel) -> PreTrainedModel:
     model: Any
     if isinstance(teacher, PreTrainedModel):
-        # A copy, which the run may move and freeze.
+        # A copy that the run may move and freeze.
         model = copy.deepcopy(teacher).to("cpu", torch.float32)  # type: ignore[arg-type]
     else:
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
@@ -224,7 +224,7 @@ def _prepare_stages(
     out: Path,
     per_step: int,
 ) -> tuple[PreparedStage, ...]:
-    """Shares the first `wanted` samples out among the stages; raises `TextError` for a share below one step."""
+    """Distributes the first `wanted` samples among the stages; raises `TextError` for a share below one step."""
     stages = []
     shares = zip(recipe.stages, plans, recipe.samples_of_stages(wanted), strict=True)
     for number, (stage, plan, share) in enumerate(shares, 1):

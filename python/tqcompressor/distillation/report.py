@@ -1,4 +1,4 @@
-"""The report of a distillation: what `distill` returns, and writes as `training_report.json`."""
+"""The report of a distillation, which `distill` returns and writes as `training_report.json`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class StageResult:
     trained: ModelResult
     """The student at the end of the stage."""
     lost_energy: Mapping[str, float]
-    """Of each matrix that this stage decomposed, relative to the student's weights before."""
+    """The lost energy of each matrix that this stage decomposed, relative to the student's weights before the stage."""
     tokens: int
-    """Trained on in this stage."""
+    """Tokens trained on in this stage."""
     steps: int
     seconds: float
-    """Of training, since the last start: a resumed stage does not count the time before."""
+    """Seconds of training since the last start; a resumed stage does not count the time before."""
     tokens_per_second: float
     losses: Sequence[LossRecord]
 
@@ -69,9 +69,9 @@ class TrainingReport:
     version: str
     """The version of tqcompressor."""
     settings: Mapping[str, Any]
-    """Everything that the result depends on: teacher, recipe, text, losses, training, processes, dtype."""
+    """All settings that affect the result: teacher, recipe, text, losses, training, processes, dtype."""
     versions: Mapping[str, str]
-    """Of Python, torch and transformers."""
+    """The versions of Python, torch and transformers."""
     heldout_tokens: int
     teacher: ModelResult
     one_shot: ModelResult
@@ -80,7 +80,7 @@ class TrainingReport:
 
     @property
     def tokens(self) -> int:
-        """Trained on in all stages together."""
+        """Tokens trained on in all stages together."""
         return sum(stage.tokens for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Distillation from end to end: every stage compresses the student and trains it, with its state on disk.
 
 `out/stages/N-NAME/compressed` is the student after the stage's compression, `checkpoints` are the trainer's, `trained`
-is the student after the stage. Each gets its name only when it is complete. So a killed run resumes from the last of
-them, and ends with the same weights as a run that was not killed.
+is the student after the stage. Each gets its name only when it is complete. A killed run therefore resumes from the
+last of them, and ends with the same weights as a run that was not killed.
 
-In several processes, whatever is done once is done by the first of them, within `main_process_first`.
+Of several processes, the first does all work that is done once, within `main_process_first`.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def distill(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> TrainingReport:
-    """Compresses a GPT-2 and trains it to imitate the model that it was, its teacher.
+    """Compresses a GPT-2 and trains it to imitate the original model, its teacher.
 
-    A recipe has one stage or several. Each stage decomposes the matrices that it names, *as the student has them by
-    then*, and trains the student on its share of the text, every token once. The result in `out` is a compressed
+    A recipe has one stage or several. Each stage decomposes the named matrices *of the current student*, and trains
+    the student on its share of the text, every token once. The result in `out` is a compressed
     checkpoint with its tokenizer, a model card and `training_report.json`; `out/stages` has the student after every
     stage.
 
@@ -80,12 +80,12 @@ def distill(
             `StagedRecipe` or a `TQConfig`. One-shot "tq-81m" by default: on equal text it ends with a lower perplexity
             than "tq-81m-staged".
         text: The training text: a str is the text itself, a `Path` a UTF-8 file or a glob pattern, and a list holds
-            either. A `datasets.Dataset` with a column "text", and a `TokenBlocks`, are taken as they are.
+            either. A `datasets.Dataset` with a column "text" and a `TokenBlocks` are accepted too.
         out: The folder to write; it must not exist, or be empty, unless `resume`.
         tokenizer: By default the teacher's own.
         tokens: Tokens to train on, all stages together; by default all of the text.
-        heldout: A text to measure perplexity on, a str or the `Path` of a file. By default the end of `text`, which is
-            then not trained on: a hundredth of it, from one sample up to 65,536 tokens.
+        heldout: A text to measure perplexity on, a str or the `Path` of a file. By default the end of `text`, excluded
+            from training: a hundredth of it, from one sample up to 65,536 tokens.
         losses: The loss of the student.
         training: Batches, optimiser and checkpoints of every stage: a `TrainingConfig` or, for any other setting, a
             `transformers.TrainingArguments`. Of the latter `output_dir`, `max_steps`, `save_total_limit` (at least 2),
@@ -94,11 +94,11 @@ def distill(
             `save_strategy` other than "steps", are refused. `logging_steps` is the step of the report's loss curve.
             Samples have `min(positions, 1024)` tokens; pass a `TokenBlocks` as `text` for another length.
         effort: "fast", "balanced" or "best", in place of the recipe's.
-        seed: Of the permutation searches, in place of the recipe's. The seed of the training is `training.seed`.
-        device: "cpu" to train there though there is a GPU; by default transformers chooses.
-        dtype: Of the result: "float32", "float16" or "bfloat16". Training is float32.
-        cache: The folder of tokenised text; as for `token_blocks`.
-        resume: Resumes a killed run that had the same arguments; starts one where `out` is empty.
+        seed: The seed of the permutation searches, in place of the recipe's. Training has the seed `training.seed`.
+        device: "cpu" to train on the CPU even if there is a GPU; by default transformers chooses.
+        dtype: The dtype of the result: "float32", "float16" or "bfloat16". Training is float32.
+        cache: The folder of tokenised text, as in `token_blocks`.
+        resume: Resumes a killed run that had the same arguments; starts a new run if `out` is empty.
         threads: Threads of the permutation search; they do not change the result.
         progress: True, False, None (bars when on a terminal or in a notebook) or a callable `(done, total)`, called
             for each piece of the work in turn.
@@ -149,9 +149,9 @@ def distill(
 
 
 def begin(prepared: Prepared) -> Mapping[str, Any]:
-    """Scores teacher and one-shot student, or reads the scores of the run that is resumed: the state of the run.
+    """Scores teacher and one-shot student, or reads their scores when a run is resumed. Returns the state of the run.
 
-    Raises `ConfigError` where `out` has the state of a run with other settings.
+    Raises `ConfigError` if `out` has the state of a run with other settings.
     """
     settings = _settings(prepared)
     path = prepared.out / _STATE
@@ -159,7 +159,7 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
         if not path.exists():
             teacher = _score(prepared, prepared.teacher, "score teacher")
             state = {"settings": settings, "heldout_tokens": len(prepared.heldout) - 1, "teacher": asdict(teacher)}
-            # With a single stage, its compressed student is the one-shot one, and is scored there.
+            # The compressed student of a single stage is the one-shot student, and is scored in the stage.
             if len(prepared.stages) > 1:
                 student = copy.deepcopy(prepared.teacher)
                 compress(student, prepared.one_shot, threads=prepared.threads, progress=prepared.progress)
@@ -176,7 +176,7 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
 
 
 def _settings(prepared: Prepared) -> dict[str, Any]:
-    """Everything that the result depends on, as JSON types."""
+    """All settings that affect the result, as JSON types."""
     settings = {
         "teacher": weights_digest(prepared.teacher),
         "recipe": prepared.recipe.to_dict(),
@@ -192,7 +192,7 @@ def _settings(prepared: Prepared) -> dict[str, Any]:
 
 
 def run_stage(prepared: Prepared, stage: PreparedStage) -> StageResult:
-    """Does what a stage still lacks: compresses the student, trains it, scores it."""
+    """Runs the missing steps of a stage: compressing, training and scoring the student."""
     compressed, trained = stage.folder / "compressed", stage.folder / "trained"
     if trained.is_dir():
         return _read_result(trained)
@@ -238,7 +238,7 @@ def _read_result(trained: Path) -> StageResult:
 
 
 def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
-    """Compresses the student of the stage before, or the teacher, into `folder`."""
+    """Compresses the student of the previous stage, or the teacher, into `folder`."""
     if stage.number == 1:
         student = copy.deepcopy(prepared.teacher)
     else:
@@ -256,14 +256,14 @@ def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
 
 
 def _score(prepared: Prepared, model: PreTrainedModel, title: str) -> ModelResult:
-    """Scores a model on the held-out text, on the device of the training; it ends on the CPU."""
+    """Scores a model on the held-out text, on the device of the training, and moves it back to the CPU."""
     with on_device(prepared.arguments.device, model), reporter(prepared.progress, title) as report:
         total, tokens = negative_log_likelihood(model, prepared.heldout, progress=report or False)
     return ModelResult(model.num_parameters(), exponential(total / tokens))
 
 
 def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageResult, ...]) -> TrainingReport:
-    """Puts the last stage's student into `out`. The report is written last: where it is, everything is."""
+    """Puts the last stage's student into `out`. The report is written last, so that it marks a complete result."""
     one_shot = state.get("one_shot")
     report = TrainingReport(
         version=__version__,

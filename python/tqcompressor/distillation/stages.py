@@ -18,15 +18,15 @@ from ..config.specs import KroneckerSpec, check_keys
 from ..config.tq_config import TQConfig
 from ..errors import ConfigError
 
-# Of the recipe; the configs in it have their own.
+# The format of the recipe; its configs have their own version.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: it decomposes the matrices that `config` names, as the student has them by then, and trains.
+    """One stage: decomposition of the matrices that `config` names, in the current student, and training.
 
-    A matrix that an earlier stage compressed may be named again: its factors are multiplied out first. `share` is the
+    A matrix that an earlier stage compressed may be named again. It is then made dense first. `share` is the
     stage's part of the training tokens, relative to the other stages' shares; 0 compresses without training. `name`
     is part of the name of the stage's folder.
 
@@ -63,7 +63,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagedRecipe:
-    """Stages that follow one another; the JSON form is what `tqcompressor distill --recipe FILE` reads.
+    """A sequence of stages. `tqcompressor distill --recipe FILE` reads its JSON form.
 
     >>> recipe = STAGED_RECIPES["tq-81m-staged"]
     >>> StagedRecipe.from_json(recipe.to_json()) == recipe
@@ -80,7 +80,7 @@ class StagedRecipe:
             raise ConfigError("stages: every share is 0, and nothing would be trained: use compress instead")
 
     def samples_of_stages(self, num_samples: int) -> list[range]:
-        """The consecutive samples of the training text that each stage gets: together all of them, none twice."""
+        """The consecutive samples of each stage. Together the stages have every sample once."""
         total = sum(stage.share for stage in self.stages)
         done, ends = 0.0, [0]
         for stage in self.stages:
@@ -152,7 +152,7 @@ def resolve_staged_recipe(
     """The staged recipe behind the `recipe` argument: a name, the path of a JSON file, a dict or a `StagedRecipe`.
 
     A config of `compress` (a name in `RECIPES`, a `TQConfig`, its JSON) becomes a single stage: one-shot compression,
-    then training. `changes` (`effort`, `seed`) override the stages', unless they are None.
+    then training. `changes` (`effort`, `seed`) override those of the stages, unless they are None.
     Raises `ConfigError` when the name is neither a recipe nor a file, or its contents are invalid.
     """
     if isinstance(recipe, StagedRecipe):

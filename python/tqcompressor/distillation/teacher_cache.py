@@ -45,15 +45,15 @@ class CachedTeacher:
     temperature: float
     """Divisor of the teacher's logits."""
     fingerprint: str
-    """Of the samples: see `TokenBlocks.fingerprint`."""
+    """The fingerprint of the samples: see `TokenBlocks.fingerprint`."""
     vocab_size: int
-    """Of the teacher; every token is below it."""
+    """The vocabulary size of the teacher; every token id is below it."""
     seq_len: int
     """Positions of a sample."""
     teacher: str
     """The teacher: its class, name and number of parameters."""
     weights: str
-    """32 hexadecimal digits: equal where the teacher's weights are."""
+    """32 hexadecimal digits: equal if and only if the teachers' weights are equal."""
 
     def __init__(self, path: StrPath) -> None:
         """Maps the file at `path`; see `open`."""
@@ -73,7 +73,7 @@ class CachedTeacher:
             temperature: The expected temperature.
 
         Raises:
-            CheckpointError: The file is no cached teacher's, is damaged, or has a newer version.
+            CheckpointError: The file does not hold a cached teacher, is damaged, or has a newer version.
             ConfigError: It has other samples, another `k` or another temperature.
             StorageError: It cannot be read.
 
@@ -123,7 +123,7 @@ class CachedTeacher:
         }
 
     def mean_tail_mass(self) -> float:
-        """The mean mass of the tokens that were not kept: what `k` and the temperature lose of the distributions.
+        """The mean mass of the tokens that were not kept: the loss due to `k` and the temperature.
 
         A high temperature spreads the mass. For the checkpoint of 8,192 tokens in `tests/data`, the 64 most probable
         tokens leave 0.29 at temperature 1 and 0.85 at 2, and 1,024 leave 0.09 and 0.54.

@@ -37,7 +37,7 @@ class TeacherFile:
     weights: str
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """The tensors of the file, in their order: those of wide elements first, so that all are aligned."""
+        """The tensors of the file in order, those with wide elements first, so that all are aligned."""
         shape = (self.num_samples, self.seq_len, self.k)
         return {
             "tail_mass": TensorSpec(np.dtype("<f4"), shape[:2]),
@@ -52,11 +52,11 @@ class TeacherFile:
 
     @classmethod
     def read(cls, path: Path) -> tuple[TeacherFile, dict[str, NDArray[Any]]]:
-        """What the file at `path` says of itself, and its tensors, memory-mapped.
+        """The metadata of the file at `path`, and its tensors, memory-mapped.
 
         Raises:
-            CheckpointError: It is no file of a cached teacher, is truncated or damaged, has other tensors than its
-                metadata say, or is of a newer version.
+            CheckpointError: The file does not hold a cached teacher, is truncated or damaged, has tensors that differ
+                from its metadata, or has a newer version.
             StorageError: It cannot be read.
         """
         metadata, tensors = read_tensor_file(path, "a cached teacher", _FORMAT)
@@ -67,7 +67,7 @@ class TeacherFile:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: the metadata of the cached teacher are damaged") from error
         specs = [(name, (tensor.dtype, tensor.shape)) for name, tensor in tensors.items()]
-        # Refuse a file that differs in anything from what is written.
+        # Refuse any file that `cache_teacher` would write differently.
         if metadata or min(found.num_samples, found.seq_len, found.k) < 1 or specs != list(found.tensors().items()):
             raise CheckpointError(f"{path}: the tensors of the cached teacher are not those of its metadata: damaged")
         return found, tensors

@@ -1,6 +1,6 @@
 """`DistillTrainer`: a `transformers.Trainer` whose loss compares the student with its teacher.
 
-Everything but the loss is transformers': logging, checkpoints and resuming, gradient accumulation, schedulers,
+All but the loss comes from transformers: logging, checkpoints and resuming, gradient accumulation, schedulers,
 mixed precision, several processes and hosts by `torchrun` or `accelerate launch`.
 """
 
@@ -41,14 +41,14 @@ class DistillTrainer(Trainer):
     logits. The evaluation loss is the cross-entropy of the labels alone; its exponential is the perplexity.
 
     Items of the datasets have "input_ids" and optionally "attention_mask" and "labels". Without labels, every attended
-    token is a label. The trainer shifts labels by one position, as the causal models of transformers do.
+    token is a label. The trainer shifts labels by one position, like the causal models of transformers.
 
     Args:
         model: The student; compressed or not.
         args: As for `transformers.Trainer`.
         teacher: A causal model with the student's vocabulary, or None where the loss does not depend on it.
         distill: The loss.
-        teacher_tokenizer: Beside `processing_class`: both must have equal ids for equal tokens.
+        teacher_tokenizer: Compared with `processing_class`: both must have equal ids for equal tokens.
         **options: As for `transformers.Trainer`: `train_dataset`, `eval_dataset`, `callbacks`, `processing_class`, …
 
     Raises `ConfigError` when teacher and student do not fit together: vocabularies, tokenizers, layers, widths.
@@ -88,7 +88,7 @@ class DistillTrainer(Trainer):
         super().__init__(model, args, **options)
         # The loss is a mean over the tokens of one batch: average it over the accumulated batches.
         self.model_accepts_loss_kwargs = False
-        # Keep the cached columns, although they are no arguments of the model's forward pass.
+        # Keep the cached columns, although the model's forward pass has no such arguments.
         self.args.remove_unused_columns = False
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -153,7 +153,7 @@ class DistillTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """As in `Trainer`, with the tokens as labels of a batch that has none; `Trainer` would compute no loss."""
+        """As in `Trainer`, with tokens as default labels; without labels, `Trainer` would compute no loss."""
         if "labels" not in inputs:
             inputs = {**inputs, "labels": _own_labels(inputs)}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -163,10 +163,10 @@ class DistillTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # Each library that writes has its own error, and not all of them keep the system's error number.
+            # The libraries that write raise different errors, and some lose the system's error number.
             code = getattr(error, "errno", None) or (errno.EIO if free_space(folder) > 1 << 20 else errno.ENOSPC)
             raise StorageError(code, f"the checkpoint is not written: {error}", str(folder)) from error
-        # Only the marker tells a complete checkpoint from that of a process killed while it wrote.
+        # The marker alone distinguishes a complete checkpoint from one of a process killed while writing.
         if self.args.should_save and folder.is_dir():
             mark_complete(folder)
 
@@ -194,7 +194,7 @@ def _next_tokens(labels: torch.Tensor | None, inputs: Mapping[str, torch.Tensor]
 
 
 def require_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raises `ConfigError` unless both models have equally many tokens."""
+    """Raises `ConfigError` unless both models have the same vocabulary size."""
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size
     if ours != theirs:
         raise ConfigError(f"the student's vocabulary has {ours} tokens, the teacher's {theirs}: they must be the same")

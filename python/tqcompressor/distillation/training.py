@@ -32,7 +32,7 @@ class Trained(NamedTuple):
 
     losses: tuple[LossRecord, ...]
     seconds: float
-    """Since the last start of the stage."""
+    """Seconds since the last start of the stage."""
     tokens_per_second: float
 
 
@@ -41,7 +41,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """The arguments of transformers' trainer for one stage of `steps` steps, whose checkpoints go to `folder`.
 
-    Raises `ConfigError` for values that a stage cannot follow, or that this machine does not support.
+    Raises `ConfigError` for values that contradict a stage or that this machine does not support.
     """
     if isinstance(training, TrainingArguments):
         _check_arguments(training, device)
@@ -82,11 +82,11 @@ def _arguments_of(training: TrainingConfig, steps: int, device: str | None) -> T
             use_cpu=device == "cpu",
         )
     except ValueError as error:
-        # A precision that the device does not have.
+        # The device does not support the precision.
         raise ConfigError(f"training: {error}") from error
 
 
-# Values of TrainingArguments that a stage can follow, and why it cannot follow others.
+# The values of TrainingArguments that a stage allows, and why it allows no others.
 _FOLLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "max_steps": ((-1, 0), "the steps follow from `tokens`"),
     # The default is 3.
@@ -108,7 +108,7 @@ _FOLLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _check_arguments(arguments: TrainingArguments, device: str | None) -> None:
-    """Raises `ConfigError` with every argument that contradicts what a stage does."""
+    """Raises `ConfigError` naming every argument that contradicts a stage."""
     contradictions = []
     for name, (followed, why) in _FOLLOWED.items():
         value = getattr(arguments, name, followed[0])
@@ -120,7 +120,7 @@ def _check_arguments(arguments: TrainingArguments, device: str | None) -> None:
         raise ConfigError(f"training: distill cannot follow {', '.join(contradictions)}")
 
 
-# Arguments that do not change a result: where files, logs and reports go, and who the process is.
+# Arguments that do not affect the result: paths of files, logs and reports, and the identity of the process.
 _WITHOUT_EFFECT = (
     "output_dir",
     "run_name",
@@ -158,7 +158,7 @@ def train_stage(
     title: str,
     progress: ProgressOption,
 ) -> Trained:
-    """Trains the student in place, from its last complete checkpoint if there is one. Both models end on the CPU."""
+    """Trains the student in place, from its last complete checkpoint if there is one; moves both models to the CPU."""
     last = last_complete_checkpoint(Path(arguments.output_dir or "."))
     tokens_per_step = samples_per_step(arguments) * samples.seq_len
     started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, or `left` and `right`, and persistent integer buffers
 `input_permutation` and `output_permutation` (gather indices of the forward pass; None where a side is not permuted). No
-module has a `weight`: code that looks for one must fail, not work on a copy. `dense_weight()` computes it on request.
+module has a `weight`, so code that reads one fails instead of working on a copy. `dense_weight()` computes it.
 
 May import torch, `errors`, `_core`, `utils` and `config`; never transformers.
 """

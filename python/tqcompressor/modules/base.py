@@ -1,4 +1,4 @@
-"""The base of all factored modules: copies of factors, biases, permutations and ties."""
+"""The base of all factored modules: copies of factors, biases, permutations and tied heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from .._core import KroneckerTerm, LowRankTerm
 from ..errors import ShapeError
 
-# One term of what a matrix became.
+# One term of the fit of a matrix.
 Term: TypeAlias = KroneckerTerm | LowRankTerm
 _Term = TypeVar("_Term", KroneckerTerm, LowRankTerm)
 
@@ -80,7 +80,7 @@ class Factors(nn.Module):
     ) -> None:
         """Copies values into parameters and buffers; buffers that are None in the module are skipped.
 
-        Raises `ShapeError` for other shapes than the module's, and then changes nothing.
+        Raises `ShapeError` for shapes other than the module's; then nothing is changed.
         """
         kept = {name: values for name, values in tensors.items() if getattr(self, name) is not None}
         for name, values in kept.items():
@@ -102,15 +102,15 @@ class Factors(nn.Module):
 
 
 class Tied(nn.Module):
-    """An output layer that shares the factors of its embedding and cannot have others."""
+    """An output layer that shares the factors of its embedding."""
 
     def set_terms(self, *_: object, **__: object) -> None:
-        """Raises `TypeError`, as it would untie the head: set the embedding's factors, then call `tie`."""
+        """Raises `TypeError`, since new factors would untie the head. Set the embedding's factors and call `tie`."""
         raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
 
 
 class TiedFactors(Tied, Factors):
-    """The head of an embedding with `Factors`: it shares the factors, and its permutations follow the embedding's."""
+    """The head of an embedding with `Factors`: shared factors, and permutations derived from the embedding's."""
 
     bias: nn.Parameter | None
 
@@ -127,7 +127,7 @@ class TiedFactors(Tied, Factors):
         embedding.register_load_state_dict_post_hook(self._follow)
 
     def tie(self, embedding: Any) -> None:
-        """Shares the embedding's factors, and follows its permutations."""
+        """Shares the embedding's factors and derives the permutations from the embedding's."""
         for name in self.factors:
             setattr(self, name, getattr(embedding, name))
         self._follow(embedding)

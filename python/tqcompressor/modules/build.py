@@ -1,4 +1,4 @@
-"""Empty modules by spec: their factors have shapes but no values yet."""
+"""Empty modules by spec, whose factors have shapes but no values yet."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class FusedLinear(nn.Module):
     """Several factored linear modules side by side on one input, with one bias: GPT-2's `c_attn` as its q, k and v.
 
     `y = concatenate(part(x) for part in parts) + bias`. GPT-2 splits the output itself. The parts are
-    submodules by their names, of any kind (`KroneckerLinear`, `LowRankLinear`, `MixedLinear`), and have no bias.
+    named submodules of any kind (`KroneckerLinear`, `LowRankLinear`, `MixedLinear`) without a bias.
     """
 
     bias: nn.Parameter | None

@@ -2,7 +2,7 @@
 
 Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers `input_permutation` and
 `output_permutation` (gather indices used in the forward pass; None where a side is not permuted). No module has a
-`weight`: code that looks for one must fail, not work on a copy. `dense_weight()` computes it on request.
+`weight`, so code that reads one fails instead of working on a copy. `dense_weight()` computes it on request.
 """
 
 from __future__ import annotations
@@ -122,9 +122,8 @@ class KroneckerLinear(KroneckerFactors):
     `output_permutation` is the inverse of `q`: `x[..., p]` goes in, `flat[..., inverse(q)]` comes out.
 
     The cost of a row is the smaller of `rank · (m1·n1·m2 + n1·m2·n2)` and `rank · (m1·m2·n2 + m1·n1·n2)`
-    MACs. Only where that saves nothing against the dense product and there are hundreds of rows, as in
-    training, `W` is formed for the duration of the call. Takes the place of `nn.Linear` and of transformers' `Conv1D`
-    alike.
+    MACs. If that saves nothing against the dense product and there are hundreds of rows, as in training, `W` is
+    formed for the duration of the call. The module replaces both `nn.Linear` and transformers' `Conv1D`.
 
     Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
     """
@@ -218,7 +217,7 @@ class KroneckerLinear(KroneckerFactors):
 
 
 class KroneckerEmbedding(KroneckerFactors):
-    """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, computed when they are looked up.
+    """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, computed at lookup.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`; `A (rank, num_embeddings / m2, embedding_dim / n2)`,
     `B (rank, m2, n2)`. `input_permutation` is the inverse of `p` (token `i` is row `inverse(p)[i]` of the sum) and
@@ -301,7 +300,7 @@ class KroneckerEmbedding(KroneckerFactors):
         else:
             a = nn.functional.embedding(rows.div(m2, rounding_mode="floor"), self.A[k])
             b = nn.functional.embedding(rows.remainder(m2), self.B[k])
-        # Not a matrix product, which autocast would round where nn.Embedding does not.
+        # Autocast would round a matrix product here, but nn.Embedding does not round.
         return a.unsqueeze(-1) * b.unsqueeze(-2)
 
     def dense_weight(self) -> torch.Tensor:
@@ -320,8 +319,8 @@ class KroneckerHead(TiedFactors, KroneckerFactors):
     `q`, contracted with the transposed factors and gathered by the inverse of `p`. With block (1, 4) and rank 1 the
     logits take a quarter of the dense MACs. `bias (num_embeddings,)` is the replaced output layer's own.
 
-    Transformers ties parameters by name, so the head has `A` and `B` of its own that are the same tensors. Its
-    permutations follow from the embedding's: they are not saved, and are derived again when the embedding's change.
+    Transformers ties parameters by name, so the head registers the same tensors `A` and `B`. Its permutations are
+    derived from the embedding's: they are not saved, and are derived again when the embedding's change.
     """
 
     def __init__(self, embedding: KroneckerEmbedding, bias: nn.Parameter | None = None) -> None:

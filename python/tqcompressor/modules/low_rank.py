@@ -1,8 +1,8 @@
 """Low-rank modules in interpolative form: some rows, or columns, of the matrix span the others.
 
-With a permutation that puts those first, a matrix `W (m, n)` of rank k is `W[p] = [I; left] right` or
-`W[:, q] = left [I right]`, of `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
-forward pass, only those of the side that the identity is on, and no module has a `weight`.
+A permutation puts these rows or columns first. A matrix `W (m, n)` of rank k is then `W[p] = [I; left] right` or
+`W[:, q] = left [I right]`, with `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
+forward pass, here only for the side with the identity, and no module has a `weight`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .functional import expand, low_rank_matmul
 class LowRankFactors(Factors):
     """The base of the modules: the factors and the permutation of a `(rows, columns)` matrix.
 
-    The identity, and so the permutation, is on the rows where there are not more rows than columns.
+    The identity and the permutation are on the shorter side, and on the rows of a square matrix.
     """
 
     factors = ("left", "right")
@@ -64,7 +64,7 @@ class LowRankFactors(Factors):
 
     def reset_parameters(self, variance: float) -> None:
         """Draws factors such that all entries of the matrix have the given variance."""
-        # `mixing` stands beside the identity; it multiplies `weights`, whose entries are entries of the matrix.
+        # `mixing` is the factor beside the identity. It multiplies `weights`, whose entries are entries of the matrix.
         weights, mixing = (self.right, self.left) if self.input_permutation is not None else (self.left, self.right)
         for factor, of_entries in ((weights, variance), (mixing, 1 / self.rank)):
             bound = math.sqrt(3 * of_entries)
@@ -81,7 +81,7 @@ class LowRankFactors(Factors):
         **options: Any,
     ) -> Any:
         (height, rank), (_, width) = left.shape, right.shape
-        # Columns are picked only where there are more rows than columns.
+        # The identity is on the columns only if there are more rows than columns.
         on_rows = height + rank <= width
         rows, columns = (height + rank, width) if on_rows else (height, width + rank)
         # The constructors of all subclasses take rows, columns and rank first.
@@ -178,7 +178,7 @@ class LowRankLinear(LowRankFactors):
 
 
 class LowRankEmbedding(LowRankFactors):
-    """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, computed when looked up.
+    """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, computed at lookup.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`. With `num_embeddings > embedding_dim`, `left (num_embeddings, k)`,
     `right (k, embedding_dim − k)` and `output_permutation` is the inverse of `q`; otherwise
@@ -258,8 +258,8 @@ class LowRankHead(TiedFactors, LowRankFactors):
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. The transpose of a matrix in interpolative form is in
     interpolative form: `Wᵀ[q] = [I; rightᵀ] leftᵀ`, or `Wᵀ[:, p] = rightᵀ [I leftᵀ]`.
 
-    As in `KroneckerHead`, the parameters are the embedding's under names of its own, and the permutations, which are
-    not saved, follow from the embedding's.
+    As in `KroneckerHead`, the embedding's parameters are registered in the head too. The permutations are derived from
+    the embedding's and not saved.
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

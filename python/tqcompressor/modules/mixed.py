@@ -34,7 +34,7 @@ class _Terms(nn.Module):
     ) -> None:
         """Copies the terms of a decomposition, one for each submodule, in order.
 
-        Raises `ShapeError` for another number, kind or shape of terms than the module's.
+        Raises `ShapeError` unless the number, kinds and shapes of the terms are the module's.
         """
         if len(terms) != len(self.terms):
             raise ShapeError(f"expected {len(self.terms)} terms, got {len(terms)}")
@@ -106,9 +106,9 @@ class MixedEmbedding(_Terms):
 
 
 class MixedHead(Tied, _Terms):
-    """The output layer tied to a `MixedEmbedding`: `logits = h (W_0 + W_1 + …)ᵀ + bias`, each term tied to its own.
+    """The output layer tied to a `MixedEmbedding`: `logits = h (W_0 + W_1 + …)ᵀ + bias`.
 
-    Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`.
+    Each term is tied to the same term of the embedding. Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`.
     """
 
     bias: nn.Parameter | None
@@ -120,7 +120,7 @@ class MixedHead(Tied, _Terms):
         self.register_parameter("bias", bias)
 
     def tie(self, embedding: MixedEmbedding) -> None:
-        """Ties every term to the embedding's."""
+        """Ties every term to the term of the embedding."""
         own: Any
         for own, term in zip(self.terms, embedding.terms, strict=True):
             own.tie(term)

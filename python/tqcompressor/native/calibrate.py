@@ -28,7 +28,7 @@ _BYTES_PER_ENTRY = 12
 class _Encoder:
     """A native tokenizer with the interface of `data.tokenize.Encoder`."""
 
-    # The extension module releases the interpreter's lock.
+    # The extension module releases the GIL.
     is_fast = True
 
     def __init__(self, tokenizer: _core.Tokenizer, vocab_size: int) -> None:
@@ -92,6 +92,6 @@ def measure(
         counts = np.bincount(ids.ravel(), minlength=size)
         moments[f"input.{name}"] = (counts / tokens).astype(np.float32)
     if runtime.tied:
-        # The head and the embedding are one matrix; without a head there is nothing to merge.
+        # A tied head and its embedding share one matrix. Without a head there is nothing to merge.
         merge_tied(moments, "wte", "lm_head")
     return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2")

@@ -25,7 +25,7 @@ from .tokens import Streamer, TextStreams, batches, checked_tokens, integers
 
 # The default limit of new tokens of `generate_tokens`.
 _NEW_TOKENS = 128
-# The largest count that the extension module takes.
+# The largest count that the extension module accepts.
 _LARGEST_COUNT = (1 << 63) - 1
 
 
@@ -55,7 +55,7 @@ class NativeModel:
             source: A directory with `config.json` and safetensors files of a GPT-2, with or without its head, dense or
                 compressed by this package; or the id of a model on the hub, fetched by huggingface_hub if that is
                 installed. For text it needs the tokenizer too: `tokenizer.json`, or `vocab.json` and `merges.txt`.
-            threads: Threads that compute. Default: one for every processor that this process may use.
+            threads: Worker threads. Default: one for every processor that this process may use.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
         Raises:
@@ -80,7 +80,7 @@ class NativeModel:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens; every token is below it."""
+        """The number of tokens in the vocabulary; every token id is below it."""
         return self._runtime.vocab_size
 
     @property
@@ -209,7 +209,7 @@ class NativeModel:
         return self._tokenizer.decode(checked_tokens(tokens, self.vocab_size), skip_special_tokens)
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # A str is a sequence of str, but is taken as one text.
+    def generate(  # type: ignore[overload-overlap]  # A str is a sequence of str, but means one text.
         self,
         prompts: str,
         *,
@@ -247,7 +247,7 @@ class NativeModel:
 
         Args:
             prompts: A text or several. An empty one begins with the begin-of-text token.
-            max_new_tokens: As in `generate_tokens`, and so are the others.
+            max_new_tokens: As in `generate_tokens`, like the following arguments.
             temperature: 0 for the most probable token each time.
             top_k: 0 for all tokens.
             top_p: 1 for all tokens.
@@ -318,7 +318,7 @@ class NativeModel:
     def last_word_accuracy(
         self, passages: Sequence[str] | PathLike[str], *, progress: ProgressOption = None
     ) -> LastWordResult:
-        """The accuracy of LAMBADA's task, predicting last words, by the rules of `evaluate.last_word_accuracy`.
+        """The accuracy of last-word prediction (LAMBADA), by the rules of `evaluate.last_word_accuracy`.
 
         Args:
             passages: Texts of two words or more, or the `pathlib.Path` of a file that `evaluate.read_passages` reads.

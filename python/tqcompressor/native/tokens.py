@@ -1,4 +1,4 @@
-"""Tokens that go into the native runtime, checked and in batches, and the streamed text of those that come out."""
+"""Token inputs of the native runtime, validated and batched, and the streamed text of its output tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TOKENS_PER_PASS = 1024
 
 
 class TextStreams:
-    """Passes on the text of several continuations as their tokens come.
+    """Streams the text of several continuations as their tokens arrive.
 
     Args:
         tokenizer: Decodes the tokens, each once; special tokens are skipped.
-        prompts: How many continuations there are.
-        streamer: Called with the number of a prompt and the text that is new behind it; a character comes whole.
+        prompts: The number of continuations.
+        streamer: Called with the number of a prompt and its new text, in whole characters.
     """
 
     def __init__(self, tokenizer: _core.Tokenizer, prompts: int, streamer: Streamer) -> None:
@@ -35,7 +35,7 @@ class TextStreams:
         self._passed_on = [0] * prompts
 
     def add(self, fresh: list[tuple[int, int]]) -> None:
-        """Takes new `(number of prompt, token)`."""
+        """Adds new `(number of prompt, token)` and streams their text."""
         tokens: dict[int, list[int]] = {}
         for prompt, token in fresh:
             tokens.setdefault(prompt, []).append(token)
@@ -43,7 +43,7 @@ class TextStreams:
             self._pass_on(prompt, self._decoders[prompt].push(tokens[prompt]))
 
     def finish(self, texts: Sequence[str]) -> None:
-        """Passes on what is missing of the whole `texts`, such as the beginning of a last character."""
+        """Streams the rest of the complete `texts`, such as an incomplete last character."""
         for prompt, text in enumerate(texts):
             self._pass_on(prompt, text[self._passed_on[prompt] :])
 
@@ -54,7 +54,7 @@ class TextStreams:
 
 
 def batches(items: Sequence[_Item], length: Callable[[_Item], int]) -> Iterator[list[_Item]]:
-    """Yields the items in order, as many at a time as a forward pass takes."""
+    """Yields the items in order, in batches for one forward pass each."""
     return fitting(items, length, _TOKENS_PER_PASS)
 
 
@@ -67,7 +67,7 @@ def integers(name: str, values: ArrayLike) -> NDArray[Any]:
 
 
 def checked_tokens(values: ArrayLike, vocab_size: int) -> list[int]:
-    """One sequence of tokens as the extension module takes it; raises `ConfigError` for a token out of range."""
+    """One sequence of tokens in the dtype of the extension module; raises `ConfigError` for a token out of range."""
     tokens = integers("tokens", values)
     if tokens.ndim != 1:
         raise ShapeError(f"tokens: expected one dimension, got shape {tokens.shape}")
