@@ -92,23 +92,23 @@ class KroneckerTerm:
 
 @final
 class LowRankTerm:
-    """One matrix of low rank: `W[order] = [I; left] right`, or `W[:, order] = left [I right]` where `m > n`."""
+    """One low-rank matrix: `W[order] = [I; left] right`, or `W[:, order] = left [I right]` where `m > n`."""
 
     left: _Float32Array
     right: _Float32Array
     order: _Int64Array
-    """Gather indices of the shorter side; the pivots come first."""
+    """Gather indices of the shorter side, with the pivots first."""
     def __new__(cls, left: _Float32Array, right: _Float32Array, order: _Int64Array) -> LowRankTerm: ...
 
 @final
 class Fitted:
-    """What one matrix became."""
+    """The fit of one matrix."""
 
     spec: MatrixSpec
     terms: list[KroneckerTerm | LowRankTerm]
-    """In the order of the spec's."""
+    """Its terms, in the order of the spec."""
     lost_energy: float
-    """The share of its energy that was lost, in the norm of the fit."""
+    """The lost share of its energy, in the norm of the fit."""
     seconds: float
 
 def fit_many(
@@ -133,11 +133,11 @@ def fit_within(
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> Fitted:
-    """The best fit of any kind with at most so many parameters."""
+    """The best fit of any kind with at most the given number of parameters."""
 
 @final
 class MatrixInfo:
-    """A matrix that can be compressed; in a plan, with what it becomes."""
+    """A matrix that can be compressed; in a plan, with its spec."""
 
     name: str
     """Its name in configs and reports: "h.0.attn.c_attn.q"."""
@@ -150,7 +150,7 @@ class MatrixInfo:
     shape: tuple[int, int]
     """In × out."""
     first_column: int
-    """Where its columns begin in the in × out tensor: not 0 for later parts of a fused weight."""
+    """Its first column in the in × out tensor; not 0 only for the later parts of a fused weight."""
     parameters_before: int
     spec: MatrixSpec | None
     """None where it stays dense."""
@@ -161,32 +161,32 @@ class ModelPlan:
     """A config resolved against the matrices of a model."""
 
     matrices: list[MatrixInfo]
-    """Those that it compresses, in model order, each with its spec."""
+    """The compressed matrices, in model order, each with its spec."""
     report: str
-    """The same as a `CompressionReport` in JSON."""
+    """The plan as a `CompressionReport` in JSON."""
 
 @final
 class Choice:
-    """What a budget makes of one matrix."""
+    """The choice of a budget for one matrix."""
 
     spec: MatrixSpec | None
     """None where it stays dense."""
     parameters: int
     macs_before: int
-    """For one token, while it is dense."""
+    """MACs for one token while it is dense."""
     macs: int
-    """For one token, then."""
+    """MACs for one token after compression."""
     lost_energy: float
     energies: NDArray[np.float64]
     """In descending order: rank `k` loses all but the first `k`."""
 
 @final
 class SpentBudget:
-    """A budget that was spent, with what planning found."""
+    """A budget after planning, with the results that fitting reuses."""
 
     @property
     def choices(self) -> list[Choice]:
-        """What every matrix is to become, in the order in which they were given."""
+        """The choice for every matrix, in the order of the arguments."""
 
     def fit(
         self,
@@ -198,7 +198,7 @@ class SpentBudget:
         threads: int | None,
         progress: _ProgressCallback | None,
     ) -> list[Fitted]:
-        """The fits of the matrices at these places of the budget, each of them once."""
+        """The fits of the matrices at these positions of the budget. Each fit can be taken once."""
 
 def spend_budget(
     matrices: Sequence[_Float32Array],
@@ -215,7 +215,7 @@ def spend_budget(
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> SpentBudget:
-    """Spends one budget over matrices: at most so many `parameters`, or as few as lose that share of the energy.
+    """Distributes one budget: at most this number of `parameters`, or the fewest that lose this share of the energy.
 
     A usage is "map", "lookup" or "tied_lookup"; `max_macs` is a share of the MACs of the dense matrices. Matrices of
     one module are compressed all or none. With `keep`, `SpentBudget.fit` can follow.
@@ -240,7 +240,7 @@ def read_config(text: str) -> tuple[list[tuple[str, MatrixSpec]], str, int]:
     """`(specs, effort, seed)` of a config in JSON, as the native runtime reads it from a checkpoint."""
 
 def split_part(matrix: str) -> tuple[str, str | None]:
-    """The module of a matrix, and the part of it that the matrix is, if it is fused: "c_attn.q" is "c_attn", "q"."""
+    """The module of a matrix and, if it is fused, the name of the part: "c_attn.q" is "c_attn", "q"."""
 
 def fused_parts(module: str, kind: str, rows: int, columns: int) -> list[str] | None:
     """The parts of a fused weight `(rows, columns)`, in × out, such as q, k and v; None for any other module."""
@@ -305,7 +305,7 @@ class Checkpoint:
         """
 
 def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
-    """The dense `(m, n)` matrix that the factors stand for, permutations undone."""
+    """The dense `(m, n)` matrix of the factors, in the original order of rows and columns."""
 
 def expand(
     a: _Float32Array, b: _Float32Array, rows: _Int64Array | None, columns: _Int64Array | None, threads: int
@@ -315,7 +315,7 @@ def expand(
 def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
 
-# A half-precision matrix comes and goes as its bits; the dtype beside it says which of the two it is.
+# A half-precision matrix is passed as its bits, with its dtype beside it.
 _FloatMatrix = _Float32Array | NDArray[np.uint16]
 
 def distillation_loss(
@@ -366,7 +366,7 @@ def topk_distillation_loss(
     gradient: bool,
     threads: int | None,
 ) -> tuple[float, _FloatMatrix | None]:
-    """`distillation_loss` against a teacher's likeliest tokens (rows, k), all others taken as one."""
+    """`distillation_loss` against a teacher's most probable tokens (rows, k); all other tokens count as one."""
 
 def hidden_state_loss(
     student: _FloatMatrix,
@@ -396,7 +396,7 @@ def head_loss(
 
 @final
 class Runtime:
-    """A GPT-2 in memory, and the threads that it computes with. Token sequences are neither empty nor padded."""
+    """A GPT-2 in memory with its thread pool. Token sequences are neither empty nor padded."""
 
     @staticmethod
     def load(directory: str | PathLike[str], threads: int | None, progress: _ProgressCallback | None) -> Runtime: ...
@@ -461,7 +461,7 @@ class Tokenizer:
 
 @final
 class DecodeStream:
-    """The text of tokens that come one after another."""
+    """A decoder of a stream of tokens."""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that `tokens` add; bytes that end no character yet are held back."""
+        """The text that `tokens` add; the bytes of an incomplete character are held back."""

@@ -1,4 +1,4 @@
-"""Settings of the whole suite, disks that are small, and what several files read or load."""
+"""Settings of the whole suite, small disks, and fixtures that several files share."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from hypothesis import settings
 
-# A shell that starts the tests in the background has SIGINT ignored, in what they start too.
+# A shell ignores SIGINT for tests in the background, and for the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples at every run, and no failure because the machine is busy.
@@ -17,7 +17,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture
 def tmpfs(tmp_path):
-    """Mounts a small file system of its own, where that is allowed."""
+    """Mounts a separate small file system, where that is allowed."""
     mounted = []
 
     def mount(options):
@@ -37,7 +37,7 @@ def tmpfs(tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """The tiny GPT-2's."""
+    """The tokenizer of the tiny GPT-2."""
     import transformers
     from helpers.corpora import TINY
 
@@ -46,7 +46,7 @@ def tokenizer():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The cache of every test is its own, the user's is never touched."""
+    """Every test has its own cache; the user's cache is never used."""
     monkeypatch.setenv("TQCOMPRESSOR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

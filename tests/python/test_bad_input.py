@@ -1,4 +1,4 @@
-"""Bad input and bad places: a typed error that names the tensor or the path, and nothing written."""
+"""Invalid inputs and destinations: a typed error names the tensor or the path, and nothing is written."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ SPECS = {"wte": ((1, 4), 2, "columns"), "h.1.mlp.c_fc": ((2, 4), 4, "both")}
 
 @pytest.fixture
 def refused(tmp_path):
-    """Compresses a checkpoint, or a directory, and checks how that is refused and that nothing was written."""
+    """Compresses a checkpoint or a directory, and checks the error and that nothing was written."""
 
     def check(source, error, words, configuration=None, destination="new/out", **options):
         if isinstance(source, Checkpoint):
@@ -210,7 +210,7 @@ def test_destination_that_holds_something(refused, tmp_path):
     (tmp_path / "out" / "diary.txt").write_text("dear diary")
     error = refused(Checkpoint(), errors.DestinationError, ["out", "not empty"], destination="out")
     assert isinstance(error, FileExistsError)
-    # `overwrite` replaces checkpoints, not somebody's home.
+    # `overwrite` replaces checkpoints only, not other folders such as a home directory.
     refused(Checkpoint(), errors.DestinationError, "no config.json", destination="out", overwrite=True)
     assert (tmp_path / "out" / "diary.txt").read_text() == "dear diary"
 
@@ -258,7 +258,7 @@ def test_directory_without_permission(refused, tmp_path):
 
 
 def test_file_size_limit(tmp_path):
-    """What a full disk does, where no file system may be mounted: the system refuses to write on."""
+    """A simulated full disk, for systems that do not allow mounting a file system: writes fail."""
     source = Checkpoint().write(tmp_path / "in")
     before = listing(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -48,7 +48,7 @@ PYTHON = {
     "plots": "errors config decomposition compression evaluate",
     "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",
 }
-# What only some machines have, and what takes long to import: never at the price of `import tqcompressor`.
+# Optional packages and packages with a slow import: `import tqcompressor` must not import them.
 HEAVY = {
     "accelerate",
     "filelock",
@@ -61,7 +61,7 @@ HEAVY = {
     "tqdm",
     "transformers",
 }
-# Modules of Python's library that only POSIX systems have, except those that the library itself imports there.
+# POSIX-only modules of the standard library, except those that the library itself imports there.
 POSIX = ["fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"]
 
 
@@ -81,7 +81,7 @@ def test_the_tables_name_every_module():
 def test_the_top_of_the_package_holds_few_files():
     files = {path.name for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".so"}
     assert files == {"__init__.py", "__main__.py", "_core.pyi", "errors.py", "plots.py", "py.typed"}
-    # Each folder says what it owns, and what it may import.
+    # Each folder documents its contents and its allowed imports.
     for folder in set(PYTHON) - {"errors", "plots"}:
         docstring = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")))
         assert "May import" in docstring, folder
@@ -149,7 +149,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # What is imported is a module where there is one of that name, and a name of the module otherwise.
+            # The imported name is a submodule if there is one, otherwise a name in the module.
             for alias in node.names:
                 name = f"{module}.{alias.name}"
                 names.append(name if name.removeprefix("tqcompressor.") in MODULES else module)
@@ -181,7 +181,7 @@ def test_no_python_module_is_in_a_circle():
 
 
 def circle(graph):
-    """A path through the graph that comes back to where it began, or nothing."""
+    """A cycle of the graph, or nothing."""
     done, path = set(), []
 
     def visit(node):
@@ -217,7 +217,7 @@ def test_importing_the_package_loads_numpy_alone():
 
 
 def test_every_module_imports_without_what_only_posix_has(tmp_path):
-    """And files are written with what every system has."""
+    """Files are written with portable modules too."""
     code = f"""
 import importlib, os, pkgutil, sys, warnings
 import numpy

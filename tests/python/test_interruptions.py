@@ -1,4 +1,4 @@
-"""Runs that are interrupted, killed, or meet another run: the destination is absent, or whole, or what it was."""
+"""Interrupted, killed and concurrent runs: the destination is absent, complete or unchanged."""
 
 import json
 import signal

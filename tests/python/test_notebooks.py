@@ -18,7 +18,7 @@ def code_cells(notebook):
 
 
 def kinds(output):
-    """What a reader sees of an output: a stream's name or the types of a result."""
+    """The visible form of an output: the name of a stream or the types of a result."""
     return output.name if output.output_type == "stream" else sorted(output.data)
 
 

@@ -1,4 +1,4 @@
-"""Figures show what they were given: the data in their artists is the data that came in, and no display is touched."""
+"""Figures show their arguments: the artists hold the same data, and no display is used."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def rows_of(axes):
 
 
 def markers(axes):
-    """By the label of a line, its values by the name of the row."""
+    """For the label of each line, its values by the name of the row."""
     names = rows_of(axes)
     return {
         line.get_label(): {names[int(y)]: x for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
@@ -72,7 +72,7 @@ def test_every_method_has_a_marker_at_each_of_its_lost_energies(log_scale):
     assert rows_of(axes) == ["a", "b", "c"]
     assert markers(axes) == methods
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "rows must be read from the top"
-    # A zero is on the axis, whichever it is.
+    # A zero is on the axis, linear or logarithmic.
     assert axes.get_xscale() == ("symlog" if log_scale else "linear")
     assert axes.get_xlim()[0] <= 0
 

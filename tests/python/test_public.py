@@ -15,7 +15,7 @@ import pytest
 import tqcompressor
 
 SNAPSHOT = Path(__file__).with_name("public.txt")
-# Modules whose names are public, too.
+# Further modules with public names.
 MODULES = ("config", "errors", "evaluate", "losses", "modules", "plots")
 
 
@@ -24,7 +24,7 @@ def signature(value):
         found = str(inspect.signature(value))
     except ValueError:
         return ""
-    # As they are in the source, whatever Python prints of a default.
+    # Remove memory addresses from defaults: they differ from run to run.
     return re.sub(r" at 0x[0-9a-f]+", "", found)
 
 

@@ -1,4 +1,4 @@
-"""Every function that takes a seed or a number of threads refuses what is neither, before any work, by name."""
+"""Every function with a seed or a number of threads rejects invalid values by name, before any work."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The benchmark of inference: its engines do the same work, and it counts and compares as it says."""
+"""The benchmark of inference: its engines do the same work, and its counts and comparisons are as documented."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("model", ["dense", "compressed"])
 def test_engines_generate_and_read_alike(benchmark, folders, monkeypatch, model):
     engines = benchmark("inference_engines")
-    # What is compiled is the compiler's matter; the caches of fixed sizes, which are filled twice, are ours.
+    # Compilation itself is not tested, but the caches of fixed sizes, which are filled twice, are.
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     text = np.random.default_rng(1).integers(8192, size=20).tolist()
     generated, read = {}, {}

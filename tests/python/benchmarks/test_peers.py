@@ -1,4 +1,4 @@
-"""The benchmark's peers do what their papers say, and nobody exceeds a budget."""
+"""The benchmark's peers follow their papers, and none exceeds a budget."""
 
 from importlib import import_module
 from pathlib import Path
@@ -249,13 +249,13 @@ def test_no_method_exceeds_its_budget(benchmark, study, share):
                 assert parameters == sum(rank * sum(w.shape) for rank, w in zip(ranks, matrices, strict=True))
             if scope == "whole":
                 continue
-            # All but the layers of the blocks is as it was.
+            # All modules outside the blocks are unchanged.
             before, after = (of.get_submodule(subject.word_embedding).weight for of in (subject.model, model))
             torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
 def test_pruned_units_can_be_taken_out(benchmark, study):
-    """Setting to zero what reads them is the same as smaller matrices."""
+    """Zeroing the weights that read the removed units equals smaller matrices."""
     methods, subject = benchmark("quality_methods"), study.subject
     model, _ = methods.METHODS["pruned by magnitude"].compress(study, 0.5)
     for block in subject.blocks:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: tables, JSON, exit statuses, one-line errors."""
+"""The command line as a user sees it: tables, JSON, exit statuses, one-line errors."""
 
 import errno
 import json
@@ -120,7 +120,7 @@ def test_shards(tmp_path):
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
-    """The file that `calibrate` writes of few and short blocks."""
+    """A calibration file from few and short blocks."""
     folder = tmp_path_factory.mktemp("calibration")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQCOMPRESSOR_CACHE", str(folder / "cache"))
@@ -335,7 +335,7 @@ def test_a_closed_pipe_is_no_traceback():
 
 
 def test_ctrl_c_is_status_130_and_leaves_nothing(tmp_path):
-    # The signal comes from within, so that it cannot come before the command runs; `best` on one thread takes longer.
+    # The process signals itself, so that the signal arrives while the command runs; `best` on one thread takes longer.
     code = (
         "import os, signal, sys, threading; from tqcompressor.cli.main import main; "
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main(sys.argv[1:]))"

@@ -1,4 +1,4 @@
-"""`tqcompressor generate` and `evaluate --engine native` as a user meets them, with torch at hand and without."""
+"""`tqcompressor generate` and `evaluate --engine native` as a user sees them, with and without torch."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_both_engines_print_one_table(text, capsys):
     in_torch, native = rows
     assert native["text"].pop("perplexity") == pytest.approx(in_torch["text"].pop("perplexity"), rel=1e-5)
     assert (native["parameters"], native["name"]) == (in_torch["parameters"], in_torch["name"])
-    # torch holds in float32 what is stored in float16.
+    # torch holds the float16 weights in float32.
     assert 2 * native["bytes"] == in_torch["bytes"]
     assert native["text"].keys() == in_torch["text"].keys() and native["text"]["tokens"] == in_torch["text"]["tokens"]
 
@@ -147,7 +147,7 @@ def test_without_torch_what_needs_it_says_so(text):
 
 
 def test_ctrl_c_is_status_130():
-    # A long text at a stride of 1 takes longer than the signal, which comes from within.
+    # The process signals itself; a long text at a stride of 1 is not finished by then.
     code = (
         "import os, signal, sys, threading; from tqcompressor.cli.main import main; "
         "threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main(sys.argv[1:]))"

@@ -1,4 +1,4 @@
-"""The command line and Python call the same things by the same names, with the same defaults.
+"""The command line and Python use the same names and the same defaults.
 
 Each command is compared with the functions that it calls. What only one of the two has is in a table, with the reason.
 """
@@ -26,7 +26,7 @@ EVERYWHERE = {
     "debug": "how an error is printed",
     "help": "argparse's own",
 }
-# Options that no function has.
+# Options without an argument in Python.
 ONLY_ON_THE_COMMAND_LINE = {
     "compress": {"recipe": "a config by its name"},
     "calibrate": {
@@ -47,7 +47,7 @@ ONLY_ON_THE_COMMAND_LINE = {
     },
     "generate": {"model": "the source of from_pretrained", "prompt": "one of the prompts"},
 }
-# Arguments that the command has no option for.
+# Arguments without an option.
 ONLY_IN_PYTHON = {
     "compress": {},
     "calibrate": {

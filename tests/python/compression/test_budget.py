@@ -1,4 +1,4 @@
-"""One budget for a whole model: what it means, that it is kept, and that the plan is the same everywhere."""
+"""One budget for a whole model: its meaning, its limit, and the same plan in memory and on disk."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def measured():
     return measured_model()
 
 
-# What a budget means.
+# The meaning of a budget.
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_shares_and_percentages_mean_the_same(thousandths):
     assert meaning(share) == meaning(str(share)) == meaning(f"{thousandths / 10:.1f}%")
 
 
-# What it comes to.
+# The result of a budget.
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_budget_is_kept_and_spent(budget, calibrated, effort, tiny_calibration
     allowed = {"65%": 0.65}.get(budget, budget)
     allowed = allowed if allowed > 1 else allowed * PARAMETERS
     assert 0.995 * allowed < found.parameters_after <= allowed
-    # The sum is that of the specs, and of everything else.
+    # The total is that of the specs and of all other tensors.
     matrices = sum(matrix.parameters_after for matrix in found.matrices)
     dense = sum(matrix.parameters_before for matrix in found.matrices)
     assert found.parameters_after == PARAMETERS - dense + matrices and found.parameters_before == PARAMETERS
@@ -218,13 +218,13 @@ def test_budgets_that_cannot_be_kept_or_need_nothing(budget, message):
         plan(TINY, budget, effort="fast")
 
 
-# Which matrices.
+# The selection of matrices.
 
 
 def test_parts_of_a_fused_weight_are_compressed_all_or_none(tmp_path):
     model = tiny_model()
     fused = model.transformer.h[0].attn.c_attn.weight.data
-    # The query is all noise, and worth its parameters; keys and values have rank 2.
+    # The query is full-rank noise, which needs its parameters; keys and values have rank 2.
     random = torch.Generator().manual_seed(0)
     fused[:, :32] = torch.linalg.qr(torch.randn(32, 32, generator=random)).Q
     fused[:, 32:] = torch.randn(32, 2, generator=random) @ torch.randn(2, 64, generator=random)

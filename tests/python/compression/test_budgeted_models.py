@@ -1,4 +1,4 @@
-"""Models that a budget was spent on, in memory and on disk and in any precision; and calibrations that do not fit."""
+"""Models compressed by a budget, in memory, on disk and in any precision; and calibrations that do not fit."""
 
 import copy
 import math
@@ -78,7 +78,7 @@ def test_a_calibration_makes_the_model_better_at_what_it_saw(measured):
     assert divergences[1] < 0.8 * divergences[0]
 
 
-# What cannot be.
+# Invalid inputs.
 
 
 def calls(model, folder, tmp_path):
@@ -147,7 +147,7 @@ def test_singular_and_zero_moments_are_ordinary(measured):
     assert torch.isfinite(first_output(student, some_ids())).all()
 
 
-# Low-rank specs in other circumstances.
+# Low-rank specs in other settings.
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("F32", 1e-6), ("F16", 2e-3), ("BF16", 2e-2)])
@@ -180,7 +180,7 @@ def test_a_low_rank_model_is_compressed_again(measured):
     smaller = LowRankSpec(before["h.0.mlp.c_fc"].rank // 2)
     report = recompress(student, TQConfig({"h.0.mlp.c_fc": smaller}, effort="fast"))
     assert student.config.quantization_config.specs == {**before, "h.0.mlp.c_fc": smaller}
-    # From the weights as they were then, which have the rank of before.
+    # The fit is of the current weights, which have the earlier rank.
     energies = np.linalg.svd(dense.astype(np.float64), compute_uv=False) ** 2
     (matrix,) = report.matrices
     assert matrix.lost_energy == pytest.approx(energies[smaller.rank :].sum() / energies.sum(), rel=1e-4)

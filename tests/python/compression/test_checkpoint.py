@@ -1,4 +1,4 @@
-"""Compressing checkpoints on disk: what is stored, what goes along, what the report says."""
+"""Compressing checkpoints on disk: the stored tensors, the copied files, and the report."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_factors_stand_for_their_matrices_and_the_rest_is_unchanged(tmp_path, pr
         ]
     for tensor in report.untouched:
         assert stored[tensor.tensor] == source.tensors[tensor.tensor]
-    # Of a dense weight nothing is left but the guard under the first one's name.
+    # No dense weight is left; the guard has the name of the first one.
     left = [matrix.tensor for matrix in report.matrices if matrix.tensor in stored]
     assert left == [f"{prefix}wte.weight"] and stored[left[0]] == ("U8", [1], b"\0")
     floating = [np.prod(shape) for dtype, shape, _ in stored.values() if dtype not in ("I64", "U8")]
@@ -224,7 +224,7 @@ def test_an_exception_in_progress_stops_the_job_and_nothing_is_left(tmp_path):
 
     with pytest.raises(RuntimeError, match="enough"):
         compress_checkpoint(source, tmp_path / "out", CONFIG, progress=fail)
-    # The job was through before it was told to stop, or it tidied up; there is nothing in between.
+    # The job either ended before the cancellation or cleaned up after it.
     assert [name for name in listing(tmp_path) if ".tqcompressor" in name] == []
 
 

@@ -1,4 +1,4 @@
-"""Compressing a live model: every head, all or nothing, and what is left of the model as it was."""
+"""Compressing a live model: every head, all or nothing, and the parts of the model that must not change."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ HEADS = [
     "GPT2ForTokenClassification",
     "GPT2ForQuestionAnswering",
 ]
-# What each matrix of CONFIG is, in a model of two layers.
+# The kind of each matrix of CONFIG in a model of two layers.
 COMPRESSED = {
     "wte": KroneckerEmbedding,
     "h.0.attn.c_attn": FusedLinear,
@@ -34,7 +34,7 @@ COMPRESSED = {
 
 
 def with_dense_weights(model, compressed):
-    """A copy of the stock `model` that holds the dense weights which the factors of `compressed` stand for."""
+    """A copy of the stock `model` with the dense weights of the factors of `compressed`."""
     dense = copy.deepcopy(model)
     for name in COMPRESSED:
         weight = compressed.base_model.get_submodule(name).dense_weight()
@@ -97,7 +97,7 @@ def test_a_tied_head_uses_the_factors_of_the_embedding():
             *[(SPECS["h.*.mlp.c_proj"], (128, 32), 32 * 128)] * 2,
         ]
     )
-    # Nothing dense-shaped is left, nor is anything counted twice.
+    # No dense weight is left, and nothing is counted twice.
     assert model.num_parameters() == before - spared
     assert all(VOCABULARY not in parameter.shape for parameter in model.parameters())
 
@@ -178,7 +178,7 @@ def test_interrupted_while_modules_are_swapped_the_model_is_as_it_was(monkeypatc
     calls = []
 
     def once(*arguments):
-        # Runs, and is interrupted at its end; what undoes it is not.
+        # The first call is interrupted at its end; the later calls that undo it are not.
         real(*arguments)
         calls.append(arguments)
         if len(calls) == 1:

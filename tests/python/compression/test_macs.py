@@ -1,4 +1,4 @@
-"""A cap on MACs beside a budget: that they are counted as models take them, and that it is kept."""
+"""A cap on MACs beside a budget: the count equals that of the models, and the cap is kept."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def test_an_embedding_takes_none_unless_it_is_the_head(tmp_path):
             found = plan(source, 0.5, effort="fast")
             embedding = found.matrices[0]
             assert embedding.name == "wte" and embedding.macs_before == before
-            # The columns that are not kept as they are, made of those that are.
+            # The columns that are not stored, computed from the stored ones.
             row = embedding.spec.rank * (32 - embedding.spec.rank)
             assert embedding.macs_after == row + bool(before) * embedding.parameters_after
             assert all(each.macs_before == math.prod(each.shape) for each in found.matrices[1:])
@@ -112,7 +112,7 @@ def test_sums_of_terms_keep_within_a_cap():
 def test_a_trained_models_plan_keeps_within_a_cap():
     options = {"budget": 0.97, "matrices": ["h.0.mlp.*", "h.[12].attn.c_proj"], "effort": "balanced"}
     free = plan(TINY, **options)
-    # As sums of terms do, and low rank cannot.
+    # Sums of terms may take more MACs than the dense matrix; low rank cannot.
     assert free.macs_after > 1.1 * free.macs_before
     assert keeps_within(TINY, 1.0, options).macs_after < free.macs_after
 
@@ -137,7 +137,7 @@ def test_a_plan_states_macs():
     line = f"MACs for one token: {found.macs_before:,} by the dense matrices, then {found.macs_after:,} ("
     allowed = "at most 0.5 of them allowed"
     assert line in str(found) and allowed in str(found) and allowed not in str(plan(TINY, 0.8))
-    # Nothing to compare with, but what is looked up takes some.
+    # A dense lookup takes no MACs, but a factored one takes some.
     only_looked_up = plan(tiny_model(), 0.98, matrices=["wpe"])
     assert "MACs for one token: 0 by the dense matrices" in str(only_looked_up) and only_looked_up.macs_after > 0
 
@@ -157,7 +157,7 @@ def share_that_would_do(budget, cap, words):
 def test_a_cap_that_cannot_be_kept_says_what_can():
     least = share_that_would_do(0.5, 0.001, "rank 1 of every matrix takes")
     assert plan(TINY, 0.5, max_macs=least).macs_after > 0
-    # So much quality takes more.
+    # This quality needs more MACs.
     free = plan(TINY, "lost_energy=0.05").to_dict()
     needed = share_that_would_do("lost_energy=0.05", 0.3, "a lost energy of 0.05 takes")
     assert plan(TINY, "lost_energy=0.05", max_macs=needed).to_dict() == {**free, "max_macs": needed}

@@ -1,4 +1,4 @@
-"""A budget carries what planning found: no matrix is fitted twice, and a checkpoint is opened once."""
+"""A budget keeps the results of planning: no matrix is fitted twice, and a checkpoint is opened once."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_what_planning_found_is_not_fitted_again(effort, calls):
     found = plan(model, 0.6, calibration=calibration, effort=effort)
     assert calls == ["spend_budget"]
     report = compress(model, budget=0.6, calibration=calibration, effort=effort)
-    # Planned once more, and then only written: nothing asks for a fit by its spec.
+    # A second plan and then only writing: no fit is computed from its spec.
     assert calls == ["spend_budget", "spend_budget"]
     assert {matrix.name: matrix.spec for matrix in report.matrices} == found.config.specs
     planned = {matrix.name: matrix.lost_energy for matrix in found.matrices}

@@ -1,4 +1,4 @@
-"""Specs, `TQConfig`, recipes, and what entry points take for a config."""
+"""Specs, `TQConfig`, recipes, and the configs that entry points accept."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def test_parameters_of_low_rank_are_the_elements_of_the_factors(rows, columns, r
             spec.check(rows, columns)
         return
     left, right = spec.factor_shapes(rows, columns)
-    # One of the two is completed by an identity of as many rows or columns as the rank.
+    # An identity with as many rows or columns as the rank completes one of the two factors.
     assert (left[0] + (rank if rows <= columns else 0), left[1]) == (rows, rank)
     assert (right[0], right[1] + (0 if rows <= columns else rank)) == (rank, columns)
     assert spec.parameters(rows, columns) == left[0] * left[1] + right[0] * right[1]
@@ -174,7 +174,7 @@ def test_only_what_the_first_format_cannot_say_is_written_in_the_second():
     ]:
         config = TQConfig({str(number): spec for number, spec in enumerate(specs)})
         assert config.to_dict()["format_version"] == config.format_version == version
-    # Either is read whatever it says.
+    # Both are read, whatever their contents.
     for version in (1, 2):
         recipe = RECIPES["tq-81m"]
         assert TQConfig.from_dict({**recipe.to_dict(), "format_version": version}) == recipe

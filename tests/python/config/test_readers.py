@@ -10,7 +10,7 @@ from tqcompressor.errors import ConfigError
 
 NAMES = [f"h.{number}" for number in range(6)]
 
-# Values that stand where another kind of value belongs.
+# Values of the wrong kind for a key.
 odd = st.sampled_from([None, True, False, 0, -1, 1.0, 2**63, 2**64 - 1, 2**64, "", "rows", "1", [], [1], [1, 2, 3], {}])
 count = st.integers(1, 4)
 permute = st.sampled_from(["none", "rows", "columns", "both"])

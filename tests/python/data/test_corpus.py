@@ -1,4 +1,4 @@
-"""Text to blocks of tokens, against a naive oracle; and the texts that are refused."""
+"""Text to blocks of tokens, against a naive oracle; and invalid texts."""
 
 import glob
 import pickle
@@ -46,7 +46,7 @@ def test_blocks_are_the_oracles(tokenizer, tmp_path_factory, monkeypatch, texts,
 
 
 def test_the_helper_tokenizer_and_its_gaps(tmp_path):
-    """Unknown characters are one token, and its limit of 32 holds."""
+    """Unknown characters are one token, and the limit of 32 holds."""
     small = save_tokenizer(tmp_path / "tokenizer")
     (file,) = write(tmp_path / "in", text=f"abc ü{END}{END}\n{END}de")
     blocks = token_blocks(file, small, 2)
@@ -176,7 +176,7 @@ def test_no_threads_are_left_behind(tmp_path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
         before = len(os.listdir("/proc/self/task"))
         token_blocks(pathlib.Path(sys.argv[2]), tokenizer, 64, workers=2)
-        # The system forgets a thread a moment after it was joined.
+        # The system still lists a thread for a moment after its join.
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/self/task")) > before and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -259,7 +259,7 @@ def test_texts_that_cannot_be_used(tokenizer, cache, tmp_path, monkeypatch, toke
         token_blocks(texts, tokenizer, 128)
     for word in words:
         assert word in str(caught.value).replace("have", "has")
-    # Found before hours are spent on the texts before it.
+    # The error appears before hours of work on the texts before it.
     assert tokenised == [] or texts == Path("in/short.txt")
 
 

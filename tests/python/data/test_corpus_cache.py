@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_made(tokenizer, tmp_path):
 
 
 def test_the_header_of_a_cache_file_has_one_length_for_every_count():
-    """It is written before the count is known, and again after the tokens."""
+    """The header is written before the count is known, and again after the tokens."""
     for dtype in (np.dtype("<u2"), np.dtype("<u4")):
         headers = [corpus._header(dtype, count) for count in (0, 1, 10**9, 2**62)]
         assert {len(header) for header in headers} == {128}

@@ -21,7 +21,7 @@ def noise(shape, seed=0):
 
 
 def uneven(shape, seed=0):
-    """Noise whose rows and columns differ in size, as those of trained weights do."""
+    """Noise whose rows and columns differ in scale, like those of trained weights."""
     scales = np.random.default_rng(seed + 1).standard_normal(sum(shape)).astype(np.float32)
     rows, columns = np.exp(scales[: shape[0]]), np.exp(scales[shape[0] :])
     return noise(shape, seed) * rows[:, None] * columns
@@ -111,7 +111,7 @@ def test_a_zero_matrix_loses_nothing():
 
 @pytest.mark.parametrize("permute", ["none", "rows", "columns", "both"])
 def test_balanced_effort_undoes_a_shuffle(permute):
-    # A matrix of uneven rows and columns: shuffled or not, the search finds about as good an order.
+    # A matrix of uneven rows and columns: shuffling hardly changes the quality of the order that the search finds.
     w = uneven((96, 128), 7)
     random = np.random.default_rng(0)
     shuffled = w[random.permutation(96)][:, random.permutation(128)]
@@ -189,7 +189,7 @@ def test_progress_runs_to_its_end_and_may_stop_the_job():
 
 
 def test_other_threads_run_meanwhile():
-    # A search that held the GIL would let this thread count nothing until it is done.
+    # If the search held the GIL, this thread could not count until the search ended.
     counted = []
     done = threading.Event()
     started = threading.Event()
@@ -228,5 +228,5 @@ except KeyboardInterrupt:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "working\n"
     process.send_signal(signal.SIGINT)
-    # Uninterrupted, it works for minutes.
+    # Without an interrupt, it runs for minutes.
     assert process.communicate(timeout=60)[0].splitlines()[-1] == "interrupted"

@@ -15,7 +15,7 @@ def noise(shape, seed=0):
 
 
 def decaying(shape, seed=0):
-    """A matrix whose singular values fall by a tenth each, as far apart as those of trained weights at their head."""
+    """A matrix whose singular values fall by a tenth each, like the leading ones of trained weights."""
     u, _, v = np.linalg.svd(noise(shape, seed), full_matrices=False)
     return u * 0.9 ** np.arange(min(shape)) @ v
 
@@ -36,7 +36,7 @@ def moment_of(kind, side, seed):
 
 
 def weight(moment, side):
-    """The weight that a moment gives a side: of mean diagonal 1, a hundredth of it the identity's."""
+    """The weight of a side for a moment: its mean diagonal is 1, of which the identity adds a hundredth."""
     if moment is None or not np.any(moment):
         return np.eye(side)
     full = np.diag(moment) if moment.ndim == 1 else moment
@@ -170,7 +170,7 @@ def test_diagonal_zero_and_half_precision_moments():
     one, other = decompose(w, spec, moment=diagonal), decompose(w, spec, moment=np.diag(diagonal))
     assert one.lost_energy == pytest.approx(other.lost_energy, rel=1e-6)
     np.testing.assert_allclose(one.reconstruct(), other.reconstruct(), atol=1e-5)
-    # A layer that never saw an input has the Frobenius norm.
+    # A layer without inputs has the Frobenius norm.
     for zero in (np.zeros(16), np.zeros((16, 16)), (np.zeros(16), np.zeros((24, 24)))):
         assert same(decompose(w, spec, moment=zero), decompose(w, spec))
     half = decompose(w, spec, moment=diagonal.astype(np.float16))

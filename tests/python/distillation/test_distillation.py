@@ -142,7 +142,7 @@ def test_a_live_teacher_a_single_stage_and_a_narrow_dtype(teacher, tmp_path):
     assert report.tokens == 512
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert all(parameter.requires_grad for parameter in model.parameters())
-    # The one-shot student is that of the single stage, and is scored once.
+    # The student of the single stage is the one-shot student, and is scored once.
     compress(model, RECIPE.stages[2].config)
     total, tokens = negative_log_likelihood(model, token_sequence(tokenizer, teacher.text.read_text(encoding="utf-8")))
     expected = ModelResult(model.num_parameters(), exponential(total / tokens))
@@ -230,7 +230,7 @@ def test_a_stage_is_planned_once(one_stage):
 
 
 def arguments(folder, **changes):
-    """The `TrainingArguments` that the training of `one_stage` amounts to."""
+    """The `TrainingArguments` equivalent to the training of `one_stage`."""
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,

@@ -188,7 +188,7 @@ def last_word_oracle(model, tokenizer, passage):
 
 @pytest.fixture(scope="module")
 def passages(trained, tokenizer):
-    """Beginnings of paragraphs, of many lengths, one longer than the context; the last is one the model finds."""
+    """Beginnings of paragraphs of many lengths, one above the context; the model predicts the last one's last word."""
     paragraphs = (TINY / "heldout.txt").read_text(encoding="utf-8").split("\n\n")
     long_ones = [paragraph.split() for paragraph in paragraphs if len(paragraph.split()) > 200][:9]
     found = [" ".join(words[: 5 + 7 * index]) for index, words in enumerate(long_ones)] + [" ".join(long_ones[0])]

@@ -8,7 +8,7 @@ from .models import VOCABULARY, tiny_model
 
 
 def second_moment(side, seed):
-    """Of 24 samples in uneven directions: singular, as that of a short text is."""
+    """The moment of 24 samples in uneven directions: singular, like that of a short text."""
     random = np.random.default_rng(seed)
     samples = random.standard_normal((24, side)) * np.exp(random.standard_normal(side))
     moment = (samples.T @ samples / 24).astype(np.float32)
@@ -28,7 +28,7 @@ def made_calibration(shapes, sensitivity=True):
 
 
 def measured_model():
-    """A small model, and what random tokens say of it."""
+    """A small model, and its calibration on random tokens."""
     model = tiny_model()
     random = torch.Generator().manual_seed(1)
     batches = [torch.randint(1, VOCABULARY, (8, 16), generator=random) for _ in range(2)]

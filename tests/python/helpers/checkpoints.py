@@ -1,4 +1,4 @@
-"""Small GPT-2 checkpoints, written and read with numpy alone, so that tests can also write files that are wrong."""
+"""Small GPT-2 checkpoints, written and read with numpy alone, so that tests can also write faulty files."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1", "B
 
 
 def encode(values, dtype="F32"):
-    """Float values as `(dtype, shape, bytes)`; bfloat16 by truncation, which loses nothing of what `decode` gives."""
+    """Float values as `(dtype, shape, bytes)`; bfloat16 by truncation, which is exact for the values of `decode`."""
     values = np.asarray(values)
     if dtype == "BF16":
         stored = (np.ascontiguousarray(values, "<f4").view("<u4") >> 16).astype("<u2")

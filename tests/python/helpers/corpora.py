@@ -1,4 +1,4 @@
-"""The held-out text of the tiny GPT-2, texts made up, and their tokens by a naive oracle."""
+"""The held-out text of the tiny GPT-2, invented texts, and their tokens by a naive oracle."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def oracle(tokenizer, texts):
 
 
 def packed(blocks):
-    """All tokens of the blocks in a row, and that every block is as the contract says."""
+    """All tokens of the blocks in order, after checks that every block satisfies the contract."""
     for block in blocks:
         assert set(block) == {"input_ids"}
         assert block["input_ids"].dtype == torch.int64 and block["input_ids"].shape == (blocks.seq_len,)

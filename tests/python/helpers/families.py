@@ -82,7 +82,7 @@ FAMILIES = {
     ),
     "llama-tied": ("LlamaForCausalLM", "AutoModelForCausalLM", _llama(tie_word_embeddings=True), _LLAMA),
     "llama-untied": ("LlamaForCausalLM", "AutoModelForCausalLM", _llama(), {**_LLAMA, "lm_head": LOW_RANK}),
-    # Its base model has a child called as GPT-2's base model is.
+    # Its base model has a child with the name of GPT-2's base model.
     "distilbert": (
         "DistilBertForMaskedLM",
         "AutoModelForMaskedLM",

@@ -1,4 +1,4 @@
-"""Very small models of several families, batches to calibrate them on, and what must not differ afterwards."""
+"""Very small models of several families, batches to calibrate them on, and state that must not change."""
 
 import numpy as np
 import torch

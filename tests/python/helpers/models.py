@@ -47,11 +47,11 @@ def some_ids(seed=0):
 
 
 def first_output(model, ids):
-    """The first thing that a model returns, whatever its head."""
+    """The first output of a model with any head."""
     with torch.no_grad():
         return model(ids)[0]
 
 
 def agree(outputs, expected):
-    """Whether outputs of equal weights are equal: to rounding, which depends on where the weights lie in memory."""
+    """Whether outputs are equal up to rounding, which depends on the memory alignment of the weights."""
     return torch.allclose(outputs.float(), expected.float(), rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -20,7 +20,7 @@ def execute(path: Path) -> Any:
 
 
 def clean(notebook: Any) -> Any:
-    """Removes warnings, progress bars and times, and joins what a cell prints: a kernel splits it by chance."""
+    """Removes warnings, progress bars and times, and joins outputs that the kernel splits at random."""
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":

@@ -1,4 +1,4 @@
-"""Running a script in a process of its own: what is imported first, and what is not, is then the script's to say."""
+"""Running a script in a separate process, where the script controls all imports and their order."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
 
-# No hub, no progress bars, no noise from the machine's own settings.
+# No hub, no progress bars, no effects of the machine's settings.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Module(NamedTuple):
-    """What one source file passes on and what it uses. A path is a list of names, as written in the file."""
+    """The re-exports and uses of one source file. A path is a list of names, as written in the file."""
 
     re_exports: dict[str, list[str]]
     paths: list[list[str]]

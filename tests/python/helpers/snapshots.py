@@ -1,4 +1,4 @@
-"""What a model is before a call that must leave it alone, and that it is so afterwards."""
+"""Snapshots of a model, to check that a call leaves it unchanged."""
 
 import torch
 

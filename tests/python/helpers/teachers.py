@@ -29,7 +29,7 @@ def held_out_blocks(cache):
 
 
 def softmax(logits, temperature):
-    """In float64, by the definition."""
+    """The predictions in float64, by definition."""
     scaled = logits.astype(np.float64) / temperature
     exponentials = np.exp(scaled - scaled.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Random terms of every kind, as decompositions give them, and the dense matrices that they stand for by definition."""
+"""Random terms of every kind, in the form of decompositions, and their dense matrices by definition."""
 
 import numpy as np
 from tqcompressor._core import KroneckerTerm, LowRankTerm

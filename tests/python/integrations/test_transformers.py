@@ -1,4 +1,4 @@
-"""Compressed checkpoints in transformers: loaded in every way, and worked with as any model.
+"""Compressed checkpoints in transformers: loaded in every way, and used like any model.
 
 Numbers in names are those of the pitfalls that a naive integration falls into. What depends on the order of imports, or
 on memory, runs in a process of its own.
@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 
 def test_loading_works_whichever_is_imported_first(checkpoints):
-    """Each order in a process of its own, forked from one that has imported nothing but torch."""
+    """Each import order in a separate process, forked from one that has only imported torch."""
     output = run_script(
         """
 import os, sys, torch
@@ -53,11 +53,11 @@ hook = "tqcompressor.integrations.import_hook"
 ours = lambda: [finder for finder in sys.meta_path if type(finder).__module__ == hook]
 assert len(ours()) == 1
 import transformers.quantizers.auto as registry
-# The import system is as it was, and so is the module.
+# The hook has removed itself, and the module has its ordinary loader.
 assert not ours()
 assert "tqcompressor" in registry.AUTO_QUANTIZER_MAPPING
 assert type(registry.__loader__).__name__ == type(registry.__spec__.loader).__name__ == "SourceFileLoader"
-# A version of transformers that does not fit is told of, and works.
+# An unsupported version of transformers gives a warning and still works.
 del sys.modules["tqcompressor.integrations.quantizer"], tqcompressor.integrations.quantizer
 del registry.register_quantizer
 import_hook.install()
@@ -98,7 +98,7 @@ def test_1_2_3_and_7_loading_into_every_class_says_nothing_and_is_exact(checkpoi
         assert agree(first_output(model, some_ids()), expected), (name, cls)
         assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
 
-    # A head that the checkpoint has not, and one that the class has not.
+    # A head that the checkpoint lacks, and one that the class lacks.
     for name in ("compressed", "base", "untied"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checkpoints / name, num_labels=3, output_loading_info=True
@@ -108,7 +108,7 @@ def test_1_2_3_and_7_loading_into_every_class_says_nothing_and_is_exact(checkpoi
         assert torch.isfinite(model.score.weight).all() and model.score.weight.std() > 0
         assert not any(spec.startswith("lm_head") for spec in model.config.quantization_config.specs)
 
-    # Nothing that transformers does later goes through the `weight` that modules do not have.
+    # transformers never reads the `weight` that the modules lack.
     model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed")
     model.init_weights()
     model.tie_weights()
@@ -156,7 +156,7 @@ def test_6_dtypes_generation_pipeline_compiling_and_training(checkpoints, tmp_pa
     (result,) = generator("a b c", max_new_tokens=4, do_sample=False)
     assert result["generated_text"].startswith("a b c") and len(result["generated_text"]) > 5
 
-    # Every factor learns, tied ones from both ends, with gradient checkpointing and through Trainer.
+    # Every factor gets gradients, tied ones from both uses, with gradient checkpointing and in Trainer.
     model.train()
     model.gradient_checkpointing_enable()
     model(ids, labels=ids).loss.backward()

@@ -85,7 +85,7 @@ def test_compressing_while_loading(checkpoints, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert digest(tmp_path / "saved") == digest(checkpoints / "compressed")
     assert model.half().dequantize().dtype == torch.float16
-    # A config beside one that the checkpoint has already is ignored, with a warning.
+    # A config for a checkpoint that already has one is ignored, with a warning.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed", quantization_config=CONFIG)
@@ -101,7 +101,7 @@ def test_compressing_while_loading(checkpoints, tmp_path):
 
 
 def test_5_checkpoints_that_are_not_what_their_config_says(checkpoints, tmp_path):
-    """Missing factors, factors of other shapes, too many of them, indices that permute nothing, newer formats."""
+    """Missing factors, factors of other shapes, extra factors, indices that are not permutations, newer formats."""
 
     def altered(change_tensors=lambda tensors: None, change_config=lambda config: None):
         target = tmp_path / "altered"
@@ -137,7 +137,7 @@ def test_5_checkpoints_that_are_not_what_their_config_says(checkpoints, tmp_path
 
         refused(CheckpointError, name, "missing", change_tensors=drop)
         refused(CheckpointError, name, "missing", load=without_headers, change_tensors=drop)
-    # The guard is not missed.
+    # A missing guard is no error.
     altered(change_tensors=lambda tensors: tensors.pop("transformer.wte.weight"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "altered")
 

@@ -254,5 +254,5 @@ except KeyboardInterrupt:
     assert process.stdout.readline() == "working\n"
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    # Uninterrupted, it ends without a word.
+    # Without an interrupt, it ends without output.
     assert process.communicate(timeout=120)[0].split() == ["interrupted"]

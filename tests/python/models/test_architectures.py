@@ -59,7 +59,7 @@ def test_a_tied_head_has_its_embeddings_factors_and_its_own_bias(name):
     assert all(own is its for own, its in zip(factor_parameters(head), factor_parameters(embedding), strict=True))
     if name == "bert-tied":
         assert isinstance(head, MixedHead)
-        # transformers ties the bias, too; it stays the very parameter that it was.
+        # transformers also ties the bias, which stays the same parameter object.
         assert head.bias is model.cls.predictions.bias and torch.equal(head.bias, bias)
     stored = {name for name in model.state_dict() if name not in model.all_tied_weights_keys}
     assert not any(VOCABULARY in model.state_dict()[name].shape[1:] for name in stored)
@@ -187,7 +187,7 @@ def test_matrices_come_in_the_models_order_and_layers_as_numbers():
         ("bert-tied", {"cls.predictions.decoder": LOW_RANK}, ConfigError, "tied to embeddings.word_embeddings"),
         ("llama-tied", {"lm_head": LOW_RANK}, ConfigError, "tied to embed_tokens"),
         ("llama-tied", {"layers.9.*": LOW_RANK}, ConfigError, r"layers\.9"),
-        # A subclass of nn.Embedding, which is called in another way.
+        # A subclass of nn.Embedding with another call signature.
         ("opt-tied", {"*embed_positions": LOW_RANK}, ConfigError, "embed_positions"),
         ("bert", {"encoder.layer.0.output.dense": KroneckerSpec((5, 2), 1)}, ShapeError, "layer.0.output"),
     ],
@@ -207,7 +207,7 @@ def test_a_weight_that_several_modules_look_up_is_refused():
     model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads))
     with pytest.raises(ConfigError, match="shared"):
         compress(model, TQConfig({"shared": KRONECKER}, effort="fast"))
-    # What is not shared is compressed, and the rest keeps its ties.
+    # Unshared matrices are compressed, and the others stay tied.
     compress(model, TQConfig({"*.fc1": KRONECKER}, effort="fast"))
     assert model.lm_head.weight is model.model.shared.weight
 

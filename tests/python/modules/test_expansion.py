@@ -15,7 +15,7 @@ sizes = st.integers(1, 6)
 
 
 def case(m1, n1, m2, n2, rank, permute, seed, dtype=torch.float32):
-    """Factors of small integers, which are added up without rounding, and gather indices."""
+    """Factors of small integers, whose sums are exact, and gather indices."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (
         torch.randint(-3, 4, (rank, *sides), generator=generator).to(dtype).requires_grad_()
@@ -29,7 +29,7 @@ def case(m1, n1, m2, n2, rank, permute, seed, dtype=torch.float32):
 def test_rust_makes_what_torch_makes_with_the_same_gradients(m1, n1, m2, n2, rank, permute, seed):
     rank = min(rank, m1 * n1, m2 * n2)
     results = []
-    # float64 is torch's.
+    # float64 is computed by torch.
     for dtype in (torch.float32, torch.float64):
         a, b, rows, columns = case(m1, n1, m2, n2, rank, permute, seed, dtype)
         matrix = kronecker_matrix(a, b, rows, columns)

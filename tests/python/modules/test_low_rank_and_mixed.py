@@ -1,4 +1,4 @@
-"""Modules of low rank and sums of several kinds against dense oracles, put together by numpy from the definitions."""
+"""Modules of low rank and sums of several kinds against dense oracles that numpy builds from the definitions."""
 
 import copy
 
@@ -194,7 +194,7 @@ def test_without_values_on_the_meta_device(kind, name, shape):
 def test_state_dict_round_trip(kind, name, shape):
     module, x = module_of(kind, name, *shape)
     if kind == "head":
-        # Its permutations come from its embedding: see the next test.
+        # Its permutations are derived from its embedding: see the next test.
         return
     other = copy.deepcopy(module)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The torch modules against dense oracles: matrices put together by `numpy.kron` and indexing."""
+"""The torch modules against dense oracles: matrices built by `numpy.kron` and indexing."""
 
 import copy
 
@@ -116,9 +116,9 @@ def test_many_tokens_go_through_the_matrix_with_equal_results_and_gradients(perm
         torch.cat(pieces).backward(gradient)
         return torch.cat(pieces), inputs.grad, module.A.grad, module.B.grad, module.bias.grad
 
-    # Rust makes the matrix, which torch does not count.
+    # Rust forms the matrix, so torch does not count its operations.
     assert count_macs(module, x) == many * 32 * 64
-    # Integers are added without rounding, so both ways give the very same numbers.
+    # Integers are added without rounding, so both methods give equal numbers.
     for dense, factored in zip(run(many), run(few), strict=True):
         assert torch.equal(dense, factored)
 
@@ -207,7 +207,7 @@ def test_compiles_as_one_graph(name):
     make, x = MODULES[name]
     torch.manual_seed(0)
     module = make()
-    # Capture is what can break; generating code for it would take minutes and test torch.
+    # Only the capture is tested: code generation would take minutes and test torch.
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     assert torch.allclose(compiled(x), module(x), atol=1e-5)
     assert torch.allclose(compiled(x[:2]), module(x[:2]), atol=1e-5)
@@ -245,7 +245,7 @@ def test_head_follows_a_state_dict_loaded_into_its_embedding():
             permutation.copy_(torch.randperm(len(permutation)))
         part["lm_head"] = KroneckerHead(part.wte)
     hidden = torch.randn(3, 16)
-    # A copy has a head of its own, which follows the copy's embedding.
+    # A copy has its own head, tied to the copy's embedding.
     loaded = copy.deepcopy(model)
     loaded.load_state_dict(other.state_dict())
     assert torch.equal(loaded.lm_head(hidden), other.lm_head(hidden))

@@ -243,7 +243,7 @@ def test_the_files_of_a_tokenizer_mean_what_they_mean_to_transformers(tmp_path, 
     text = TEXT[:2000] + "<|endoftext|>the end!"
     assert ours.encode(text) == theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
     for token, expected in ((ours.bos_token_id, theirs.bos_token_id), (ours.eos_token_id, theirs.eos_token_id)):
-        # What transformers adds to the vocabulary has no row in the model.
+        # Tokens that transformers adds to the vocabulary have no row in the model.
         assert token == (None if expected is None or expected >= len(whole["model"]["vocab"]) else expected)
 
 
@@ -296,7 +296,7 @@ def test_streams_decode_every_token_once(trained):
     native = NativeModel(trained._directory, trained._runtime)
     vars(native)["_tokenizer"] = Tokenizer()
     native.generate(["He", "She"], max_new_tokens=100, temperature=1.0, streamer=lambda prompt, piece: None)
-    # Once as they come and once all together, however many times the stream was called.
+    # Every token is decoded once in the stream and once in the whole text, however many tokens a call adds.
     assert sum(pushed) == sum(decoded) and len(decoded) == 2
 
 

@@ -254,7 +254,7 @@ SCRIPT = """
     from tqcompressor import NativeModel
 
     def interrupt():
-        # It runs at all only because the GIL is free.
+        # The thread runs only because the GIL is released.
         time.sleep(0.3)
         sent.append(time.process_time())
         os.kill(os.getpid(), signal.SIGINT)
@@ -271,7 +271,7 @@ SCRIPT = """
             model.generate_tokens([[1]], max_new_tokens=3_999, eos_token_id=[], on_tokens=on_tokens)
         elif sys.argv[2] == "encode":
             thread.start()
-            # Some seconds' worth.
+            # Enough for some seconds of work.
             model.encode("The old man looked at it. " * 200_000)
         else:
             thread.start()

@@ -1,4 +1,4 @@
-"""Files and folders written aside: they appear whole or not at all, and writers of one path wait."""
+"""Atomic files and folders: they appear complete or not at all, and writers of one path wait for each other."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def test_it_appears_when_it_is_whole(tmp_path):
 
 
 def test_it_is_durable_before_it_appears(tmp_path, monkeypatch):
-    """After a crash of the machine, a name must not lack its contents."""
+    """After a crash of the machine, a renamed file must have its contents."""
     path = tmp_path / "file"
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, path.exists())))
@@ -111,7 +111,7 @@ def test_a_killed_process_is_taken_over(tmp_path, write):
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
     assert run.returncode == -9, run.stderr
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".it.lock", ".it.partial"]
-    # The next writer may write the other kind.
+    # The next writer may write the other kind, a file or a folder.
     with whole_folder(tmp_path / "it") as folder:
         assert list(folder.iterdir()) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["it"]

@@ -20,7 +20,7 @@ def write(path, tensors=TENSORS, metadata=METADATA, parts=1):
     specs = {name: TensorSpec(value.dtype, value.shape) for name, value in tensors.items()}
     with WholeFile(path) as file:
         writer = TensorWriter(file, specs, metadata)
-        # Last rows first: the order must not matter.
+        # The last rows are written first: the order must not affect the file.
         for name, value in tensors.items():
             for rows in reversed(np.array_split(np.arange(len(value)), parts)):
                 if len(rows):
@@ -53,7 +53,7 @@ def test_tensors_stay_on_the_disk(tmp_path):
 
 
 def test_any_safetensors_file_of_these_dtypes_is_mapped(tmp_path):
-    """The library writes tensors in an order of its own."""
+    """The library writes tensors in its own order."""
     safetensors.numpy.save_file(TENSORS, tmp_path / "file", {"format_version": "1"})
     for name, value in read_tensor_file(tmp_path / "file", "a test", 1).tensors.items():
         assert np.array_equal(value, TENSORS[name])

@@ -1,4 +1,4 @@
-"""Checks of the numbers that callers pass."""
+"""Checks of numeric arguments."""
 
 import re
 
