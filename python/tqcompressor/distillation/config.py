@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from ..errors import ConfigError
 from ..losses._arrays import check_alpha, check_temperature
@@ -15,7 +14,6 @@ from ..utils import validate
 
 # transformers also seeds numpy's old generator, which is limited to 32 bits.
 _LARGEST_SEED = (1 << 32) - 1
-ResultDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)

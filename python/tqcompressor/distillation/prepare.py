@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,15 +20,17 @@ from transformers import (
 
 from .._core import ModelPlan
 from ..compression.model_plan import plan_model
+from ..config.choices import DTYPES, Dtype, one_of
 from ..config.tq_config import TQConfig
-from ..data.text import read_text
+from ..data.text import one_text
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, token_sequence
+from ..utils import validate
 from ..utils.atomic_io import require_space
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
-from .config import DistillConfig, ResultDtype, TrainingConfig
+from .config import DistillConfig, TrainingConfig
 from .stages import Stage, StagedRecipe, resolve_staged_recipe
 from .training import samples_per_step, training_arguments
 
@@ -73,7 +75,7 @@ class Prepared:
     arguments: TrainingArguments
     """The device and the processes of the run, for no particular stage."""
     device: str | None
-    dtype: ResultDtype
+    dtype: Dtype
     threads: int | None
     progress: ProgressOption
 
@@ -97,7 +99,7 @@ def prepare(
     effort: str | None,
     seed: int | None,
     device: str | None,
-    dtype: ResultDtype,
+    dtype: Dtype,
     cache: StrPath | None,
     resume: bool,
     threads: int | None,
@@ -107,11 +109,10 @@ def prepare(
 
     The cheap checks come first. Only the token cache is written.
     """
-    out = Path(out)
+    out, threads = Path(out), validate.threads(threads)
     # Create it early: it starts the communication between processes and rejects settings that the machine lacks.
     arguments = training_arguments(training, out / "stages", 1, device)
-    if dtype not in get_args(ResultDtype):
-        raise ConfigError(f"dtype: expected one of {', '.join(get_args(ResultDtype))}, got {dtype!r}")
+    one_of("dtype", dtype, DTYPES)
     staged = resolve_staged_recipe(recipe, effort=effort, seed=seed)
     _check_destination(out, resume, arguments)
     model = _load_teacher(teacher)
@@ -119,7 +120,7 @@ def prepare(
     _check_vocabulary("the tokenizer", len(tokenizer), model)
     seq_len = _sequence_length(model, text, training)
     plans = [plan_model(model, stage.config) for stage in staged.stages]
-    heldout_tokens = None if heldout is None else token_sequence(tokenizer, _read(heldout))
+    heldout_tokens = None if heldout is None else token_sequence(tokenizer, one_text(heldout))
     if isinstance(text, TokenBlocks):
         _check_vocabulary("text: its tokenizer", text.vocab_size, model)
         samples = text
@@ -130,8 +131,8 @@ def prepare(
         available -= min(max(1, available // _HELDOUT_SHARE), max(1, _HELDOUT_TOKENS // seq_len))
         rows = (samples[index]["input_ids"].tolist() for index in range(available, len(samples)))
         heldout_tokens = [*begin_tokens(tokenizer), *chain.from_iterable(rows)]
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"tokens: expected a positive integer, got {tokens}")
+    if tokens is not None:
+        tokens = validate.integer("tokens", tokens, 1)
     wanted = available if tokens is None else tokens // seq_len
     if wanted > available:
         raise TextError(f"tokens: expected at most {available * seq_len:,} (of the text to train on), got {tokens:,}")
@@ -205,10 +206,6 @@ def _sequence_length(teacher: PreTrainedModel, text: Any, training: TrainingConf
     if not 2 <= seq_len <= positions:
         raise ConfigError(f"seq_len: expected 2 to {positions} (the teacher's positions), got {seq_len}")
     return seq_len
-
-
-def _read(text: str | Path) -> str:
-    return text if isinstance(text, str) else read_text(text)
 
 
 def _one_shot(recipe: StagedRecipe, plans: Iterable[ModelPlan]) -> TQConfig:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from .._core import __version__
 from ..compression.model import compress, recompress_planned
+from ..config.choices import Dtype
 from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
@@ -35,7 +36,7 @@ from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import on_device
 from .artifacts import load_model, read_json, save_model, weights_digest, write_json
-from .config import DistillConfig, ResultDtype, TrainingConfig
+from .config import DistillConfig, TrainingConfig
 from .prepare import Prepared, PreparedStage, prepare
 from .report import ModelResult, StageResult, TrainingReport
 from .stages import DEFAULT_RECIPE, StagedRecipe
@@ -59,7 +60,7 @@ def distill(
     effort: str | None = None,
     seed: int | None = None,
     device: str | None = None,
-    dtype: ResultDtype = "float32",
+    dtype: Dtype = "float32",
     cache: StrPath | None = None,
     resume: bool = False,
     threads: int | None = None,

@@ -171,7 +171,7 @@ def test_errors_come_before_anything_is_written(teacher, tmp_path, monkeypatch):
         run(teacher, out, recipe=StagedRecipe((RECIPE.stages[0], Stage("none", recipe))))
     with pytest.raises(ConfigError, match="dtype"):
         run(teacher, out, dtype="int8")
-    with pytest.raises(ConfigError, match="tokens: expected a positive integer, got 0"):
+    with pytest.raises(ConfigError, match="tokens: expected an integer from 1 up, got 0"):
         run(teacher, out, tokens=0)
     with pytest.raises(ConfigError, match=r"training: expected a TrainingConfig or a .* got dict"):
         run(teacher, out, training={"batch_size": 4})
