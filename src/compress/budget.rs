@@ -74,7 +74,7 @@ enum Work {
     /// The matrix stays dense, its fit is in the store, or its fit was already taken.
     Nothing,
     /// A low-rank fit to compute, with its eigendecomposition if that was kept.
-    LowRank(usize, Option<Spectrum>),
+    LowRank(usize, Option<Box<Spectrum>>),
 }
 
 impl SpentBudget {
@@ -143,7 +143,7 @@ impl SpentBudget {
             })
             .collect();
         let work = choices.iter().zip(spectra).map(|(choice, spectrum)| match choice.rank {
-            Some(rank) => Mutex::new(Work::LowRank(rank, spectrum)),
+            Some(rank) => Mutex::new(Work::LowRank(rank, spectrum.map(Box::new))),
             None => Mutex::new(Work::Nothing),
         });
         let mut spent = Self { planned, work: work.collect(), fits: FitStore::new(matrices.len()) };
@@ -176,7 +176,7 @@ impl SpentBudget {
                 let limits =
                     Limits { parameters: choices[i].parameters, macs: shares.map(|shares| (shares[i], *usage)) };
                 let fit = place.with(&load(i)?, |view, norm| {
-                    let spectrum = spectrum.map_or_else(|| Spectrum::new(view, norm, progress), Ok)?;
+                    let spectrum = spectrum.map_or_else(|| Spectrum::new(view, norm, progress), |kept| Ok(*kept))?;
                     fit_within(view, limits, norm, &spectrum, effort, progress)
                 })?;
                 let mut planned = planned[i].lock().expect("no thread panicked");
@@ -242,7 +242,7 @@ impl SpentBudget {
                 Work::Nothing => self.fits.take(which[at])?,
                 Work::LowRank(rank, spectrum) => {
                     let start = Instant::now();
-                    let term = low_rank(&places[at], &load(at)?, rank, spectrum, progress)?;
+                    let term = low_rank(&places[at], &load(at)?, rank, spectrum.map(|kept| *kept), progress)?;
                     let (spec, lost_energy) = (MatrixSpec::low_rank(rank), term.lost_energy);
                     let fit = Fit { spec, lost_energy, terms: vec![Term::LowRank(term)] };
                     Timed { fit, seconds: start.elapsed().as_secs_f64() }
