@@ -112,6 +112,10 @@ class LowRankFactors(Factors):
         permutations = {"input_permutation": self._input_indices(order), "output_permutation": np.argsort(order)}
         self._copy({"left": left, "right": right, **permutations}, dtype, device)
 
+    def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+        """The matrix with its sides gathered, in the dtype of the factors; the identity is on the side with indices."""
+        return gathered(expand(self.left, self.right, rows is not None), rows, columns).to(self.left.dtype)
+
 
 class LowRankLinear(LowRankFactors):
     """`y = x W + bias` for a matrix of rank k: `W[p] = [I; left] right`, or `W[:, q] = left [I right]`.
@@ -169,8 +173,7 @@ class LowRankLinear(LowRankFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The dense matrix `W (in_features, out_features)`, in the dtype of the factors."""
-        weight = expand(self.left, self.right, self.input_permutation is not None)
-        return gathered(weight, inverse(self.input_permutation), self.output_permutation).to(self.left.dtype)
+        return self._matrix(inverse(self.input_permutation), self.output_permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -244,8 +247,7 @@ class LowRankEmbedding(LowRankFactors):
 
     def dense_weight(self) -> torch.Tensor:
         """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
-        weight = expand(self.left, self.right, self.input_permutation is not None)
-        return gathered(weight, self.input_permutation, self.output_permutation).to(self.left.dtype)
+        return self._matrix(self.input_permutation, self.output_permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -272,9 +274,7 @@ class LowRankHead(TiedFactors, LowRankFactors):
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
         # The rows of the embedding's matrix are this module's outputs.
-        weight = expand(self.left, self.right, self.output_permutation is not None)
-        weight = gathered(weight, self.output_permutation, inverse(self.input_permutation))
-        return weight.to(self.left.dtype).transpose(0, 1)
+        return self._matrix(self.output_permutation, inverse(self.input_permutation)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
