@@ -104,7 +104,7 @@ impl Choice {
 /// let flat = Candidate { rows: 8, columns: 8, usage: Usage::Map, energies: vec![1.0; 8] };
 /// let steep = Candidate { energies: vec![8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..flat.clone() };
 /// let choices = allocate(&[flat, steep], Weighting::Absolute, Target::Parameters(79), None)?;
-/// The second matrix needs rank 1 only, so the first one can stay dense.
+/// // The second matrix needs rank 1 only, so the first one can stay dense.
 /// assert_eq!((choices[0].rank, choices[1].rank), (None, Some(1)));
 /// # Ok::<(), tqcompressor::Error>(())
 /// ```
