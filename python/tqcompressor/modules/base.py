@@ -100,6 +100,76 @@ class Factors(nn.Module):
         """The gather indices of this module's input for the row permutation `p`."""
         return p
 
+    def _draw_factors(self, variance: float) -> None:
+        """Draws factors such that the entries of the matrix have the given variance."""
+        raise NotImplementedError
+
+    def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+        """The matrix of the factors with its sides gathered, in the dtype of the factors."""
+        raise NotImplementedError
+
+
+class LinearFactors(Factors):
+    """The base of linear layers with two factors."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def _set_sizes(self, in_features: int, out_features: int, bias: bool) -> None:
+        """Completes a constructor that has made the factors: sizes, bias and initial values."""
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", new_bias(bias, out_features, next(self.parameters())))
+        self.reset_parameters()
+
+    def _copy_bias(
+        self, bias: torch.Tensor | None, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
+        if bias is not None:
+            self.bias = copied_bias(bias, self.out_features, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, and the bias."""
+        self._draw_factors(1 / (3 * self.in_features))
+        draw_bias(self.bias, self.in_features)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The dense matrix `W (in_features, out_features)`, in the dtype of the factors."""
+        return self._matrix(inverse(self.input_permutation), self.output_permutation)
+
+
+class EmbeddingFactors(Factors):
+    """The base of embeddings with two factors."""
+
+    # Read by code that expects an nn.Embedding.
+    padding_idx = None
+    num_embeddings: int
+    embedding_dim: int
+
+    def _set_sizes(self, num_embeddings: int, embedding_dim: int) -> None:
+        """Completes a constructor that has made the factors: sizes and initial values."""
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.reset_parameters()
+
+    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
+        # Token `i` is at the permuted position of row `i`.
+        return np.argsort(p)
+
+    def _permuted(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of the factored matrix at which the tokens `ids (tokens,)` are."""
+        # index_select refuses negative ids, as nn.Embedding does; indexing would wrap them round.
+        return ids if self.input_permutation is None else self.input_permutation.index_select(0, ids)
+
+    def reset_parameters(self) -> None:
+        """Initialises like `nn.Embedding`: entries of variance 1."""
+        self._draw_factors(1.0)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
+        return self._matrix(self.input_permutation, self.output_permutation)
+
 
 class Tied(nn.Module):
     """An output layer that shares the factors of its embedding."""
@@ -135,6 +205,11 @@ class TiedFactors(Tied, Factors):
     def set_factors(self, *_: object, **__: object) -> None:
         """Raises `TypeError`, as `set_terms` does."""
         self.set_terms()
+
+    def dense_weight(self) -> torch.Tensor:
+        """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
+        # The rows of the embedding's matrix are this module's outputs.
+        return self._matrix(self.output_permutation, inverse(self.input_permutation)).transpose(0, 1)
 
     def _follow(self, embedding: Any, _incompatible_keys: object = None) -> None:
         self.input_permutation = inverse(embedding.output_permutation)

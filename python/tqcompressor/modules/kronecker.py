@@ -19,7 +19,7 @@ from torch import nn
 from .._core import KroneckerTerm
 from ..config.choices import Permute
 from ..config.specs import KroneckerSpec
-from .base import Factors, Term, TiedFactors, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
+from .base import EmbeddingFactors, Factors, LinearFactors, Term, TiedFactors, add_bias, the_one_term
 from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
 
 
@@ -51,7 +51,7 @@ class KroneckerFactors(Factors):
         for name, size in (("input_permutation", input_size), ("output_permutation", output_size)):
             self.register_buffer(name, None if size is None else torch.arange(size, device=device))
 
-    def reset_parameters(self, variance: float) -> None:
+    def _draw_factors(self, variance: float) -> None:
         """Draws factors whose Kronecker sum has entries of the given variance."""
         bound = math.sqrt(3 * math.sqrt(variance / self.rank))
         nn.init.uniform_(self.A, -bound, bound)
@@ -114,7 +114,7 @@ class KroneckerFactors(Factors):
         return f"block={self.block}, rank={self.rank}" + "".join(f", {side}=True" for side in sides)
 
 
-class KroneckerLinear(KroneckerFactors):
+class KroneckerLinear(LinearFactors, KroneckerFactors):
     """`y = x W + bias` for `W[p][:, q] = Σ_k A_k ⊗ B_k`.
 
     Shapes: `x (..., in_features)`, `y (..., out_features)`, `A (rank, in_features / m2, out_features / n2)`,
@@ -127,8 +127,6 @@ class KroneckerLinear(KroneckerFactors):
 
     Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -152,10 +150,7 @@ class KroneckerLinear(KroneckerFactors):
             device,
             dtype,
         )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_parameter("bias", new_bias(bias, out_features, self.A))
-        self.reset_parameters()
+        self._set_sizes(in_features, out_features, bias)
 
     @classmethod
     def from_factors(
@@ -174,8 +169,7 @@ class KroneckerLinear(KroneckerFactors):
         A permutation of a side that `permute` leaves out is not kept. Raises `ShapeError` for shapes that disagree.
         """
         module: KroneckerLinear = cls._from_factors(a, b, p, q, permute, dtype, device, bias=bias is not None)
-        if bias is not None:
-            module.bias = copied_bias(bias, module.out_features, device, dtype)
+        module._copy_bias(bias, dtype, device)
         return module
 
     @classmethod
@@ -190,11 +184,6 @@ class KroneckerLinear(KroneckerFactors):
         d = decomposition
         return cls.from_factors(d.a, d.b, d.row_permutation, d.column_permutation, d.spec.permute, bias, dtype, device)
 
-    def reset_parameters(self, variance: float | None = None) -> None:
-        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, and the bias."""
-        super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
-        draw_bias(self.bias, self.in_features)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         tokens = x.numel() // self.in_features
@@ -207,16 +196,12 @@ class KroneckerLinear(KroneckerFactors):
             y = y.index_select(-1, self.output_permutation)
         return add_bias(y, self.bias)
 
-    def dense_weight(self) -> torch.Tensor:
-        """The dense matrix `W (in_features, out_features)`, in the dtype of the factors."""
-        return self._matrix(inverse(self.input_permutation), self.output_permutation)
-
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {super().extra_repr()}, bias={self.bias is not None}"
 
 
-class KroneckerEmbedding(KroneckerFactors):
+class KroneckerEmbedding(EmbeddingFactors, KroneckerFactors):
     """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, computed at lookup.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`; `A (rank, num_embeddings / m2, embedding_dim / n2)`,
@@ -225,9 +210,6 @@ class KroneckerEmbedding(KroneckerFactors):
 
     Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
     """
-
-    # Read by code that expects an nn.Embedding.
-    padding_idx = None
 
     def __init__(
         self,
@@ -250,9 +232,7 @@ class KroneckerEmbedding(KroneckerFactors):
             device,
             dtype,
         )
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.reset_parameters()
+        self._set_sizes(num_embeddings, embedding_dim)
 
     @classmethod
     def from_factors(
@@ -272,20 +252,9 @@ class KroneckerEmbedding(KroneckerFactors):
         module: KroneckerEmbedding = cls._from_factors(a, b, p, q, permute, dtype, device)
         return module
 
-    def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Token `i` is at the permuted position of row `i`.
-        return np.argsort(p)
-
-    def reset_parameters(self, variance: float = 1.0) -> None:
-        """Initialises like `nn.Embedding`: entries of variance 1."""
-        super().reset_parameters(variance)
-
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`(...)` token ids to `(..., embedding_dim)`."""
-        rows = ids.reshape(-1)
-        if self.input_permutation is not None:
-            # index_select refuses negative ids, as nn.Embedding does; indexing would wrap them round.
-            rows = self.input_permutation.index_select(0, rows)
+        rows = self._permuted(ids.reshape(-1))
         table = self._rows(rows, 0)
         for k in range(1, self.rank):
             table = table + self._rows(rows, k)
@@ -302,10 +271,6 @@ class KroneckerEmbedding(KroneckerFactors):
             b = nn.functional.embedding(rows.remainder(m2), self.B[k])
         # Autocast would round a matrix product here, but nn.Embedding does not round.
         return a.unsqueeze(-1) * b.unsqueeze(-2)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
-        return self._matrix(self.input_permutation, self.output_permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -335,10 +300,6 @@ class KroneckerHead(TiedFactors, KroneckerFactors):
         if self.output_permutation is not None:
             logits = logits.index_select(-1, self.output_permutation)
         return add_bias(logits, self.bias)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
-        return self._matrix(self.output_permutation, inverse(self.input_permutation)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

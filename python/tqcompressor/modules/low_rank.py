@@ -20,15 +20,13 @@ from .._core import LowRankTerm
 from ..config.specs import LowRankSpec
 from ..utils.torch_utils import without_autocast
 from .base import (
+    EmbeddingFactors,
     Factors,
+    LinearFactors,
     Term,
     TiedFactors,
     add_bias,
-    copied_bias,
-    draw_bias,
     gathered,
-    inverse,
-    new_bias,
     the_one_term,
 )
 from .functional import expand, low_rank_matmul
@@ -62,7 +60,7 @@ class LowRankFactors(Factors):
         self.register_buffer("input_permutation", order if rows <= columns else None)
         self.register_buffer("output_permutation", None if rows <= columns else order)
 
-    def reset_parameters(self, variance: float) -> None:
+    def _draw_factors(self, variance: float) -> None:
         """Draws factors such that all entries of the matrix have the given variance."""
         # `mixing` is the factor beside the identity. It multiplies `weights`, whose entries are entries of the matrix.
         weights, mixing = (self.right, self.left) if self.input_permutation is not None else (self.left, self.right)
@@ -117,7 +115,7 @@ class LowRankFactors(Factors):
         return gathered(expand(self.left, self.right, rows is not None), rows, columns).to(self.left.dtype)
 
 
-class LowRankLinear(LowRankFactors):
+class LowRankLinear(LinearFactors, LowRankFactors):
     """`y = x W + bias` for a matrix of rank k: `W[p] = [I; left] right`, or `W[:, q] = left [I right]`.
 
     Shapes: `x (..., in_features)`, `y (..., out_features)`, `bias (out_features,)`. With `in_features ≤ out_features`,
@@ -127,8 +125,6 @@ class LowRankLinear(LowRankFactors):
 
     Raises `ShapeError` unless the rank is smaller than both sides.
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -140,10 +136,7 @@ class LowRankLinear(LowRankFactors):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, rank, device, dtype)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_parameter("bias", new_bias(bias, out_features, self.left))
-        self.reset_parameters()
+        self._set_sizes(in_features, out_features, bias)
 
     @classmethod
     def from_factors(
@@ -157,30 +150,20 @@ class LowRankLinear(LowRankFactors):
     ) -> LowRankLinear:
         """The module with copies of the factors; raises `ShapeError` for shapes that do not fit one another."""
         module: LowRankLinear = cls._from_factors(left, right, order, dtype, device, bias=bias is not None)
-        if bias is not None:
-            module.bias = copied_bias(bias, module.out_features, device, dtype)
+        module._copy_bias(bias, dtype, device)
         return module
-
-    def reset_parameters(self, variance: float | None = None) -> None:
-        """Initialises like `nn.Linear`: entries of `W` of variance `1 / (3 · in_features)`, and the bias."""
-        super().reset_parameters(1 / (3 * self.in_features) if variance is None else variance)
-        draw_bias(self.bias, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         y = low_rank_matmul(x, self.left, self.right, self.input_permutation, self.output_permutation)
         return add_bias(y, self.bias)
 
-    def dense_weight(self) -> torch.Tensor:
-        """The dense matrix `W (in_features, out_features)`, in the dtype of the factors."""
-        return self._matrix(inverse(self.input_permutation), self.output_permutation)
-
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class LowRankEmbedding(LowRankFactors):
+class LowRankEmbedding(EmbeddingFactors, LowRankFactors):
     """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, computed at lookup.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`. With `num_embeddings > embedding_dim`, `left (num_embeddings, k)`,
@@ -191,9 +174,6 @@ class LowRankEmbedding(LowRankFactors):
     Raises `ShapeError` unless the rank is smaller than both sides.
     """
 
-    # Read by code that expects an nn.Embedding.
-    padding_idx = None
-
     def __init__(
         self,
         num_embeddings: int,
@@ -203,9 +183,7 @@ class LowRankEmbedding(LowRankFactors):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, rank, device, dtype)
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.reset_parameters()
+        self._set_sizes(num_embeddings, embedding_dim)
 
     @classmethod
     def from_factors(
@@ -220,23 +198,13 @@ class LowRankEmbedding(LowRankFactors):
         module: LowRankEmbedding = cls._from_factors(left, right, order, dtype, device)
         return module
 
-    def _input_indices(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Token `i` is at the permuted position of row `i`.
-        return np.argsort(order)
-
-    def reset_parameters(self, variance: float = 1.0) -> None:
-        """Initialises like `nn.Embedding`: entries of variance 1."""
-        super().reset_parameters(variance)
-
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`(...)` token ids to `(..., embedding_dim)`."""
-        rows = ids.reshape(-1)
+        rows = self._permuted(ids.reshape(-1))
         # Autocast would round where nn.Embedding does not.
         with without_autocast(self.left):
             if self.input_permutation is not None:
                 identity = torch.eye(self.rank, dtype=self.left.dtype, device=self.left.device)
-                # index_select refuses negative ids, as nn.Embedding does; indexing would wrap them round.
-                rows = self.input_permutation.index_select(0, rows)
                 table = nn.functional.embedding(rows, torch.cat([identity, self.left])) @ self.right
             else:
                 known = nn.functional.embedding(rows, self.left)
@@ -244,10 +212,6 @@ class LowRankEmbedding(LowRankFactors):
         if self.output_permutation is not None:
             table = table.index_select(1, self.output_permutation)
         return table.reshape(*ids.shape, self.embedding_dim)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
-        return self._matrix(self.input_permutation, self.output_permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -270,11 +234,6 @@ class LowRankHead(TiedFactors, LowRankFactors):
         return add_bias(
             low_rank_matmul(hidden, left, right, self.input_permutation, self.output_permutation), self.bias
         )
-
-    def dense_weight(self) -> torch.Tensor:
-        """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
-        # The rows of the embedding's matrix are this module's outputs.
-        return self._matrix(self.output_permutation, inverse(self.input_permutation)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
