@@ -6,6 +6,7 @@ their documentation, are in `tqcompressor.losses`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -33,6 +34,9 @@ from ._torch_reference import (
 
 if TYPE_CHECKING:
     Context: TypeAlias = Any
+
+# The sum of a loss over some rows, and its gradient by their logits where it is wanted.
+RowsLoss: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 # Logits of student and teacher held at a time. Larger chunks need fewer passes over the gradient by the head.
 _LOGITS_BYTES = 40 << 20
@@ -136,6 +140,22 @@ def _check_head(side: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
         raise ShapeError(f"{side}_head: expected the shape {expected}, got {tuple(head.shape)}")
 
 
+def _mean_in_torch(
+    student: torch.Tensor, counted: torch.Tensor, gradient: bool, of_rows: Callable[[slice], RowsLoss]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of a loss over the counted rows of `student (rows, vocabulary)`, and its gradient, a chunk at a time."""
+    dtype = computed_dtype(student)
+    scale = counted.sum().clamp(min=1).to(dtype).reciprocal()
+    loss = student.new_zeros((), dtype=dtype)
+    by_logits = student.new_empty(student.shape if gradient else 0)
+    for rows in row_chunks(*student.shape):
+        value, gradient_of_rows = of_rows(rows)
+        loss += value * scale
+        if gradient_of_rows is not None:
+            by_logits[rows] = gradient_of_rows.mul_(scale)
+    return loss, by_logits
+
+
 # Operators. They return the value, in float32 (float64 for float64), then the gradients, empty unless `gradient`.
 
 
@@ -167,16 +187,12 @@ def _distillation_loss(
         return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
     counted = counted_rows(student, labels, ignore_index)
     check_on_cpu(student, teacher, labels, counted)
-    written_tensor = student.new_empty(student.shape if gradient else 0)
-    scale = counted.sum().clamp(min=1).to(computed_dtype(student)).reciprocal()
-    loss = student.new_zeros((), dtype=computed_dtype(student))
-    for rows in row_chunks(student.shape[0], student.shape[1]):
+
+    def of_rows(rows: slice) -> RowsLoss:
         chunk = (student[rows], None if teacher is None else teacher[rows], None if labels is None else labels[rows])
-        value_tensor, by_logits = rows_in_torch(*chunk, counted[rows], weights, gradient)
-        loss += value_tensor * scale
-        if by_logits is not None:
-            written_tensor[rows] = by_logits.mul_(scale)
-    return loss, written_tensor
+        return rows_in_torch(*chunk, counted[rows], weights, gradient)
+
+    return _mean_in_torch(student, counted, gradient, of_rows)
 
 
 @torch.library.custom_op(
@@ -334,18 +350,14 @@ def _topk_loss(
     counted = counted_rows(student, labels, ignore_index)
     check_soft_labels(student.shape[-1], tokens, probabilities, counted)
     check_on_cpu(student, None, labels, counted)
-    by_logits = student.new_empty(student.shape if gradient else 0)
-    scale = counted.sum().clamp(min=1).to(computed_dtype(student)).reciprocal()
-    loss = student.new_zeros((), dtype=computed_dtype(student))
     weights = LossWeights(temperature, divergence, cross_entropy, ignore_index=ignore_index)
-    for rows in row_chunks(student.shape[0], student.shape[1]):
-        targets_of_chunk = None if labels is None else labels[rows]
-        chunk = (student[rows], tokens[rows], probabilities[rows], targets_of_chunk, counted[rows])
-        value_of_chunk, gradient_of_chunk = topk_rows_in_torch(*chunk, weights, gradient)
-        loss += value_of_chunk * scale
-        if gradient_of_chunk is not None:
-            by_logits[rows] = gradient_of_chunk.mul_(scale)
-    return loss, by_logits
+
+    def of_rows(rows: slice) -> RowsLoss:
+        targets = None if labels is None else labels[rows]
+        chunk = (student[rows], tokens[rows], probabilities[rows], targets, counted[rows])
+        return topk_rows_in_torch(*chunk, weights, gradient)
+
+    return _mean_in_torch(student, counted, gradient, of_rows)
 
 
 @torch.library.custom_op(
