@@ -68,7 +68,8 @@ impl Checkpoint {
         check_dense(&config).map_err(|words| problem(&config_path, words))?;
         let checkpoint = Self::map(directory, paths, config)?;
         let tensors = checkpoint.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.shape.as_slice()));
-        checkpoint.geometry.check(tensors).map_err(|words| problem(directory, words))?;
+        let (model_type, family) = (model_type(&checkpoint.config), checkpoint.family);
+        family.check(model_type, &checkpoint.config, tensors).map_err(|words| problem(directory, words))?;
         Ok(checkpoint)
     }
 
@@ -80,7 +81,8 @@ impl Checkpoint {
     pub fn open_any(directory: &Path) -> Result<Self> {
         let (paths, config) = begin(directory)?;
         let checkpoint = Self::map(directory, paths, config)?;
-        let (layers, tensors) = (checkpoint.geometry.layers, checkpoint.tensors.len());
+        let layers = checkpoint.geometry.layers.iter().filter_map(|(_, number)| *number).max().unwrap_or(0);
+        let tensors = checkpoint.tensors.len();
         if layers > tensors {
             let words = format!("config.json asks for {layers} layers, there are {tensors} tensors");
             return Err(problem(directory, words));
@@ -90,8 +92,8 @@ impl Checkpoint {
 
     fn map(directory: &Path, paths: WeightFiles, config: Map<String, Value>) -> Result<Self> {
         let config_path = directory.join("config.json");
-        let family = family_of(&config).map_err(|words| problem(&config_path, words))?;
-        let geometry = Geometry::from_config(&config).map_err(|words| problem(&config_path, words))?;
+        let family = Family::of(model_type(&config)).map_err(|words| problem(&config_path, words))?;
+        let geometry = family.geometry(model_type(&config), &config).map_err(|words| problem(&config_path, words))?;
 
         let mut files = Vec::with_capacity(paths.len());
         let mut tensors = IndexMap::new();
@@ -112,9 +114,7 @@ impl Checkpoint {
             }
             files.push((path, map));
         }
-        tensors.sort_by(|left, _, right, _| {
-            family.model_order(left).cmp(&family.model_order(right)).then(left.cmp(right))
-        });
+        tensors.sort_by_cached_key(|name, _| (family.model_order(name), name.clone()));
         Ok(Self { directory: directory.to_owned(), config, family, geometry, files, tensors })
     }
 
@@ -142,10 +142,17 @@ impl Checkpoint {
         self.family
     }
 
-    /// The geometry, from which its shapes follow.
+    /// Its `model_type`.
     #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
+    pub fn model_type(&self) -> &str {
+        model_type(&self.config)
+    }
+
+    /// The stored output head, whether or not it is tied.
+    #[must_use]
+    pub fn output_head(&self) -> Option<(&str, &Tensor)> {
+        let head = self.tensors.iter().find(|(name, _)| self.family.is_output_head(name));
+        head.map(|(name, tensor)| (name.as_str(), tensor))
     }
 
     /// Whether the output head is the token embedding.
@@ -234,12 +241,9 @@ impl Checkpoint {
     }
 }
 
-fn family_of(config: &Map<String, Value>) -> Result<&'static Family, String> {
-    match config.get("model_type") {
-        Some(Value::String(name)) => Family::of(name),
-        Some(other) => Family::of(&other.to_string()),
-        None => Family::of("none"),
-    }
+/// The `model_type` of a config; "none" if it has none.
+fn model_type(config: &Map<String, Value>) -> &str {
+    config.get("model_type").and_then(Value::as_str).unwrap_or("none")
 }
 
 fn check_dense(config: &Map<String, Value>) -> Result<(), String> {

@@ -6,7 +6,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use crate::family::Geometry;
+use crate::family::Gpt2Geometry;
 use crate::numeric::Float;
 
 /// A checkpoint in memory, to be damaged and written.
@@ -22,7 +22,7 @@ impl Source {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": float.name(),
             "n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 6, "layer_norm_epsilon": 1e-05,
         });
-        let geometry = Geometry::from_config(config.as_object().unwrap()).unwrap();
+        let geometry = Gpt2Geometry::from_config(config.as_object().unwrap()).unwrap();
         let mut source = Self { config, tensors: Vec::new() };
         for (name, shape) in geometry.tensors() {
             source.add(&format!("{prefix}{name}"), float, &shape);

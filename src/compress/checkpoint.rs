@@ -236,8 +236,7 @@ enum Content<'a> {
 fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'a Tensor>> {
     let family = checkpoint.family();
     let embedding = plan.jobs.iter().find(|job| family.is_token_embedding(&job.matrix.tensor));
-    let head = checkpoint.tensors().get(&family.output_head_weight());
-    let (Some(head), Some(job), true) = (head, embedding, checkpoint.tied()) else {
+    let (Some((name, head)), Some(job), true) = (checkpoint.output_head(), embedding, checkpoint.tied()) else {
         return Ok(None);
     };
     let embedding = &checkpoint.tensors()[&job.matrix.tensor];
@@ -247,9 +246,8 @@ fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'
         return Ok(Some(head));
     }
     let problem = format!(
-        "tensor '{}' differs from '{}', though tie_word_embeddings says that they are one: set it to false in \
+        "tensor '{name}' differs from '{}', though tie_word_embeddings says that they are one: set it to false in \
          config.json, or remove the head",
-        family.output_head_weight(),
         job.matrix.tensor
     );
     Err(Error::Checkpoint { path: checkpoint.directory().to_owned(), problem })

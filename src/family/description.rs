@@ -2,39 +2,67 @@
 //!
 //! A *bare* name has no base prefix. `AutoModel` saves bare names, models with a head save prefixed names.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
 
 use indexmap::IndexMap;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
+use super::geometry::{Geometry, optional_flag, optional_number};
 use super::matrix::{Kind, Matrix};
 use crate::error::{Error, Result};
 
-/// The layout of checkpoints of one `model_type` of transformers.
+/// The layout of checkpoints of some `model_type`s of transformers.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Family {
+    /// `model_type` → whether the output head is the token embedding where `config.json` does not say it.
+    model_types: IndexMap<String, bool>,
     /// The prefix of the base model's names in models with a head: "transformer.".
     pub base_prefix: String,
     /// The module of the token embedding, bare: "wte".
-    pub token_embedding: String,
+    pub token_embedding: Option<String>,
     /// The output head, which may share its weight with the token embedding: "lm_head".
-    pub output_head: String,
-    /// The text before the number of a layer: "h.".
-    layers: String,
-    /// Modules outside the layers that hold a matrix.
-    top: IndexMap<String, Kind>,
-    /// Modules of a layer that hold a matrix.
+    pub output_head: Option<String>,
+    /// Parts of the names of model classes that have the output head.
+    #[serde(default)]
+    head_of: Vec<String>,
+    /// The key of `config.json` with the width of the token embedding, where there is one.
+    width: Option<String>,
+    /// Parts of stored names and what transformers makes of them on loading, in order.
+    #[serde(default)]
+    renamed: Vec<(String, String)>,
+    /// Modules outside the layers that hold a matrix, and the prefixes of stacks of layers, in model order.
+    modules: IndexMap<String, Entry>,
+    /// Modules of a layer that hold a matrix, in model order.
     layer: IndexMap<String, Kind>,
+    /// Tensors that not every layer has.
+    #[serde(default)]
+    pub(super) first_layer_only: Vec<String>,
     /// Tensors of a layer that are not weights: causal masks that old versions of transformers stored among the
     /// weights. Today's versions rebuild the masks and ignore the stored ones.
+    #[serde(default)]
     ignored: Vec<String>,
-    /// The order in which the model uses its tensors, as prefixes of their names.
+    /// Tensors outside the layers that every model of the family has, bare.
+    required: Vec<String>,
+    /// The order in which the model uses its tensors, as prefixes of their names; by default that of the modules.
+    #[serde(default)]
     order: Order,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Entry {
+    Module(Kind),
+    /// A stack of layers, and the keys of `config.json` with their number; the first that is there counts.
+    Stack {
+        count: Vec<String>,
+    },
+}
+
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Order {
     top: Vec<String>,
@@ -46,8 +74,9 @@ struct Order {
 struct Table {
     /// Last component of a module's name → number of equal parts → their names.
     fused: HashMap<String, BTreeMap<usize, Vec<String>>>,
-    /// `model_type` → description.
-    families: IndexMap<String, Family>,
+    /// Linear heads for tasks, which models of any family may have.
+    task_heads: Vec<String>,
+    families: Vec<Family>,
 }
 
 static TABLE: LazyLock<Table> =
@@ -85,77 +114,139 @@ impl Family {
     /// The description of a `model_type`.
     ///
     /// # Errors
-    /// A message that names the families that have a description.
+    /// A message that names the families that have a description, and the way for all others.
     pub fn of(model_type: &str) -> Result<&'static Self, String> {
-        TABLE.families.get(model_type).ok_or_else(|| {
-            let known = TABLE.families.keys().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
-            format!("model_type: expected {known}, got \"{model_type}\"")
+        TABLE.families.iter().find(|family| family.model_types.contains_key(model_type)).ok_or_else(|| {
+            let known: Vec<_> = TABLE.families.iter().flat_map(|family| family.model_types.keys()).collect();
+            let known = known.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+            format!(
+                "model_type: expected one of {known}, got \"{model_type}\". Compress a model of another type in Python: \
+                 model = AutoModel.from_pretrained(...); tqcompressor.compress(model, ...); model.save_pretrained(...)"
+            )
         })
     }
 
-    /// A stored name without the base prefix.
+    /// A stored name as in a live model, without the base prefix.
     #[must_use]
-    pub fn bare<'a>(&self, stored: &'a str) -> &'a str {
-        stored.strip_prefix(&self.base_prefix).unwrap_or(stored)
+    pub fn bare<'a>(&self, stored: &'a str) -> Cow<'a, str> {
+        let mut name = Cow::Borrowed(stored);
+        for (from, to) in &self.renamed {
+            if name.contains(from) {
+                name = Cow::Owned(name.replacen(from, to, 1));
+            }
+        }
+        match name {
+            Cow::Borrowed(name) => Cow::Borrowed(name.strip_prefix(&self.base_prefix).unwrap_or(name)),
+            Cow::Owned(name) => Cow::Owned(name.strip_prefix(&self.base_prefix).unwrap_or(&name).to_owned()),
+        }
     }
 
     /// Whether this is the weight of the token embedding.
     #[must_use]
     pub fn is_token_embedding(&self, stored: &str) -> bool {
-        self.bare(stored).strip_suffix(".weight") == Some(&self.token_embedding)
+        self.token_embedding.as_deref().is_some_and(|module| self.bare(stored).strip_suffix(".weight") == Some(module))
     }
 
     /// Whether this is the weight of the output head.
     #[must_use]
     pub fn is_output_head(&self, stored: &str) -> bool {
-        stored.strip_suffix(".weight") == Some(&self.output_head)
-    }
-
-    /// The stored name of the output head's weight.
-    #[must_use]
-    pub fn output_head_weight(&self) -> String {
-        format!("{}.weight", self.output_head)
+        self.output_head.as_deref().is_some_and(|module| self.bare(stored).strip_suffix(".weight") == Some(module))
     }
 
     /// The kind of the module of a stored weight; `None` for tensors that are not matrices (biases, layer norms,
     /// unknown names).
     #[must_use]
     pub fn kind_of(&self, stored: &str) -> Option<Kind> {
-        let module = self.bare(stored).strip_suffix(".weight")?;
-        match self.top.get(module) {
-            Some(kind) => Some(*kind),
-            None => self.layer.get(self.layer_of(module)?.1).copied(),
+        let bare = self.bare(stored);
+        let module = bare.strip_suffix(".weight")?;
+        match self.modules.get(module) {
+            Some(Entry::Module(kind)) => Some(*kind),
+            _ if TABLE.task_heads.iter().any(|head| head == module) => Some(Kind::Linear),
+            _ => self.layer.get(self.layer_of(module)?.1).copied(),
         }
+    }
+
+    /// The prefixes of the stacks of layers, with the keys of their numbers of layers.
+    fn stacks(&self) -> impl Iterator<Item = (&str, &[String])> {
+        self.modules.iter().filter_map(|(prefix, entry)| match entry {
+            Entry::Stack { count } => Some((prefix.as_str(), count.as_slice())),
+            Entry::Module(_) => None,
+        })
     }
 
     /// Splits the bare name "h.3.mlp.c_fc" into `(3, "mlp.c_fc")`.
     #[must_use]
     pub fn layer_of<'a>(&self, bare: &'a str) -> Option<(u64, &'a str)> {
-        let (number, within) = bare.strip_prefix(&self.layers)?.split_once('.')?;
-        Some((number.parse().ok()?, within))
+        self.stacks().find_map(|(prefix, _)| within_stack(prefix, bare))
     }
 
     /// Whether a tensor is stored but not used: see `ignored`.
     #[must_use]
     pub fn is_ignored(&self, stored: &str) -> bool {
-        self.layer_of(self.bare(stored)).is_some_and(|(_, within)| self.ignored.iter().any(|name| name == within))
+        self.layer_of(&self.bare(stored)).is_some_and(|(_, within)| self.ignored.iter().any(|name| name == within))
     }
 
     /// A sort key that puts stored names in the order in which the model uses them: embeddings, layers by number, the
     /// final norm, heads, all others by name.
     #[must_use]
-    pub fn model_order<'a>(&self, stored: &'a str) -> (usize, u64, usize, &'a str) {
-        let position = |prefixes: &[String], name: &str| {
-            prefixes.iter().position(|prefix| name.starts_with(prefix)).unwrap_or(prefixes.len())
+    pub fn model_order(&self, stored: &str) -> (usize, u64, usize, String) {
+        fn position<'a>(mut prefixes: impl ExactSizeIterator<Item = &'a String>, name: &str) -> usize {
+            let count = prefixes.len();
+            // A module "wte" is the prefix of "wte.weight", not of "wte_norm.weight".
+            let begins = |prefix: &String| {
+                name.strip_prefix(prefix.as_str()).is_some_and(|rest| prefix.ends_with('.') || rest.starts_with('.'))
+            };
+            prefixes.position(begins).unwrap_or(count)
+        }
+        let top = |name: &str| match self.order.top.as_slice() {
+            [] => position(self.modules.keys(), name),
+            prefixes => position(prefixes.iter(), name),
         };
         let name = self.bare(stored);
-        match self.layer_of(name) {
+        match self.layer_of(&name) {
             Some((number, within)) => {
-                (position(&self.order.top, &self.layers), number, position(&self.order.layer, within), within)
+                let inner = match self.order.layer.as_slice() {
+                    [] => position(self.layer.keys(), within),
+                    prefixes => position(prefixes.iter(), within),
+                };
+                (top(&name), number, inner, within.to_owned())
             }
-            None => (position(&self.order.top, name), 0, 0, name),
+            None => (top(&name), 0, 0, name.into_owned()),
         }
     }
+
+    /// The bare names of the tensors outside the layers that every model of the family has.
+    pub(super) fn required(&self) -> impl Iterator<Item = &str> {
+        self.required.iter().map(String::as_str)
+    }
+
+    /// What `config.json` says of a model's size and head.
+    ///
+    /// # Errors
+    /// A message that names the key with a value of the wrong type.
+    pub fn geometry(&self, model_type: &str, config: &Map<String, Value>) -> Result<Geometry, String> {
+        let layers = self.stacks().map(|(prefix, keys)| {
+            let number = keys.iter().find_map(|key| optional_number(config, key).transpose()).transpose()?;
+            Ok((prefix.to_owned(), number))
+        });
+        let tied = optional_flag(config, "tie_word_embeddings")?
+            .unwrap_or_else(|| self.model_types.get(model_type).copied().unwrap_or(false));
+        let architectures = config.get("architectures").and_then(Value::as_array);
+        let head = |name: &str| self.head_of.iter().any(|part| name.contains(part));
+        Ok(Geometry {
+            layers: layers.collect::<Result<_, String>>()?,
+            vocabulary: optional_number(config, "vocab_size")?,
+            width: self.width.as_deref().map_or(Ok(None), |key| optional_number(config, key))?,
+            tied: tied && self.output_head.is_some(),
+            head: architectures.is_some_and(|all| all.iter().filter_map(Value::as_str).any(head)),
+        })
+    }
+}
+
+/// Splits "h.3.mlp.c_fc" into `(3, "mlp.c_fc")` for the prefix "h.".
+pub(super) fn within_stack<'a>(prefix: &str, bare: &'a str) -> Option<(u64, &'a str)> {
+    let (number, within) = bare.strip_prefix(prefix)?.split_once('.')?;
+    Some((number.parse().ok()?, within))
 }
 
 impl Matrix {

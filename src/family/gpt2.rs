@@ -1,13 +1,14 @@
-//! The tensors and shapes that a `config.json` determines.
+//! The tensors and shapes that the `config.json` of a GPT-2 determines.
 
 use serde_json::{Map, Value};
 
 use super::description::Family;
+use super::geometry::{optional_flag, optional_number};
 use super::matrix::Kind;
 
 /// The keys of a GPT-2 `config.json` that determine shapes. Missing keys get transformers' defaults.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Geometry {
+pub struct Gpt2Geometry {
     /// `n_layer`
     pub layers: usize,
     /// `n_embd`
@@ -30,24 +31,14 @@ fn family() -> &'static Family {
     Family::of("gpt2").expect("GPT-2 has a description")
 }
 
-impl Geometry {
+impl Gpt2Geometry {
     /// Reads a `config.json`.
     ///
     /// # Errors
     /// A message that names the key with a value of the wrong type.
     pub fn from_config(config: &Map<String, Value>) -> Result<Self, String> {
-        let number = |key: &str, default: usize| match config.get(key) {
-            None | Some(Value::Null) => Ok(default),
-            Some(value) => value
-                .as_u64()
-                .and_then(|number| usize::try_from(number).ok())
-                .filter(|&number| number > 0)
-                .ok_or_else(|| format!("{key}: expected a positive integer, got {value}")),
-        };
-        let flag = |key: &str, default: bool| match config.get(key) {
-            None | Some(Value::Null) => Ok(default),
-            Some(value) => value.as_bool().ok_or_else(|| format!("{key}: expected true or false, got {value}")),
-        };
+        let number = |key, default| Ok::<_, String>(optional_number(config, key)?.unwrap_or(default));
+        let flag = |key, default| Ok::<_, String>(optional_flag(config, key)?.unwrap_or(default));
         let width = number("n_embd", 768)?;
         let architectures = config.get("architectures").and_then(Value::as_array);
         let head = |name: &str| name.contains("LMHead") || name.contains("DoubleHeads");
@@ -125,7 +116,7 @@ impl Geometry {
                 Some(_) => promised.insert(name),
             };
         }
-        let mut rest: Vec<_> = found.iter().filter(|(name, _)| !promised.contains(**name)).collect();
+        let mut rest: Vec<_> = found.iter().filter(|(name, _)| !promised.contains(&***name)).collect();
         rest.sort_unstable();
         for (name, (stored, shape)) in rest {
             let fits = match family.kind_of(stored) {
@@ -149,8 +140,8 @@ impl Geometry {
 mod tests {
     use super::*;
 
-    fn geometry(json: &str) -> Result<Geometry, String> {
-        Geometry::from_config(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap())
+    fn geometry(json: &str) -> Result<Gpt2Geometry, String> {
+        Gpt2Geometry::from_config(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap())
     }
 
     const SMALL: &str = r#"{"n_layer":2,"n_embd":4,"vocab_size":10,"n_positions":6,"add_cross_attention":true}"#;
@@ -188,7 +179,7 @@ mod tests {
         for i in 0..whole.len() {
             let mut missing = whole.clone();
             let (name, _) = missing.remove(i);
-            assert!(check(&missing).unwrap_err().contains(family().bare(&name)));
+            assert!(check(&missing).unwrap_err().contains(&*family().bare(&name)));
             let mut misshapen = whole.clone();
             misshapen[i].1[0] += 1;
             assert!(check(&misshapen).unwrap_err().contains(&name));

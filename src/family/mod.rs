@@ -3,10 +3,13 @@
 //! `families.json` lists the prefixes, embeddings, heads, layers and fused weights of each family. Rust reads
 //! checkpoints by this table, and Python finds the parts of fused weights of live models in it.
 
+mod check;
 mod description;
+mod geometry;
 mod gpt2;
 mod matrix;
 
 pub use description::{Family, fused_parts, split_part};
-pub use gpt2::Geometry;
+pub use geometry::Geometry;
+pub use gpt2::Gpt2Geometry;
 pub use matrix::{Kind, Matrix};

@@ -80,7 +80,7 @@ impl Model {
         let tied = |name: &str| checkpoint.tied() && family.is_output_head(name);
         let inputs = checkpoint.tensors().iter().filter(|(name, _)| !tied(name)).map(|(name, tensor)| Input {
             name: name.clone(),
-            bare: family.bare(name).to_owned(),
+            bare: family.bare(name).into_owned(),
             shape: tensor.shape.clone(),
             kind: family.kind_of(name),
             parameters: tensor.parameters(),
@@ -88,11 +88,13 @@ impl Model {
         Self {
             inputs: inputs.collect(),
             base_prefix: family.base_prefix.clone(),
-            tied: if checkpoint.tied() {
-                vec![(family.output_head.clone(), family.token_embedding.clone())]
-            } else {
-                Vec::new()
-            },
+            tied: family
+                .output_head
+                .clone()
+                .zip(family.token_embedding.clone())
+                .filter(|_| checkpoint.tied())
+                .into_iter()
+                .collect(),
         }
     }
 
@@ -256,7 +258,7 @@ mod tests {
 
     fn input(name: &str, shape: &[usize]) -> Input {
         let family = Family::of("gpt2").unwrap();
-        let (bare, kind) = (family.bare(name).to_owned(), family.kind_of(name));
+        let (bare, kind) = (family.bare(name).into_owned(), family.kind_of(name));
         Input { name: name.into(), bare, shape: shape.into(), kind, parameters: shape.iter().product() }
     }
 

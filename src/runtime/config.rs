@@ -70,7 +70,7 @@ impl Gpt2Config {
     pub(super) fn new(
         config: &Map<String, Value>,
         generation: Option<&Map<String, Value>>,
-        geometry: &crate::family::Geometry,
+        geometry: &crate::family::Gpt2Geometry,
     ) -> Result<Self, String> {
         let given = |key: &str| config.get(key).filter(|value| !value.is_null());
         let flag = |key: &str, default: bool| {

@@ -1,5 +1,6 @@
 //! Reading a checkpoint, dense or compressed, into a model.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -22,7 +23,7 @@ use super::rows::{Rows, move_together};
 use crate::checkpoint::files::read_object_if_any;
 use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
-use crate::family::Geometry;
+use crate::family::Gpt2Geometry;
 use crate::numeric::Float;
 use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
@@ -43,7 +44,11 @@ impl Gpt2 {
     pub fn load(directory: &Path, progress: &Progress) -> Result<Self> {
         let checkpoint = Checkpoint::open_any(directory)?;
         let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
-        let geometry = checkpoint.geometry();
+        if checkpoint.model_type() != "gpt2" {
+            let model_type = checkpoint.model_type();
+            return Err(problem(format!("the native runtime computes GPT-2 only, got model_type \"{model_type}\"")));
+        }
+        let geometry = &Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
         let generation = read_object_if_any(&directory.join("generation_config.json"))?;
         let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry).map_err(problem)?;
         let specs = specs(&checkpoint).map_err(problem)?;
@@ -87,7 +92,7 @@ fn specs(checkpoint: &Checkpoint) -> Result<IndexMap<String, MatrixSpec>, String
 /// A mapped checkpoint, tensors by their bare names.
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
-    tensors: IndexMap<&'a str, (&'a str, &'a Stored)>,
+    tensors: IndexMap<Cow<'a, str>, (&'a str, &'a Stored)>,
     specs: &'a IndexMap<String, MatrixSpec>,
     progress: &'a Progress,
     /// Of the tensors that were asked for.
@@ -116,14 +121,14 @@ impl<'a> Loader<'a> {
     }
 
     /// Refuses two tensors of one name, and what belongs to no module of this model.
-    fn check(&self, geometry: &Geometry) -> Result<()> {
+    fn check(&self, geometry: &Gpt2Geometry) -> Result<()> {
         if self.tensors.len() != self.checkpoint.tensors().len() {
             let mut seen = HashSet::new();
             let twice = self.checkpoint.tensors().keys().find(|name| !seen.insert(self.checkpoint.family().bare(name)));
             return Err(self.problem(format!("tensor '{}' is there under two names", twice.expect("there are fewer"))));
         }
         for (bare, (stored, _)) in &self.tensors {
-            let module = bare.rsplit_once('.').map_or(*bare, |(module, _)| module);
+            let module = bare.rsplit_once('.').map_or(&**bare, |(module, _)| module);
             let foreign = match self.checkpoint.family().layer_of(module) {
                 Some((layer, _)) => layer >= geometry.layers as u64,
                 None => false,
@@ -145,7 +150,7 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    fn block(&self, layer: usize, geometry: &Geometry) -> Result<Block> {
+    fn block(&self, layer: usize, geometry: &Gpt2Geometry) -> Result<Block> {
         self.progress.check()?;
         let d = geometry.width;
         let name = |module: &str| format!("h.{layer}.{module}");
