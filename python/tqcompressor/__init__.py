@@ -14,6 +14,7 @@ from ._core import __version__
 from .calibration.calibration import Calibration
 from .compression.budget_plan import BudgetPlan
 from .compression.checkpoint import compress_checkpoint, inspect
+from .compression.measured import calibrate_checkpoint
 from .compression.plan import plan
 from .compression.report import CompressionReport
 from .config.recipes import RECIPES
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "cache_teacher",
     "calibrate",
+    "calibrate_checkpoint",
     "compare",
     "compress",
     "compress_checkpoint",

@@ -263,6 +263,9 @@ class Checkpoint:
     def tensors(self) -> list[tuple[str, list[int], int]]:
         """`(name, shape, parameters)` of every tensor but a tied head, in model order."""
 
+    def check_destination(self, out: str, overwrite: bool) -> None:
+        """Raises what `compress` would raise for this destination."""
+
     def list_matrices(self, patterns: Sequence[str] | None) -> list[MatrixInfo]:
         """Its matrices that match a pattern, all of them for None."""
 

@@ -13,7 +13,7 @@ use super::report::Report;
 pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -> String {
     let hub = hub_id(source);
     let name = hub.clone().unwrap_or_else(|| {
-        source.file_name().map_or_else(|| "GPT-2".into(), |name| name.to_string_lossy().into_owned())
+        source.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
     });
     let architecture =
         config.get("architectures").and_then(|all| all.get(0)).and_then(Value::as_str).unwrap_or_default();
@@ -25,9 +25,9 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
     let dtype = report.dtype.map_or(String::new(), |dtype| format!(", stored as {dtype}"));
 
     let mut card = format!(
-        "---\nlibrary_name: transformers\n{license}{base}{pipeline}tags:\n- gpt2\n- tqcompressor\n- kronecker\n---\n\n\
+        "---\nlibrary_name: transformers\n{license}{base}{pipeline}tags:\n- {model_type}\n- tqcompressor\n- kronecker\n---\n\n\
          # {name}, compressed\n\n\
-         A GPT-2 checkpoint of which {count} matrices were replaced by sums of Kronecker products, with permuted rows and \
+         A checkpoint of type `{model_type}` of which {count} matrices were replaced by sums of Kronecker products, with permuted rows and \
          columns where that loses less, or by low-rank ones: {before} parameters became {after} ({share:.1} %). Made from `{name}` by \
          tqcompressor {version}, effort `{effort}`, seed {seed}{dtype}.\n\n\
          ## Loading\n\n\
@@ -41,6 +41,7 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
          energy is `‖W − Ŵ‖² / ‖W‖²`{norm}. Everything else is unchanged.\n\n\
          | matrix | shape | became | parameters | lost energy |\n\
          |---|---|---|---|---|\n",
+        model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown"),
         count = report.matrices.len(),
         norm = if report.calibrated { ", in the norm of the calibration" } else { "" },
         before = grouped(*before),
@@ -59,13 +60,24 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
 
 /// The class that loads a model of this architecture.
 fn auto_class(architecture: &str) -> &str {
-    match architecture {
-        "GPT2LMHeadModel" => "AutoModelForCausalLM",
-        "GPT2ForSequenceClassification" => "AutoModelForSequenceClassification",
-        "GPT2ForTokenClassification" => "AutoModelForTokenClassification",
-        "GPT2ForQuestionAnswering" => "AutoModelForQuestionAnswering",
-        "GPT2DoubleHeadsModel" => "GPT2DoubleHeadsModel",
-        _ => "AutoModel",
+    const CLASSES: [(&str, &str); 11] = [
+        ("LMHeadModel", "AutoModelForCausalLM"),
+        ("ForCausalLM", "AutoModelForCausalLM"),
+        ("ForMaskedLM", "AutoModelForMaskedLM"),
+        ("ForPreTraining", "AutoModelForPreTraining"),
+        ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("ForTokenClassification", "AutoModelForTokenClassification"),
+        ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+        ("ForMultipleChoice", "AutoModelForMultipleChoice"),
+        ("ForImageClassification", "AutoModelForImageClassification"),
+        // No automatic class loads it.
+        ("DoubleHeadsModel", ""),
+    ];
+    match CLASSES.iter().find(|(ending, _)| architecture.ends_with(ending)) {
+        Some((_, "")) => architecture,
+        Some((_, class)) => class,
+        None => "AutoModel",
     }
 }
 
@@ -117,10 +129,25 @@ mod tests {
 
     #[test]
     fn a_hub_cache_path_gives_the_hubs_name() {
-        let path = Path::new("/home/me/.cache/huggingface/hub/models--openai-community--gpt2/snapshots/607a30d");
+        let path = Path::new("/cache/hub/models--openai-community--gpt2/snapshots/607a30d");
         assert_eq!(hub_id(path).unwrap(), "openai-community/gpt2");
         assert_eq!(hub_id(Path::new("/models--a--b/other/c")), None);
         assert_eq!(hub_id(Path::new("gpt2")), None);
+    }
+
+    #[test]
+    fn every_architecture_has_the_class_that_loads_it() {
+        for (architecture, class) in [
+            ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+            ("LlamaForCausalLM", "AutoModelForCausalLM"),
+            ("BertForMaskedLM", "AutoModelForMaskedLM"),
+            ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+            ("GPT2DoubleHeadsModel", "GPT2DoubleHeadsModel"),
+            ("BertModel", "AutoModel"),
+            ("", "AutoModel"),
+        ] {
+            assert_eq!(auto_class(architecture), class);
+        }
     }
 
     #[test]

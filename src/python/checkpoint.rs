@@ -9,6 +9,7 @@ use super::jobs;
 use super::moments::{MomentArrays, calibration, same_length};
 use super::specs::{config_from_python, spec_to_python};
 use crate::checkpoint::read;
+use crate::checkpoint::staging::Destination;
 use crate::compress::{self, BudgetOptions, Calibration, Fits, Options, Report};
 use crate::error::Result;
 use crate::family::{self, Kind};
@@ -131,6 +132,12 @@ impl Checkpoint {
     fn plan(&self, py: Python<'_>, config: &Bound<'_, PyAny>) -> PyResult<ModelPlan> {
         let plan = Plan::for_checkpoint(&self.opened, &config_from_python(config)?)?;
         ModelPlan::new(py, &plan, &compress::planned_report(&self.opened, &plan))
+    }
+
+    /// Raises for a destination that `compress` would refuse.
+    fn check_destination(&self, out: PathBuf, overwrite: bool) -> PyResult<()> {
+        Destination::check(&out, &self.opened, overwrite)?;
+        Ok(())
     }
 
     #[pyo3(signature = (

@@ -21,10 +21,10 @@ from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
+from ..utils.engines import is_native
 from .options import parser
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import Calibration
     from ..evaluate.results import ModelScore
 
 
@@ -68,12 +68,20 @@ def _compress(options: argparse.Namespace) -> None:
     from ..compression.budget import meaning
     from ..compression.checkpoint import compress_checkpoint
 
+    if options.text is not None and find_spec("transformers") is not None:
+        _quiet_transformers()
     report = compress_checkpoint(
         options.source,
         options.out,
         _config(options),
         budget=options.budget,
         calibration=options.calibration,
+        text=None if options.text is None else [Path(text) for text in options.text],
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        engine=options.engine,
+        device=options.device,
+        save_calibration=options.save_calibration,
         objective=options.objective,
         matrices=options.matrices,
         max_macs=options.max_macs,
@@ -94,7 +102,23 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    found = (_calibrate_native if _is_native(options) else _calibrate_in_torch)(options)
+    from ..compression.measured import calibrate_checkpoint
+
+    if find_spec("transformers") is not None:
+        _quiet_transformers()
+    found = calibrate_checkpoint(
+        options.source,
+        [Path(text) for text in options.text],
+        engine=options.engine,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        sensitivity=options.sensitivity,
+        samples=options.samples,
+        seed=options.seed,
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+    )
     found.save(options.out)
     if options.json:
         fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
@@ -102,46 +126,6 @@ def _calibrate(options: argparse.Namespace) -> None:
         print(json.dumps({**fields_of, "model_type": found.model_type, "moments": shapes}, indent=2))
     else:
         print(f"{found}\nwritten to {options.out}")
-
-
-def _calibrate_native(options: argparse.Namespace) -> Calibration:
-    from ..native.model import NativeModel
-
-    if options.sensitivity:
-        print("tqcompressor: the native engine measures no gradients: they need torch", file=sys.stderr)
-    return NativeModel.from_pretrained(options.model, threads=options.threads).calibrate(
-        [Path(text) for text in options.text],
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        seed=options.seed,
-    )
-
-
-def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
-    try:
-        import torch
-        import transformers
-
-        from ..calibration.calibrate import calibrate
-    except ImportError as error:
-        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
-    _quiet_transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    # Load the class that saved the checkpoint: gradients need the head of a decoder.
-    config = transformers.AutoConfig.from_pretrained(options.model)
-    cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    return calibrate(
-        cls.from_pretrained(options.model, dtype=options.dtype).to(options.device),
-        tokenizer,
-        [Path(text) for text in options.text],
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        sensitivity=options.sensitivity,
-        samples=options.samples,
-        seed=options.seed,
-    )
 
 
 def _distill(options: argparse.Namespace) -> None:
@@ -212,7 +196,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from ..data.text import one_text, read_passages
     from ..evaluate.results import Comparison
 
-    native = _is_native(options)
+    limits = {
+        "--device": (options.device, "cpu"),
+        "--dtype": (options.dtype, "float32"),
+        "--batch-size": (options.batch_size, None),
+    }
+    native = is_native(options.engine, limits)
     # Read the text before the models, which take seconds to load.
     text = one_text(Path(options.text))
     passages = None if options.passages is None else read_passages(options.passages)
@@ -221,24 +210,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     score = _score_native if native else _score_in_torch
     table = Comparison(tuple(score(name, text, passages, options) for name in models))
     print(table.to_json() if options.json else table)
-
-
-def _is_native(options: argparse.Namespace) -> bool:
-    """Whether the native engine runs; raises `ConfigError` for options that it does not have."""
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if options.engine == "torch" or (options.engine == "auto" and not missing):
-        return False
-    why = f": {missing[0]} is not installed" if options.engine == "auto" else ""
-    for option, value, only in (
-        ("--device", options.device, "cpu"),
-        ("--dtype", options.dtype, "float32"),
-        ("--batch-size", getattr(options, "batch_size", None), None),
-        ("--samples", getattr(options, "samples", None), None),
-    ):
-        if value is not None and value != only:
-            allowed = "not an option" if only is None else f"expected {only}"
-            raise ConfigError(f"{option} {value}: {allowed} with the native engine{why}")
-    return True
 
 
 def _score_native(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:

@@ -29,11 +29,17 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("source", metavar="SRC", help="a checkpoint directory with safetensors files, or a hub id")
     _add_config(compress)
     _add_calibration(compress)
+    group = compress.add_argument_group("calibrating on a text, in place of --calibration")
+    group.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 files or globs to calibrate on")
+    _add_sequences(group)
+    group.add_argument("--save-calibration", metavar="FILE", help="keep the calibration in a safetensors file")
+    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_engine(group)
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
     searched = "(default: the config's; with --budget"
     compress.add_argument("--effort", choices=EFFORTS, help=f"effort of the search {searched} {DEFAULT_EFFORT})")
     compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")
-    compress.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+    _add_threads(compress)
     compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
     compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
@@ -51,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     group = inspect.add_argument_group("options of --budget, which reads the weights")
     group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
     group.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the search (default: %(default)s)")
-    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+    _add_threads(group)
 
     _add_calibrate(commands, common)
 
@@ -126,7 +132,7 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     group = distill.add_argument_group("compression")
     group.add_argument("--effort", choices=EFFORTS, help="effort of the permutation search (default: the recipe's)")
     group.add_argument("--seed", type=int, metavar="N", help="of the permutation search (default: the recipe's)")
-    group.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+    _add_threads(group)
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: float32)")
 
 
@@ -137,18 +143,10 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
         help="measure second moments on a text, for --calibration",
         description="Measure the second moments of a model's activations, and of its gradients, on a text.",
     )
-    calibrate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
+    calibrate.add_argument("source", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
     calibrate.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs")
     calibrate.add_argument("--out", metavar="FILE", required=True, help="the safetensors file to write")
-    calibrate.add_argument(
-        "--num-samples", type=_positive, metavar="N", default=128, help="sequences drawn (default: 128)"
-    )
-    calibrate.add_argument(
-        "--seq-len",
-        type=_positive,
-        metavar="N",
-        help="tokens of a sequence (default: 128, or the context if shorter)",
-    )
+    _add_sequences(calibrate)
     calibrate.add_argument(
         "--sensitivity",
         action=argparse.BooleanOptionalAction,
@@ -165,6 +163,19 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     _add_engine(calibrate)
+    _add_threads(calibrate)
+
+
+def _add_sequences(parser: Any) -> None:
+    parser.add_argument(
+        "--num-samples", type=_positive, metavar="N", default=128, help="sequences drawn (default: 128)"
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=_positive,
+        metavar="N",
+        help="tokens of a sequence (default: 128, or the context if shorter)",
+    )
 
 
 def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -176,19 +187,23 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
     _add_engine(evaluate)
+    _add_threads(evaluate)
     group = evaluate.add_argument_group("engine torch")
     group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
     group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def _add_engine(parser: Any) -> None:
     parser.add_argument(
         "--engine",
         choices=ENGINES,
         default="auto",
         help="native runs GPT-2 on the CPU in float32, without torch (default: torch if it is installed)",
     )
+
+
+def _add_threads(parser: Any) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
 
 
@@ -222,7 +237,7 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
         help="draw from the most probable tokens with a total probability of P (default: 1)",
     )
     generate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the draws (default: 0)")
-    generate.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
+    _add_threads(generate)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -143,8 +143,20 @@ def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Mome
     return chosen
 
 
-def check_options(config: Any, budget: Budget | None, matrices: Sequence[str] | None, max_macs: float | None) -> None:
-    """Raises `ConfigError` unless there is either a config or a budget, and for options that go with the other."""
+def check_options(
+    config: Any,
+    budget: Budget | None,
+    matrices: Sequence[str] | None,
+    max_macs: float | None,
+    calibration: object,
+    text: object,
+) -> None:
+    """Raises `ConfigError` unless there is either a config or a budget, and for options that go with the other.
+
+    There is at most one of a calibration and a text to calibrate on.
+    """
+    if text is not None and calibration is not None:
+        raise ConfigError("expected a calibration or a text to calibrate on, got both")
     if matrices is not None and budget is None:
         raise ConfigError("matrices: expected with a budget only: a config names its own")
     if max_macs is not None and budget is None:

@@ -1,4 +1,4 @@
-"""Plan, inspect and compress a GPT-2 checkpoint on disk, without torch."""
+"""Plan, inspect and compress a checkpoint on disk, without torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from pathlib import Path
 from .. import _core
 from .._core import SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
-from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Objective, dtype_name
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Engine, Objective, dtype_name
 from ..config.recipes import ConfigOption, resolve_config
 from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
+from ..data.text import TextOption
 from ..decomposition.norm import Moments
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
-from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, moments_of
+from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
+from .measured import calibrate_checkpoint
 from .report import CompressionReport, MatrixReport, UntouchedTensor
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -33,6 +35,12 @@ def compress_checkpoint(
     *,
     budget: Budget | None = None,
     calibration: Calibration | StrPath | None = None,
+    text: TextOption | None = None,
+    num_samples: int = 128,
+    seq_len: int | None = None,
+    engine: Engine = "auto",
+    device: str = "cpu",
+    save_calibration: StrPath | None = None,
     objective: Objective = "auto",
     matrices: Sequence[str] | None = None,
     max_macs: float | None = None,
@@ -44,13 +52,13 @@ def compress_checkpoint(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> CompressionReport:
-    """Compresses the checkpoint in `source` into the directory `out`, without torch.
+    """Compresses the checkpoint in `source` into the directory `out`.
 
     Every matrix `W` (in × out) that the config names, or that the budget is spent on, becomes a Kronecker sum
     `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a low-rank product, or a sum of both. `out` gets the weights, `config.json`, the
     tokenizer and other files of the source, a model card, and `compression_report.json`. After `import tqcompressor`,
     transformers loads it. `out` is written completely or not at all. Equal inputs, efforts and seeds give equal bytes,
-    for any number of threads.
+    for any number of threads. Nothing but calibrating on a `text` needs torch.
 
     Args:
         source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
@@ -60,14 +68,17 @@ def compress_checkpoint(
         budget: In place of a config: the share of the model's parameters to keep, such as 0.65 or "65%", counted over
             all saved tensors; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
         calibration: A `Calibration` or its file. Errors are then weighted by the second moments of the layers' inputs
-            and of the gradients at their outputs. Default: the Frobenius norm.
+            and of the gradients at their outputs. Default: the Frobenius norm, which loses far more quality.
+        text: In place of a calibration: the text to calibrate on, as for `calibrate_checkpoint`.
+        num_samples, seq_len, engine, device: Of calibrating on `text`, as for `calibrate_checkpoint`.
+        save_calibration: The file that the calibration on `text` is saved to before anything is compressed.
         objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity". "auto" uses all that
             the calibration has.
         matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
         max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while
             dense. See `plan`.
         effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
-        seed: Of the search. Default: the config's; with a budget 0.
+        seed: Of the search, and of the calibration on `text`. Default: the config's; with a budget 0.
         dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: each keeps its own.
         overwrite: Replace a checkpoint in `out`, all of it, in one step.
         max_shard_size: The size limit of a weight file, in bytes or as in "500MB" or "2GiB".
@@ -80,7 +91,9 @@ def compress_checkpoint(
     Raises:
         ConfigError: Neither or both of `config` and `budget`; a pattern that matches nothing; a newer format; a budget
             that cannot be met.
-        CheckpointError: The source is missing, truncated, pickled, compressed already, or no GPT-2.
+        CheckpointError: The source is missing, truncated, pickled, compressed already, or of a family without a
+            description (the message lists those that have one): compress a live model of such a family.
+        TextError, MissingDependencyError: As `calibrate_checkpoint`.
         ShapeError: A block does not divide a matrix, or a rank is too large for it.
         DtypeError: A weight is not floating, `dtype` is not supported, or it cannot hold a value.
         NonFiniteError: A weight has NaN or an infinity.
@@ -97,11 +110,36 @@ def compress_checkpoint(
         0.649...
     """
     threads = validate.threads(threads)
-    check_options(config, budget, matrices, max_macs)
+    check_options(config, budget, matrices, max_macs, calibration, text)
+    if save_calibration is not None and text is None:
+        raise ConfigError("save_calibration: expected with a text to calibrate on")
     most = byte_count("max_shard_size", max_shard_size)
     stored = dtype_name(dtype)
-    known = load_calibration(calibration)
-    checkpoint = _core.Checkpoint.open(local_directory(source))
+    source = local_directory(source)
+    checkpoint = _core.Checkpoint.open(source)
+    if text is None:
+        known = load_calibration(calibration)
+    else:
+        # Before the longest part of the work.
+        checkpoint.check_destination(os.fspath(out), overwrite)
+        if budget is None:
+            checkpoint.plan(resolve_config(config, effort=effort, seed=seed))
+        else:
+            meaning(budget)
+            checkpoint.list_matrices(matrix_patterns(matrices))
+        known = calibrate_checkpoint(
+            source,
+            text,
+            engine=engine,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=DEFAULT_SEED if seed is None else seed,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+        if save_calibration is not None:
+            known.save(save_calibration)
     moments: list[tuple[str, Moments]] = []
     spent = None
     if budget is None:

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import _core
 from .._core import Fitted, MatrixInfo, ModelPlan, SpentBudget
+from ..calibration.calibrate import calibrate
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.sequential import calibrate_layers
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
 from ..config.recipes import ConfigOption, resolve_config
 from ..config.specs import MatrixSpec
 from ..config.tq_config import TQConfig
+from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
@@ -53,6 +55,10 @@ def compress(
     *,
     budget: Budget | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
+    text: TextOption | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_samples: int = 128,
+    seq_len: int | None = None,
     objective: Objective = "auto",
     sequential: Texts | None = None,
     matrices: Sequence[str] | None = None,
@@ -78,6 +84,9 @@ def compress(
             all saved tensors; their number as an integer; a size such as "300MB"; or "lost_energy=0.1". See `plan`.
         calibration: A `Calibration` or its file. Errors are then weighted by the second moments of the layers' inputs
             and of the gradients at their outputs. Nothing else improves quality as much. Default: the Frobenius norm.
+        text: In place of a calibration: the text to calibrate on, as for `calibrate`, with a `tokenizer`.
+        tokenizer: The model's tokenizer, for `text`.
+        num_samples, seq_len: Of calibrating on `text`, as for `calibrate`.
         objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity". "auto" uses all that
             the calibration has.
         sequential: Experimental, with a calibration: a text on which the inputs of each transformer block are measured
@@ -90,8 +99,8 @@ def compress(
         max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while
             dense. See `plan`.
         effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
-        seed: Of the search. Default: the config's; with a budget 0. Equal seeds give equal factors, for any number of
-            threads.
+        seed: Of the search, and of the calibration on `text`. Default: the config's; with a budget 0. Equal seeds give
+            equal factors, for any number of threads.
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
@@ -102,7 +111,7 @@ def compress(
         ConfigError: Neither or both of `config` and `budget`; a config that does not fit the model; a budget that
             cannot be met; a model that is compressed or not of transformers; a weight shared with a module that cannot
             share factors; `sequential` without a calibration.
-        TextError: `sequential` has no batch, or fewer than 128 sequences of text.
+        TextError: `text` has fewer than `num_samples` sequences; `sequential` has no batch, or fewer than 128.
         ShapeError: A block does not divide a matrix, or a rank is too large for it.
         NonFiniteError: A weight has NaN or an infinity.
         DtypeError: A weight is not float16, bfloat16, float32 or float64.
@@ -121,8 +130,14 @@ def compress(
     """
     require_transformers_model(model)
     threads = validate.threads(threads)
-    known = load_calibration(calibration)
-    check_options(config, budget, matrices, max_macs)
+    check_options(config, budget, matrices, max_macs, calibration, text)
+    if text is None and tokenizer is None:
+        known = load_calibration(calibration)
+    elif text is not None and tokenizer is not None:
+        reading: dict[str, Any] = {"num_samples": num_samples, "seq_len": seq_len, "progress": progress}
+        known = calibrate(model, tokenizer, text, seed=DEFAULT_SEED if seed is None else seed, **reading)
+    else:
+        raise ConfigError("expected a text to calibrate on and its tokenizer, got only one of them")
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     fits: Fits | None = None

@@ -15,7 +15,7 @@ from tqcompressor.cli.options import parser
 # The functions of each command; of a dataclass, its fields.
 COMMANDS = {
     "compress": [tqcompressor.compress_checkpoint],
-    "calibrate": [tqcompressor.calibrate, NativeModel.calibrate],
+    "calibrate": [tqcompressor.calibrate_checkpoint],
     "distill": [tqcompressor.distill, tqcompressor.TrainingConfig, tqcompressor.DistillConfig],
     "inspect": [tqcompressor.inspect, tqcompressor.plan],
     "evaluate": [evaluate.score, NativeModel.score],
@@ -29,13 +29,7 @@ EVERYWHERE = {
 # Options without an argument in Python.
 ONLY_ON_THE_COMMAND_LINE = {
     "compress": {"recipe": "a config by its name"},
-    "calibrate": {
-        "out": "Calibration.save(path)",
-        "dtype": "of the model, which from_pretrained loads",
-        "device": "of the model, which from_pretrained loads",
-        "engine": "calibrate or NativeModel.calibrate",
-        "threads": "of torch, or NativeModel.from_pretrained(threads=…)",
-    },
+    "calibrate": {"out": "Calibration.save(path)"},
     "distill": {"data_seed": "TrainingConfig.seed, beside distill(seed=…)"},
     "inspect": {"recipe": "a config by its name"},
     "evaluate": {
@@ -50,10 +44,7 @@ ONLY_ON_THE_COMMAND_LINE = {
 # Arguments without an option.
 ONLY_IN_PYTHON = {
     "compress": {},
-    "calibrate": {
-        "tokenizer_or_batches": "the checkpoint's own tokenizer",
-        "max_memory": "its default suits a process that does nothing else",
-    },
+    "calibrate": {},
     "distill": {
         "tokenizer": "the checkpoint's own",
         "losses": "its fields are options",
@@ -112,9 +103,23 @@ def test_no_command_is_forgotten():
 
 def test_live_and_on_disk_take_the_same():
     live, on_disk = (inspect.signature(f).parameters for f in (tqcompressor.compress, tqcompressor.compress_checkpoint))
-    assert live.keys() - on_disk.keys() == {"model", "sequential"}
-    assert on_disk.keys() - live.keys() == {"source", "out", "dtype", "overwrite", "max_shard_size"}
+    assert live.keys() - on_disk.keys() == {"model", "sequential", "tokenizer"}
+    of_files = {"source", "out", "dtype", "overwrite", "max_shard_size", "save_calibration"}
+    # What loads the model to calibrate.
+    assert on_disk.keys() - live.keys() == of_files | {"engine", "device"}
     for name in live.keys() & on_disk.keys():
+        assert (live[name].default, live[name].kind) == (on_disk[name].default, on_disk[name].kind), name
+
+
+def test_calibrating_takes_the_same_of_a_live_model_and_on_disk():
+    live, on_disk, native = (
+        inspect.signature(function).parameters
+        for function in (tqcompressor.calibrate, tqcompressor.calibrate_checkpoint, NativeModel.calibrate)
+    )
+    assert live.keys() - on_disk.keys() == {"model", "tokenizer_or_batches", "max_memory"}
+    assert on_disk.keys() - live.keys() == {"source", "engine", "dtype", "device", "threads"}
+    assert native.keys() - live.keys() == {"self"}
+    for name in (live.keys() & on_disk.keys()) - {"text"}:
         assert (live[name].default, live[name].kind) == (on_disk[name].default, on_disk[name].kind), name
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import transformers as tf
 import tqcompressor
+import transformers as tf
 from tqcompressor import _core
 from tqcompressor.models.matrices import weight_tensors
 
@@ -18,9 +18,25 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT = {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+_GPT = {
+    "vocab_size": 120,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
-_T5 = {"vocab_size": 120, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": 120,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 _OPT = {**_SIZES, "ffn_dim": 64, "word_embed_proj_dim": 24}
 _NEO = {
     "vocab_size": 120,
@@ -44,8 +60,8 @@ _VIT = {
 
 # Name: (class, config).
 FAMILIES = {
-    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**_GPT)),
-    "gpt2, two labels": (tf.GPT2ForSequenceClassification, tf.GPT2Config(**_GPT, pad_token_id=0)),
+    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**_GPT, eos_token_id=0)),
+    "gpt2, two labels": (tf.GPT2ForSequenceClassification, tf.GPT2Config(**_GPT, eos_token_id=0, pad_token_id=0)),
     "openai-gpt": (tf.OpenAIGPTLMHeadModel, tf.OpenAIGPTConfig(**_GPT)),
     "gpt_neo": (tf.GPTNeoForCausalLM, tf.GPTNeoConfig(**_NEO)),
     "gpt_neox": (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig(**_SIZES)),

@@ -1,0 +1,107 @@
+"""The calibration of a checkpoint on disk, by either engine."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.calibration import Calibration
+from ..config.choices import DEFAULT_SEED, DTYPES, ENGINES, Dtype, Engine, one_of
+from ..data.text import TextOption
+from ..errors import MissingDependencyError
+from ..utils import validate
+from ..utils.engines import is_native
+from ..utils.hub import StrPath
+from ..utils.progress import ProgressOption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def calibrate_checkpoint(
+    source: StrPath,
+    text: TextOption,
+    *,
+    engine: Engine = "auto",
+    num_samples: int = 128,
+    seq_len: int | None = None,
+    sensitivity: bool = True,
+    samples: int | None = None,
+    seed: int = DEFAULT_SEED,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> Calibration:
+    """Measures the second moments of the checkpoint in `source` on a text: `calibrate` without a live model.
+
+    The class that saved the checkpoint is loaded, with its own tokenizer.
+
+    Args:
+        source: A checkpoint directory, dense or compressed, or a hub id.
+        text: As for `calibrate`: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
+            either.
+        engine: "torch"; "native", which needs no torch, computes GPT-2 only and measures no gradients; or "auto", which
+            is torch where it is installed.
+        num_samples: How many sequences are drawn.
+        seq_len: Tokens of a sequence. Default: 128, or the model's longest input if that is shorter.
+        sensitivity: Whether gradients are measured. The native engine warns that it cannot.
+        samples: Random gradients for each text, as for `calibrate`. Torch only.
+        seed: The seed of the sequences that are drawn, and of the gradients.
+        dtype: The dtype to compute in; the native engine has float32 only.
+        device: The torch device.
+        threads: Worker threads. Default: one per core.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+    Raises:
+        ConfigError: An argument is out of its range, or the engine does not have it.
+        MissingDependencyError: The engine is "torch", and torch or transformers is not installed.
+        TextError, NonFiniteError: As `calibrate`.
+        CheckpointError: As `NativeModel.from_pretrained`.
+
+    Cost: the memory of the model, and that of `calibrate`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> text = Path("tests/data/tiny-gpt2/heldout.txt")
+        >>> calibrate_checkpoint("tests/data/tiny-gpt2", text, num_samples=2, seq_len=64)
+        Calibration(44 moments of inputs and output gradients of a gpt2, over 128 tokens)
+    """
+    one_of("engine", engine, ENGINES)
+    one_of("dtype", dtype, DTYPES)
+    threads = validate.threads(threads)
+    limits = {"device": (device, "cpu"), "dtype": (dtype, "float32"), "samples": (samples, None)}
+    options: dict[str, Any] = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "progress": progress}
+    if is_native(engine, limits):
+        from ..native.model import NativeModel
+
+        if sensitivity:
+            warnings.warn(
+                "the native engine measures no gradients: with them (engine torch) a compressed model is better",
+                stacklevel=2,
+            )
+        return NativeModel.from_pretrained(source, threads=threads).calibrate(text, **options)
+    try:
+        import torch
+        from transformers import AutoTokenizer
+
+        from ..calibration.calibrate import calibrate
+    except ImportError as error:
+        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = _load(source, dtype, device)
+    return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, **options)
+
+
+def _load(source: StrPath, dtype: Dtype, device: str) -> PreTrainedModel:
+    """The model of the class that saved the checkpoint: gradients need the head of a decoder."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
+    model: Any = kind.from_pretrained(source, dtype=dtype)
+    loaded: PreTrainedModel = model.to(device)
+    return loaded

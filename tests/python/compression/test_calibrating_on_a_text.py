@@ -1,0 +1,110 @@
+"""A checkpoint or a live model and a text, in one call: as calibrating first and compressing then."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tqcompressor
+from tqcompressor.cli import main as cli
+from tqcompressor.errors import ConfigError, DestinationError, TextError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
+TEXT = TINY / "heldout.txt"
+READING = {"num_samples": 8, "seq_len": 64}
+BUDGET = {"budget": 0.65, "progress": False}
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """The weights, and the calibration, of calibrating first and compressing then."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    found = tqcompressor.calibrate_checkpoint(TINY, TEXT, **READING, progress=False)
+    found.save(folder / "calibration.safetensors")
+    tqcompressor.compress_checkpoint(TINY, folder / "out", calibration=found, **BUDGET)
+    return weights(folder / "out"), (folder / "calibration.safetensors").read_bytes()
+
+
+def test_on_disk_it_is_both_steps_in_one(tmp_path, by_hand):
+    kept = tmp_path / "kept.safetensors"
+    report = tqcompressor.compress_checkpoint(
+        TINY, tmp_path / "out", text=TEXT, save_calibration=kept, **READING, **BUDGET
+    )
+    assert report.calibrated
+    assert (weights(tmp_path / "out"), kept.read_bytes()) == by_hand
+
+
+def test_on_the_command_line_too(tmp_path, by_hand):
+    options = ["--budget", "0.65", "--text", str(TEXT), "--num-samples", "8", "--seq-len", "64"]
+    assert cli.main(["compress", str(TINY), "--out", str(tmp_path / "out"), *options]) == 0
+    assert weights(tmp_path / "out") == by_hand[0]
+
+
+def test_of_a_live_model_it_is_both_steps_in_one():
+    models = [AutoModelForCausalLM.from_pretrained(TINY, dtype="float32") for _ in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tqcompressor.compress(models[0], text=TEXT, tokenizer=tokenizer, **READING, **BUDGET)
+    found = tqcompressor.calibrate(models[1], tokenizer, TEXT, **READING, progress=False)
+    tqcompressor.compress(models[1], calibration=found, **BUDGET)
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_torch_the_native_engine_calibrates(tmp_path):
+    code = """if True:
+        import sys, warnings
+        sys.modules["torch"] = sys.modules["transformers"] = None
+        import tqcompressor
+        from pathlib import Path
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = tqcompressor.compress_checkpoint(
+                sys.argv[1], sys.argv[2], budget=0.65, text=Path(sys.argv[1], "heldout.txt"), engine="native",
+                num_samples=4,
+            )
+        assert report.calibrated
+        assert "measures no gradients" in str(caught[0].message), caught
+    """
+    subprocess.run([sys.executable, "-c", code, str(TINY), str(tmp_path / "out")], check=True, timeout=120)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"calibration": "c.safetensors"}, ConfigError, "got both"),
+        ({"text": None, "save_calibration": "c.safetensors"}, ConfigError, "save_calibration: expected with a text"),
+        ({"engine": "gpu"}, ConfigError, "engine: expected"),
+        ({"engine": "native", "device": "cuda"}, ConfigError, "device cuda: expected cpu with the native engine"),
+        ({"matrices": ["none.such"]}, ConfigError, "matches no matrix"),
+        ({"budget": -1}, ConfigError, "budget"),
+        ({"num_samples": 10**9}, TextError, ""),
+    ],
+)
+def test_refusals_leave_nothing(tmp_path, options, error, words):
+    arguments = {"budget": 0.65, "text": TEXT, **options}
+    with pytest.raises(error, match=words):
+        tqcompressor.compress_checkpoint(TINY, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_taken_destination_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(
+        "tqcompressor.compression.checkpoint.calibrate_checkpoint", lambda *_, **__: pytest.fail("read")
+    )
+    with pytest.raises(DestinationError):
+        tqcompressor.compress_checkpoint(TINY, tmp_path, budget=0.65, text=TEXT)
+
+
+def test_a_live_model_needs_the_tokenizer():
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    for options in ({"text": TEXT}, {"tokenizer": AutoTokenizer.from_pretrained(TINY)}):
+        with pytest.raises(ConfigError, match="got only one of them"):
+            tqcompressor.compress(model, budget=0.65, **options)
