@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._core import __version__
 from .calibration.calibration import Calibration
 from .compression.budget_plan import BudgetPlan
-from .compression.checkpoint import compress_checkpoint, inspect
+from .compression.checkpoint import compress_checkpoint, expand_checkpoint, inspect
 from .compression.measured import calibrate_checkpoint
 from .compression.plan import plan
 from .compression.report import CompressionReport
@@ -72,6 +72,7 @@ __all__ = [
     "decompose",
     "distill",
     "evaluate",
+    "expand_checkpoint",
     "find_permutation",
     "inspect",
     "losses",

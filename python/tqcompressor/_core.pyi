@@ -221,6 +221,18 @@ def spend_budget(
     one module are compressed all or none. With `keep`, `SpentBudget.fit` can follow.
     """
 
+def expand_checkpoint(
+    source: str,
+    out: str,
+    *,
+    dtype: str | None,
+    overwrite: bool,
+    max_shard_bytes: int,
+    threads: int | None,
+    progress: _ProgressCallback | None,
+) -> None:
+    """Writes the dense checkpoint of the compressed one in `source`."""
+
 def list_matrices(
     tensors: Sequence[_Weight],
     base_prefix: str,

@@ -15,6 +15,7 @@ use super::layout::{Layout, read_matrix};
 use crate::error::{Error, Result};
 use crate::family::{Family, Geometry, Kind, Matrix};
 use crate::numeric::Float;
+use crate::permute::Permutation;
 
 /// One stored tensor.
 #[derive(Clone, Debug)]
@@ -222,6 +223,55 @@ impl Checkpoint {
             first_column: matrix.first_column,
         };
         Ok(read_matrix(self.bytes(tensor), float, layout, matrix.rows, matrix.columns))
+    }
+
+    /// A tensor's values as f32, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is missing or has another shape; [`Error::Dtype`] or [`Error::NonFinite`] in the
+    /// tensor.
+    pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.of_shape(name, shape)?;
+        self.check_finite(name)?;
+        let float = Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(name))?;
+        let mut values = vec![0.0; tensor.elements()];
+        float.upcast(self.bytes(tensor), &mut values);
+        self.release(tensor);
+        Ok(values)
+    }
+
+    /// A tensor that holds a permutation.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is missing or has another length; [`Error::Dtype`] or [`Error::Permutation`] in the
+    /// tensor.
+    pub fn permutation(&self, name: &str, length: usize) -> Result<Permutation> {
+        let tensor = self.of_shape(name, &[length])?;
+        if tensor.dtype != Dtype::I64 {
+            let error = Error::Dtype { expected: "I64".into(), got: format!("{:?}", tensor.dtype) };
+            return Err(error.in_tensor(name));
+        }
+        let (indices, _) = self.bytes(tensor).as_chunks::<8>();
+        // A negative index maps to one that is out of range.
+        let index = |bytes: &[u8; 8]| usize::try_from(i64::from_le_bytes(*bytes)).unwrap_or(usize::MAX);
+        Permutation::new(indices.iter().map(index).collect()).map_err(|error| error.in_tensor(name))
+    }
+
+    fn of_shape(&self, name: &str, shape: &[usize]) -> Result<&Tensor> {
+        match self.tensors.get(name) {
+            Some(tensor) if tensor.shape == shape => Ok(tensor),
+            Some(tensor) => {
+                let got = &tensor.shape;
+                Err(problem(
+                    &self.directory,
+                    format!("tensor '{name}': config.json asks for shape {shape:?}, got {got:?}"),
+                ))
+            }
+            None => {
+                let words = format!("tensor '{name}' is missing (config.json asks for it, shape {shape:?})");
+                Err(problem(&self.directory, words))
+            }
+        }
     }
 
     /// Refuses a tensor that holds NaN or an infinity, naming its row and column as stored.

@@ -268,16 +268,7 @@ fn outputs<'a>(
             continue;
         }
         if jobs.peek().is_none_or(|job| job.matrix.tensor != *name) {
-            let dtype = match dtype {
-                // Integers are copied; floats that cannot be converted are errors.
-                Some(float) if tensor.parameters() > 0 => {
-                    Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(name))?;
-                    float.dtype()
-                }
-                _ => tensor.dtype,
-            };
-            let slot = Slot { name: name.clone(), dtype, shape: tensor.shape.clone() };
-            outputs.push(Output { slot, content: Content::Copy(tensor) });
+            outputs.push(Output { slot: with_dtype(name, tensor, dtype)?, content: Content::Copy(tensor) });
             continue;
         }
         if !guarded {
@@ -295,6 +286,18 @@ fn outputs<'a>(
     }
     debug_assert!(jobs.next().is_none(), "plan and checkpoint are in the same order");
     Ok(outputs)
+}
+
+/// The place of a copied tensor. Integers keep their dtype; floats that cannot be converted are errors.
+pub(super) fn with_dtype(name: &str, tensor: &Tensor, dtype: Option<Float>) -> Result<Slot> {
+    let dtype = match dtype {
+        Some(float) if tensor.parameters() > 0 => {
+            Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(name))?;
+            float.dtype()
+        }
+        _ => tensor.dtype,
+    };
+    Ok(Slot { name: name.to_owned(), dtype, shape: tensor.shape.clone() })
 }
 
 /// The stored name of a tensor of term `t` of a compressed matrix. A single term has no number.
@@ -378,7 +381,13 @@ fn check_finite(checkpoint: &Checkpoint, plan: &Plan, progress: &Progress) -> Re
 }
 
 /// Copies a tensor in pieces, converted if its slot has another dtype.
-fn copy(checkpoint: &Checkpoint, tensor: &Tensor, slot: &Slot, writer: &Writer, progress: &Progress) -> Result<()> {
+pub(super) fn copy(
+    checkpoint: &Checkpoint,
+    tensor: &Tensor,
+    slot: &Slot,
+    writer: &Writer,
+    progress: &Progress,
+) -> Result<()> {
     let bytes = checkpoint.bytes(tensor);
     if tensor.dtype == slot.dtype {
         for (i, piece) in bytes.chunks(COPIED).enumerate() {
@@ -402,7 +411,7 @@ fn copy(checkpoint: &Checkpoint, tensor: &Tensor, slot: &Slot, writer: &Writer, 
 }
 
 /// The files of `source` to copy: all but weights, pickles, hidden files, and files that are written anew.
-fn carried(source: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn carried(source: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(source).map_err(Error::io(source))? {
         let path = entry.map_err(Error::io(source))?.path();
@@ -420,14 +429,20 @@ fn carried(source: &Path) -> Result<Vec<PathBuf>> {
 
 /// The source's `config.json` with the resolved configuration and the dtype of the result.
 fn config_json(source: &Map<String, Value>, config: &TQConfig, dtype: Option<Float>) -> String {
+    let mut object = config_of(source, dtype);
+    object.insert("quantization_config".into(), config.to_value());
+    format!("{:#}\n", Value::Object(object))
+}
+
+/// The config of the source, with the dtype of the result where one was asked for.
+pub(super) fn config_of(source: &Map<String, Value>, dtype: Option<Float>) -> Map<String, Value> {
     let mut object = source.clone();
     if let Some(float) = dtype {
         let key =
             if !object.contains_key("dtype") && object.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
         object.insert(key.into(), float.name().into());
     }
-    object.insert("quantization_config".into(), config.to_value());
-    format!("{:#}\n", Value::Object(object))
+    object
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod budget;
 mod card;
 mod checkpoint;
+mod expand;
 mod fit_store;
 mod parallel;
 mod place;
@@ -11,6 +12,7 @@ mod report;
 
 pub use budget::{BudgetMatrix, BudgetOptions, KEPT_SPECTRA, Planned, SpentBudget};
 pub use checkpoint::{Fits, Options, compress_checkpoint, planned_report, spend_budget};
+pub use expand::expand_checkpoint;
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use place::{Calibration, Place};
 pub use report::{MatrixReport, Report};

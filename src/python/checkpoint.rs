@@ -21,6 +21,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Checkpoint>()?;
     module.add_class::<ModelPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
+    module.add_function(wrap_pyfunction!(expand_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(list_matrices, module)?)?;
     module.add_function(wrap_pyfunction!(split_part, module)?)?;
     module.add_function(wrap_pyfunction!(fused_parts, module)?)
@@ -90,6 +91,27 @@ fn split_part(matrix: &str) -> (&str, Option<&str>) {
 fn fused_parts(module: &str, kind: &str, rows: usize, columns: usize) -> PyResult<Option<Vec<String>>> {
     let parts = family::fused_parts(module, Kind::from_name(kind)?, rows, columns);
     Ok(parts.map_err(|error| error.in_tensor(module))?.map(<[String]>::to_vec))
+}
+
+#[pyfunction]
+#[pyo3(signature = (source, out, *, dtype, overwrite, max_shard_bytes, threads, progress))]
+#[allow(clippy::too_many_arguments)]
+fn expand_checkpoint(
+    py: Python<'_>,
+    source: PathBuf,
+    out: PathBuf,
+    dtype: Option<&str>,
+    overwrite: bool,
+    max_shard_bytes: u64,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+    let pool = jobs::rayon_pool(threads)?;
+    jobs::run(py, progress, |progress| {
+        let opened = read::Checkpoint::open_any(&source)?;
+        pool.install(|| compress::expand_checkpoint(&opened, &out, &options, progress))
+    })
 }
 
 /// A dense checkpoint on disk, opened and validated once.

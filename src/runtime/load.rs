@@ -10,8 +10,6 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use indexmap::IndexMap;
 use rayon::prelude::*;
-use safetensors::Dtype;
-use serde_json::Value;
 
 use super::config::Gpt2Config;
 use super::kronecker::Kronecker;
@@ -27,7 +25,7 @@ use crate::family::Gpt2Geometry;
 use crate::numeric::Float;
 use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
-use crate::plan::TQConfig;
+use crate::plan::specs_of;
 use crate::progress::Progress;
 use crate::spec::{KroneckerShape, KroneckerSpec, LowRankShape, MatrixSpec, TermSpec};
 
@@ -51,7 +49,7 @@ impl Gpt2 {
         let geometry = &Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
         let generation = read_object_if_any(&directory.join("generation_config.json"))?;
         let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry).map_err(problem)?;
-        let specs = specs(&checkpoint).map_err(problem)?;
+        let specs = specs_of(checkpoint.config()).map_err(problem)?;
         let loader = Loader::new(&checkpoint, &specs, progress);
         loader.check(geometry)?;
         progress.expect(geometry.layers as u64 + 2);
@@ -67,25 +65,6 @@ impl Gpt2 {
         progress.finish();
         let size = loader.read.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(Self { config, tokens, positions, blocks, last_norm, head, size })
-    }
-}
-
-/// The specs of compressed matrices, by name.
-fn specs(checkpoint: &Checkpoint) -> Result<IndexMap<String, MatrixSpec>, String> {
-    match checkpoint.config().get("quantization_config") {
-        None | Some(Value::Null) => Ok(IndexMap::new()),
-        Some(value) => match value.get("quant_method").and_then(Value::as_str) {
-            Some("tqcompressor") => {
-                let config = TQConfig::from_json(&value.to_string()).map_err(|error| error.to_string())?;
-                match config.specs.keys().find(|name| name.contains(['*', '?', '[', ']'])) {
-                    Some(name) => Err(format!(
-                        "quantization_config: a compressed checkpoint's names matrices, not patterns: {name:?}"
-                    )),
-                    None => Ok(config.specs),
-                }
-            }
-            other => Err(format!("quantization_config: expected quant_method \"tqcompressor\", got {other:?}")),
-        },
     }
 }
 
@@ -354,14 +333,7 @@ impl<'a> Loader<'a> {
     }
 
     fn permutation(&self, name: &str, length: usize) -> Result<Permutation> {
-        let (stored, tensor) = self.found(name, &[length])?;
-        if tensor.dtype != Dtype::I64 {
-            let error = Error::Dtype { expected: "I64".into(), got: format!("{:?}", tensor.dtype) };
-            return Err(error.in_tensor(stored));
-        }
-        let (indices, _) = self.checkpoint.bytes(tensor).as_chunks::<8>();
-        // A negative index maps to one that is out of range.
-        let index = |bytes: &[u8; 8]| usize::try_from(i64::from_le_bytes(*bytes)).unwrap_or(usize::MAX);
-        Permutation::new(indices.iter().map(index).collect()).map_err(|error| error.in_tensor(stored))
+        let (stored, _) = self.found(name, &[length])?;
+        self.checkpoint.permutation(stored, length)
     }
 }

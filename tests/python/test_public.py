@@ -38,7 +38,10 @@ def lines_of(name, value):
         return [f"{name}: {type(value).__name__}"]
     lines = [f"{name}{signature(value)}"]
     if inspect.isclass(value) and not issubclass(value, Exception):
-        for member, found in sorted(vars(value).items()):
+        # Members of bases in other packages are not ours.
+        own = [base for base in value.__mro__ if base.__module__.startswith("tqcompressor")]
+        members = {name: found for base in reversed(own) for name, found in vars(base).items()}
+        for member, found in sorted(members.items()):
             if not member.startswith("_"):
                 function = getattr(found, "__func__", found)
                 lines.append(f"{name}.{member}{signature(function) if callable(function) else ''}")

@@ -1,4 +1,4 @@
-"""The command line: `tqcompressor compress`, `calibrate`, `distill`, `inspect`, `evaluate` and `generate`.
+"""The command line: `tqcompressor compress`, `expand`, `calibrate`, `distill`, `inspect`, `evaluate` and `generate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
 2 for wrong usage or invalid input, 130 after Ctrl-C, and 1 for any other failure.
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     run = {
         "compress": _compress,
+        "expand": _expand,
         "calibrate": _calibrate,
         "distill": _distill,
         "inspect": _inspect,
@@ -99,6 +100,20 @@ def _compress(options: argparse.Namespace) -> None:
     if options.budget is not None:
         print(f"budget {options.budget}: {meaning(options.budget)}")
     print(f"written to {options.out}")
+
+
+def _expand(options: argparse.Namespace) -> None:
+    from ..compression.checkpoint import expand_checkpoint
+
+    expand_checkpoint(
+        options.source,
+        options.out,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        max_shard_size=options.max_shard_size,
+        threads=options.threads,
+    )
+    print(json.dumps({"out": options.out}) if options.json else f"written to {options.out}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:

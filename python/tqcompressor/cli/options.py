@@ -41,8 +41,20 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")
     _add_threads(compress)
     compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
-    compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
+    _add_files(compress)
+
+    expand = commands.add_parser(
+        "expand",
+        parents=[common],
+        help="write a compressed checkpoint as a stock one",
+        description="Multiply the factors of a compressed checkpoint out into a stock checkpoint, which any program "
+        "reads that reads the original: converters to GGUF and ONNX, other runtimes. Needs no torch.",
+    )
+    expand.add_argument("source", metavar="DIR", help="a compressed checkpoint directory, or a hub id")
+    expand.add_argument("--out", metavar="DST", required=True, help="the directory to write")
+    expand.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of the factors)")
+    _add_files(expand)
+    _add_threads(expand)
 
     _add_distill(commands, common)
 
@@ -201,6 +213,11 @@ def _add_engine(parser: Any) -> None:
         default="auto",
         help="native runs GPT-2 on the CPU in float32, without torch (default: torch if it is installed)",
     )
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
 
 
 def _add_threads(parser: Any) -> None:

@@ -168,6 +168,64 @@ def compress_checkpoint(
     return CompressionReport.from_dict(json.loads(text))
 
 
+def expand_checkpoint(
+    source: StrPath,
+    out: StrPath,
+    *,
+    dtype: Dtype | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    threads: int | None = None,
+    progress: ProgressOption = None,
+) -> None:
+    """Writes the compressed checkpoint in `source` as a stock one, without torch: the factors are multiplied out.
+
+    The result has the size of the original and computes what the compressed model does. Any program that reads the
+    original reads it: converters to GGUF and ONNX, other runtimes. It is `model.dequantize()` on disk. The tokenizer
+    and other files are copied, the model card and the report of the compression are not.
+
+    Args:
+        source: A compressed checkpoint: a directory, or its id on the hub.
+        out: The directory to write. It may exist if it is empty.
+        dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: that of the factors.
+        overwrite: Replace a checkpoint in `out`, all of it, in one step.
+        max_shard_size: The size limit of a weight file, in bytes or as in "500MB" or "2GiB".
+        threads: Worker threads. Default: one per core.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+    Raises:
+        CheckpointError: The source is dense, damaged, or of a family without a description: load such a model and call
+            `model.dequantize()`.
+        DtypeError: `dtype` is not supported, or it cannot hold a value.
+        NonFiniteError: A factor has NaN or an infinity.
+        DestinationError: `out` exists and is not empty, or is the source.
+        StorageError: The operating system reports an error: no permission, no space.
+
+    Nothing is written if anything is raised, `KeyboardInterrupt` included.
+
+    Cost: memory for one dense matrix and its factors per thread.
+
+    Example:
+        >>> report = compress_checkpoint("tests/data/tiny-gpt2", "compressed", budget=0.65)
+        >>> expand_checkpoint("compressed", "dense")
+        >>> inspect("dense").parameters_before
+        5289472
+    """
+    threads = validate.threads(threads)
+    stored = dtype_name(dtype)
+    most = byte_count("max_shard_size", max_shard_size)
+    with reporter(progress, "expand") as report_progress:
+        _core.expand_checkpoint(
+            local_directory(source),
+            os.fspath(out),
+            dtype=stored,
+            overwrite=overwrite,
+            max_shard_bytes=most,
+            threads=threads,
+            progress=report_progress,
+        )
+
+
 def plan_checkpoint(
     source: StrPath,
     spending: Spending,

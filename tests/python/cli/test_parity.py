@@ -15,6 +15,7 @@ from tqcompressor.cli.options import parser
 # The functions of each command; of a dataclass, its fields.
 COMMANDS = {
     "compress": [tqcompressor.compress_checkpoint],
+    "expand": [tqcompressor.expand_checkpoint],
     "calibrate": [tqcompressor.calibrate_checkpoint],
     "distill": [tqcompressor.distill, tqcompressor.TrainingConfig, tqcompressor.DistillConfig],
     "inspect": [tqcompressor.inspect, tqcompressor.plan],
@@ -29,6 +30,7 @@ EVERYWHERE = {
 # Options without an argument in Python.
 ONLY_ON_THE_COMMAND_LINE = {
     "compress": {"recipe": "a config by its name"},
+    "expand": {},
     "calibrate": {"out": "Calibration.save(path)"},
     "distill": {"data_seed": "TrainingConfig.seed, beside distill(seed=…)"},
     "inspect": {"recipe": "a config by its name"},
@@ -44,6 +46,7 @@ ONLY_ON_THE_COMMAND_LINE = {
 # Arguments without an option.
 ONLY_IN_PYTHON = {
     "compress": {},
+    "expand": {},
     "calibrate": {},
     "distill": {
         "tokenizer": "the checkpoint's own",
