@@ -51,6 +51,7 @@ pub struct Checkpoint {
     geometry: Geometry,
     files: Vec<(PathBuf, Mmap)>,
     tensors: IndexMap<String, Tensor>,
+    warning: Option<String>,
 }
 
 impl Checkpoint {
@@ -58,7 +59,9 @@ impl Checkpoint {
     /// their index.
     ///
     /// Validates every header, and checks that every tensor that `config.json` asks for is there in its shape. Causal
-    /// masks of old versions of transformers are left out. Weights are not read.
+    /// masks of old versions of transformers are left out. Weights are not read, except for a head that is stored
+    /// although it is tied: if it differs from the token embedding, it is a matrix of its own, as in transformers, and
+    /// there is a [`warning`](Self::warning).
     ///
     /// # Errors
     /// [`Error::Checkpoint`] with the file and what is wrong with it; [`Error::Io`] if it cannot be opened.
@@ -102,7 +105,7 @@ impl Checkpoint {
             let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
             let entries = header::parse(&map).map_err(|words| problem(&path, words))?;
             if let Some(indexed) = indexed {
-                check_shard(&indexed, &entries).map_err(|words| problem(&path, words))?;
+                check_shard(family, &indexed, &entries).map_err(|words| problem(&path, words))?;
             }
             for header::Entry { name, dtype, shape, range } in entries {
                 let tensor = Tensor { file: files.len(), range, dtype, shape };
@@ -115,7 +118,53 @@ impl Checkpoint {
         tensors.sort_by(|left, _, right, _| {
             family.model_order(left).cmp(&family.model_order(right)).then(left.cmp(right))
         });
-        Ok(Self { directory: directory.to_owned(), config, family, geometry, files, tensors })
+        let mut checkpoint =
+            Self { directory: directory.to_owned(), config, family, geometry, files, tensors, warning: None };
+        checkpoint.untie_head_that_differs();
+        Ok(checkpoint)
+    }
+
+    /// Transformers ties a head that is stored beside the token embedding only if both have the same values.
+    fn untie_head_that_differs(&mut self) {
+        let embedding = self.tensors.iter().find(|(name, _)| self.family.is_token_embedding(name));
+        let (Some((head_name, head)), Some((name, embedding)), true) =
+            (self.output_head(), embedding, self.geometry.tied)
+        else {
+            return;
+        };
+        // Other faults of the two are found where they are read.
+        if head.shape != embedding.shape || self.equal_values(head, embedding) != Some(false) {
+            return;
+        }
+        self.warning = Some(format!(
+            "{}: tensor '{head_name}' differs from '{name}', though tie_word_embeddings says that they are one: the head \
+             is taken as a matrix of its own, as transformers takes it. Set \"tie_word_embeddings\": false in config.json",
+            self.directory.display()
+        ));
+        self.geometry.tied = false;
+    }
+
+    /// Whether two tensors of one shape hold the same values, in whichever dtypes; `None` unless both are floating.
+    fn equal_values(&self, left: &Tensor, right: &Tensor) -> Option<bool> {
+        const VALUES: usize = 1 << 14;
+        let floats = (Float::from_dtype(left.dtype).ok()?, Float::from_dtype(right.dtype).ok()?);
+        let pieces = |tensor, float: Float| self.bytes(tensor).chunks(VALUES * float.size());
+        let (mut a, mut b) = (vec![0.0; VALUES], vec![0.0; VALUES]);
+        let equal = pieces(left, floats.0).zip(pieces(right, floats.1)).all(|(left, right)| {
+            let count = left.len() / floats.0.size();
+            floats.0.upcast(left, &mut a[..count]);
+            floats.1.upcast(right, &mut b[..count]);
+            a[..count] == b[..count]
+        });
+        self.release(left);
+        self.release(right);
+        Some(equal)
+    }
+
+    /// What its user should hear: its files contradict each other, and the model is still clear.
+    #[must_use]
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
     }
 
     /// Its directory.
@@ -146,6 +195,13 @@ impl Checkpoint {
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// The stored output head, whether or not it is tied.
+    #[must_use]
+    pub fn output_head(&self) -> Option<(&str, &Tensor)> {
+        let head = self.tensors.iter().find(|(name, _)| self.family.is_output_head(name));
+        head.map(|(name, tensor)| (name.as_str(), tensor))
     }
 
     /// Whether the output head is the token embedding.
@@ -237,8 +293,8 @@ impl Checkpoint {
 fn family_of(config: &Map<String, Value>) -> Result<&'static Family, String> {
     match config.get("model_type") {
         Some(Value::String(name)) => Family::of(name),
+        None | Some(Value::Null) => Err(Family::without_model_type(config.get("architectures"))),
         Some(other) => Family::of(&other.to_string()),
-        None => Family::of("none"),
     }
 }
 

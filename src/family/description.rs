@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use indexmap::IndexMap;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::matrix::{Kind, Matrix};
 use crate::error::{Error, Result};
@@ -93,6 +94,59 @@ impl Family {
         })
     }
 
+    /// The message for a config without a `model_type`; `architectures` may say which one it is.
+    #[must_use]
+    pub fn without_model_type(architectures: Option<&Value>) -> String {
+        let first = architectures.and_then(|all| all.get(0)).and_then(Value::as_str).unwrap_or_default();
+        let known = TABLE.families.keys().find(|name| first.to_ascii_lowercase().starts_with(name.as_str()));
+        match known {
+            Some(name) => {
+                format!("model_type is missing; architectures says {first}: add the line \"model_type\": \"{name}\",")
+            }
+            None => Self::of("none").expect_err("no family has that name"),
+        }
+    }
+
+    /// The message for a tensor, given by its bare name, that `config.json` asks for and that is not among the `stored`
+    /// ones.
+    pub fn missing<'a>(&self, name: &str, shape: &[usize], mut stored: impl Iterator<Item = &'a str>) -> String {
+        let message = format!("tensor '{name}' is missing (config.json asks for it, shape {shape:?})");
+        let prefix = |stored: &'a str| {
+            let prefix = stored.strip_suffix(name)?;
+            let prefix = prefix.strip_suffix(&self.base_prefix).unwrap_or(prefix);
+            prefix.ends_with('.').then_some(prefix)
+        };
+        match stored.find_map(prefix) {
+            None => message,
+            Some(prefix) => format!(
+                "{message}, but '{prefix}{name}' or the like is there: names begin with '{prefix}', which a wrapper such as \
+                 torch.compile or DataParallel has added. Save the model inside the wrapper, or rename the tensors: \
+                 safetensors.torch.save_file({{name.removeprefix('{prefix}'): tensor for name, tensor in \
+                 safetensors.torch.load_file(FILE).items()}}, FILE, {{'format': 'pt'}})"
+            ),
+        }
+    }
+
+    /// The message for a tensor of another shape than `config.json` asks for.
+    #[must_use]
+    pub fn misshapen(&self, stored: &str, expected: &[usize], got: &[usize]) -> String {
+        let message = format!("tensor '{stored}': config.json asks for shape {expected:?}, got {got:?}");
+        let transposed = got.iter().rev().eq(expected) && self.kind_of(stored) == Some(Kind::Conv1d);
+        if !transposed {
+            return message;
+        }
+        format!(
+            "{message}: that is the orientation of nn.Linear (out × in), but this model stores in × out (Conv1D). Transpose \
+             the weight of every {}: tensor.T.contiguous()",
+            self.maps().join(", ")
+        )
+    }
+
+    /// The modules of a layer that are `Conv1D`s, by their names in it.
+    fn maps(&self) -> Vec<&str> {
+        self.layer.iter().filter(|(_, kind)| **kind == Kind::Conv1d).map(|(name, _)| name.as_str()).collect()
+    }
+
     /// A stored name without the base prefix.
     #[must_use]
     pub fn bare<'a>(&self, stored: &'a str) -> &'a str {
@@ -109,12 +163,6 @@ impl Family {
     #[must_use]
     pub fn is_output_head(&self, stored: &str) -> bool {
         stored.strip_suffix(".weight") == Some(&self.output_head)
-    }
-
-    /// The stored name of the output head's weight.
-    #[must_use]
-    pub fn output_head_weight(&self) -> String {
-        format!("{}.weight", self.output_head)
     }
 
     /// The kind of the module of a stored weight; `None` for tensors that are not matrices (biases, layer norms,
