@@ -21,6 +21,7 @@ from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
+from ..utils.atomic_io import check_destination
 from .options import parser
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
+    # Checked before the measurement, which may take hours.
+    check_destination(Path(options.out))
     found = (_calibrate_native if _is_native(options) else _calibrate_in_torch)(options)
     found.save(options.out)
     if options.json:
