@@ -93,6 +93,14 @@ pub enum Error {
     /// The caller cancelled the job.
     #[error("cancelled")]
     Cancelled,
+    /// A result beyond the range of float32.
+    #[error("{what} is beyond the range of float32: the largest value of the matrix is {largest:e}; scale it down")]
+    Overflow {
+        /// The result.
+        what: &'static str,
+        /// The largest magnitude of the matrix that it was computed from.
+        largest: f32,
+    },
     /// A numerical routine did not converge.
     #[error("{operation} did not converge")]
     Convergence {

@@ -10,7 +10,7 @@ class ShapeError(TQError, ValueError):
 
 
 class NonFiniteError(TQError, ValueError):
-    """A weight that holds NaN or an infinity."""
+    """A weight that holds NaN or an infinity, or a factor beyond the range of float32."""
 
 
 class MomentError(TQError, ValueError):

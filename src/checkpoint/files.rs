@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::foreign::foreign_text;
 use super::header;
 use crate::error::{Error, Result};
+use crate::family::Family;
 
 /// The name of the weights' file when there is only one.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -50,6 +52,9 @@ pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(problem(path, "no such file")),
         other => other.map_err(Error::io(path))?,
     };
+    if let Some(words) = foreign_text(&text) {
+        return Err(problem(path, words));
+    }
     serde_json::from_slice(&text).map_err(|error| problem(path, format!("expected a JSON object: {error}")))
 }
 
@@ -111,9 +116,11 @@ fn weight_files(directory: &Path) -> Result<WeightFiles> {
         .collect()
 }
 
-pub(super) fn check_shard(indexed: &[String], entries: &[header::Entry]) -> Result<(), String> {
-    let indexed: std::collections::BTreeSet<_> = indexed.iter().map(String::as_str).collect();
-    let found: std::collections::BTreeSet<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
+/// Compares a shard's tensors with those that the index puts in it. Tensors that are ignored may be on either side alone.
+pub(super) fn check_shard(family: &Family, indexed: &[String], entries: &[header::Entry]) -> Result<(), String> {
+    let used = |name: &&str| !family.is_ignored(name);
+    let indexed: std::collections::BTreeSet<_> = indexed.iter().map(String::as_str).filter(used).collect();
+    let found: std::collections::BTreeSet<_> = entries.iter().map(|entry| entry.name.as_str()).filter(used).collect();
     if let Some(name) = indexed.difference(&found).next() {
         return Err(format!("tensor '{name}' is missing; the index puts it here"));
     }

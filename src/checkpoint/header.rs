@@ -9,6 +9,8 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde_json::Value;
 
+use super::foreign::lfs_pointer;
+
 /// The longest header, as in the `safetensors` crate.
 const LONGEST: usize = 100_000_000;
 
@@ -30,6 +32,9 @@ pub struct Entry {
 /// # Errors
 /// A message that names the tensor.
 pub fn parse(file: &[u8]) -> Result<Vec<Entry>, String> {
+    if let Some(words) = lfs_pointer(file) {
+        return Err(words.into());
+    }
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("truncated: {} bytes are no safetensors file", file.len()));
     };
@@ -140,6 +145,8 @@ mod tests {
             let problem = parse(&file(json, data)).unwrap_err();
             assert!(problem.contains(words), "{problem}");
         }
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+        assert!(parse(pointer).unwrap_err().contains("git lfs pull"));
         assert!(parse(&[1, 2, 3]).unwrap_err().contains("truncated"));
         assert!(parse(&u64::MAX.to_le_bytes()).unwrap_err().contains("not a safetensors file"));
         assert!(parse(&1000u64.to_le_bytes()).unwrap_err().contains("truncated"));

@@ -52,6 +52,7 @@ pub struct Checkpoint {
     geometry: Geometry,
     files: Vec<(PathBuf, Mmap)>,
     tensors: IndexMap<String, Tensor>,
+    warning: Option<String>,
 }
 
 impl Checkpoint {
@@ -59,7 +60,9 @@ impl Checkpoint {
     /// their index.
     ///
     /// Validates every header, and checks that every tensor that `config.json` asks for is there in its shape. Causal
-    /// masks of old versions of transformers are left out. Weights are not read.
+    /// masks of old versions of transformers are left out. Weights are not read, except for a head that is stored
+    /// although it is tied: if it differs from the token embedding, it is a matrix of its own, as in transformers, and
+    /// there is a [`warning`](Self::warning).
     ///
     /// # Errors
     /// [`Error::Checkpoint`] with the file and what is wrong with it; [`Error::Io`] if it cannot be opened.
@@ -93,7 +96,7 @@ impl Checkpoint {
 
     fn map(directory: &Path, paths: WeightFiles, config: Map<String, Value>) -> Result<Self> {
         let config_path = directory.join("config.json");
-        let family = Family::of(model_type(&config)).map_err(|words| problem(&config_path, words))?;
+        let family = family_of(&config).map_err(|words| problem(&config_path, words))?;
         let geometry = family.geometry(model_type(&config), &config).map_err(|words| problem(&config_path, words))?;
 
         let mut files = Vec::with_capacity(paths.len());
@@ -105,7 +108,7 @@ impl Checkpoint {
             let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
             let entries = header::parse(&map).map_err(|words| problem(&path, words))?;
             if let Some(indexed) = indexed {
-                check_shard(&indexed, &entries).map_err(|words| problem(&path, words))?;
+                check_shard(family, &indexed, &entries).map_err(|words| problem(&path, words))?;
             }
             for header::Entry { name, dtype, shape, range } in entries {
                 let tensor = Tensor { file: files.len(), range, dtype, shape };
@@ -116,7 +119,53 @@ impl Checkpoint {
             files.push((path, map));
         }
         tensors.sort_by_cached_key(|name, _| (family.model_order(name), name.clone()));
-        Ok(Self { directory: directory.to_owned(), config, family, geometry, files, tensors })
+        let mut checkpoint =
+            Self { directory: directory.to_owned(), config, family, geometry, files, tensors, warning: None };
+        checkpoint.untie_head_that_differs();
+        Ok(checkpoint)
+    }
+
+    /// Transformers ties a head that is stored beside the token embedding only if both have the same values.
+    fn untie_head_that_differs(&mut self) {
+        let embedding = self.tensors.iter().find(|(name, _)| self.family.is_token_embedding(name));
+        let (Some((head_name, head)), Some((name, embedding)), true) =
+            (self.output_head(), embedding, self.geometry.tied)
+        else {
+            return;
+        };
+        // Other faults of the two are found where they are read.
+        if head.shape != embedding.shape || self.equal_values(head, embedding) != Some(false) {
+            return;
+        }
+        self.warning = Some(format!(
+            "{}: tensor '{head_name}' differs from '{name}', though tie_word_embeddings says that they are one: the head \
+             is taken as a matrix of its own, as transformers takes it. Set \"tie_word_embeddings\": false in config.json",
+            self.directory.display()
+        ));
+        self.geometry.tied = false;
+    }
+
+    /// Whether two tensors of one shape hold the same values, in whichever dtypes; `None` unless both are floating.
+    fn equal_values(&self, left: &Tensor, right: &Tensor) -> Option<bool> {
+        const VALUES: usize = 1 << 14;
+        let floats = (Float::from_dtype(left.dtype).ok()?, Float::from_dtype(right.dtype).ok()?);
+        let pieces = |tensor, float: Float| self.bytes(tensor).chunks(VALUES * float.size());
+        let (mut a, mut b) = (vec![0.0; VALUES], vec![0.0; VALUES]);
+        let equal = pieces(left, floats.0).zip(pieces(right, floats.1)).all(|(left, right)| {
+            let count = left.len() / floats.0.size();
+            floats.0.upcast(left, &mut a[..count]);
+            floats.1.upcast(right, &mut b[..count]);
+            a[..count] == b[..count]
+        });
+        self.release(left);
+        self.release(right);
+        Some(equal)
+    }
+
+    /// What its user should hear: its files contradict each other, and the model is still clear.
+    #[must_use]
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
     }
 
     /// Its directory.
@@ -288,6 +337,13 @@ impl Checkpoint {
                 Err(Error::NonFinite { value, row: index / columns, column: index % columns }.in_tensor(name))
             }
         }
+    }
+}
+
+fn family_of(config: &Map<String, Value>) -> Result<&'static Family, String> {
+    match config.get("model_type") {
+        None | Some(Value::Null) => Err(Family::without_model_type(config.get("architectures"))),
+        Some(_) => Family::of(model_type(config)),
     }
 }
 

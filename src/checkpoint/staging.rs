@@ -211,12 +211,21 @@ fn resolve(path: &Path) -> Result<PathBuf> {
                 resolved.extend(rest.iter().rev());
                 return Ok(resolved);
             }
-            Err(error) if error.kind() == ErrorKind::NotFound && !existing.is_symlink() => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(path)(error)),
         }
+        let refuse = |problem: String| Err(Error::Destination { path: path.to_owned(), problem });
+        if existing.is_symlink() {
+            let link = existing.display();
+            return refuse(format!(
+                "{link} is a symbolic link to a place that does not exist: remove it or make its target"
+            ));
+        }
         let (Some(name), Some(parent)) = (existing.file_name(), existing.parent()) else {
-            // "missing/.." cannot be resolved.
-            return Err(Error::io(path)(ErrorKind::NotFound.into()));
+            return refuse(format!(
+                "there is no {}: make the directory before '..', or leave both out",
+                existing.display()
+            ));
         };
         rest.push(name.to_owned());
         existing = parent;

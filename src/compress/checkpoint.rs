@@ -156,7 +156,7 @@ pub fn compress_checkpoint(
     let start = Instant::now();
     let source = checkpoint.directory();
     let plan = Plan::for_checkpoint(checkpoint, config)?;
-    let dropped = dropped_head(checkpoint, &plan)?;
+    let dropped = dropped_head(checkpoint, &plan);
     let outputs = outputs(checkpoint, &plan, dropped, options.dtype)?;
     let destination = Destination::check(destination, checkpoint, options.overwrite)?;
     check_finite(checkpoint, &plan, progress)?;
@@ -206,7 +206,7 @@ pub fn compress_checkpoint(
         progress.check()?;
         stage.copy(&path)?;
     }
-    stage.write("config.json", config_json(checkpoint.config(), &plan.config, options.dtype).as_bytes())?;
+    stage.write("config.json", config_json(checkpoint, &plan.config, options.dtype).as_bytes())?;
     let directory = source.canonicalize().map_err(Error::io(source))?;
     stage.write("README.md", card::model_card(&directory, checkpoint.config(), &report).as_bytes())?;
     report.seconds = Some(start.elapsed().as_secs_f64());
@@ -232,25 +232,13 @@ enum Content<'a> {
     Guard,
 }
 
-/// A head that is stored although it is tied. It must be left out once the token embedding is factored.
-fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Result<Option<&'a Tensor>> {
+/// A head that is stored although it is tied, with the values of the token embedding. It must be left out once that is
+/// factored.
+fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Option<&'a Tensor> {
     let family = checkpoint.family();
-    let embedding = plan.jobs.iter().find(|job| family.is_token_embedding(&job.matrix.tensor));
-    let (Some((name, head)), Some(job), true) = (checkpoint.output_head(), embedding, checkpoint.tied()) else {
-        return Ok(None);
-    };
-    let embedding = &checkpoint.tensors()[&job.matrix.tensor];
-    let same = head.dtype == embedding.dtype && checkpoint.bytes(head) == checkpoint.bytes(embedding);
-    checkpoint.release(head);
-    if same {
-        return Ok(Some(head));
-    }
-    let problem = format!(
-        "tensor '{name}' differs from '{}', though tie_word_embeddings says that they are one: set it to false in \
-         config.json, or remove the head",
-        job.matrix.tensor
-    );
-    Err(Error::Checkpoint { path: checkpoint.directory().to_owned(), problem })
+    let factored = plan.jobs.iter().any(|job| family.is_token_embedding(&job.matrix.tensor));
+    let head = checkpoint.output_head().filter(|_| factored && checkpoint.tied());
+    head.map(|(_, tensor)| tensor)
 }
 
 /// The tensors of the compressed checkpoint, in model order.
@@ -427,9 +415,13 @@ pub(super) fn carried(source: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The source's `config.json` with the resolved configuration and the dtype of the result.
-fn config_json(source: &Map<String, Value>, config: &TQConfig, dtype: Option<Float>) -> String {
-    let mut object = config_of(source, dtype);
+/// The source's `config.json` with the resolved configuration and the dtype of the result. It says that the head is not
+/// tied, where the weights say so.
+fn config_json(source: &Checkpoint, config: &TQConfig, dtype: Option<Float>) -> String {
+    let mut object = config_of(source.config(), dtype);
+    if source.warning().is_some() {
+        object.insert("tie_word_embeddings".into(), false.into());
+    }
     object.insert("quantization_config".into(), config.to_value());
     format!("{:#}\n", Value::Object(object))
 }

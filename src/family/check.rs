@@ -37,7 +37,8 @@ impl Family {
         }
         for name in self.required() {
             if !found.contains_key(name) {
-                return Err(format!("tensor '{name}' is missing: every model of type {model_type} has it"));
+                let why = format!("every model of type {model_type} has it");
+                return Err(self.absent(name, &why, found.values().map(|(stored, _)| *stored)));
             }
         }
         self.check_ends(&geometry, &found)?;
@@ -58,7 +59,8 @@ impl Family {
             let name = format!("{module}.weight");
             match found.get(&name) {
                 None if needed => {
-                    return Err(format!("tensor '{name}' is missing: config.json asks for a head that is not tied"));
+                    let why = "config.json asks for a head that is not tied";
+                    return Err(self.absent(&name, why, found.values().map(|(stored, _)| *stored)));
                 }
                 Some((stored, shape)) => {
                     let expected = [geometry.vocabulary, geometry.width];

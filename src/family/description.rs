@@ -126,6 +126,66 @@ impl Family {
         })
     }
 
+    /// The message for a config without a `model_type`; `architectures` may say which one it is.
+    #[must_use]
+    pub fn without_model_type(architectures: Option<&Value>) -> String {
+        let first = architectures.and_then(|all| all.get(0)).and_then(Value::as_str).unwrap_or_default();
+        // "GPT2LMHeadModel" is of the type "gpt2", "XLMRobertaModel" of "xlm-roberta".
+        let plain = |name: &str| name.to_ascii_lowercase().replace(['-', '_'], "");
+        let known = TABLE.families.iter().flat_map(|family| family.model_types.keys());
+        match known.filter(|name| plain(first).starts_with(&plain(name))).max_by_key(|name| name.len()) {
+            Some(name) => {
+                format!("model_type is missing; architectures says {first}: add the line \"model_type\": \"{name}\",")
+            }
+            None => Self::of("none").expect_err("no family has that name"),
+        }
+    }
+
+    /// The message for a tensor, given by its bare name, that `config.json` asks for and that is not among the `stored`
+    /// ones.
+    pub fn missing<'a>(&self, name: &str, shape: &[usize], stored: impl Iterator<Item = &'a str>) -> String {
+        self.absent(name, &format!("config.json asks for it, shape {shape:?}"), stored)
+    }
+
+    /// The message for a tensor that is not there, with the reason why it should be.
+    pub(super) fn absent<'a>(&self, name: &str, why: &str, mut stored: impl Iterator<Item = &'a str>) -> String {
+        let message = format!("tensor '{name}' is missing ({why})");
+        let prefix = |stored: &'a str| {
+            let prefix = stored.strip_suffix(name)?;
+            let prefix = prefix.strip_suffix(&self.base_prefix).unwrap_or(prefix);
+            prefix.ends_with('.').then_some(prefix)
+        };
+        match stored.find_map(prefix) {
+            None => message,
+            Some(prefix) => format!(
+                "{message}, but '{prefix}{name}' or the like is there: names begin with '{prefix}', which a wrapper such as \
+                 torch.compile or DataParallel has added. Save the model inside the wrapper, or rename the tensors: \
+                 safetensors.torch.save_file({{name.removeprefix('{prefix}'): tensor for name, tensor in \
+                 safetensors.torch.load_file(FILE).items()}}, FILE, {{'format': 'pt'}})"
+            ),
+        }
+    }
+
+    /// The message for a tensor of another shape than `config.json` asks for.
+    #[must_use]
+    pub fn misshapen(&self, stored: &str, expected: &[usize], got: &[usize]) -> String {
+        let message = format!("tensor '{stored}': config.json asks for shape {expected:?}, got {got:?}");
+        let transposed = got.iter().rev().eq(expected) && self.kind_of(stored) == Some(Kind::Conv1d);
+        if !transposed {
+            return message;
+        }
+        format!(
+            "{message}: that is the orientation of nn.Linear (out × in), but this model stores in × out (Conv1D). Transpose \
+             the weight of every {}: tensor.T.contiguous()",
+            self.maps().join(", ")
+        )
+    }
+
+    /// The modules of a layer that are `Conv1D`s, by their names in it.
+    fn maps(&self) -> Vec<&str> {
+        self.layer.iter().filter(|(_, kind)| **kind == Kind::Conv1d).map(|(name, _)| name.as_str()).collect()
+    }
+
     /// A stored name as in a live model, without the base prefix.
     #[must_use]
     pub fn bare<'a>(&self, stored: &'a str) -> Cow<'a, str> {

@@ -99,7 +99,8 @@ impl Gpt2Geometry {
     pub fn check<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Result<(), String> {
         let family = family();
         let mut found = std::collections::HashMap::new();
-        for (stored, shape) in tensors {
+        let tensors: Vec<_> = tensors.collect();
+        for &(stored, shape) in &tensors {
             if let Some((other, _)) = found.insert(family.bare(stored), (stored, shape)) {
                 return Err(format!("tensors '{other}' and '{stored}' are the same weight under two names"));
             }
@@ -107,11 +108,9 @@ impl Gpt2Geometry {
         let mut promised = std::collections::HashSet::new();
         for (name, expected) in self.tensors() {
             match found.get(name.as_str()) {
-                None => {
-                    return Err(format!("tensor '{name}' is missing (config.json asks for it, shape {expected:?})"));
-                }
+                None => return Err(family.missing(&name, &expected, tensors.iter().map(|(stored, _)| *stored))),
                 Some((stored, shape)) if *shape != expected => {
-                    return Err(format!("tensor '{stored}': config.json asks for shape {expected:?}, got {shape:?}"));
+                    return Err(family.misshapen(stored, &expected, shape));
                 }
                 Some(_) => promised.insert(name),
             };

@@ -29,6 +29,19 @@ pub fn fit(
     parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<Fit> {
+    view.in_safe_range(|view| fit_safely(view, spec, norm, effort, seed, parallelism, progress))
+}
+
+/// [`fit`] for finite values in the safe range.
+fn fit_safely(
+    view: MatrixView<'_>,
+    spec: &MatrixSpec,
+    norm: &Norm,
+    effort: Effort,
+    seed: u64,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<Fit> {
     match spec.terms() {
         [TermSpec::LowRank { rank }] => {
             let term = low_rank(view, *rank, norm, progress)?;
@@ -96,8 +109,22 @@ pub fn fit_within(
     effort: Effort,
     progress: &Progress,
 ) -> Result<Fit> {
+    let rank = largest_rank(view.rows(), view.columns(), limits)?;
+    view.in_safe_range(|view| fit_within_safely(view, limits, rank, norm, spectrum, effort, progress))
+}
+
+/// [`fit_within`] for finite values in the safe range. `rank` is the largest within the limits. The scale of the
+/// spectrum does not matter.
+fn fit_within_safely(
+    view: MatrixView<'_>,
+    limits: Limits,
+    rank: usize,
+    norm: &Norm,
+    spectrum: &Spectrum,
+    effort: Effort,
+    progress: &Progress,
+) -> Result<Fit> {
     let (m, n) = (view.rows(), view.columns());
-    let rank = largest_rank(m, n, limits)?;
     let low_rank = MatrixSpec::low_rank(rank);
     let term = spectrum.low_rank(view, rank, progress)?;
     let mut best = Fit { spec: low_rank, lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] };

@@ -138,8 +138,9 @@ impl Factors {
         for k in 0..self.shape.rank {
             let square = |factor: &Mat<f64>| factor.col(k).iter().map(|value| value * value).sum::<f64>();
             let (a, b) = (square(&self.a), square(&self.b));
-            // A term with a zero factor is zero.
-            let (to_a, to_b) = if a > 0.0 && b > 0.0 { ((b / a).powf(0.25), (a / b).powf(0.25)) } else { (0.0, 0.0) };
+            // A term with a zero factor is zero. Square roots of powers of two are exact, other powers need not be.
+            let (to_a, to_b) =
+                if a > 0.0 && b > 0.0 { ((b / a).sqrt().sqrt(), (a / b).sqrt().sqrt()) } else { (0.0, 0.0) };
             self.a.col_mut(k).iter_mut().for_each(|value| *value *= to_a);
             self.b.col_mut(k).iter_mut().for_each(|value| *value *= to_b);
         }

@@ -13,6 +13,7 @@ use faer::{Accum, Auto, Mat, MatRef, Par, Spec};
 use super::moment::{Norm, Weight, product};
 use crate::error::Result;
 use crate::kron::{MatrixView, eigenvectors};
+use crate::numeric::range::{Rescale, scale};
 use crate::permute::Permutation;
 use crate::progress::Progress;
 use crate::spec::LowRankShape;
@@ -82,9 +83,11 @@ impl Spectrum {
     /// The nearest matrix of rank `rank` to the same `view`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a rank that saves no parameters, [`Error::Cancelled`].
+    /// [`Error::Shape`] for a rank that saves no parameters, [`Error::Overflow`], [`Error::Cancelled`].
     pub fn low_rank(&self, view: MatrixView<'_>, rank: usize, progress: &Progress) -> Result<LowRank> {
-        low_rank_in(&Sides::new(Operand::View(view)), rank, &self.roots, &self.whitened, progress)
+        view.in_safe_range(|view| {
+            low_rank_in(&Sides::new(Operand::View(view)), rank, &self.roots, &self.whitened, progress)
+        })
     }
 
     /// Its size in memory, in bytes.
@@ -345,6 +348,14 @@ fn interpolate(basis: MatRef<'_, f64>) -> (Permutation, Mat<f64>) {
     let mut coefficients = triangle.subcols(rank, size - rank).to_owned();
     solve_upper_triangular_in_place(triangle.subcols(0, rank), coefficients.as_mut(), Par::Seq);
     (Permutation::new(order).expect("the pivots of a decomposition are a permutation"), coefficients)
+}
+
+impl Rescale for LowRank {
+    fn rescaled(mut self, exponent: i32) -> Option<Self> {
+        // The other factor holds coefficients of the pivots, which do not depend on the scale.
+        let pivots = if self.shape.pivots_on_rows() { &mut self.right } else { &mut self.left };
+        scale(pivots, exponent).then_some(self)
+    }
 }
 
 impl LowRank {

@@ -39,6 +39,19 @@ pub fn mixed(
     parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<(Vec<Term>, f64)> {
+    view.in_safe_range(|view| mixed_safely(view, terms, norm, effort, seed, parallelism, progress))
+}
+
+/// [`mixed`] for finite values in the safe range.
+fn mixed_safely(
+    view: MatrixView<'_>,
+    terms: &[TermSpec],
+    norm: &Norm,
+    effort: Effort,
+    seed: u64,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<(Vec<Term>, f64)> {
     let spectrum = Spectrum::new(view, norm, progress)?;
     let target = upcast(view);
     let shared = Shared { target: target.as_ref(), norm, spectrum: &spectrum, progress };

@@ -1,6 +1,7 @@
 //! The result of a fit: the terms of a sum, and the lost energy.
 
 use super::low_rank::LowRank;
+use crate::numeric::range::Rescale;
 use crate::permute::Decomposition;
 use crate::spec::MatrixSpec;
 
@@ -33,4 +34,27 @@ pub struct Fit {
     pub terms: Vec<Term>,
     /// `‖W − Σ_t Ŵ_t‖² / ‖W‖²` in the norm of the fit, which is the Frobenius norm without moments.
     pub lost_energy: f64,
+}
+
+impl Rescale for Term {
+    fn rescaled(self, exponent: i32) -> Option<Self> {
+        Some(match self {
+            Self::Kronecker(term) => Self::Kronecker(term.rescaled(exponent)?),
+            Self::LowRank(term) => Self::LowRank(term.rescaled(exponent)?),
+        })
+    }
+}
+
+impl Rescale for (Vec<Term>, f64) {
+    fn rescaled(self, exponent: i32) -> Option<Self> {
+        let terms = self.0.into_iter().map(|term| term.rescaled(exponent));
+        Some((terms.collect::<Option<_>>()?, self.1))
+    }
+}
+
+impl Rescale for Fit {
+    fn rescaled(self, exponent: i32) -> Option<Self> {
+        let (terms, lost_energy) = (self.terms, self.lost_energy).rescaled(exponent)?;
+        Some(Self { terms, lost_energy, ..self })
+    }
 }

@@ -369,3 +369,70 @@ fn what_cannot_be_fitted_is_refused() {
     progress.cancel();
     assert!(matches!(within(&noise(m * n, 9), 90), Err(Error::Cancelled)));
 }
+
+/// A fit without its lost energy, with factors divided by the given power of two.
+fn terms_at(fit: &Fit, exponent: i32) -> Vec<Vec<f64>> {
+    let scaled = |values: &[f32], exponent: i32| {
+        values.iter().map(|&value| f64::from(value) * 2.0_f64.powi(-exponent)).collect::<Vec<_>>()
+    };
+    let factors = |term: &Term| match term {
+        Term::Kronecker(term) => [scaled(&term.sum.a, exponent / 2), scaled(&term.sum.b, exponent / 2)],
+        Term::LowRank(term) if term.shape.pivots_on_rows() => [scaled(&term.left, 0), scaled(&term.right, exponent)],
+        Term::LowRank(term) => [scaled(&term.left, exponent), scaled(&term.right, 0)],
+    };
+    fit.terms.iter().flat_map(factors).collect()
+}
+
+#[test]
+fn a_fit_does_not_depend_on_the_scale_of_the_matrix() {
+    for ((m, n), kind, spec) in [(24, 16), (16, 24)]
+        .into_iter()
+        .flat_map(|shape| [0, 1, 5].into_iter().flat_map(move |kind| specs().map(|spec| (shape, kind, spec))))
+    {
+        let (w, norm) = (noise(m * n, 11), norm(kind, m, n, 3));
+        let at = |exponent: i32| {
+            let scaled: Vec<f32> = w.iter().map(|&value| value * 2.0_f32.powi(exponent)).collect();
+            let view = MatrixView::new(&scaled, m, n).unwrap();
+            let limits = Limits::of_parameters(m * n / 2);
+            [fitted(view, &spec, &norm).unwrap(), within(view, limits, &norm, Effort::Balanced).unwrap()]
+        };
+        let expected = at(0);
+        for exponent in [-100, -80, -20, 20, 84, 120] {
+            for (fit, expected) in at(exponent).iter().zip(&expected) {
+                assert_eq!(terms_at(fit, exponent), terms_at(expected, 0), "2^{exponent}, norm {kind}, {spec:?}");
+                assert_eq!((fit.lost_energy, &fit.spec), (expected.lost_energy, &expected.spec), "2^{exponent}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fit_does_not_depend_on_the_scale_of_the_moments() {
+    let (m, n) = (16, 12);
+    let w = noise(m * n, 4);
+    let view = MatrixView::new(&w, m, n).unwrap();
+    let moments = (moment(m, 9, 1), moment(n, 20, 2));
+    for spec in specs() {
+        let at = |exponent: i32| {
+            let scaled = |values: &[f32]| values.iter().map(|&v| v * 2.0_f32.powi(exponent)).collect::<Vec<_>>();
+            let (input, output) = (scaled(&moments.0), scaled(&moments.1));
+            let both = Moments { input: Some(Moment::Full(&input)), output: Some(Moment::Full(&output)) };
+            fitted(view, &spec, &Norm::prepare(both, m, n).unwrap()).unwrap()
+        };
+        for exponent in [-90, 100] {
+            assert_eq!(at(exponent), at(0), "2^{exponent}, {spec:?}");
+        }
+    }
+}
+
+#[test]
+fn a_factor_beyond_the_range_is_refused() {
+    // The projection of the first row onto the leading direction has an entry that is a sixth larger.
+    let w = [f32::MAX, f32::MAX, f32::MAX, 0.0];
+    let view = MatrixView::new(&w, 2, 2).unwrap();
+    let error = fitted(view, &MatrixSpec::low_rank(1), &Norm::frobenius()).unwrap_err();
+    assert!(matches!(error, Error::Overflow { largest: f32::MAX, .. }), "{error}");
+    let halved = w.map(|value| value / 2.0);
+    let fit = fitted(MatrixView::new(&halved, 2, 2).unwrap(), &MatrixSpec::low_rank(1), &Norm::frobenius()).unwrap();
+    assert!(fit.terms[0].to_dense().iter().all(|value| value.is_finite()));
+}

@@ -66,7 +66,17 @@ pub fn weighted_kronecker(
     progress: &Progress,
 ) -> Result<Decomposition> {
     spec.shape(view.rows(), view.columns())?;
-    view.check_finite()?;
+    view.in_safe_range(|view| weighted_kronecker_safely(view, spec, norm, effort, progress))
+}
+
+/// [`weighted_kronecker`] for finite values in the safe range.
+fn weighted_kronecker_safely(
+    view: MatrixView<'_>,
+    spec: KroneckerSpec,
+    norm: &Norm,
+    effort: Effort,
+    progress: &Progress,
+) -> Result<Decomposition> {
     let target = upcast(view);
     let mut factors = start(target.as_ref(), &spec, norm, ASSIGNMENTS, progress)?;
     improve(slice::from_mut(&mut factors), &[spec.permute], target.as_ref(), norm, Turns::new(effort), progress)?;

@@ -7,6 +7,7 @@ use faer::{Auto, Mat, Par, Spec};
 use super::gram::{block_gram, for_each_chunk, top_eigenvectors};
 use super::view::MatrixView;
 use crate::error::{Error, Result};
+use crate::numeric::range::{Rescale, scale};
 use crate::progress::Progress;
 use crate::spec::KroneckerShape;
 
@@ -54,9 +55,13 @@ pub struct KroneckerSum {
 /// ```
 pub fn nearest_kronecker_sum(view: MatrixView<'_>, shape: KroneckerShape, progress: &Progress) -> Result<KroneckerSum> {
     check_shape(view, &shape)?;
-    view.check_finite()?;
+    view.in_safe_range(|view| nearest(view, shape, progress))
+}
+
+/// [`nearest_kronecker_sum`] for finite values in the safe range.
+fn nearest(view: MatrixView<'_>, shape: KroneckerShape, progress: &Progress) -> Result<KroneckerSum> {
     if shape.large_blocks() {
-        return with_factors_exchanged(view, shape, |view, shape| nearest_kronecker_sum(view, shape, progress));
+        return with_factors_exchanged(view, shape, |view, shape| nearest(view, shape, progress));
     }
     let (vectors, energies) = if shape.block_entries() <= GRAM_ENTRIES {
         top_eigenvectors(&block_gram(view, &shape, progress)?, shape.rank)?
@@ -186,6 +191,13 @@ fn project(
     let mut sum = KroneckerSum { shape, a, b, lost_energy: lost_share(squares.iter().sum(), energy) };
     sum.fix_signs();
     Ok(sum)
+}
+
+impl Rescale for KroneckerSum {
+    fn rescaled(mut self, exponent: i32) -> Option<Self> {
+        // Half for each factor, so that they stay balanced.
+        (scale(&mut self.a, exponent / 2) && scale(&mut self.b, exponent / 2)).then_some(self)
+    }
 }
 
 impl KroneckerSum {

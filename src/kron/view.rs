@@ -1,7 +1,7 @@
 //! A read-only matrix with its rows and columns in any order, without a copy.
 
 use crate::error::{Error, Result};
-use crate::numeric::simd::{LANES, dispatched};
+use crate::numeric::range::{Rescale, in_safe_range, largest_magnitude};
 
 /// An `(m, n)` row-major matrix `W`, read as `W[rows][:, columns]`.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +107,7 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`Error::NonFinite`] with the position of the first NaN or infinity.
     pub fn check_finite(&self) -> Result<()> {
-        if all_finite(self.data) {
+        if largest_magnitude(self.data).is_finite() {
             return Ok(());
         }
         match self.data.iter().position(|value| !value.is_finite()) {
@@ -117,19 +117,22 @@ impl<'a> MatrixView<'a> {
             }
         }
     }
-}
 
-dispatched! {
-    /// Whether no value is NaN or infinite. Without an early exit, so that it runs at the speed of memory.
-    fn all_finite(values: &[f32]) -> bool {
-        // An exponent of all ones becomes the largest number after the sign is shifted out.
-        let mut largest = [0_u32; LANES];
-        let (chunks, rest) = values.as_chunks::<LANES>();
-        for chunk in chunks {
-            for lane in 0..LANES {
-                largest[lane] = largest[lane].max(chunk[lane].to_bits() << 1);
-            }
+    /// The result of `work` for this view. Values far from 1 are scaled by a power of two for `work`: their products
+    /// would overflow in f32, or vanish.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for a value that is not finite, [`Error::Overflow`] if f32 cannot hold the result, and those
+    /// of `work`.
+    pub(crate) fn in_safe_range<T: Rescale>(self, work: impl FnOnce(MatrixView<'_>) -> Result<T>) -> Result<T> {
+        self.check_finite()?;
+        let (data, exponent) = in_safe_range(self.data);
+        let result = work(MatrixView { data: &data, ..self })?;
+        if exponent == 0 {
+            return Ok(result);
         }
-        largest.iter().all(|&bits| bits < f32::INFINITY.to_bits() << 1) && rest.iter().all(|value| value.is_finite())
+        result
+            .rescaled(exponent)
+            .ok_or_else(|| Error::Overflow { what: "a factor", largest: largest_magnitude(self.data) })
     }
 }

@@ -3,12 +3,14 @@
 //! * [`float`]: f32, f16 and bf16, and conversion between them.
 //! * [`values`]: rows of values whose dtype is known at run time.
 //! * [`memory`]: large buffers.
+//! * `range`: scaling by powers of two.
 //! * [`simd`]: kernels compiled for several instruction sets.
 //! * `exponential`: powers of two.
 
 pub(crate) mod exponential;
 pub mod float;
 pub mod memory;
+pub(crate) mod range;
 pub mod simd;
 pub mod values;
 

@@ -3,6 +3,7 @@
 use super::permutation::Permutation;
 use crate::error::Result;
 use crate::kron::KroneckerSum;
+use crate::numeric::range::Rescale;
 
 /// `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,6 +14,12 @@ pub struct Decomposition {
     pub row_permutation: Option<Permutation>,
     /// The column permutation `q`; `None` if columns were not permuted.
     pub column_permutation: Option<Permutation>,
+}
+
+impl Rescale for Decomposition {
+    fn rescaled(self, exponent: i32) -> Option<Self> {
+        Some(Self { sum: self.sum.rescaled(exponent)?, ..self })
+    }
 }
 
 impl Decomposition {

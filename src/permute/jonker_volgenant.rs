@@ -3,7 +3,8 @@
 //! R. Jonker and A. Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment problems",
 //! Computing 38 (1987).
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::numeric::range::in_safe_range;
 use crate::numeric::simd::{LANES, dispatched};
 use crate::progress::Progress;
 
@@ -11,11 +12,11 @@ const NONE: usize = usize::MAX;
 
 /// The assignment of columns to rows of least total cost. Element `i` of the result is the column of row `i`.
 ///
-/// Minimises `Σ_i cost[i, columns[i]]` over permutations; `cost` is `(size, size)`, row-major, finite. Dual values are
+/// Minimises `Σ_i cost[i, columns[i]]` over permutations; `cost` is `(size, size)`, row-major, of any scale. Dual values are
 /// stored in f32, so rounding may raise the total above the minimum by some `1e-6` of the largest cost for each row.
 ///
 /// # Errors
-/// [`Error::Cancelled`](crate::Error::Cancelled).
+/// [`Error::NonFinite`] for a cost that is not finite, [`Error::Cancelled`].
 ///
 /// # Cost
 /// `O(size³)` in the worst case. The first passes assign most rows and cost `O(size²)`.
@@ -27,6 +28,12 @@ pub fn solve_assignment(cost: &[f32], size: usize, progress: &Progress) -> Resul
     if size <= 1 {
         return Ok(vec![0; size]);
     }
+    if let Some(at) = cost.iter().position(|cost| !cost.is_finite()) {
+        return Err(Error::NonFinite { value: cost[at], row: at / size, column: at % size });
+    }
+    // The differences of costs near the ends of the range are beyond it.
+    let (cost, _) = in_safe_range(cost);
+    let cost = cost.as_ref();
     let mut matching =
         Matching { cost, size, price: vec![0.0; size], column_of: vec![NONE; size], row_of: vec![NONE; size] };
     let mut free_rows = matching.reduce_columns();
@@ -36,7 +43,7 @@ pub fn solve_assignment(cost: &[f32], size: usize, progress: &Progress) -> Resul
     let mut search = PathSearch::new(size);
     for row in free_rows {
         progress.check()?;
-        matching.augment(row, &mut search);
+        matching.augment(row, &mut search, progress)?;
     }
     Ok(matching.column_of)
 }
@@ -147,7 +154,7 @@ impl<'a> Matching<'a> {
     }
 
     /// Finds a shortest alternating path from the free row to a free column and flips it.
-    fn augment(&mut self, free_row: usize, search: &mut PathSearch) {
+    fn augment(&mut self, free_row: usize, search: &mut PathSearch, progress: &Progress) -> Result<()> {
         search.closed.fill(0.0);
         search.settled.clear();
         for ((distance, &cost), &price) in search.distance.iter_mut().zip(self.row(free_row)).zip(&self.price) {
@@ -156,6 +163,7 @@ impl<'a> Matching<'a> {
         search.predecessor.fill(free_row as u32);
         let mut nearest = smallest_open(&search.distance, &search.closed);
         let end = loop {
+            progress.check()?;
             let (distance, column) = nearest;
             if self.row_of[column] == NONE {
                 break column;
@@ -177,7 +185,7 @@ impl<'a> Matching<'a> {
             let next = self.column_of[row];
             self.assign(row, column);
             if row == free_row {
-                break;
+                return Ok(());
             }
             column = next;
         }
@@ -280,6 +288,45 @@ mod tests {
             }
         }
         best[(1 << size) - 1]
+    }
+
+    #[test]
+    fn costs_of_any_scale_have_the_assignment_of_their_ratios() {
+        let size = 40;
+        let cost = crate::testing::noise(size * size, 5);
+        let solve = |scale: f32| {
+            let scaled: Vec<f32> = cost.iter().map(|&cost| cost * scale).collect();
+            solve_assignment(&scaled, size, &Progress::default()).unwrap()
+        };
+        for exponent in [-100, -60, 60, 100, 127] {
+            assert_eq!(solve(2.0_f32.powi(exponent)), solve(1.0), "2^{exponent}");
+        }
+    }
+
+    #[test]
+    fn a_cost_that_is_not_finite_is_refused_by_place() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut cost = vec![1.0; 9];
+            cost[5] = bad;
+            let error = solve_assignment(&cost, 3, &Progress::default()).unwrap_err();
+            assert!(error.to_string().contains("row 1, column 2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_cancelled_search_for_paths_stops() {
+        // Every row wants the same columns in the same order, so paths are long.
+        let size = 32;
+        let cost: Vec<f32> = (0..size * size).map(|at| ((at / size + 1) * (at % size + 1)) as f32).collect();
+        let matching = |progress: &Progress| {
+            let (column_of, row_of) = (vec![NONE; size], vec![NONE; size]);
+            let mut matching = Matching { cost: &cost, size, price: vec![0.0; size], column_of, row_of };
+            (0..size).try_for_each(|row| matching.augment(row, &mut PathSearch::new(size), progress))
+        };
+        matching(&Progress::default()).unwrap();
+        let cancelled = Progress::default();
+        cancelled.cancel();
+        assert!(matches!(matching(&cancelled), Err(Error::Cancelled)));
     }
 
     proptest! {

@@ -13,6 +13,7 @@ use super::phase_gram::PhaseGram;
 use super::side::Side;
 use crate::error::Result;
 use crate::kron::{MatrixView, lost_energy, nearest_kronecker_sum};
+use crate::numeric::range::Rescale;
 use crate::progress::{Parallelism, Progress};
 use crate::spec::{KroneckerShape, KroneckerSpec, Permute};
 
@@ -107,8 +108,20 @@ pub fn decompose(
     parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<Decomposition> {
-    let view = MatrixView::new(w, m, n)?;
     let shape = spec.shape(m, n)?;
+    MatrixView::new(w, m, n)?
+        .in_safe_range(|view| decompose_view(view, shape, spec, effort, seed, parallelism, progress))
+}
+
+fn decompose_view(
+    view: MatrixView<'_>,
+    shape: KroneckerShape,
+    spec: &KroneckerSpec,
+    effort: Effort,
+    seed: u64,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<Decomposition> {
     let (orders, _) = find_permutation(view, shape, spec.permute, effort, seed, parallelism, progress)?;
     let row_permutation = spec.permute.rows().then(|| Permutation::new(orders.rows)).transpose()?;
     let column_permutation = spec.permute.columns().then(|| Permutation::new(orders.columns)).transpose()?;
@@ -139,7 +152,25 @@ pub fn find_permutation(
     parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<(Orders, f64)> {
-    view.check_finite()?;
+    view.in_safe_range(|view| search(view, shape, permute, effort, seed, parallelism, progress))
+}
+
+impl Rescale for (Orders, f64) {
+    fn rescaled(self, _: i32) -> Option<Self> {
+        Some(self)
+    }
+}
+
+/// [`find_permutation`] for finite values in the safe range.
+fn search(
+    view: MatrixView<'_>,
+    shape: KroneckerShape,
+    permute: Permute,
+    effort: Effort,
+    seed: u64,
+    parallelism: Parallelism,
+    progress: &Progress,
+) -> Result<(Orders, f64)> {
     let lost_energy =
         |orders: &Orders| lost_energy(view.ordered(Some(&orders.rows), Some(&orders.columns)), shape, progress);
     let identity = Orders::identity(view.rows(), view.columns());

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 
 use super::budget::{MatrixInfo, SpentBudget, target};
+use super::errors::warn;
 use super::jobs;
 use super::moments::{MomentArrays, calibration, same_length};
 use super::specs::{config_from_python, spec_to_python};
@@ -124,7 +125,9 @@ struct Checkpoint {
 impl Checkpoint {
     #[staticmethod]
     fn open(py: Python<'_>, directory: PathBuf) -> PyResult<Self> {
-        Ok(Self { opened: jobs::run(py, None, |_| read::Checkpoint::open(&directory))? })
+        let opened = jobs::run(py, None, |_| read::Checkpoint::open(&directory))?;
+        warn(py, opened.warning())?;
+        Ok(Self { opened })
     }
 
     /// Its parameters, without a tied head.

@@ -1,6 +1,8 @@
 //! Rust errors as the exceptions of `tqcompressor.errors`.
 
-use pyo3::exceptions::PyKeyboardInterrupt;
+use std::ffi::CString;
+
+use pyo3::exceptions::{PyKeyboardInterrupt, PyUserWarning};
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -9,6 +11,13 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         Python::attach(|py| to_exception(py, &error).unwrap_or_else(|failure| failure))
     }
+}
+
+/// Warns the caller, if there is something to say.
+pub(super) fn warn(py: Python<'_>, words: Option<&str>) -> PyResult<()> {
+    let Some(words) = words else { return Ok(()) };
+    // A path holds no zero byte.
+    PyErr::warn(py, &py.get_type::<PyUserWarning>(), &CString::new(words)?, 2)
 }
 
 fn to_exception(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
@@ -34,7 +43,7 @@ fn root(error: &Error) -> &Error {
 fn class_name(error: &Error) -> &'static str {
     match root(error) {
         Error::Shape { .. } | Error::Permutation { .. } => "ShapeError",
-        Error::NonFinite { .. } => "NonFiniteError",
+        Error::NonFinite { .. } | Error::Overflow { .. } => "NonFiniteError",
         Error::Label { .. } | Error::SoftLabel { .. } => "LabelError",
         Error::Dtype { .. } => "DtypeError",
         Error::Config(_) => "ConfigError",

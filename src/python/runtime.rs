@@ -7,6 +7,7 @@ use numpy::{PyArray1, PyArray2};
 use pyo3::prelude::*;
 
 use super::arrays::shaped;
+use super::errors::warn;
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -37,6 +38,7 @@ impl Runtime {
     fn load(py: Python<'_>, directory: PathBuf, threads: Option<usize>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
         let pool = jobs::rayon_pool(threads)?;
         let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load(&directory, progress)))?;
+        warn(py, model.warning())?;
         Ok(Self { model, threads })
     }
 

@@ -64,7 +64,8 @@ impl Gpt2 {
         let last_norm = loader.norm("ln_f", d)?;
         progress.finish();
         let size = loader.read.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(Self { config, tokens, positions, blocks, last_norm, head, size })
+        let warning = checkpoint.warning().map(str::to_owned);
+        Ok(Self { config, tokens, positions, blocks, last_norm, head, size, warning })
     }
 }
 
@@ -300,11 +301,11 @@ impl<'a> Loader<'a> {
     /// A tensor that is about to be read, with the name that it is stored under.
     fn found(&self, name: &str, shape: &[usize]) -> Result<(&'a str, &'a Stored)> {
         let Some(&(stored, tensor)) = self.tensors.get(name) else {
-            return Err(self.problem(format!("tensor '{name}' is missing (config.json asks for it, shape {shape:?})")));
+            let stored = self.checkpoint.tensors().keys().map(String::as_str);
+            return Err(self.problem(self.checkpoint.family().missing(name, shape, stored)));
         };
         if tensor.shape != shape {
-            let got = &tensor.shape;
-            return Err(self.problem(format!("tensor '{stored}': config.json asks for shape {shape:?}, got {got:?}")));
+            return Err(self.problem(self.checkpoint.family().misshapen(stored, shape, &tensor.shape)));
         }
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         read.parameters += tensor.parameters();

@@ -40,6 +40,7 @@ pub struct Gpt2 {
     pub(super) last_norm: LayerNorm,
     /// `None` if tied to the token embedding.
     pub(super) head: Option<Linear>,
+    pub(super) warning: Option<String>,
     pub(super) size: Size,
 }
 
@@ -194,6 +195,12 @@ impl Gpt2 {
     #[must_use]
     pub fn logits(&self, hidden: &[f32], pool: &ThreadPool) -> Vec<f32> {
         self.head.as_ref().unwrap_or(&self.tokens).forward(hidden, hidden.len() / self.config.width, pool)
+    }
+
+    /// What its user should hear about its checkpoint, as [`Checkpoint::warning`](crate::checkpoint::read::Checkpoint::warning).
+    #[must_use]
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
     }
 
     /// Whether the head is the token embedding.

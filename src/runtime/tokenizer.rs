@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::tokenizer::{DecodeStreamError, step_decode_stream};
 
 use crate::checkpoint::files::read_object_if_any;
+use crate::checkpoint::foreign::foreign_text;
 use crate::error::{Error, Result};
 
 /// The file of a complete fast tokenizer.
@@ -49,8 +51,12 @@ impl Tokenizer {
 
         let path = directory.join(WHOLE_FILE);
         let mut tokenizer = match read(&path)? {
-            Some(bytes) => tokenizers::Tokenizer::from_bytes(bytes)
-                .map_err(|error| problem(path)(format!("not a tokenizer: {error}")))?,
+            Some(bytes) => {
+                let not_a_tokenizer = |words: String| problem(path.clone())(format!("not a tokenizer: {words}"));
+                // The library panics at JSON that is broken in some places.
+                serde_json::from_slice::<Value>(&bytes).map_err(|error| not_a_tokenizer(error.to_string()))?;
+                guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(not_a_tokenizer)?
+            }
             None => {
                 let space = given("add_prefix_space").and_then(Value::as_bool).unwrap_or(false);
                 byte_pairs(directory, space)?
@@ -89,7 +95,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Checkpoint`] if the tokenizer has no tokens for it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| self.problem(&error))?;
+        let encoding = guarded(|| self.tokenizer.encode_fast(text, false)).map_err(|words| self.problem(&words))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -99,7 +105,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Checkpoint`] if the decoder fails.
     pub fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.tokenizer.decode(tokens, skip_special_tokens).map_err(|error| self.problem(&error))
+        guarded(|| self.tokenizer.decode(tokens, skip_special_tokens)).map_err(|words| self.problem(&words))
     }
 
     /// The number of tokens, special ones included.
@@ -120,8 +126,20 @@ impl Tokenizer {
         self.end
     }
 
-    fn problem(&self, error: &tokenizers::Error) -> Error {
-        Error::Checkpoint { path: self.path.clone(), problem: format!("tokenizer: {error}") }
+    fn problem(&self, words: &str) -> Error {
+        Error::Checkpoint { path: self.path.clone(), problem: format!("tokenizer: {words}") }
+    }
+}
+
+/// The result of the tokenizers library, which panics at some files that contradict themselves; errors in words.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    // What the library was changing when it panicked is not used again.
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(words.unwrap_or("the tokenizers library failed").to_owned())
+        }
     }
 }
 
@@ -185,26 +203,32 @@ impl DecodeStream {
     fn step(&mut self) -> Result<Option<String>> {
         let tokens = std::mem::take(&mut self.waiting);
         self.held += tokens.len();
-        let step = step_decode_stream(
-            &*self.tokenizer.tokenizer,
-            tokens,
-            self.skip_special_tokens,
-            &mut self.recent,
-            &mut self.prefix,
-            &mut self.prefix_index,
-        );
-        match step {
-            // A decoder that edits earlier text, such as WordPiece's clean-up, contradicts what was returned: return no more.
-            Err(error) if error.is::<DecodeStreamError>() => Ok(None),
-            other => other.map_err(|error| self.tokenizer.problem(&error)),
-        }
+        let step = guarded(|| {
+            let step = step_decode_stream(
+                &*self.tokenizer.tokenizer,
+                tokens,
+                self.skip_special_tokens,
+                &mut self.recent,
+                &mut self.prefix,
+                &mut self.prefix_index,
+            );
+            match step {
+                // A decoder that edits earlier text, such as WordPiece's clean-up, contradicts what was returned: return no more.
+                Err(error) if error.is::<DecodeStreamError>() => Ok(None),
+                other => other,
+            }
+        });
+        step.map_err(|words| self.tokenizer.problem(&words))
     }
 }
 
-/// A file's contents; none if there is no such file.
+/// The contents of a text file; none if there is no such file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
+        Ok(bytes) => match foreign_text(&bytes) {
+            Some(words) => Err(Error::Checkpoint { path: path.to_owned(), problem: words.into() }),
+            None => Ok(Some(bytes)),
+        },
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(path)(error)),
     }
@@ -216,10 +240,13 @@ fn byte_pairs(directory: &Path, prefix_space: bool) -> Result<tokenizers::Tokeni
     if let Some(missing) = PARTS.iter().find(|file| !directory.join(file).is_file()) {
         return Err(problem(format!("no tokenizer: there is neither '{WHOLE_FILE}' nor '{missing}'")));
     }
+    for file in PARTS {
+        read(&directory.join(file))?;
+    }
     let [Some(vocabulary), Some(merges)] = PARTS.map(|file| directory.join(file).to_str().map(str::to_owned)) else {
         return Err(problem("the tokenizer's files have a name that is not UTF-8".into()));
     };
-    let model = BPE::from_file(&vocabulary, &merges).build();
+    let model = guarded(|| BPE::from_file(&vocabulary, &merges).build());
     let model = model.map_err(|error| problem(format!("'{}' and '{}': {error}", PARTS[0], PARTS[1])))?;
     let mut tokenizer = tokenizers::Tokenizer::new(model);
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(prefix_space, true, true)));

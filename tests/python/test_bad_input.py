@@ -7,8 +7,9 @@ import resource
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers.checkpoints import Checkpoint, config, decode, encode, listing, write_safetensors
-from tqcompressor import errors
+from tqcompressor import NativeModel, errors
 from tqcompressor.compression.checkpoint import compress_checkpoint, inspect
 
 C_FC = "transformer.h.1.mlp.c_fc.weight"
@@ -198,6 +199,110 @@ def test_config_json_of_something_else(refused, tmp_path, text, words):
     refused(source, errors.CheckpointError, ["config.json", words])
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+# What a file that should be UTF-8 holds, and the words for it.
+FOREIGN = [
+    (lambda text: POINTER, "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+    (lambda text: b"\xef\xbb\xbf" + text.encode(), "begins with a byte order mark (BOM): save it as UTF-8 without one"),
+    (lambda text: text.encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+    (lambda text: text.encode("utf-16-le"), "UTF-16 text"),
+    (lambda text: text.encode("utf-16-be"), "UTF-16 text"),
+]
+
+
+@pytest.mark.parametrize(("encode", "words"), FOREIGN)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_in_another_encoding(refused, tmp_path, name, encode, words):
+    source = Checkpoint().write(tmp_path / "in", shards=2)
+    (source / name).write_bytes(encode((source / name).read_text()))
+    refused(source, errors.CheckpointError, [name, words])
+    for read in (inspect, NativeModel.from_pretrained):
+        with pytest.raises(errors.CheckpointError) as caught:
+            read(source)
+        assert name in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"])
+@pytest.mark.parametrize(("encode", "words"), FOREIGN)
+def test_files_beside_the_weights_in_another_encoding(tmp_path, name, encode, words):
+    source = Checkpoint().write(tmp_path / "in")
+    (source / "vocab.json").write_text('{"a": 0}')
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    (source / name).write_bytes(encode('{"a": 0}'))
+    with pytest.raises(errors.CheckpointError) as caught:
+        NativeModel.from_pretrained(source).encode("a")
+    assert name in str(caught.value) and words in str(caught.value)
+
+
+def test_weights_that_are_a_pointer_of_git(refused, tmp_path):
+    source = Checkpoint().write(tmp_path / "in")
+    (source / "model.safetensors").write_bytes(POINTER)
+    refused(source, errors.CheckpointError, ["model.safetensors", "git lfs pull"])
+    source = Checkpoint().write(tmp_path / "shards", shards=2)
+    (source / "model-00002-of-00002.safetensors").write_bytes(POINTER)
+    refused(source, errors.CheckpointError, ["model-00002-of-00002.safetensors", "git lfs pull"])
+
+
+@pytest.mark.parametrize(("encode", "words"), FOREIGN)
+def test_configs_in_another_encoding(refused, tmp_path, encode, words):
+    path = tmp_path / "config.json"
+    path.write_bytes(encode(json.dumps(config(SPECS))))
+    refused(Checkpoint(), errors.ConfigError, [str(path), words], path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "_orig_mod.module."])
+def test_names_that_a_wrapper_has_prefixed(refused, tmp_path, prefix):
+    source = Checkpoint()
+    source.tensors = {prefix + name: tensor for name, tensor in source.tensors.items()}
+    words = [f"names begin with '{prefix}'", f"name.removeprefix('{prefix}')"]
+    refused(source, errors.CheckpointError, words)
+    with pytest.raises(errors.CheckpointError) as caught:
+        NativeModel.from_pretrained(tmp_path / "in")
+    assert all(word in str(caught.value) for word in words)
+    # The way out is one.
+    file = tmp_path / "in" / "model.safetensors"
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(renamed, file, {"format": "pt"})
+    NativeModel.from_pretrained(tmp_path / "in")
+
+
+@pytest.mark.parametrize("module", ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"])
+def test_weights_in_the_orientation_of_linear_layers(refused, tmp_path, module):
+    source = Checkpoint()
+    name = f"transformer.h.1.{module}.weight"
+    source.tensors[name] = encode(source.values(name).T)
+    words = [name, "the orientation of nn.Linear", "tensor.T.contiguous()"]
+    refused(source, errors.CheckpointError, words)
+    with pytest.raises(errors.CheckpointError) as caught:
+        NativeModel.from_pretrained(tmp_path / "in")
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"])
+def test_a_config_without_a_model_type(refused, tmp_path, name):
+    source = Checkpoint()
+    del source.config["model_type"]
+    source.config["architectures"] = [name]
+    words = ["config.json", f"architectures says {name}", 'add the line "model_type": "gpt2"']
+    refused(source, errors.CheckpointError, words)
+    with pytest.raises(errors.CheckpointError) as caught:
+        NativeModel.from_pretrained(tmp_path / "in")
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("mask", ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias", "h.1.attn.bias"])
+def test_masks_that_the_index_does_not_list(tmp_path, mask):
+    source = Checkpoint()
+    expected = inspect(source.write(tmp_path / "without", shards=2), config(SPECS))
+    source.add(mask, (1, 1, 6, 6), prefix="")
+    folder = source.write(tmp_path / "in", shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"][mask]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert inspect(folder, config(SPECS)).parameters_after == expected.parameters_after
+    NativeModel.from_pretrained(folder)
+
+
 def test_compressing_twice(refused, tmp_path):
     compress_checkpoint(Checkpoint().write(tmp_path / "first"), tmp_path / "in", config(SPECS))
     refused(tmp_path / "in", errors.CheckpointError, "already compressed by tqcompressor")
@@ -226,6 +331,17 @@ def test_destination_that_is_or_holds_the_source(refused, tmp_path, destination)
     (tmp_path / "link").symlink_to("in")
     (tmp_path / "config.json").write_text("{}")
     refused(Checkpoint(), errors.DestinationError, "source", destination=destination, overwrite=True)
+
+
+def test_destination_that_leads_nowhere(refused, tmp_path):
+    (tmp_path / "broken").symlink_to("none-such")
+    (tmp_path / "far").symlink_to(tmp_path / "none" / "such")
+    for destination in ("broken", "broken/out", "far", "far/below/out"):
+        words = ["is a symbolic link to a place that does not exist", "remove it or make its target"]
+        refused(Checkpoint(), errors.DestinationError, words, destination=destination)
+    for destination in ("missing/../out", "missing/..", "missing/below/../../out"):
+        words = ["there is no", "missing", "before '..'"]
+        refused(Checkpoint(), errors.DestinationError, words, destination=destination)
 
 
 def test_full_disk(tmpfs, tmp_path):

@@ -21,6 +21,7 @@ from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
+from ..utils.atomic_io import check_destination
 from ..utils.engines import is_native
 from .options import parser
 
@@ -119,6 +120,8 @@ def _expand(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from ..compression.measured import calibrate_checkpoint
 
+    # Checked before the measurement, which may take hours.
+    check_destination(Path(options.out))
     if find_spec("transformers") is not None:
         _quiet_transformers()
     found = calibrate_checkpoint(

@@ -20,6 +20,7 @@ from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
+from ..utils.utf8 import read_json
 from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
 from .measured import calibrate_checkpoint
@@ -286,7 +287,7 @@ def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionR
         return _listing(_core.Checkpoint.open(directory), directory)
     path = Path(directory, "compression_report.json")
     try:
-        return CompressionReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return CompressionReport.from_dict(read_json(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -319,7 +320,7 @@ def _listing(checkpoint: _core.Checkpoint, directory: str) -> CompressionReport:
 
 def _is_compressed(directory: str) -> bool:
     try:
-        config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(directory, "config.json"))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         # Let the reader report malformed configs.

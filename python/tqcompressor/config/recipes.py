@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError
+from ..utils.utf8 import read_json
 from .specs import KroneckerSpec
 from .tq_config import TQConfig
 
@@ -63,6 +64,6 @@ def _named_config(name: str | os.PathLike[str]) -> TQConfig:
     if not path.is_file():
         raise ConfigError(f"{os.fspath(name)!r} is neither a recipe ({', '.join(RECIPES)}) nor a file")
     try:
-        return TQConfig.from_json(path.read_text(encoding="utf-8"))
-    except (ConfigError, UnicodeDecodeError) as error:
+        return TQConfig.from_dict(read_json(path))
+    except ValueError as error:  # of which ConfigError is one
         raise ConfigError(f"{path}: {error}") from None

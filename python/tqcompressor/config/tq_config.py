@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
 from ..utils import validate
+from ..utils.atomic_io import WholeFile
+from ..utils.utf8 import parsed
 from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
 from .specs import KroneckerSpec, MatrixSpec, check_keys, spec_from_dict
 
@@ -112,19 +113,23 @@ class TQConfig:
         return cls(**{name: data[name] for name in own if name in data})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The config as JSON text, also written to `path` when that is given."""
+        """The config as JSON text, also written to `path` when that is given.
+
+        Raises `DestinationError` or `StorageError` when the file cannot be written.
+        """
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            with WholeFile(path) as file:
+                file.write(f"{text}\n".encode())
         return text
 
     @classmethod
     def from_json(cls, text: str) -> TQConfig:
         """The inverse of `to_json`, from the text; raises `ConfigError` when it is not JSON."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"not JSON: {error}") from None
+            data = parsed(text)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         return cls.from_dict(data)
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, TextError
+from ..utils.utf8 import decoded, parsed
 
 # A str is the text itself, a path is a file or a glob pattern; a list or tuple holds either. Any is `datasets.Dataset`,
 # which this package does not import.
@@ -122,14 +122,13 @@ def read_text(path: str | PathLike[str]) -> str:
     """Reads a raw text such as `wiki.test.raw` unchanged, without its byte order mark.
 
     Raises:
-        TextError: The file is not UTF-8; the message gives the offset of the first wrong byte.
+        TextError: The file is not UTF-8; the message gives what it is, or the offset of the first wrong byte.
         OSError: It cannot be read.
     """
-    data = Path(path).read_bytes()
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 at byte {error.start} ({error.reason})") from error
+        return decoded(Path(path).read_bytes())
+    except ValueError as error:
+        raise TextError(f"{path}: {error}") from error
 
 
 def read_passages(path: str | PathLike[str]) -> list[str]:
@@ -148,9 +147,9 @@ def read_passages(path: str | PathLike[str]) -> list[str]:
             continue
         if Path(path).suffix == ".jsonl":
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TextError(f"{path}: line {number} is not JSON: {error}") from error
+                entry = parsed(line)
+            except ValueError as error:
+                raise TextError(f"{path}: line {number} is {error}") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
                 raise TextError(f'{path}: line {number} is not an object with a string "text"')
             line = entry["text"]

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, Objective, one_of
 from ..config.specs import KroneckerSpec, MatrixSpec
-from ..errors import ConfigError, DtypeError, ShapeError
+from ..errors import ConfigError, DtypeError, NonFiniteError, ShapeError
 from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from .norm import as_moment, moments_for
@@ -90,7 +90,7 @@ def decompose(
             without its moments.
         ShapeError: `w` is no matrix, or the spec or a moment does not fit it.
         DtypeError: `w` or a moment is not float16, float32 or float64.
-        NonFiniteError: `w` or a moment has NaN or an infinity.
+        NonFiniteError: `w` or a moment has NaN or an infinity, or `w` or a factor is beyond the range of float32.
         MomentError: A moment is not symmetric or has a negative diagonal.
 
     Cost: see `effort`; memory for a few float32 copies of `w`.
@@ -197,11 +197,15 @@ def find_permutation(
 
 def _as_matrix(w: ArrayLike) -> NDArray[np.float32]:
     """`w` as the C-contiguous float32 matrix that the kernels read."""
-    array = np.asarray(w)
+    array = validate.array("w", w)
     if array.ndim != 2:
         raise ShapeError(f"w: expected a matrix, got {array.ndim} dimensions, shape {array.shape}")
     if array.dtype.kind != "f":
         raise DtypeError(f"w: expected float16, float32 or float64, got {array.dtype}")
     # A float64 beyond the range of float32 becomes an infinity, which the kernels report.
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, dtype=np.float32)
+        matrix = np.ascontiguousarray(array, dtype=np.float32)
+    if array.dtype.itemsize > 4 and array.any() and np.abs(matrix).max() < np.finfo(np.float32).tiny:
+        largest = float(np.abs(array).max())
+        raise NonFiniteError(f"w: the largest magnitude, {largest:g}, is below the range of float32: scale w up")
+    return matrix

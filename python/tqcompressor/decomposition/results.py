@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..config.specs import KroneckerSpec, LowRankSpec, MixedSpec
-from ..errors import ShapeError
+from ..errors import DtypeError, ShapeError
+from ..utils import validate
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,7 +216,11 @@ def _losing(lost_energy: float | None) -> str:
 
 
 def _inputs(x: ArrayLike, rows: int) -> NDArray[np.float32]:
-    values = np.ascontiguousarray(x, dtype=np.float32)
+    values = validate.array("apply: x", x)
+    if values.size and values.dtype.kind not in "biuf":
+        raise DtypeError(f"apply: expected numbers, got {values.dtype}")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(values, dtype=np.float32)
     if values.ndim == 0 or values.shape[-1] != rows:
         raise ShapeError(f"apply: expected x of shape (..., {rows}), got {values.shape}")
     return values

@@ -27,7 +27,7 @@ from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, token_sequence
 from ..utils import validate
-from ..utils.atomic_io import require_space
+from ..utils.atomic_io import check_destination, require_space
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from .config import DistillConfig, TrainingConfig
@@ -160,6 +160,7 @@ def prepare(
 
 
 def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) -> None:
+    check_destination(out)
     with arguments.main_process_first(local=False):
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
         if taken and not resume and arguments.process_index == 0:

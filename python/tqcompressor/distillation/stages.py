@@ -17,6 +17,7 @@ from ..config.recipes import RECIPES, resolve_config
 from ..config.specs import KroneckerSpec, check_keys
 from ..config.tq_config import TQConfig
 from ..errors import ConfigError
+from ..utils.utf8 import parsed, read_json
 
 # The format of the recipe; its configs have their own version.
 _FORMAT = 1
@@ -117,9 +118,9 @@ class StagedRecipe:
     def from_json(cls, text: str) -> StagedRecipe:
         """The inverse of `to_json`; raises `ConfigError` when it is not JSON."""
         try:
-            data = json.loads(text)
+            data = parsed(text)
         except ValueError as error:
-            raise ConfigError(f"not JSON: {error}") from None
+            raise ConfigError(str(error)) from None
         return cls.from_dict(data)
 
 
@@ -183,9 +184,9 @@ def _from_file(path: Path) -> StagedRecipe:
         known = ", ".join((*STAGED_RECIPES, *RECIPES))
         raise ConfigError(f"{str(path)!r} is neither a recipe ({known}) nor a file")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of which UnicodeDecodeError is one
-        raise ConfigError(f"{path}: not JSON: {error}") from None
+        data = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     try:
         return _from_dict(data) if isinstance(data, Mapping) else StagedRecipe.from_dict(data)
     except ConfigError as error:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError, DtypeError, ShapeError
+from ..utils import validate
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Lower temperatures leave only the largest logit, higher ones a uniform distribution. As in src/loss/distillation.rs.
@@ -88,7 +89,7 @@ def check_tokens_shape(student: tuple[int, ...], tokens: tuple[int, ...]) -> Non
 
 def float_matrix(value: ArrayLike, name: str) -> tuple[NDArray[Any], str]:
     """Rows of float32, or the bits of a half precision as uint16, and the name of the dtype that they stand for."""
-    array = np.asarray(value)
+    array = validate.array(name, value)
     # numpy has no bfloat16; that of ml_dtypes has this name.
     dtype = array.dtype.name
     check_rows(name, dtype, array.shape)
@@ -99,7 +100,7 @@ def float_matrix(value: ArrayLike, name: str) -> tuple[NDArray[Any], str]:
 
 def single_matrix(value: ArrayLike, name: str) -> NDArray[np.float32]:
     """Rows rounded or widened to float32."""
-    array = np.asarray(value)
+    array = validate.array(name, value)
     check_rows(name, array.dtype.name, array.shape)
     # A float64 beyond float32's range becomes an infinity, which the kernels refuse with its row and column.
     with np.errstate(over="ignore"):
@@ -108,7 +109,7 @@ def single_matrix(value: ArrayLike, name: str) -> NDArray[np.float32]:
 
 def label_rows(labels: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """One label per row of `shape`."""
-    array = np.asarray(labels)
+    array = validate.array("labels", labels)
     if array.dtype.kind not in "iu" and array.size:
         raise DtypeError(f"labels: expected integers, got {array.dtype}")
     check_shape("labels", shape, array.shape)
@@ -117,7 +118,7 @@ def label_rows(labels: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.int64]:
 
 def mask_rows(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """One boolean per row of `shape`."""
-    array = np.asarray(mask)
+    array = validate.array("mask", mask)
     if array.dtype != np.bool_:
         raise DtypeError(f"mask: expected booleans, got {array.dtype}")
     check_shape("mask", shape, array.shape)

@@ -89,7 +89,7 @@ def topk_distillation_loss(
         return topk_loss(student_logits, teacher_tokens, teacher_probabilities, labels, weights, threads)
     student, dtype = float_matrix(student_logits, "student_logits")
     shape = np.shape(student_logits)
-    tokens = np.asarray(teacher_tokens)
+    tokens = validate.array("teacher_tokens", teacher_tokens)
     if tokens.dtype.kind not in "iu":
         raise DtypeError(f"teacher_tokens: expected integers, got {tokens.dtype}")
     check_tokens_shape(shape, tokens.shape)

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..calibration.calibration import Calibration
 from ..data.text import TextOption, one_text, open_passages
-from ..errors import ShapeError, TextError
+from ..errors import DtypeError, ShapeError, TextError
 from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exponential
 from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
 from ..utils import validate
@@ -103,9 +103,9 @@ class NativeModel:
                 of padding are 0. Default: no padding.
 
         Raises:
-            ShapeError: `input_ids` does not have two dimensions, the mask has another shape, or a row has padding
-                between its tokens.
-            DtypeError: `input_ids` are not integers.
+            ShapeError: `input_ids` does not have two dimensions or is ragged, the mask has another shape, or a row has
+                padding between its tokens.
+            DtypeError: `input_ids` are not integers, or the mask holds no numbers.
             ConfigError: A token is out of range, or a row longer than the model's context.
 
         Cost: one forward pass; the padding costs nothing. The result takes `4 · rows · positions · vocab_size` bytes.
@@ -113,7 +113,7 @@ class NativeModel:
         ids = integers("input_ids", input_ids)
         if ids.ndim != 2:
             raise ShapeError(f"input_ids: expected two dimensions (rows, positions), got shape {ids.shape}")
-        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask)
         if mask.shape != ids.shape:
             raise ShapeError(f"attention_mask: expected the shape of input_ids, {ids.shape}, got {mask.shape}")
         begins = np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1
@@ -171,7 +171,8 @@ class NativeModel:
         sequences = [checked_tokens(prompt, self.vocab_size) for prompt in prompts]
         if max_new_tokens is None:
             max_new_tokens = max(1, min(_NEW_TOKENS, self.context - max(map(len, sequences), default=0)))
-        ends = self._runtime.eos_token_id if eos_token_id is None else np.atleast_1d(eos_token_id)
+        given = self._runtime.eos_token_id if eos_token_id is None else eos_token_id
+        ends = np.atleast_1d(validate.array("eos_token_id", given))
         return self._runtime.generate(
             sequences,
             validate.integer("max_new_tokens", max_new_tokens, 0, _LARGEST_COUNT),
@@ -408,3 +409,10 @@ class NativeModel:
 
     def _begin(self) -> list[int]:
         return first_token(self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+
+
+def _mask(attention_mask: ArrayLike) -> NDArray[np.bool_]:
+    mask = validate.array("attention_mask", attention_mask)
+    if mask.size and mask.dtype.kind not in "biuf":
+        raise DtypeError(f"attention_mask: expected numbers or booleans, got {mask.dtype}")
+    return mask.astype(bool)

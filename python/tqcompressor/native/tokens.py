@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import ConfigError, DtypeError, ShapeError
+from ..utils import validate
 from ..utils.batching import fitting
 
 # Called with the number of a prompt and the new text of its continuation.
@@ -59,8 +59,8 @@ def batches(items: Sequence[_Item], length: Callable[[_Item], int]) -> Iterator[
 
 
 def integers(name: str, values: ArrayLike) -> NDArray[Any]:
-    """`values` as an array; raises `DtypeError` unless it holds integers."""
-    array = np.asarray(values)
+    """`values` as an array; raises `DtypeError` unless it holds integers, `ShapeError` if ragged."""
+    array = validate.array(name, values)
     if array.size and array.dtype.kind not in "iu":
         raise DtypeError(f"{name}: expected integers, got {array.dtype}")
     return array

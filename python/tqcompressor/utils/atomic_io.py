@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import StorageError
+from ..errors import DestinationError, StorageError
 from . import portable
 
 
@@ -26,6 +26,7 @@ class WholeFile:
     that write the same path wait for one another when they enter.
 
     Raises:
+        DestinationError: As `check_destination`.
         StorageError: The operating system refused: no space, no permission, no locks.
     """
 
@@ -83,6 +84,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     `path` must not exist. Processes and threads that write the same path wait for one another when they enter.
 
     Raises:
+        DestinationError: As `check_destination`.
         StorageError: The operating system refused: no space, no permission, no locks, or `path` is not empty.
     """
     with _locked(path) as partial:
@@ -94,6 +96,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
             _publish(partial, path)
 
 
+def check_destination(path: Path) -> None:
+    """Raises `DestinationError` if `path`, which need not exist, can lead nowhere, as src/checkpoint/staging.rs does.
+
+    That is a symbolic link without its target, in any place of the path, and ".." after a folder that does not exist.
+    """
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise DestinationError(
+                f"{path}: {part} is a symbolic link to a place that does not exist: remove it or make its target"
+            )
+        if part.name == ".." and not part.exists():
+            raise DestinationError(f"{path}: there is no {part}: make the folder before '..', or leave both out")
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """Yields the free name `.NAME.partial` beside `path`, which only the holder of the lock on `path` may use.
@@ -103,6 +119,7 @@ def _locked(path: Path) -> Iterator[Path]:
     # Imported here because `import tqcompressor` needs numpy alone.
     from filelock import FileLock
 
+    check_destination(path)
     partial, lock_path = (path.with_name(f".{path.name}.{suffix}") for suffix in ("partial", "lock"))
     lock = FileLock(lock_path)
     with storage_errors(lock_path):

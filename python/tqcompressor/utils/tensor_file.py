@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .atomic_io import WholeFile, storage_errors
+from .utf8 import HEAD, foreign_text
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -107,6 +108,8 @@ def read_tensor_file(path: Path, kind: str, newest: int) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
     with storage_errors(path), open(path, "rb") as opened:
+        if (words := foreign_text(opened.read(HEAD))) is not None:
+            raise CheckpointError(f"{path}: {words}")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, str] = file.metadata() or {}

@@ -1,11 +1,14 @@
-"""Checks of numbers that callers pass: counts, seeds, threads. Each returns the checked value as an `int`."""
+"""Checks of what callers pass: counts, seeds, threads, arrays. Each returns the checked value."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-from ..errors import ConfigError
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ConfigError, ShapeError
 
 # Random generators in Rust and numpy take an unsigned 64-bit seed.
 LARGEST_SEED = (1 << 64) - 1
@@ -43,3 +46,19 @@ def seed(value: Any) -> int:
 def threads(value: Any) -> int | None:
     """A number of threads from 1 up; None stands for one per core. Raises `ConfigError` as `integer` does."""
     return None if value is None else integer("threads", value, 1, _MOST_THREADS)
+
+
+def array(name: str, values: ArrayLike) -> NDArray[Any]:
+    """`values` as an array of any dtype.
+
+    Raises:
+        ShapeError: They are ragged: nested sequences of different lengths.
+
+    >>> array("tokens", [[1, 2], [3]])
+    Traceback (most recent call last):
+    tqcompressor.errors.ShapeError: tokens: expected rows of one length, got sequences of different lengths
+    """
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ShapeError(f"{name}: expected rows of one length, got sequences of different lengths") from error

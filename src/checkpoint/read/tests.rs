@@ -74,7 +74,7 @@ fn non_finite_values_are_named_by_row_and_column() {
 #[test]
 fn what_does_not_fit_the_config_is_refused_by_name() {
     type Change<'a> = &'a dyn Fn(&mut Source);
-    let cases: [(Change<'_>, &str); 9] = [
+    let cases: [(Change<'_>, &str); 12] = [
         (&|s| s.tensors.retain(|t| !t.0.ends_with("h.1.mlp.c_fc.weight")), "'h.1.mlp.c_fc.weight' is missing"),
         (&|s| s.config["vocab_size"] = json!(21), "'transformer.wte.weight': config.json asks for shape [21, 8]"),
         (&|s| s.config["n_layer"] = json!(1), "'transformer.h.1."),
@@ -84,11 +84,102 @@ fn what_does_not_fit_the_config_is_refused_by_name() {
         (&|s| s.config["quantization_config"] = json!({"quant_method": "gptq"}), "quantized by gptq"),
         (&|s| s.config["tie_word_embeddings"] = json!(false), "'lm_head.weight' is missing"),
         (&|s| s.config = json!([]), "expected a JSON object"),
+        (&|s| s.config["model_type"] = json!(null), "add the line \"model_type\": \"gpt2\""),
+        (
+            &|s| {
+                s.config["model_type"] = json!(null);
+                s.config["architectures"] = json!(["LlamaForCausalLM"]);
+            },
+            "expected \"gpt2\", got \"none\"",
+        ),
+        (&|s| s.tensor("transformer.h.1.mlp.c_fc.weight").2.reverse(), "the orientation of nn.Linear"),
     ];
     for (change, words) in cases {
         let message = refusal(change);
         assert!(message.contains(words), "{message}");
     }
+}
+
+#[test]
+fn a_prefix_that_a_wrapper_has_added_is_named_with_the_way_to_strip_it() {
+    for wrapper in ["_orig_mod.", "module.", "model.", "_orig_mod.module."] {
+        for base in ["", "transformer."] {
+            let message = refusal(|source| {
+                for tensor in &mut source.tensors {
+                    tensor.0 = format!("{wrapper}{base}{}", tensor.0.strip_prefix("transformer.").unwrap());
+                }
+            });
+            assert!(message.contains(&format!("names begin with '{wrapper}'")), "{message}");
+            assert!(message.contains(&format!("name.removeprefix('{wrapper}')")), "{message}");
+        }
+    }
+    let message = refusal(|source| source.tensors.retain(|tensor| tensor.0 != "transformer.wte.weight"));
+    assert!(message.contains("'wte.weight' is missing") && !message.contains("prefix"), "{message}");
+}
+
+#[test]
+fn a_head_beside_the_embedding_is_tied_only_if_the_values_are_equal() {
+    let directory = tempfile::tempdir().unwrap();
+    let opened = |source: &Source| {
+        source.write(directory.path());
+        let checkpoint = Checkpoint::open(directory.path()).unwrap();
+        (checkpoint.tied(), checkpoint.warning().map(str::to_owned))
+    };
+    for float in [Float::F32, Float::F16, Float::Bf16] {
+        let mut source = Source::tiny("transformer.", float);
+        let embedding = source.tensor("transformer.wte.weight").3.clone();
+        let mut values = vec![0.0; embedding.len() / float.size()];
+        float.upcast(&embedding, &mut values);
+        for head in [Float::F32, float] {
+            let mut bytes = Vec::new();
+            head.downcast(&values, &mut bytes).unwrap();
+            source.tensors.retain(|tensor| tensor.0 != "lm_head.weight");
+            source.tensors.push(("lm_head.weight".into(), head.dtype(), vec![20, 8], bytes));
+            assert_eq!(opened(&source), (true, None));
+            // The last value alone differs.
+            let last = source.tensor("lm_head.weight").3.last_mut().unwrap();
+            *last ^= 0x80;
+            let (tied, warning) = opened(&source);
+            assert!(!tied && warning.unwrap().contains("'lm_head.weight' differs from 'transformer.wte.weight'"));
+            source.config["tie_word_embeddings"] = json!(false);
+            assert_eq!(opened(&source), (false, None));
+            source.config["tie_word_embeddings"] = json!(true);
+        }
+    }
+}
+
+#[test]
+fn masks_may_be_in_a_shard_or_in_its_index_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let mut source = Source::tiny("transformer.", Float::F32);
+    source.write_sharded(root.path());
+    let expected: Vec<_> = Checkpoint::open(root.path()).unwrap().tensors().keys().cloned().collect();
+    let index = fs::read(root.path().join(INDEX_FILE)).unwrap();
+    let masks = ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias", "transformer.h.1.attn.bias"];
+    for mask in masks {
+        source.add(mask, Float::F32, &[1, 1, 6, 6]);
+    }
+    source.write_sharded(root.path());
+    let read = || Checkpoint::open(root.path()).map(|read| read.tensors().keys().cloned().collect::<Vec<_>>());
+    assert_eq!(read().unwrap(), expected);
+    // The index of before lists no mask, and puts some tensors in the other shard.
+    let mut listed: Value = serde_json::from_slice(&fs::read(root.path().join(INDEX_FILE)).unwrap()).unwrap();
+    for mask in masks {
+        listed["weight_map"].as_object_mut().unwrap().remove(mask).unwrap();
+    }
+    fs::write(root.path().join(INDEX_FILE), listed.to_string()).unwrap();
+    assert_eq!(read().unwrap(), expected);
+    // An index that lists masks which no shard holds.
+    for tensor in masks {
+        source.tensors.retain(|stored| stored.0 != tensor);
+    }
+    source.write_sharded(root.path());
+    let mut listed: Value = serde_json::from_slice(&index).unwrap();
+    for mask in masks {
+        listed["weight_map"][mask] = json!("model-00001-of-00002.safetensors");
+    }
+    fs::write(root.path().join(INDEX_FILE), listed.to_string()).unwrap();
+    assert_eq!(read().unwrap(), expected);
 }
 
 #[test]
@@ -105,7 +196,14 @@ fn damaged_directories_are_refused_in_words() {
     };
     let shard = "model-00002-of-00002.safetensors";
     type Change<'a> = &'a dyn Fn(&Path);
-    let cases: [(Change<'_>, &str); 8] = [
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    let utf16: Vec<u8> = "{}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let cases: [(Change<'_>, &str); 13] = [
+        (&|d| fs::write(d.join(shard), pointer).unwrap(), "a Git LFS pointer"),
+        (&|d| fs::write(d.join(INDEX_FILE), pointer).unwrap(), "a Git LFS pointer"),
+        (&|d| fs::write(d.join("config.json"), "\u{feff}{}").unwrap(), "byte order mark"),
+        (&|d| fs::write(d.join("config.json"), &utf16).unwrap(), "UTF-16"),
+        (&|d| fs::write(d.join(INDEX_FILE), &utf16).unwrap(), "UTF-16"),
         (&|d| fs::remove_file(d.join(shard)).unwrap(), "this shard is missing"),
         (
             &|d| fs::copy(d.join("model-00001-of-00002.safetensors"), d.join(shard)).map(drop).unwrap(),

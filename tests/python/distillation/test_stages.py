@@ -73,8 +73,8 @@ def test_invalid_recipes(data, message, tmp_path):
 def test_recipes_that_are_no_name_no_file_or_no_json(tmp_path):
     with pytest.raises(ConfigError, match="tq-81m-staged"):
         resolve_staged_recipe("tq-82m")
-    (tmp_path / "bad.json").write_bytes(b"\xff{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    (tmp_path / "bad.json").write_bytes(b"{\xff")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 1"):
         resolve_staged_recipe(tmp_path / "bad.json")
 
 

@@ -167,3 +167,25 @@ def test_processors_are_counted_where_the_system_has_no_call_for_it(monkeypatch)
     assert portable.processors() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     assert portable.processors() == os.cpu_count()
+
+
+@pytest.mark.parametrize("write", [WholeFile, whole_folder])
+def test_a_path_that_leads_nowhere_is_refused_and_nothing_made(tmp_path, write):
+    (tmp_path / "broken").symlink_to("none-such")
+    (tmp_path / "far").symlink_to(tmp_path / "none" / "such")
+    before = sorted(tmp_path.rglob("*"))
+    for name, words in [
+        ("broken", r"broken is a symbolic link to a place that does not exist: remove it or make its target"),
+        ("broken/file", r"broken is a symbolic link"),
+        ("far/below/file", r"far is a symbolic link"),
+        ("missing/../file", r"there is no .*missing/\.\.: make the folder before '\.\.'"),
+        ("missing/below/../../file", r"there is no .*missing/below/"),
+    ]:
+        with pytest.raises(errors.DestinationError, match=words), write(tmp_path / name):
+            pass
+        assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "here").mkdir()
+    for name in ("here/../file", "new/file"):
+        with write(tmp_path / name):
+            pass
+        assert (tmp_path / name).exists()
