@@ -27,7 +27,7 @@ from ..decomposition.norm import Moments
 from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
 from ..models.quantization_state import attach, detach
-from ..models.surgery import dense_modules, empty_modules, swapped, tied_heads
+from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
 from ..modules.base import Term
 from ..modules.build import CompressedModule
 from ..modules.fused import FusedLinear
@@ -317,12 +317,12 @@ def _filled(
     matrices: Sequence[MatrixInfo],
     results: Mapping[str, Fitted],
 ) -> dict[str, nn.Module]:
-    """The modules of some matrices with their factors, and the heads tied to them, by full name."""
+    """The modules of some matrices with their factors, and the modules tied to them, by full name."""
     names = dict.fromkeys(module_name(model, matrix.module) for matrix in matrices)
     for name in names:
         _fill(modules[name], model.get_submodule(name), results, bare_name(model, name))
     filled: dict[str, nn.Module] = {name: modules[name] for name in names}
-    return filled | tied_heads(model, filled)
+    return filled | tied_modules(model, filled)
 
 
 def _fill(module: CompressedModule, dense: Any, results: Mapping[str, Fitted], name: str) -> None:

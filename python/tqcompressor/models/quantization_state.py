@@ -39,10 +39,11 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def guard_name(model: PreTrainedModel) -> str:
-    """The name of the guard tensor: the first compressed module's dense weight."""
+    """The name of the guard tensor: the dense weight of the first compressed module that owns its factors."""
+    from ..modules.base import Tied
     from .matrices import compressed_modules
 
-    return f"{next(iter(compressed_modules(model)))[0]}.weight"
+    return f"{next(name for name, module in compressed_modules(model) if not isinstance(module, Tied))}.weight"
 
 
 def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, MatrixSpec]:

@@ -23,6 +23,7 @@ from .base import (
     Factors,
     Term,
     TiedFactors,
+    TiedHeadFactors,
     add_bias,
     copied_bias,
     draw_bias,
@@ -254,7 +255,11 @@ class LowRankEmbedding(LowRankFactors):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
-class LowRankHead(TiedFactors, LowRankFactors):
+class TiedLowRankEmbedding(TiedFactors, LowRankEmbedding):
+    """A second embedding with the factors of a `LowRankEmbedding`, such as that of a decoder."""
+
+
+class LowRankHead(TiedHeadFactors, LowRankFactors):
     """The output layer tied to a `LowRankEmbedding`: `logits = h Wᵀ + bias` from the embedding's factors.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. The transpose of a matrix in interpolative form is in
