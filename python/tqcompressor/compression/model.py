@@ -26,7 +26,7 @@ from ..data.token_blocks import TokenBlocks
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
-from ..models.quantization_state import attach, detach
+from ..models.quantization_state import attach, detach, marks, restore
 from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
 from ..modules.base import Term
 from ..modules.build import CompressedModule
@@ -242,6 +242,7 @@ def _compress_planned(
     specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
     modules = empty_modules(model, specs)
     results: dict[str, Fitted] = {}
+    before = marks(model)
     try:
         with swapped(model, {}) as swap:
             with reporter(progress, "compress") as report:
@@ -260,7 +261,7 @@ def _compress_planned(
                     swap(_filled(model, modules, matrices, results))
             attach(model, config.replace(specs={**(kept or {}), **specs}))
     except BaseException:
-        detach(model)
+        restore(before)
         raise
     in_its_norm = calibrated(norm.calibration, norm.objective)
     return _report(model, plan, results, parameters, time.perf_counter() - started, in_its_norm)

@@ -23,6 +23,7 @@ from ..models.matrices import (
     ties,
     weight_tensors,
 )
+from ..models.quantization_state import packed_tensor
 from ..models.surgery import obstacle
 from ..utils.progress import ProgressOption, reporter
 from .budget import Spending, matrix_patterns
@@ -36,12 +37,14 @@ def plan_model(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises `ConfigError` unless this is a model of transformers that is neither compressed nor quantized."""
+    """Raises `ConfigError` unless this is a model of transformers with plain weights, neither compressed nor packed."""
     require_transformers_model(model)
     if next(compressed_modules(model), None) is not None:
         raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError("the model is quantized already: start from a dense one")
+    if getattr(model, "hf_quantizer", None) is not None and (packed := packed_tensor(model)) is not None:
+        raise ConfigError(
+            f"the model is quantized already, as {packed} shows: start from a dense one, or call model.dequantize()"
+        )
 
 
 def resolved_plan(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
