@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..config.specs import KroneckerSpec, LowRankSpec, MixedSpec
 from ..errors import ShapeError
+from ..utils.torch_utils import as_array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,7 +216,7 @@ def _losing(lost_energy: float | None) -> str:
 
 
 def _inputs(x: ArrayLike, rows: int) -> NDArray[np.float32]:
-    values = np.ascontiguousarray(x, dtype=np.float32)
+    values = np.ascontiguousarray(as_array(x, "x"), dtype=np.float32)
     if values.ndim == 0 or values.shape[-1] != rows:
         raise ShapeError(f"apply: expected x of shape (..., {rows}), got {values.shape}")
     return values
