@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import _core
 from ..errors import NonFiniteError
-from ..models.matrices import base_prefix
+from ..models.matrices import base_prefix, tied_parameters, weight_owner
 
 # A layer with more outputs, such as a head, keeps only the diagonal of their moment: all of it takes 512 MB or more.
 WIDEST_OUTPUT = 8192
@@ -40,6 +40,8 @@ class Unit:
     """The matrices that stand side by side in it, each with its number of outputs."""
     tied_to: str | None = None
     """The embedding whose weight a tied head shares."""
+    twins: tuple[nn.Module, ...] = ()
+    """Other embeddings that share its weight, such as those of an encoder and a decoder."""
 
     def is_diagonal(self, outputs: int) -> bool:
         """Whether only the diagonal is kept of a moment of `outputs` outputs."""
@@ -57,24 +59,33 @@ class Unit:
 def units(model: nn.Module) -> list[Unit]:
     """Every linear layer and embedding of a model, dense or compressed, in model order.
 
-    Of nested modules only the outermost is listed: a fused module includes its parts.
+    Of nested modules only the outermost is listed: a fused module includes its parts. Of embeddings that share one
+    weight only the one that owns it is listed.
     """
     prefix = base_prefix(model) if isinstance(model, PreTrainedModel) else ""
-    head, embedding = _tied(model)
+    owners = _owners(model)
+    twins: dict[nn.Module, list[nn.Module]] = {}
     names = {module: name.removeprefix(prefix) for name, module in model.named_modules()}
     found: list[Unit] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
             continue
-        unit = _unit(name.removeprefix(prefix), module, None if module is not head else names[embedding])
-        if unit is not None:
+        unit = _unit(name.removeprefix(prefix), module)
+        if unit is None:
+            continue
+        inside.update(module.modules())
+        owner = next((owners[id(each)] for each in module.parameters() if id(each) in owners), module)
+        if owner is module:
             found.append(unit)
-            inside.update(module.modules())
-    return found
+        elif unit.embedding:
+            twins.setdefault(owner, []).append(module)
+        else:
+            found.append(replace(unit, tied_to=names[owner]))
+    return [replace(unit, twins=tuple(twins[unit.module])) if unit.module in twins else unit for unit in found]
 
 
-def _unit(name: str, module: Any, tied_to: str | None) -> Unit | None:
+def _unit(name: str, module: Any) -> Unit | None:
     if isinstance(getattr(module, "num_embeddings", None), int):
         return Unit(name, module, True, module.num_embeddings, ((name, module.embedding_dim),))
     if isinstance(module, Conv1D):
@@ -87,23 +98,24 @@ def _unit(name: str, module: Any, tied_to: str | None) -> Unit | None:
     if isinstance(part_names := getattr(module, "part_names", None), tuple):
         fused = [(f"{name}.{part}", getattr(module, part).out_features) for part in part_names]
         return Unit(name, module, False, module.in_features, tuple(fused))
-    return Unit(name, module, False, module.in_features, ((name, module.out_features),), tied_to)
+    return Unit(name, module, False, module.in_features, ((name, module.out_features),))
 
 
-def _tied(model: nn.Module) -> tuple[Any, Any]:
-    """The head and the embedding that share a parameter, dense or factored, or None twice."""
-    if not isinstance(model, PreTrainedModel):
-        return None, None
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    try:
-        embedding: Any = model.get_input_embeddings()
-    except NotImplementedError:
-        return None, None
-    if head is None or not isinstance(getattr(embedding, "num_embeddings", None), int):
-        return None, None
-    shared = {id(parameter) for parameter in embedding.parameters()}
-    tied = any(id(parameter) in shared for parameter in head.parameters())
-    return (head, embedding) if tied else (None, None)
+def _owners(model: nn.Module) -> dict[int, nn.Module]:
+    """The embedding that owns a weight or factor, by the identity of the parameter."""
+    tied = {weight_owner(name) for name in tied_parameters(model)} if isinstance(model, PreTrainedModel) else set()
+    owners: dict[int, nn.Module] = {}
+    embeddings: list[tuple[bool, nn.Module]] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inside and isinstance(getattr(module, "num_embeddings", None), int):
+            embeddings.append((name in tied, module))
+            inside.update(module.modules())
+    # First the sources of ties: another module may come before its source in the model's order.
+    for _, module in sorted(embeddings, key=lambda pair: pair[0]):
+        for parameter in module.parameters():
+            owners.setdefault(id(parameter), module)
+    return owners
 
 
 class _Sum:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import CheckpointError, MomentError, NonFiniteError, ShapeError
-from ..utils import validate
 from ..utils.atomic_io import WholeFile
 from ..utils.tensor_file import TensorSpec, TensorWriter, read_tensor_file
+from ..utils.torch_utils import as_array
 
 Moment: TypeAlias = NDArray[np.float32]
 _FORMAT = 1
@@ -162,7 +162,7 @@ class Calibration:
 def _checked(name: str, moment: NDArray[Any]) -> Moment:
     if not name.startswith(("input.", "output.")):
         raise MomentError(f'{name}: expected a name that begins with "input." or "output."')
-    moment = validate.array(name, moment)
+    moment = as_array(moment, name)
     if moment.size == 0 or moment.ndim not in (1, 2) or (moment.ndim == 2 and moment.shape[0] != moment.shape[1]):
         raise ShapeError(f"{name}: expected a square matrix or its diagonal, got the shape {moment.shape}")
     with np.errstate(over="ignore"):

@@ -57,8 +57,9 @@ class ReadingPass:
                     # A subclass may compute the ids itself, as OPT's positions do.
                     lookups.setdefault(id(weight), unit)
                     continue
-                handle = unit.module.register_forward_hook(self._hook(unit), with_kwargs=True)
-                self._stack.callback(handle.remove)
+                for module in (unit.module, *unit.twins):
+                    handle = module.register_forward_hook(self._hook(unit), with_kwargs=True)
+                    self._stack.callback(handle.remove)
             if self._stop is not None and not self._sensitivity:
                 self._stack.callback(self._stop.register_forward_hook(self._end).remove)
         except BaseException:
@@ -151,7 +152,8 @@ class ReadingPass:
 
     def _watched(self, unit: Unit, output: torch.Tensor) -> torch.Tensor:
         """The output of a unit, with a hook on its gradient."""
-        if not self._sensitivity:
+        # A module may run without gradients, as sinusoidal positions do.
+        if not self._sensitivity or not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             # The graph begins here. A clone, because the model may change it in place, which a leaf does not allow.

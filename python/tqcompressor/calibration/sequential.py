@@ -161,14 +161,15 @@ def layer_groups(model: nn.Module, batch: Batch) -> list[LayerGroup]:
     if not found:
         raise ConfigError(f"{type(model).__name__} has no linear layer and no embedding")
     blocks = _blocks(model)
-    calls = _calls(model, batch, [*blocks.values(), *(unit.module for unit in found)])
+    users = {unit.name: {unit.module, *unit.twins} for unit in found}
+    calls = _calls(model, batch, [*blocks.values(), *(module for unit in found for module in users[unit.name])])
     first_block = next((calls.index(block) for block in blocks.values() if block in calls), len(calls))
     of_block = {module: name for name, block in blocks.items() for module in block.modules()}
     groups: dict[str, list[Unit]] = {"before": [], **{name: [] for name in blocks}, "behind": []}
     for unit in found:
         place = of_block.get(unit.module)
         if place is None:
-            place = "before" if unit.module in calls[:first_block] else "behind"
+            place = "before" if users[unit.name].intersection(calls[:first_block]) else "behind"
         groups[place].append(unit)
     return [
         LayerGroup(

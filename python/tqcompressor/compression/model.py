@@ -28,8 +28,8 @@ from ..data.token_blocks import TokenBlocks
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
-from ..models.quantization_state import attach, detach
-from ..models.surgery import dense_modules, empty_modules, swapped, tied_heads
+from ..models.quantization_state import attach, detach, marks, restore
+from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
 from ..modules.base import Term
 from ..modules.build import CompressedModule
 from ..modules.fused import FusedLinear
@@ -257,6 +257,7 @@ def _compress_planned(
     specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
     modules = empty_modules(model, specs)
     results: dict[str, Fitted] = {}
+    before = marks(model)
     try:
         with swapped(model, {}) as swap:
             with reporter(progress, "compress") as report:
@@ -275,7 +276,7 @@ def _compress_planned(
                     swap(_filled(model, modules, matrices, results))
             attach(model, config.replace(specs={**(kept or {}), **specs}))
     except BaseException:
-        detach(model)
+        restore(before)
         raise
     in_its_norm = calibrated(norm.calibration, norm.objective)
     return _report(model, plan, results, parameters, time.perf_counter() - started, in_its_norm)
@@ -332,12 +333,12 @@ def _filled(
     matrices: Sequence[MatrixInfo],
     results: Mapping[str, Fitted],
 ) -> dict[str, nn.Module]:
-    """The modules of some matrices with their factors, and the heads tied to them, by full name."""
+    """The modules of some matrices with their factors, and the modules tied to them, by full name."""
     names = dict.fromkeys(module_name(model, matrix.module) for matrix in matrices)
     for name in names:
         _fill(modules[name], model.get_submodule(name), results, bare_name(model, name))
     filled: dict[str, nn.Module] = {name: modules[name] for name in names}
-    return filled | tied_heads(model, filled)
+    return filled | tied_modules(model, filled)
 
 
 def _fill(module: CompressedModule, dense: Any, results: Mapping[str, Fitted], name: str) -> None:

@@ -23,6 +23,8 @@ from ..models.matrices import (
     ties,
     weight_tensors,
 )
+from ..models.quantization_state import packed_tensor
+from ..models.surgery import obstacle
 from ..utils.progress import ProgressOption, reporter
 from .budget import Spending, matrix_patterns
 from .budget_plan import BudgetPlan, BudgetRequest
@@ -35,12 +37,14 @@ def plan_model(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises `ConfigError` unless this is a model of transformers that is neither compressed nor quantized."""
+    """Raises `ConfigError` unless this is a model of transformers with plain weights, neither compressed nor packed."""
     require_transformers_model(model)
     if next(compressed_modules(model), None) is not None:
         raise ConfigError("the model is compressed already: call model.dequantize() first, or start from a dense one")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError("the model is quantized already: start from a dense one")
+    if getattr(model, "hf_quantizer", None) is not None and (packed := packed_tensor(model)) is not None:
+        raise ConfigError(
+            f"the model is quantized already, as {packed} shows: start from a dense one, or call model.dequantize()"
+        )
 
 
 def resolved_plan(model: PreTrainedModel, config: TQConfig) -> ModelPlan:
@@ -92,7 +96,7 @@ def spend_budget(
 ) -> tuple[BudgetRequest, SpentBudget]:
     """Spends a budget on a live model, without touching it; with `keep`, what was spent can be fitted."""
     require_dense(model)
-    listed = _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices))
+    listed = _swappable(model, _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices)), spending)
     before = model.num_parameters()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     request = BudgetRequest.of(listed, (before, size / max(before, 1)), spending)
@@ -109,6 +113,21 @@ def spend_budget(
             progress=report_progress,
         )
     return request, spent
+
+
+def _swappable(model: PreTrainedModel, listed: Sequence[MatrixInfo], spending: Spending) -> list[MatrixInfo]:
+    """The matrices of a listing that `compress` can swap; the others stay dense.
+
+    Raises `ConfigError` where the caller names one of the others, or where there is nothing else.
+    """
+    tied = ties(model)
+    reasons = {matrix.name: obstacle(model, module_name(model, matrix.module), tied) for matrix in listed}
+    found = [matrix for matrix in listed if reasons[matrix.name] is None]
+    named = matrix_patterns(spending.matrices) or ()
+    for name, reason in reasons.items():
+        if reason is not None and (name in named or not found):
+            raise ConfigError(reason)
+    return found
 
 
 def _usages(model: PreTrainedModel, matrices: Sequence[MatrixInfo]) -> list[str]:

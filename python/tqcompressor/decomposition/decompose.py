@@ -15,6 +15,7 @@ from ..config.specs import KroneckerSpec, MatrixSpec
 from ..errors import ConfigError, DtypeError, NonFiniteError, ShapeError
 from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
+from ..utils.torch_utils import as_array
 from .norm import as_moment, moments_for
 from .results import Decomposition, KroneckerDecomposition, from_fit
 
@@ -72,7 +73,7 @@ def decompose(
 
     Args:
         w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed
-            in float32 with float64 sums.
+            in float32 with float64 sums. A torch tensor may be bfloat16, too, on any device and with a gradient.
         spec: A `KroneckerSpec`, `LowRankSpec` or `MixedSpec`. Either this or `budget`.
         budget: The share of its `m·n` parameters to keep, such as 0.5, or their number as an integer.
         moment: The second moment of the inputs, `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it
@@ -197,7 +198,7 @@ def find_permutation(
 
 def _as_matrix(w: ArrayLike) -> NDArray[np.float32]:
     """`w` as the C-contiguous float32 matrix that the kernels read."""
-    array = validate.array("w", w)
+    array = as_array(w, "w")
     if array.ndim != 2:
         raise ShapeError(f"w: expected a matrix, got {array.ndim} dimensions, shape {array.shape}")
     if array.dtype.kind != "f":

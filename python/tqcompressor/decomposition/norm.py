@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..config.choices import OBJECTIVES, Objective, one_of
 from ..errors import ConfigError, DtypeError, ShapeError
-from ..utils import validate
+from ..utils.torch_utils import as_array
 
 Moments: TypeAlias = tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]
 
@@ -42,7 +42,7 @@ def as_moment(moment: ArrayLike | None, side: int, which: str) -> NDArray[np.flo
     """
     if moment is None:
         return None
-    array = validate.array(which, moment)
+    array = as_array(moment, which)
     if array.shape not in ((side,), (side, side)):
         raise ShapeError(f"{which}: expected shape ({side}, {side}), or ({side},) for a diagonal, got {array.shape}")
     if array.dtype.kind != "f":

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..config.specs import KroneckerSpec, LowRankSpec, MixedSpec
 from ..errors import DtypeError, ShapeError
-from ..utils import validate
+from ..utils.torch_utils import as_array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -216,7 +216,7 @@ def _losing(lost_energy: float | None) -> str:
 
 
 def _inputs(x: ArrayLike, rows: int) -> NDArray[np.float32]:
-    values = validate.array("apply: x", x)
+    values = as_array(x, "apply: x")
     if values.size and values.dtype.kind not in "biuf":
         raise DtypeError(f"apply: expected numbers, got {values.dtype}")
     with np.errstate(over="ignore"):

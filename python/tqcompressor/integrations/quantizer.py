@@ -85,7 +85,7 @@ class TQQuantizer(HfQuantizer):
     ) -> None:
         from ..compression.model_plan import plan_model
         from ..models.matrices import require_transformers_model
-        from ..models.surgery import empty_modules, swapped, tied_heads
+        from ..models.surgery import empty_modules, swapped, tied_modules
 
         require_transformers_model(model)
         if not self.pre_quantized:
@@ -94,7 +94,7 @@ class TQQuantizer(HfQuantizer):
             return
         specs = specs_of_model(model, self.quantization_config)
         modules: dict[str, Any] = dict(empty_modules(model, specs))
-        modules |= tied_heads(model, modules)
+        modules |= tied_modules(model, modules)
         with swapped(model, modules):
             guard = guard_name(model)
         # Stored with or without the base prefix, depending on the class that was saved.
@@ -107,15 +107,15 @@ class TQQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         from ..compression.model import compress
-        from ..models.surgery import tie_heads
+        from ..models.surgery import tie_modules
 
         if not self.pre_quantized:
             # `compress` starts from a model without a quantizer, and attaches this one.
             detach(model)
             compress(model, self.quantization_config)
             return
-        # The permutations of tied heads are not in the checkpoint.
-        tie_heads(model)
+        # The permutations of tied modules are not in the checkpoint.
+        tie_modules(model)
         check_loaded(model)
         specs = specs_of_model(model, self.quantization_config)
         attach(model, self.quantization_config.replace(specs=specs))

@@ -60,11 +60,6 @@ def check_alpha(alpha: float) -> None:
         raise ConfigError(f"alpha: expected a number from 0 to 1, got {alpha}")
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether this is a torch tensor; torch is not imported to find out."""
-    return hasattr(value, "requires_grad")
-
-
 def check_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
     """Raises `ShapeError` unless the two shapes are equal."""
     if tuple(expected) != tuple(got):

@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..errors import ConfigError
 from ..utils import validate
-from ._arrays import DistillationOptions, check_alpha, distillation_weights, is_tensor, label_rows, single_matrix
+from ..utils.torch_utils import is_tensor
+from ._arrays import DistillationOptions, check_alpha, distillation_weights, label_rows, single_matrix
 from .factored_head import dense_head, dense_head_of_arrays, is_factored
 
 if TYPE_CHECKING:

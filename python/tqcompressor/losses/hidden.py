@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike
 from .. import _core
 from ..errors import ConfigError
 from ..utils import validate
-from ._arrays import check_shape, float_matrix, gradient_like, is_tensor, mask_rows
+from ..utils.torch_utils import is_tensor
+from ._arrays import check_shape, float_matrix, gradient_like, mask_rows
 from .logits import ValueAndGradient
 
 if TYPE_CHECKING:

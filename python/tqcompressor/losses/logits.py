@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..utils import validate
+from ..utils.torch_utils import is_tensor
 from ._arrays import (
     DistillationOptions,
     LossWeights,
@@ -17,7 +18,6 @@ from ._arrays import (
     distillation_weights,
     float_matrix,
     gradient_like,
-    is_tensor,
     label_rows,
     mask_rows,
 )

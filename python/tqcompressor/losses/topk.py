@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from .. import _core
 from ..errors import DtypeError
 from ..utils import validate
+from ..utils.torch_utils import is_tensor
 from ._arrays import (
     DistillationOptions,
     check_shape,
@@ -17,7 +18,6 @@ from ._arrays import (
     distillation_weights,
     float_matrix,
     gradient_like,
-    is_tensor,
     label_rows,
     single_matrix,
 )

@@ -79,14 +79,19 @@ def weight_tensors(model: PreTrainedModel) -> list[tuple[str, str, tuple[int, ..
 def ties(model: PreTrainedModel) -> dict[str, str]:
     """The modules whose weight is another's, by full names: {"lm_head": "transformer.wte"}; compressed or not.
 
-    Raises `ConfigError` when the model and its `config.tie_word_embeddings` disagree, because saving and loading would
-    then change the model.
+    The other is the one that owns the weight: it is tied to none itself. Raises `ConfigError` when the model and its
+    `config.tie_word_embeddings` disagree, because saving and loading would then change the model.
     """
     tied = {}
     for target, source in tied_parameters(model).items():
         owners = [weight_owner(name) for name in (target, source)]
         if owners[0] is not None and owners[1] is not None:
             tied[owners[0]] = owners[1]
+    for target, source in tied.items():
+        # A composite model may tie one submodel to another, which has ties of its own.
+        while source in tied and tied[source] != target:
+            source = tied[source]
+        tied[target] = source
     first_with: dict[int, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None) if type(module) in KINDS else None

@@ -18,7 +18,7 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     """
     from safetensors import safe_open
 
-    from ..modules.mixed import FactoredHead
+    from ..modules.base import Tied
     from .matrices import base_prefix, compressed_modules, factor_owner
 
     stored: dict[str, tuple[int, ...]] = {}
@@ -30,7 +30,7 @@ def check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     promised = {
         f"{module_name}.{name}".removeprefix(prefix): tuple(tensor.shape)
         for module_name, module in compressed_modules(model)
-        if not isinstance(module, FactoredHead)
+        if not isinstance(module, Tied)
         for name, tensor in module.state_dict().items()
     }
     for name, shape in promised.items():
@@ -49,11 +49,11 @@ def check_loaded(model: PreTrainedModel) -> None:
     """Raises `CheckpointError` for a factor that is in no file, or for indices that are not a permutation."""
     import torch
 
-    from ..modules.mixed import FactoredHead
+    from ..modules.base import Tied
     from .matrices import compressed_modules
 
     for module_name, module in compressed_modules(model):
-        if isinstance(module, FactoredHead):
+        if isinstance(module, Tied):
             continue
         for name, tensor in module.state_dict(keep_vars=True).items():
             # transformers sets it on every tensor that it reads.

@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from .. import _core
 from ..config.specs import MatrixSpec
 from ..errors import ConfigError, ShapeError
+from ..modules.base import Tied
 from ..modules.build import CompressedModule, empty_embedding, empty_linear
 from ..modules.fused import FusedLinear
-from ..modules.mixed import FactoredEmbedding, FactoredHead, tied_head
+from ..modules.mixed import FactoredEmbedding, tied_embedding, tied_head
 from .matrices import (
     KINDS,
     bare_name,
@@ -33,12 +34,14 @@ from .matrices import (
 
 # Only GPT-2 has it: its parent initialises it, through a `weight` that a compressed module does not have.
 _INITIALISED_BY_PARENT = "c_proj"
+# The attribute of a submodel that keeps what `_tied_weights_keys` it had of its own, besides its class's.
+_DENSE_KEYS = "_tied_weights_keys_while_dense"
 
 
 def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> dict[str, CompressedModule]:
     """Modules without values, on the meta device, for the matrices named in `specs`: full name to module.
 
-    Output layers tied to one of them are left to `tied_heads`. Raises `ConfigError` for a name that the model does not
+    Modules tied to one of them are left to `tied_modules`. Raises `ConfigError` for a name that the model does not
     have or whose tying cannot be kept, and `ShapeError` for a spec that does not fit; both name the matrix.
     """
     modules: dict[str, CompressedModule] = {}
@@ -46,7 +49,8 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
     for bare, parts in by_module(specs).items():
         name = module_name(model, bare)
         dense = _find_dense(model, name, parts)
-        _check_ties(model, name, tied)
+        if reason := obstacle(model, name, tied):
+            raise ConfigError(reason)
         dtype = dense.weight.dtype
         try:
             if isinstance(dense, nn.Embedding):
@@ -70,22 +74,25 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
     return modules
 
 
-def tied_heads(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, FactoredHead]:
-    """The output layers tied to those of `modules` that are embeddings, sharing their factors: full name to module."""
-    found = {}
+def tied_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The heads and embeddings tied to those of `modules` that are embeddings, sharing their factors, by full name."""
+    found: dict[str, nn.Module] = {}
     for name, source in ties(model).items():
         if source in modules:
             dense: Any = model.get_submodule(name)
-            found[name] = tied_head(modules[source], dense.bias)
+            embedding = modules[source]
+            found[name] = (
+                tied_embedding(embedding) if isinstance(dense, nn.Embedding) else tied_head(embedding, dense.bias)
+            )
     return found
 
 
-def tie_heads(model: PreTrainedModel) -> None:
-    """Ties every compressed head to the current factors and permutations of its embedding."""
+def tie_modules(model: PreTrainedModel) -> None:
+    """Ties every module that shares factors to the current factors and permutations of its embedding."""
     for name, source in ties(model).items():
-        head, embedding = model.get_submodule(name), model.get_submodule(source)
-        if isinstance(head, FactoredHead) and isinstance(embedding, FactoredEmbedding):
-            tie: Any = head.tie
+        tied, embedding = model.get_submodule(name), model.get_submodule(source)
+        if isinstance(tied, Tied) and isinstance(embedding, FactoredEmbedding):
+            tie: Any = tied.tie
             tie(embedding)
 
 
@@ -106,9 +113,6 @@ def _find_dense(
         raise ConfigError(f"{type(model).__name__} has no matrix {matrices}") from None
     if not isinstance(dense, Conv1D | nn.Linear | nn.Embedding) or type(dense) not in KINDS:
         raise ConfigError(f"{matrices} is a {type(dense).__name__}, which cannot be compressed")
-    others = [other for other, module in model.named_modules(remove_duplicate=False) if module is dense]
-    if len(others) > 1:
-        raise ConfigError(f"{matrices} is one module under several names, {', '.join(others)}: leave it as it is")
     expected: Sequence[str | None] = _parts_of(name, dense) or [None]
     if set(parts) != set(expected):
         wanted = ", ".join(name if part is None else f"{name}.{part}" for part in expected)
@@ -116,18 +120,25 @@ def _find_dense(
     return dense
 
 
-def _check_ties(model: PreTrainedModel, name: str, tied: Mapping[str, str]) -> None:
-    """Raises `ConfigError` unless every module tied to this one can share its factors."""
+def obstacle(model: PreTrainedModel, name: str, tied: Mapping[str, str]) -> str | None:
+    """Why the module with this full name cannot be swapped with all users of its weight, `tied` to it; else None."""
     if name in tied:
-        raise ConfigError(f"{name} is tied to {tied[name]}: compressing that compresses both")
+        return f"{name} is tied to {tied[name]}: compressing that compresses both"
+    dense = model.get_submodule(name)
+    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is dense]
+    if len(names) > 1:
+        return f"{name} is one module under several names, {', '.join(names)}: leave it as it is"
     for target, source in tied.items():
-        other: Any = model.get_submodule(target)
-        followed = type(other) is nn.Linear and isinstance(model.get_submodule(name), nn.Embedding)
-        if source == name and not followed:
-            raise ConfigError(
-                f"{name} shares its weight with {target}, a {type(other).__name__}: "
-                "only an output layer can share factors, leave it as it is"
+        if source != name:
+            continue
+        other = model.get_submodule(target)
+        # A subclass may compute something else, such as Bart's scaled embeddings.
+        if not isinstance(dense, nn.Embedding) or type(other) not in (nn.Linear, nn.Embedding):
+            return (
+                f"{name} shares its weight with {target}, a {type(other).__name__}: only an nn.Linear and an "
+                "nn.Embedding can share the factors of an embedding, leave it as it is"
             )
+    return None
 
 
 @contextmanager
@@ -164,27 +175,42 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
 
 
 def retie(model: PreTrainedModel, tied: Mapping[str, str], biases: Mapping[str, str]) -> None:
-    """Makes the names of tied parameters, by which transformers ties, loads and saves, those of the heads there are.
+    """Makes the names of tied parameters, by which transformers ties, loads and saves, those of the modules there are.
 
     `tied` are modules whose weights are tied, as `ties` gives them, and `biases` the other tied parameters, by name.
     """
     names = dict(biases)
-    for head, embedding in tied.items():
-        for name, _ in model.get_submodule(embedding).named_parameters():
-            names[f"{head}.{name}"] = f"{embedding}.{name}"
-    if any(isinstance(model.get_submodule(head), FactoredHead) for head in tied):
-        model._tied_weights_keys = names
-    else:
-        # The class has the same.
-        vars(model).pop("_tied_weights_keys", None)
-    model.all_tied_weights_keys = names
+    for target, source in tied.items():
+        for name, _ in model.get_submodule(source).named_parameters():
+            names[f"{target}.{name}"] = f"{source}.{name}"
+    shared = any(isinstance(model.get_submodule(target), Tied) for target in tied)
+    # Every submodel has a table of its own, and all of them together are used.
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        prefix = f"{name}." if name else ""
+        own = {
+            target.removeprefix(prefix): source.removeprefix(prefix)
+            for target, source in names.items()
+            if target.startswith(prefix) and source.startswith(prefix)
+        }
+        attributes = vars(part)
+        if shared:
+            dense = {key: attributes[key] for key in ("_tied_weights_keys",) if key in attributes}
+            attributes.setdefault(_DENSE_KEYS, dense)
+            part._tied_weights_keys = own
+        elif _DENSE_KEYS in attributes:
+            # Without one of its own, the class's table is found again.
+            attributes.pop("_tied_weights_keys")
+            attributes.update(attributes.pop(_DENSE_KEYS))
+        part.all_tied_weights_keys = own
 
 
 def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None) -> dict[str, nn.Module]:
     """The stock modules, with dense weights, in place of the compressed ones: full name to module.
 
-    `matrices` are the names of the modules, without the base prefix; the default is all. A head that is tied to the
-    embedding comes with it.
+    `matrices` are the names of the modules, without the base prefix; the default is all. Modules that are tied to an
+    embedding come with it.
     """
     # The stock model has the class of each: Conv1D and nn.Linear are laid out differently.
     stock = stock_model(model)
@@ -195,7 +221,7 @@ def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None
         if matrices is not None and bare_name(model, source) not in matrices:
             continue
         dense: Any = stock.get_submodule(name)
-        if not isinstance(compressed, FactoredHead):
+        if not isinstance(compressed, Tied):
             with torch.no_grad():
                 weight = compressed.dense_weight()
             weight = weight.t() if isinstance(dense, nn.Linear) else weight

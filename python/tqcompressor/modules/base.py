@@ -172,25 +172,23 @@ class EmbeddingFactors(Factors):
 
 
 class Tied(nn.Module):
-    """An output layer that shares the factors of its embedding."""
+    """An output layer, or a second embedding, that shares the factors of an embedding."""
 
     def set_terms(self, *_: object, **__: object) -> None:
-        """Raises `TypeError`, since new factors would untie the head. Set the embedding's factors and call `tie`."""
-        raise TypeError("a tied head takes its factors from its embedding: set those, then call tie(embedding)")
+        """Raises `TypeError`, since new factors would untie it. Set the embedding's factors and call `tie`."""
+        raise TypeError(
+            f"a {type(self).__name__} takes its factors from its embedding: set those, then call tie(embedding)"
+        )
 
 
 class TiedFactors(Tied, Factors):
-    """The head of an embedding with `Factors`: shared factors, and permutations derived from the embedding's."""
+    """A second embedding with the `Factors` of another: shared factors, and the other's permutations, not saved."""
 
-    bias: nn.Parameter | None
-
-    def __init__(self, embedding: Any, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, embedding: Any) -> None:
         # The constructor of the factors would create new ones.
         nn.Module.__init__(self)
         self.rank = embedding.rank
-        self.in_features = embedding.embedding_dim
-        self.out_features = embedding.num_embeddings
-        self.register_parameter("bias", bias)
+        self._copy_sizes(embedding)
         self.register_buffer("input_permutation", None, persistent=False)
         self.register_buffer("output_permutation", None, persistent=False)
         self.tie(embedding)
@@ -202,9 +200,31 @@ class TiedFactors(Tied, Factors):
             setattr(self, name, getattr(embedding, name))
         self._follow(embedding)
 
+    def _copy_sizes(self, embedding: Any) -> None:
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding.embedding_dim
+
     def set_factors(self, *_: object, **__: object) -> None:
         """Raises `TypeError`, as `set_terms` does."""
         self.set_terms()
+
+    def _follow(self, embedding: Any, _incompatible_keys: object = None) -> None:
+        self.input_permutation = embedding.input_permutation
+        self.output_permutation = embedding.output_permutation
+
+
+class TiedHeadFactors(TiedFactors):
+    """The head of an embedding with `Factors`: permutations derived from the embedding's, and a bias of its own."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: Any, bias: nn.Parameter | None = None) -> None:
+        super().__init__(embedding)
+        self.register_parameter("bias", bias)
+
+    def _copy_sizes(self, embedding: Any) -> None:
+        self.in_features = embedding.embedding_dim
+        self.out_features = embedding.num_embeddings
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""

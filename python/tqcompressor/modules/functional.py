@@ -28,7 +28,11 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
     that one of their MACs takes as long as 1.4 of a dense product. Measured on two cores, 768 × 3072, block
     (2, 4), rank 4: 256 rows take 4.0 ms dense, 5.0 ms by the factors and 6.6 ms by the matrix, 1024 rows 14.5, 20.5 and
     18.9 ms; 2048 rows forward and backward 90, 225 and 98 ms.
+
+    An exported program has one graph for any number of rows, and multiplies by the factors.
     """
+    if torch.compiler.is_exporting():
+        return False
     dense = rows * columns
     factored = min(macs(block, rank, rows, columns))
     return tokens * (1.4 * factored - dense) > 240 * dense
@@ -68,7 +72,7 @@ def _contract_a_first(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torc
     _, m2, n2 = b.shape
     inner = torch.matmul(x.permute(2, 0, 1).reshape(1, -1, m1), a)  # (rank, m2·T, n1)
     y = torch.matmul(b.reshape(rank * m2, n2).transpose(0, 1), inner.reshape(rank * m2, -1))  # (n2, T·n1)
-    return y.reshape(n2, len(x), n1).permute(1, 2, 0)
+    return y.reshape(n2, x.shape[0], n1).permute(1, 2, 0)
 
 
 def _contract_b_first(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -83,7 +87,7 @@ def _contract_b_first(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torc
         y = torch.matmul(parts[:, 0], a[0])
         for k in range(1, rank):
             y = torch.addmm(y, parts[:, k], a[k])
-    return y.reshape(len(x), n2, n1).transpose(1, 2)
+    return y.reshape(x.shape[0], n2, n1).transpose(1, 2)
 
 
 def kronecker_matrix(

@@ -19,7 +19,7 @@ from torch import nn
 from .._core import KroneckerTerm
 from ..config.choices import Permute
 from ..config.specs import KroneckerSpec
-from .base import EmbeddingFactors, Factors, LinearFactors, Term, TiedFactors, add_bias, the_one_term
+from .base import EmbeddingFactors, Factors, LinearFactors, Term, TiedFactors, TiedHeadFactors, add_bias, the_one_term
 from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
 
 
@@ -277,7 +277,15 @@ class KroneckerEmbedding(EmbeddingFactors, KroneckerFactors):
         return f"{self.num_embeddings}, {self.embedding_dim}, {super().extra_repr()}"
 
 
-class KroneckerHead(TiedFactors, KroneckerFactors):
+class TiedKroneckerEmbedding(TiedFactors, KroneckerEmbedding):
+    """A second embedding with the factors of a `KroneckerEmbedding`, such as that of a decoder."""
+
+    def _copy_sizes(self, embedding: Any) -> None:
+        super()._copy_sizes(embedding)
+        self.block = embedding.block
+
+
+class KroneckerHead(TiedHeadFactors, KroneckerFactors):
     """The output layer tied to a `KroneckerEmbedding`: `logits = h Wᵀ` from the embedding's A and B.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. With `W[p][:, q] = Σ_k A_k ⊗ B_k`, h is gathered by
@@ -288,8 +296,8 @@ class KroneckerHead(TiedFactors, KroneckerFactors):
     derived from the embedding's: they are not saved, and are derived again when the embedding's change.
     """
 
-    def __init__(self, embedding: KroneckerEmbedding, bias: nn.Parameter | None = None) -> None:
-        super().__init__(embedding, bias)
+    def _copy_sizes(self, embedding: Any) -> None:
+        super()._copy_sizes(embedding)
         self.block = embedding.block
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from .base import (
     LinearFactors,
     Term,
     TiedFactors,
+    TiedHeadFactors,
     add_bias,
     gathered,
     the_one_term,
@@ -218,7 +219,11 @@ class LowRankEmbedding(EmbeddingFactors, LowRankFactors):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
-class LowRankHead(TiedFactors, LowRankFactors):
+class TiedLowRankEmbedding(TiedFactors, LowRankEmbedding):
+    """A second embedding with the factors of a `LowRankEmbedding`, such as that of a decoder."""
+
+
+class LowRankHead(TiedHeadFactors, LowRankFactors):
     """The output layer tied to a `LowRankEmbedding`: `logits = h Wᵀ + bias` from the embedding's factors.
 
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. The transpose of a matrix in interpolative form is in

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import ShapeError
 from .base import Term, Tied, add_bias, new_bias
-from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear
-from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear, TiedKroneckerEmbedding
+from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, TiedLowRankEmbedding
 
 
 class _Terms(nn.Module):
@@ -105,7 +105,24 @@ class MixedEmbedding(_Terms):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-class MixedHead(Tied, _Terms):
+class _TiedTerms(Tied, _Terms):
+    """The base of modules whose terms are tied to those of a `MixedEmbedding`."""
+
+    def tie(self, embedding: MixedEmbedding) -> None:
+        """Ties every term to the term of the embedding."""
+        own: Any
+        for own, term in zip(self.terms, embedding.terms, strict=True):
+            own.tie(term)
+
+
+class TiedMixedEmbedding(_TiedTerms, MixedEmbedding):
+    """A second embedding with the factors of a `MixedEmbedding`, such as that of a decoder."""
+
+    def __init__(self, embedding: MixedEmbedding) -> None:
+        MixedEmbedding.__init__(self, [tied_embedding(term) for term in embedding.terms])
+
+
+class MixedHead(_TiedTerms):
     """The output layer tied to a `MixedEmbedding`: `logits = h (W_0 + W_1 + …)ᵀ + bias`.
 
     Each term is tied to the same term of the embedding. Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`.
@@ -119,12 +136,6 @@ class MixedHead(Tied, _Terms):
         self.out_features = embedding.num_embeddings
         self.register_parameter("bias", bias)
 
-    def tie(self, embedding: MixedEmbedding) -> None:
-        """Ties every term to the term of the embedding."""
-        own: Any
-        for own, term in zip(self.terms, embedding.terms, strict=True):
-            own.tie(term)
-
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
         return add_bias(self._sum(hidden), self.bias)
@@ -137,6 +148,15 @@ class MixedHead(Tied, _Terms):
 FactoredLinear: TypeAlias = KroneckerLinear | LowRankLinear | MixedLinear
 FactoredEmbedding: TypeAlias = KroneckerEmbedding | LowRankEmbedding | MixedEmbedding
 FactoredHead: TypeAlias = KroneckerHead | LowRankHead | MixedHead
+
+
+def tied_embedding(embedding: Any) -> Any:
+    """A second embedding of the kind of `embedding`, with its factors."""
+    if isinstance(embedding, MixedEmbedding):
+        return TiedMixedEmbedding(embedding)
+    if isinstance(embedding, LowRankEmbedding):
+        return TiedLowRankEmbedding(embedding)
+    return TiedKroneckerEmbedding(embedding)
 
 
 def tied_head(embedding: Any, bias: nn.Parameter | None = None) -> FactoredHead:

@@ -6,9 +6,44 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, DtypeError
+from . import validate
+
 if TYPE_CHECKING:
     import torch
     from torch.nn import Module
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a torch tensor; torch is not imported to find out."""
+    return hasattr(value, "requires_grad")
+
+
+def as_array(value: Any, name: str) -> NDArray[Any]:
+    """`value` as a numpy array; `name` stands in errors.
+
+    A torch tensor may be on any device and have a gradient, which is left out. bfloat16, which numpy lacks, becomes
+    float32. Raises `DtypeError` for another dtype that numpy lacks and for a sparse tensor, `ConfigError` for a
+    tensor on the meta device, and `ShapeError` for ragged sequences.
+    """
+    if not is_tensor(value):
+        return validate.array(name, value)
+    import torch
+
+    if value.is_meta:
+        raise ConfigError(f"{name} has no values: it is on the meta device, load it first")
+    if value.layout != torch.strided:
+        raise DtypeError(f"{name}: expected a dense tensor, got {value.layout}: call .to_dense() first")
+    plain = value.detach().cpu()
+    try:
+        array: NDArray[Any] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(force=True)
+    except (TypeError, RuntimeError):
+        raise DtypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}: call .float() first"
+        ) from None
+    return array
 
 
 @contextmanager

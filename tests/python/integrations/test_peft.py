@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from helpers.models import CONFIG, agree, first_output, some_ids, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from tqcompressor.compression.model import compress
+from tqcompressor.errors import ConfigError
 from tqcompressor.integrations.peft import LoraKroneckerLinear, merge_lora, register_lora
+from tqcompressor.models.matrices import compressed_modules
 from tqcompressor.modules import FusedLinear, KroneckerLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -112,9 +114,172 @@ def test_lora_on_every_kind_of_factored_module():
     assert not agree(first_output(adapted, some_ids()), expected)
 
 
-def test_without_the_helper_peft_refuses():
-    with pytest.raises(ValueError, match="KroneckerLinear"):
-        get_peft_model(compressed_model(), lora_config())
+def factored_targets(model):
+    return {name for name, module in model.named_modules() if isinstance(module, LoraKroneckerLinear)}
+
+
+def assert_merges(adapted, tmp_path, load):
+    """An adapter with values computes the same from disk and merged; `load` makes its compressed base again."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapted.eval()
+    expected = first_output(adapted, some_ids())
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(), tmp_path).eval()
+    assert factored_targets(loaded) == factored_targets(adapted)
+    assert agree(first_output(loaded, some_ids()), expected)
+    assert not agree(first_output(load(), some_ids()), expected)
+    merged = merge_lora(adapted)
+    assert not [name for name, _ in compressed_modules(merged)] and "lora" not in str(merged)
+    assert torch.allclose(first_output(merged, some_ids()), expected, atol=1e-4 * expected.abs().max())
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "of"),
+    [
+        ("gpt2", ["q", "k"], 4),
+        ("gpt2", r".*\.c_attn\.v|.*\.mlp\.c_proj|.*\.c_fc", 4),
+        ("gpt2", r".*\.c_attn\.k\.terms\.1", 2),
+        ("gpt2", "all-linear", 4),
+        ("llama-untied", "all-linear", 10),
+        ("opt-tied", ["q_proj", "v_proj", "out_proj", "fc2"], 6),
+        ("bert-tied", "all-linear", 9),
+    ],
+)
+def test_adapters_on_anything_that_takes_them_are_saved_loaded_and_merged(family, targets, of, tmp_path):
+    from helpers.families import family_config, family_model
+
+    def load():
+        model = family_model(family)
+        compress(model, family_config(family), progress=False)
+        return model
+
+    config = LoraConfig(target_modules=targets, r=2, lora_bias=family == "opt-tied")
+    adapted = get_peft_model(load(), config)
+    assert len(factored_targets(adapted)) == of
+    merged = assert_merges(adapted, tmp_path, load)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in family_model(family).modules()]
+    assert merged.config.to_dict() == family_model(family).config.to_dict()
+
+
+def test_all_linear_leaves_out_the_heads_as_for_a_dense_model():
+    from helpers.families import family_config, family_model
+
+    for family in ("gpt2", "llama-untied", "bert-untied", "opt-tied"):
+        dense, model = family_model(family), family_model(family)
+        compress(model, family_config(family), progress=False)
+        names = [
+            {
+                name.removesuffix(".base_layer")
+                for name, module in get_peft_model(each, LoraConfig(target_modules="all-linear")).named_modules()
+                if hasattr(module, "lora_A")
+            }
+            for each in (dense, model)
+        ]
+        assert names[0] == names[1] and not any(name.endswith(("lm_head", "decoder")) for name in names[0]), family
+
+
+def test_a_compressed_classifier_is_left_out_too():
+    import transformers
+    from helpers.families import LOW_RANK, bert_config
+    from tqcompressor.config import TQConfig
+
+    model = transformers.BertForSequenceClassification(bert_config(num_labels=8))
+    compress(model, TQConfig({"classifier": LOW_RANK, "*.query": LOW_RANK}), progress=False)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    assert {name.split(".")[-1] for name in factored_targets(adapted)} == {"query"}
+
+
+def test_several_adapters_and_dense_layers_merge_together(tmp_path):
+    model = get_peft_model(compressed_model(), lora_config(target_modules="all-linear"), adapter_name="one")
+    model.add_adapter("two", lora_config(target_modules=["q", "v", "c_fc", "mlp.c_proj"], r=2, lora_alpha=3))
+    model.base_model.set_adapter(["one", "two"])
+    assert_merges_active(model)
+
+
+def assert_merges_active(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    expected = first_output(model.eval(), some_ids())
+    merged = merge_lora(model)
+    assert torch.allclose(first_output(merged, some_ids()), expected, atol=1e-4 * expected.abs().max())
+
+
+def test_the_methods_of_transformers_take_adapters_too(tmp_path):
+    model = compressed_model()
+    model.add_adapter(lora_config(target_modules="all-linear"))
+    assert factored_targets(model)
+    expected = first_output(model, some_ids())
+    assert agree(expected, first_output(compressed_model(), some_ids()))
+    with pytest.raises(ConfigError, match="expected a PeftModel with a LoRA adapter, got a GPT2LMHeadModel"):
+        merge_lora(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(target_modules=["c_fc"], use_dora=True), r"h\.1\.mlp\.c_fc is compressed, and use_dora=True"),
+        (LoraConfig(target_modules="all-linear", init_lora_weights="olora"), r"c_attn is compressed, .*'olora'"),
+        (LoraConfig(target_modules=["wte", "c_fc"]), r"transformer\.wte is a compressed embedding"),
+        (LoraConfig(target_modules=["c_proj", "lm_head"]), "lm_head is a compressed output layer.*target_modules"),
+        (LoHaConfig(target_modules=["c_fc"]), r"c_fc is compressed, and LOHA adapters.*use LoRA.*dequantize\(\)"),
+        (IA3Config(target_modules=["c_fc"], feedforward_modules=[]), "IA3 adapters"),
+    ],
+)
+def test_a_refusal_names_the_module_and_leaves_the_model_alone(config, message):
+    model = compressed_model()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(model, config)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_bias_without_a_place_is_refused_before_anything_is_merged():
+    from helpers.families import family_config, family_model
+
+    model = family_model("llama-untied")
+    compress(model, family_config("llama-untied"), progress=False)
+    with pytest.warns(UserWarning, match="has no bias"):
+        adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj"], lora_bias=True))
+    expected = first_output(adapted, some_ids())
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj.*lora_bias=True"):
+        merge_lora(adapted)
+    assert agree(first_output(adapted, some_ids()), expected)
+
+
+def test_a_head_that_is_trained_beside_the_adapter_is_merged(tmp_path):
+    import transformers
+    from helpers.families import LOW_RANK, bert_config
+    from tqcompressor.config import TQConfig
+
+    def load():
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(bert_config(num_labels=8)).eval()
+        compress(model, TQConfig({"classifier": LOW_RANK, "*.query": LOW_RANK}), progress=False)
+        return model
+
+    adapted = get_peft_model(load(), LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    with torch.no_grad():
+        for parameter in adapted.base_model.model.classifier.modules_to_save["default"].parameters():
+            parameter.mul_(2)
+    assert_merges(adapted, tmp_path, load)
+
+
+def test_registering_again_does_nothing():
+    # The other order of imports is tested beside transformers' registration.
+    from peft.tuners.tuners_utils import BaseTuner
+    from tqcompressor.integrations import import_hook
+
+    before = BaseTuner.inject_adapter
+    import_hook.install()
+    assert BaseTuner.inject_adapter is before
+    assert not hasattr(before._without_tqcompressor, "_without_tqcompressor")
 
 
 def test_adapters_take_the_device_and_dtype_of_the_factors():

@@ -51,12 +51,15 @@ from tqcompressor.integrations import import_hook
 import_hook.install()
 hook = "tqcompressor.integrations.import_hook"
 ours = lambda: [finder for finder in sys.meta_path if type(finder).__module__ == hook]
-assert len(ours()) == 1
+assert len(ours()) == 2
 import transformers.quantizers.auto as registry
-# The hook has removed itself, and the module has its ordinary loader.
-assert not ours()
+# The hook has removed itself, that for peft waits, and the module has its ordinary loader.
+assert [finder.name for finder in ours()] == ["peft.tuners.tuners_utils"]
 assert "tqcompressor" in registry.AUTO_QUANTIZER_MAPPING
 assert type(registry.__loader__).__name__ == type(registry.__spec__.loader).__name__ == "SourceFileLoader"
+import peft.tuners.tuners_utils as tuners
+assert not ours() and hasattr(tuners.BaseTuner.inject_adapter, "_without_tqcompressor")
+assert "tqcompressor.integrations.peft" not in sys.modules
 # An unsupported version of transformers gives a warning and still works.
 del sys.modules["tqcompressor.integrations.quantizer"], tqcompressor.integrations.quantizer
 del registry.register_quantizer
