@@ -31,9 +31,6 @@ from .matrices import (
     weight_owner,
 )
 
-# Only GPT-2 has it: its parent initialises it, through a `weight` that a compressed module does not have.
-_INITIALISED_BY_PARENT = "c_proj"
-
 
 def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> dict[str, CompressedModule]:
     """Modules without values, on the meta device, for the matrices named in `specs`: full name to module.
@@ -52,6 +49,7 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
             if isinstance(dense, nn.Embedding):
                 size = (dense.num_embeddings, dense.embedding_dim)
                 modules[name] = empty_embedding(*size, specs[parts[None]], dtype)
+                modules[name].padding_idx = dense.padding_idx
                 continue
             has_bias = dense.bias is not None
             if None in parts:
@@ -65,6 +63,7 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
                     },
                     has_bias,
                 )
+            modules[name].weight_is_transposed = isinstance(dense, nn.Linear)
         except ShapeError as error:
             raise ShapeError(f"{', '.join(parts.values())}: {error}") from None
     return modules
@@ -147,8 +146,6 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
             undo.append((parent, child, getattr(parent, child)))
             module.train(getattr(parent, child).training)
             setattr(parent, child, module)
-            if child == _INITIALISED_BY_PARENT:
-                parent._is_hf_initialized = True
         if more:
             retie(model, tied, biases)
 

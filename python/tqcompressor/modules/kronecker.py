@@ -1,8 +1,8 @@
 """The torch modules that hold Kronecker factors and permutations in place of a dense linear one's weight.
 
 Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers `input_permutation` and
-`output_permutation` (gather indices used in the forward pass; None where a side is not permuted). No module has a
-`weight`, so code that reads one fails instead of working on a copy. `dense_weight()` computes it on request.
+`output_permutation` (gather indices used in the forward pass; None where a side is not permuted).
+`dense_weight()` is the matrix, computed on request.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .._core import KroneckerTerm
 from ..config.choices import Permute
 from ..config.specs import KroneckerSpec
 from .base import Factors, Term, TiedFactors, add_bias, copied_bias, draw_bias, inverse, new_bias, the_one_term
+from .dense_weight import Lookup
 from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
 
 
@@ -216,7 +217,7 @@ class KroneckerLinear(KroneckerFactors):
         return f"{self.in_features}, {self.out_features}, {super().extra_repr()}, bias={self.bias is not None}"
 
 
-class KroneckerEmbedding(KroneckerFactors):
+class KroneckerEmbedding(Lookup, KroneckerFactors):
     """Rows of `W` for `W[p][:, q] = Σ_k A_k ⊗ B_k`, computed at lookup.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`; `A (rank, num_embeddings / m2, embedding_dim / n2)`,
@@ -225,9 +226,6 @@ class KroneckerEmbedding(KroneckerFactors):
 
     Raises `ShapeError` when the block does not divide the matrix, or when the rank is too large for it.
     """
-
-    # Read by code that expects an nn.Embedding.
-    padding_idx = None
 
     def __init__(
         self,

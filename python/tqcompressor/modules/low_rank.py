@@ -2,7 +2,7 @@
 
 A permutation puts these rows or columns first. A matrix `W (m, n)` of rank k is then `W[p] = [I; left] right` or
 `W[:, q] = left [I right]`, with `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
-forward pass, here only for the side with the identity, and no module has a `weight`.
+forward pass, here only for the side with the identity.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .base import (
     new_bias,
     the_one_term,
 )
+from .dense_weight import Lookup
 from .functional import expand, low_rank_matmul
 
 
@@ -180,7 +181,7 @@ class LowRankLinear(LowRankFactors):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class LowRankEmbedding(LowRankFactors):
+class LowRankEmbedding(Lookup, LowRankFactors):
     """Rows of a matrix of rank k: `W[:, q] = left [I right]`, or `W[p] = [I; left] right`, computed at lookup.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`. With `num_embeddings > embedding_dim`, `left (num_embeddings, k)`,
@@ -190,9 +191,6 @@ class LowRankEmbedding(LowRankFactors):
 
     Raises `ShapeError` unless the rank is smaller than both sides.
     """
-
-    # Read by code that expects an nn.Embedding.
-    padding_idx = None
 
     def __init__(
         self,
