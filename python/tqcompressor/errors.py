@@ -44,6 +44,9 @@ class StorageError(TQError, OSError):
 class ReadOnlyError(TQError, RuntimeError):
     """An attempt to write the dense weight of a compressed module, which is the product of its factors."""
 
+    module: object = None
+    """The compressed module."""
+
 
 class ConvergenceError(TQError, ArithmeticError):
     """A numerical routine that did not converge."""

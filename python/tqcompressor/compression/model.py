@@ -28,6 +28,7 @@ from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
 from ..models.quantization_state import attach, detach
 from ..models.surgery import dense_modules, empty_modules, swapped, tied_heads
+from ..models.trial import try_out
 from ..modules.base import Term
 from ..modules.build import CompressedModule
 from ..modules.fused import FusedLinear
@@ -241,6 +242,7 @@ def _compress_planned(
     parameters = model.num_parameters() if parameters is None else parameters
     specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
     modules = empty_modules(model, specs)
+    try_out(model, {**(kept or {}), **specs})
     results: dict[str, Fitted] = {}
     try:
         with swapped(model, {}) as swap:

@@ -66,6 +66,19 @@ def needed_conversions(model: PreTrainedModel, stored: Shapes, conversions: Sequ
     return []
 
 
+def misread_tensor(model: PreTrainedModel) -> tuple[str, str] | None:
+    """A tensor that another tensor's name would be taken for when the model is loaded, and that other; None if none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
+    names = _Names(model, needed_conversions(model, tensors, get_model_conversion_mapping(model)))
+    for name in tensors:
+        read_as, merged = names.of(name)
+        if read_as != name or merged:
+            return name, read_as
+    return None
+
+
 def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[Any] = ()) -> None:
     """Compares the factors in a checkpoint, by names and shapes of its tensors, with those of its config.
 

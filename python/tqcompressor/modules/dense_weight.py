@@ -112,10 +112,12 @@ class DenseWeight(torch.Tensor):
             return DenseWeight(args[0]._module, detached=True)
         if _writes(func, args, kwargs):
             module = next(value for value in (*args, kwargs.get("out")) if isinstance(value, cls))._module
-            raise ReadOnlyError(
+            error = ReadOnlyError(
                 f"{func.__name__} would write the dense weight of a {type(module).__name__}, which is the product of "
                 "its factors: write the factors, or call model.dequantize() first"
             )
+            error.module = module
+            raise error
         args, kwargs = tree_map_only(DenseWeight, DenseWeight._formed, (args, kwargs))
         return func(*args, **kwargs)
 
