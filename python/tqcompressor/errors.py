@@ -41,6 +41,13 @@ class StorageError(TQError, OSError):
     """An error of the operating system; `errno` and `filename` have its code and the path."""
 
 
+class ReadOnlyError(TQError, RuntimeError):
+    """An attempt to write the dense weight of a compressed module, which is the product of its factors."""
+
+    module: object = None
+    """The compressed module."""
+
+
 class ConvergenceError(TQError, ArithmeticError):
     """A numerical routine that did not converge."""
 

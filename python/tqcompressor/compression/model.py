@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
 from ..models.quantization_state import attach, detach, marks, restore
 from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
+from ..models.trial import try_out
 from ..modules.base import Term
 from ..modules.build import CompressedModule
 from ..modules.fused import FusedLinear
@@ -256,6 +257,7 @@ def _compress_planned(
     parameters = model.num_parameters() if parameters is None else parameters
     specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
     modules = empty_modules(model, specs)
+    try_out(model, {**(kept or {}), **specs})
     results: dict[str, Fitted] = {}
     before = marks(model)
     try:
@@ -276,7 +278,7 @@ def _compress_planned(
                     swap(_filled(model, modules, matrices, results))
             attach(model, config.replace(specs={**(kept or {}), **specs}))
     except BaseException:
-        restore(before)
+        restore(model, before)
         raise
     in_its_norm = calibrated(norm.calibration, norm.objective)
     return _report(model, plan, results, parameters, time.perf_counter() - started, in_its_norm)

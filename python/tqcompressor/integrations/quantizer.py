@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config.recipes import resolve_config
 from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..models.quantization_state import attach, detach, guard_name, specs_of_model
-from ..models.stored import check_loaded, check_tensors
+from ..models.stored import Shapes, check_loaded, check_tensors, needed_conversions, stored_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,8 @@ class TQQuantizer(HfQuantizer):
     """
 
     quantization_config: Any  # a TQConfig
+    # The tensors in the files of a compressed checkpoint, until they are checked.
+    _stored: Shapes | None = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         config: Any = resolve_config(quantization_config)
@@ -103,7 +105,16 @@ class TQQuantizer(HfQuantizer):
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            check_tensors(model, checkpoint_files)
+            self._stored = stored_shapes(checkpoint_files)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The conversions that the checkpoint needs; the first hook that has all of them, those of the caller too."""
+        if self._stored is None:
+            return weight_conversions
+        stored, self._stored = self._stored, None
+        needed = needed_conversions(model, stored, weight_conversions)
+        check_tensors(model, stored, needed)
+        return needed
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         from ..compression.model import compress

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,48 +15,72 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_OF_MODEL = ("hf_quantizer", "quantization_method", "is_quantized", "resize_token_embeddings")
+# What `attach` sets: on a model and its base model, where transformers keeps conversions of names, and on the config.
+_CONVERSIONS, _DENSE_CONVERSIONS = "_weight_conversions", "_dense_weight_conversions"
+_OF_MODEL = (
+    "hf_quantizer",
+    "quantization_method",
+    "is_quantized",
+    "resize_token_embeddings",
+    _CONVERSIONS,
+    _DENSE_CONVERSIONS,
+)
 _OF_CONFIG = ("quantization_config", "_is_quantized")
-# The objects that have marks, each with its own.
-Marks: TypeAlias = list[tuple[Any, dict[str, Any]]]
+# The marks of a model, of its base model and of its config.
+Marks: TypeAlias = list[dict[str, Any]]
 
 
 def attach(model: PreTrainedModel, config: TQConfig) -> None:
-    """Marks `model` as compressed by `config`, which names its matrices one by one."""
+    """Marks `model` as compressed by `config`, which names its matrices one by one.
+
+    The model's config becomes its own, because other models may share the object.
+    """
     # From transformers' registry: this folder may not import the quantizer's class.
     from transformers.quantizers.auto import AutoHfQuantizer
 
     from .resizing import resize_token_embeddings
 
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)  # type: ignore[arg-type]
+    _own_config(model)
     model.config.quantization_config = config
     part: Any
     # The base model too, so that it can be saved alone.
-    for part in (model, model.base_model):
+    for part in {model, model.base_model}:
         part.hf_quantizer = quantizer
         part.quantization_method = QUANT_METHOD
         # transformers refuses `.half()`, `.float()` and full training for models marked as quantized.
         part.is_quantized = False
+        # transformers would save the tensors as older checkpoints name, merge or split them, which factors cannot be.
+        vars(part).setdefault(_DENSE_CONVERSIONS, vars(part).get(_CONVERSIONS))
+        part._weight_conversions = []
         part.resize_token_embeddings = MethodType(resize_token_embeddings, part)
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undoes `attach`."""
-    restore([(part, {}) for part, _ in marks(model)])
+    """Undoes `attach`, except that the model keeps a config of its own."""
+    before = []
+    for kept in marks(model):
+        own = kept.get(_DENSE_CONVERSIONS if _DENSE_CONVERSIONS in kept else _CONVERSIONS)
+        before.append({} if own is None else {_CONVERSIONS: own})
+    restore(model, before)
 
 
 def marks(model: PreTrainedModel) -> Marks:
     """The marks of any quantization method that a model has, to be restored."""
-    parts = ((model, _OF_MODEL), (model.base_model, _OF_MODEL), (model.config, _OF_CONFIG))
-    return [(part, {name: vars(part)[name] for name in names if name in vars(part)}) for part, names in parts]
+    return [{name: vars(part)[name] for name in names if name in vars(part)} for part, names in _parts(model)]
 
 
-def restore(before: Marks) -> None:
+def restore(model: PreTrainedModel, before: Marks) -> None:
     """Puts the marks of a model back to what they were."""
-    for part, kept in before:
-        for name in (*_OF_MODEL, *_OF_CONFIG):
-            part.__dict__.pop(name, None)
-        part.__dict__.update(kept)
+    for (part, names), kept in zip(_parts(model), before, strict=True):
+        for name in names:
+            vars(part).pop(name, None)
+        vars(part).update(kept)
+
+
+def _parts(model: PreTrainedModel) -> Sequence[tuple[Any, Sequence[str]]]:
+    """What has marks, with their names. The base model has its own, so that it can be saved alone."""
+    return (model, _OF_MODEL), (model.base_model, _OF_MODEL), (model.config, _OF_CONFIG)
 
 
 def packed_tensor(model: PreTrainedModel) -> str | None:
@@ -75,6 +101,18 @@ def packed_tensor(model: PreTrainedModel) -> str | None:
     types = {name: type(module) for name, module in stock.named_modules()}
     changed = (name for name, module in model.named_modules() if types.get(name) is not type(module))
     return next(iter(plain), None) or next(changed, None)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Replaces the model's config by a copy, also where its submodules refer to it or to a part of it."""
+    from transformers import PreTrainedConfig
+
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])
 
 
 def guard_name(model: PreTrainedModel) -> str:

@@ -32,8 +32,6 @@ from .matrices import (
     weight_owner,
 )
 
-# Only GPT-2 has it: its parent initialises it, through a `weight` that a compressed module does not have.
-_INITIALISED_BY_PARENT = "c_proj"
 # The attribute of a submodel that keeps what `_tied_weights_keys` it had of its own, besides its class's.
 _DENSE_KEYS = "_tied_weights_keys_while_dense"
 
@@ -56,6 +54,7 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
             if isinstance(dense, nn.Embedding):
                 size = (dense.num_embeddings, dense.embedding_dim)
                 modules[name] = empty_embedding(*size, specs[parts[None]], dtype)
+                modules[name].padding_idx = dense.padding_idx
                 continue
             has_bias = dense.bias is not None
             if None in parts:
@@ -69,6 +68,7 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
                     },
                     has_bias,
                 )
+            modules[name].weight_is_transposed = isinstance(dense, nn.Linear)
         except ShapeError as error:
             raise ShapeError(f"{', '.join(parts.values())}: {error}") from None
     return modules
@@ -158,8 +158,6 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
             undo.append((parent, child, getattr(parent, child)))
             module.train(getattr(parent, child).training)
             setattr(parent, child, module)
-            if child == _INITIALISED_BY_PARENT:
-                parent._is_hf_initialized = True
         if more:
             retie(model, tied, biases)
 

@@ -1,8 +1,8 @@
 """The torch modules that hold factors in place of a dense weight.
 
 Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, or `left` and `right`, and persistent integer buffers
-`input_permutation` and `output_permutation` (gather indices of the forward pass; None where a side is not permuted). No
-module has a `weight`, so code that reads one fails instead of working on a copy. `dense_weight()` computes it.
+`input_permutation` and `output_permutation` (gather indices of the forward pass; None where a side is not permuted).
+`dense_weight()` is the matrix, and `weight` the same for code that reads the module's weight: see `dense_weight`.
 
 May import torch, `errors`, `_core`, `utils` and `config`; never transformers.
 """

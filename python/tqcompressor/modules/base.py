@@ -13,6 +13,7 @@ from torch import nn
 
 from .._core import KroneckerTerm, LowRankTerm
 from ..errors import ShapeError
+from .dense_weight import CompressedBase, Lookup
 
 # One term of the fit of a matrix.
 Term: TypeAlias = KroneckerTerm | LowRankTerm
@@ -67,13 +68,17 @@ def gathered(matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Ten
     return matrix if columns is None else matrix.index_select(1, columns)
 
 
-class Factors(nn.Module):
+class Factors(CompressedBase):
     """Two factors of a matrix, and the gather indices of its permuted sides."""
 
     # The names of the factors' parameters.
     factors: ClassVar[tuple[str, str]]
     input_permutation: torch.Tensor | None
     output_permutation: torch.Tensor | None
+
+    def _a_factor(self) -> torch.Tensor:
+        factor: torch.Tensor = getattr(self, self.factors[0])
+        return factor
 
     def _copy(
         self, tensors: Mapping[str, NDArray[Any]], dtype: torch.dtype | None, device: torch.device | str | None
@@ -139,11 +144,9 @@ class LinearFactors(Factors):
         return self._matrix(inverse(self.input_permutation), self.output_permutation)
 
 
-class EmbeddingFactors(Factors):
+class EmbeddingFactors(Lookup, Factors):
     """The base of embeddings with two factors."""
 
-    # Read by code that expects an nn.Embedding.
-    padding_idx = None
     num_embeddings: int
     embedding_dim: int
 

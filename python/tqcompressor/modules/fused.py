@@ -10,9 +10,10 @@ from torch import nn
 
 from ..errors import ShapeError
 from .base import add_bias, new_bias
+from .dense_weight import CompressedBase
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(CompressedBase):
     """Several factored linear modules side by side on one input, with one bias: GPT-2's `c_attn` as its q, k and v.
 
     `y = concatenate(part(x) for part in parts) + bias`. GPT-2 splits the output itself. The parts are
@@ -37,6 +38,10 @@ class FusedLinear(nn.Module):
     def parts(self) -> list[Any]:
         """The parts in the order of their outputs."""
         return [getattr(self, name) for name in self.part_names]
+
+    def _a_factor(self) -> torch.Tensor:
+        factor: torch.Tensor = self.parts[0]._a_factor()
+        return factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""

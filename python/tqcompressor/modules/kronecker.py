@@ -1,8 +1,8 @@
 """The torch modules that hold Kronecker factors and permutations in place of a dense linear one's weight.
 
 Parameters `A (rank, m1, n1)` and `B (rank, m2, n2)`, persistent integer buffers `input_permutation` and
-`output_permutation` (gather indices used in the forward pass; None where a side is not permuted). No module has a
-`weight`, so code that reads one fails instead of working on a copy. `dense_weight()` computes it on request.
+`output_permutation` (gather indices used in the forward pass; None where a side is not permuted).
+`dense_weight()` is the matrix, computed on request.
 """
 
 from __future__ import annotations

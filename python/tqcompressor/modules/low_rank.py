@@ -2,7 +2,7 @@
 
 A permutation puts these rows or columns first. A matrix `W (m, n)` of rank k is then `W[p] = [I; left] right` or
 `W[:, q] = left [I right]`, with `k · (m + n − k)` parameters. As in `modules`, buffers hold the gather indices of the
-forward pass, here only for the side with the identity, and no module has a `weight`.
+forward pass, here only for the side with the identity.
 """
 
 from __future__ import annotations

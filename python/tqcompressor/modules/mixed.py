@@ -13,11 +13,12 @@ from torch import nn
 
 from ..errors import ShapeError
 from .base import Term, Tied, add_bias, new_bias
+from .dense_weight import CompressedBase, Lookup
 from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear, TiedKroneckerEmbedding
 from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, TiedLowRankEmbedding
 
 
-class _Terms(nn.Module):
+class _Terms(CompressedBase):
     """The base of the modules: the sum of the terms."""
 
     def __init__(self, terms: Sequence[nn.Module], inputs: str, outputs: str) -> None:
@@ -41,6 +42,11 @@ class _Terms(nn.Module):
         module: Any
         for module, term in zip(self.terms, terms, strict=True):
             module.set_terms([term], dtype=dtype, device=device)
+
+    def _a_factor(self) -> torch.Tensor:
+        first: Any = self.terms[0]
+        factor: torch.Tensor = first._a_factor()
+        return factor
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         first, *others = self.terms
@@ -82,14 +88,11 @@ class MixedLinear(_Terms):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-class MixedEmbedding(_Terms):
+class MixedEmbedding(Lookup, _Terms):
     """Rows of `W_0 + W_1 + …`, each `W_t` a `KroneckerEmbedding` or `LowRankEmbedding` of the same size.
 
     Shapes: ids `(...)` to `(..., embedding_dim)`. Raises `ShapeError` for terms that differ in size.
     """
-
-    # Read by code that expects an nn.Embedding.
-    padding_idx = None
 
     def __init__(self, terms: Sequence[KroneckerEmbedding | LowRankEmbedding]) -> None:
         super().__init__(terms, "num_embeddings", "embedding_dim")

@@ -111,7 +111,7 @@ def test_1_2_3_and_7_loading_into_every_class_says_nothing_and_is_exact(checkpoi
         assert torch.isfinite(model.score.weight).all() and model.score.weight.std() > 0
         assert not any(spec.startswith("lm_head") for spec in model.config.quantization_config.specs)
 
-    # transformers never reads the `weight` that the modules lack.
+    # Initialising again leaves the factors alone.
     model = AutoModelForCausalLM.from_pretrained(checkpoints / "compressed")
     model.init_weights()
     model.tie_weights()

@@ -1,0 +1,173 @@
+"""A compression tried out on a model without values: what cannot work is refused before anything is changed."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..config.specs import MatrixSpec
+from ..errors import ConfigError, ReadOnlyError, TQError
+from .matrices import stock_model
+from .stored import misread_tensor
+from .surgery import empty_modules, swapped, tied_modules
+
+_TOKENS = 8
+
+
+def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
+    """Raises `ConfigError` if a model of this class cannot be run, saved or loaded with these matrices compressed.
+
+    A model of the same config is compressed without values, initialised as when it is loaded, and run on a few tokens.
+    Where the dense model cannot be tried out so, a warning says that the forward pass is untested. No weights are
+    copied, and no random numbers drawn.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            trial = stock_model(model)
+        except Exception as error:
+            _untested(model, f"cannot be made from its config alone ({_text(error)})")
+            return
+        _compress(trial, specs)
+        misread = misread_tensor(trial)
+        if misread is not None:
+            raise ConfigError(
+                f"{type(model).__name__}: from_pretrained would read the tensor {misread[0]} as {misread[1]}, "
+                "so that the compressed model could not be loaded"
+            )
+        try:
+            _initialize(trial)
+        except Exception as error:
+            raise _refusal(trial, "initialised, as from_pretrained does,", error) from error
+        inputs = _inputs(trial)
+        if inputs is None:
+            _untested(model, f"takes {model.main_input_name}, for which no example is at hand")
+            return
+        for training in (False, True):
+            of_trial = _error_of(trial, model, inputs, training)
+            if of_trial is None:
+                continue
+            of_dense = None
+            if not isinstance(of_trial, ReadOnlyError):
+                of_dense = _error_of(stock_model(model), model, inputs, training)
+            if of_dense is None:
+                raise _refusal(trial, "run", of_trial) from of_trial
+            if not training:
+                _untested(model, f"does not run on an example ({_text(of_dense)})")
+                return
+
+
+def _compress(trial: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
+    try:
+        modules: dict[str, Any] = dict(empty_modules(trial, specs))
+        modules |= tied_modules(trial, modules)
+    except TQError as error:
+        raise ConfigError(
+            f"the model is not what its config says, and could not be loaded once it is compressed: {error}"
+        ) from error
+    with swapped(trial, modules):
+        pass
+
+
+def _initialize(trial: PreTrainedModel) -> None:
+    """Calls `_init_weights` for all modules, as for a loaded model."""
+    for module in trial.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    initialize: Any = trial.initialize_weights
+    with torch.device("meta"):
+        initialize()
+
+
+def _error_of(
+    trial: PreTrainedModel, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], training: bool
+) -> Exception | None:
+    """What the forward pass raises, or None, with buffers of `model` and parameters of zeros."""
+    try:
+        _fill(trial, dict(model.named_buffers()))
+        with torch.device("cpu"), torch.no_grad():
+            trial.train(training)(**inputs)
+    except Exception as error:
+        return error
+    return None
+
+
+def _fill(trial: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Gives a model without values copies of the buffers in `values`, and zeros."""
+    for name, module in trial.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[own] = torch.nn.Parameter(_zeros(parameter), requires_grad=False)
+        for own, buffer in module._buffers.items():
+            value = values.get(f"{name}.{own}" if name else own)
+            if buffer is not None:
+                known = value is not None and value.shape == buffer.shape and not value.is_meta
+                like: Any = value if known else _zeros(buffer)
+                module._buffers[own] = like.to("cpu", buffer.dtype, copy=True)
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros on the CPU. The system maps one page of zeros for all that is not written, so they take no memory."""
+    zeros = torch.from_numpy(np.zeros(max(1, like.numel()) * like.element_size(), np.uint8))
+    return zeros.view(like.dtype)[: like.numel()].view(like.shape)
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Small inputs of the forward pass, or None for inputs of an unknown shape."""
+    config: Any = model.config
+    vision = getattr(config, "vision_config", config)
+    parameters = inspect.signature(model.forward).parameters
+    name = model.main_input_name
+    shape: tuple[int, ...] | None = None
+    dtype = torch.float32
+    if name == "input_ids":
+        shape, dtype = (1, _TOKENS), torch.int64
+    elif name == "pixel_values" and hasattr(vision, "image_size"):
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, getattr(vision, "num_channels", 3), height, width)
+    elif name == "input_values" and not hasattr(config, "num_mel_bins"):
+        shape = (1, 16000)
+    elif name == "input_values" and hasattr(config, "max_length"):
+        shape = (1, config.max_length, config.num_mel_bins)
+    elif name == "input_features" and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+    if shape is None:
+        return None
+    inputs = {name: torch.ones(shape, dtype=dtype, device="cpu")}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = torch.ones((1, _TOKENS), dtype=torch.int64, device="cpu")
+    return inputs
+
+
+def _refusal(trial: PreTrainedModel, what: str, error: Exception) -> ConfigError:
+    """The refusal of a compression, which names the module in which the trial failed."""
+    names = {module: name for name, module in trial.named_modules()}
+    where = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module):
+            where = names.get(module) or where
+        traceback = traceback.tb_next
+    if isinstance(error, ReadOnlyError):
+        where = names.get(error.module, where)
+    return ConfigError(
+        f"{type(trial).__name__} cannot be {what} with these matrices compressed, because of {where or 'itself'}: "
+        f"{_text(error)}. Leave the matrices there as they are"
+    )
+
+
+def _untested(model: PreTrainedModel, why: str) -> None:
+    warnings.warn(
+        f"{type(model).__name__} {why}: whether it runs with these matrices compressed is untested", stacklevel=2
+    )
+
+
+def _text(error: Exception) -> str:
+    first, *_ = [*str(error).splitlines(), ""]
+    return f"{type(error).__name__}: {first}"
