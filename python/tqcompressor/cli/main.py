@@ -209,12 +209,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ..data.text import one_text, read_passages
+    from ..data.text import check_text, read_passages
     from ..evaluate.results import Comparison
 
     native = _is_native(options)
     # Read the text before the models, which take seconds to load.
-    text = one_text(Path(options.text))
+    text = Path(options.text)
+    check_text(text)
     passages = None if options.passages is None else read_passages(options.passages)
     models = [name for name in (options.model, options.teacher) if name is not None]
     # One model in memory at a time.
@@ -241,14 +242,14 @@ def _is_native(options: argparse.Namespace) -> bool:
     return True
 
 
-def _score_native(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+def _score_native(name: str, text: Path, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
     from ..native.model import NativeModel
 
     model = NativeModel.from_pretrained(name, threads=options.threads)
     return model.score(text, name=name, passages=passages, context=options.context, stride=options.stride)
 
 
-def _score_in_torch(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
     from ..evaluate.comparison import score
 
     try:

@@ -22,10 +22,9 @@ from .._core import ModelPlan
 from ..compression.model_plan import plan_model
 from ..config.choices import DTYPES, Dtype, one_of
 from ..config.tq_config import TQConfig
-from ..data.text import one_text
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
-from ..evaluate.scoring import begin_tokens, token_sequence
+from ..evaluate.scoring import begin_tokens, tokenised
 from ..utils import validate
 from ..utils.atomic_io import require_space
 from ..utils.hub import StrPath
@@ -120,7 +119,7 @@ def prepare(
     _check_vocabulary("the tokenizer", len(tokenizer), model)
     seq_len = _sequence_length(model, text, training)
     plans = [plan_model(model, stage.config) for stage in staged.stages]
-    heldout_tokens = None if heldout is None else token_sequence(tokenizer, one_text(heldout))
+    heldout_tokens = None if heldout is None else tokenised(tokenizer, heldout).tokens[:].tolist()
     if isinstance(text, TokenBlocks):
         _check_vocabulary("text: its tokenizer", text.vocab_size, model)
         samples = text
