@@ -21,6 +21,7 @@ from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
+from ..utils.atomic_io import sole_run
 from .options import parser
 
 if TYPE_CHECKING:
@@ -94,8 +95,11 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    found = (_calibrate_native if _is_native(options) else _calibrate_in_torch)(options)
-    found.save(options.out)
+    measure = _calibrate_native if _is_native(options) else _calibrate_in_torch
+    # From the beginning: the second of two runs is refused before it measures.
+    with sole_run(Path(options.out)):
+        found = measure(options)
+        found.save(options.out)
     if options.json:
         fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
         shapes = {name: list(moment.shape) for name, moment in found.moments.items()}

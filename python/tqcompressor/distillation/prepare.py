@@ -26,12 +26,13 @@ from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, tokenised
 from ..utils import validate
-from ..utils.atomic_io import require_space
+from ..utils.atomic_io import require_space, without_leftovers
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
+from .artifacts import STATE
 from .config import DistillConfig, TrainingConfig
 from .stages import Stage, StagedRecipe, resolve_staged_recipe
-from .training import samples_per_step, training_arguments
+from .training import samples_per_step
 
 # Held out by default: a hundredth of the text, but no more than 65,536 tokens, so that scoring stays short.
 _HELDOUT_SHARE, _HELDOUT_TOKENS = 100, 1 << 16
@@ -95,6 +96,7 @@ def prepare(
     heldout: str | Path | None,
     losses: DistillConfig,
     training: TrainingConfig | TrainingArguments,
+    arguments: TrainingArguments,
     effort: str | None,
     seed: int | None,
     device: str | None,
@@ -106,11 +108,11 @@ def prepare(
 ) -> Prepared:
     """Loads teacher and text, plans every stage, and checks all inputs. Arguments and errors are those of `distill`.
 
+    `arguments` have the device and the processes of the run.
+
     The cheap checks come first. Only the token cache is written.
     """
     out, threads = Path(out), validate.threads(threads)
-    # Create it early: it starts the communication between processes and rejects settings that the machine lacks.
-    arguments = training_arguments(training, out / "stages", 1, device)
     one_of("dtype", dtype, DTYPES)
     staged = resolve_staged_recipe(recipe, effort=effort, seed=seed)
     _check_destination(out, resume, arguments)
@@ -160,9 +162,17 @@ def prepare(
 
 def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) -> None:
     with arguments.main_process_first(local=False):
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if taken and not resume and arguments.process_index == 0:
+        if arguments.process_index != 0 or not out.exists():
+            return
+        if not out.is_dir():
+            raise DestinationError(f"{out} exists and is not a folder: choose another name")
+        names = without_leftovers(out)
+        if names and not resume:
             raise DestinationError(f"{out} exists and is not empty: choose another folder, or resume")
+        if names and STATE not in names:
+            raise DestinationError(
+                f"{out} holds {names[0]!r} and no {STATE}: it has no run to resume, choose another folder"
+            )
 
 
 def _load_teacher(teacher: StrPath | PreTrainedModel) -> PreTrainedModel:
