@@ -13,4 +13,4 @@ pub use budget::{BudgetMatrix, BudgetOptions, KEPT_SPECTRA, Planned, SpentBudget
 pub use checkpoint::{Fits, Options, compress_checkpoint, planned_report, spend_budget};
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use place::{Calibration, Place};
-pub use report::{MatrixReport, Report};
+pub use report::{MatrixReport, Report, UNCALIBRATED_BUDGET};

@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")
     compress.add_argument("--threads", type=_positive, metavar="N", help="worker threads (default: all cores)")
     compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
-    compress.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    compress.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint in DST, if it holds nothing else"
+    )
     compress.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
 
     _add_distill(commands, common)
