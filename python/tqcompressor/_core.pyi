@@ -14,6 +14,7 @@ from .config.specs import MatrixSpec
 from .config.tq_config import TQConfig
 
 __all__ = [
+    "UNCALIBRATED_BUDGET",
     "Checkpoint",
     "Choice",
     "DecodeStream",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 __version__: str
+UNCALIBRATED_BUDGET: str
 
 _Float32Array = NDArray[np.float32]
 _Int64Array = NDArray[np.int64]

@@ -34,7 +34,7 @@ class CheckpointError(TQError, ValueError):
 
 
 class DestinationError(TQError, FileExistsError):
-    """An output folder that exists and is not empty."""
+    """An output folder that exists and is not empty, or that another run is writing."""
 
 
 class StorageError(TQError, OSError):

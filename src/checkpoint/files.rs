@@ -42,6 +42,126 @@ pub fn is_weight_file(name: &str) -> bool {
     extension.is_some_and(|found| WEIGHT_EXTENSIONS.iter().any(|known| found.eq_ignore_ascii_case(known)))
 }
 
+/// The name of the report of a compression, in the directory of its result.
+pub const REPORT_FILE: &str = "compression_report.json";
+
+/// Other files of a checkpoint, as transformers and this package write them.
+const KNOWN_FILES: [&str; 22] = [
+    "README.md",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    REPORT_FILE,
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "stage.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "training_args.bin",
+    "training_report.json",
+    "training_state.json",
+    "vocab.json",
+    "vocab.txt",
+];
+
+/// Files that the trainer of transformers, and ours, write beside those of a checkpoint.
+const TRAINER_FILES: [&str; 6] =
+    ["complete", "optimizer.pt", "rng_state.pth", "scaler.pt", "scheduler.pt", "trainer_state.json"];
+
+/// A directory that this package writes, by what belongs in it.
+#[derive(Clone, Copy)]
+enum Place {
+    /// A checkpoint, with the stages of a distillation.
+    Checkpoint,
+    /// The stages: `1-NAME`, `2-NAME`.
+    Stages,
+    /// One stage: the student before and after its training.
+    Stage,
+    /// The states of the trainer: `checkpoint-STEP`.
+    States,
+    /// One state of the trainer.
+    State,
+}
+
+impl Place {
+    /// What the directory `name` in this place is; none for a directory of someone else.
+    fn directory(self, name: &str) -> Option<Self> {
+        let numbered = |digits: &str| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+        match (self, name) {
+            (Self::Checkpoint, "stages") => Some(Self::Stages),
+            (Self::Stages, "final") | (Self::Stage, "compressed" | "trained") => Some(Self::Checkpoint),
+            (Self::Stages, _) if name.split_once('-').is_some_and(|(number, _)| numbered(number)) => Some(Self::Stage),
+            (Self::Stage, "checkpoints") => Some(Self::States),
+            (Self::States, _) if name.strip_prefix("checkpoint-").is_some_and(numbered) => Some(Self::State),
+            _ => None,
+        }
+    }
+
+    /// Whether the file `name` belongs in this place.
+    fn file(self, name: &str) -> bool {
+        let checkpoint = matches!(self, Self::Checkpoint | Self::State);
+        let state = matches!(self, Self::State) && (TRAINER_FILES.contains(&name) || name.starts_with("rng_state_"));
+        state || checkpoint && (KNOWN_FILES.contains(&name) || is_model_file(name))
+    }
+}
+
+/// Whether `name` is `model.safetensors`, `pytorch_model.bin`, one of their shards, or the index of these.
+fn is_model_file(name: &str) -> bool {
+    [("model", ".safetensors"), ("pytorch_model", ".bin")].iter().any(|(stem, extension)| {
+        let rest = name.strip_prefix(stem).unwrap_or_default();
+        let shard = rest.strip_suffix(extension).unwrap_or("?");
+        let numbers = shard.strip_prefix('-').and_then(|numbers| numbers.split_once("-of-"));
+        let digits = |digits: &str| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+        shard.is_empty()
+            || numbers.is_some_and(|(number, count)| digits(number) && digits(count))
+            || rest.strip_suffix(".index.json") == Some(extension)
+    })
+}
+
+/// The first file or directory, in order of names and relative to `directory`, that belongs to no checkpoint and to no
+/// distillation. Files that a compression copied from its source belong to it: its report names them.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn first_foreign(directory: &Path) -> Result<Option<PathBuf>> {
+    Ok(foreign_in(directory, Place::Checkpoint)?.map(|path| path.strip_prefix(directory).unwrap_or(&path).to_owned()))
+}
+
+fn foreign_in(directory: &Path, place: Place) -> Result<Option<PathBuf>> {
+    let entries = fs::read_dir(directory).map_err(Error::io(directory))?;
+    let mut paths = entries.map(|entry| Ok(entry.map_err(Error::io(directory))?.path())).collect::<Result<Vec<_>>>()?;
+    paths.sort_unstable();
+    // A file that is no report lists nothing.
+    let report = read_object_if_any(&directory.join(REPORT_FILE)).ok().flatten().unwrap_or_default();
+    let carried = report.get("carried").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    for path in paths {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return Ok(Some(path)) };
+        // A killed run leaves `.NAME.partial` and `.NAME.lock`.
+        let left = |end| name.strip_prefix('.').and_then(|rest| rest.strip_suffix(end));
+        let name = left(".partial").or_else(|| left(".lock")).unwrap_or(name);
+        let foreign = if path.is_dir() {
+            match place.directory(name) {
+                Some(inside) => foreign_in(&path, inside)?,
+                None => Some(path),
+            }
+        } else {
+            let known = place.file(name) || place.directory(name).is_some() || carried.iter().any(|file| file == name);
+            (!known).then_some(path)
+        };
+        if foreign.is_some() {
+            return Ok(foreign);
+        }
+    }
+    Ok(None)
+}
+
 pub(super) fn problem(path: &Path, problem: impl Into<String>) -> Error {
     Error::Checkpoint { path: path.to_owned(), problem: problem.into() }
 }
@@ -145,5 +265,74 @@ fn no_weights(directory: &Path) -> Result<String> {
             "only safetensors is read, found {name}. Convert it with \
              transformers.AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(NEW)"
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_weights_of_a_checkpoint_are_told_from_other_files() {
+        for name in [
+            "model.safetensors",
+            "model-00001-of-00012.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model-1-of-2.bin",
+            "pytorch_model.bin.index.json",
+        ] {
+            assert!(is_model_file(name), "{name}");
+        }
+        for name in
+            ["", "model", "my_model.safetensors", "model-a-of-b.safetensors", "model.bin", "model.py", "data.bin"]
+        {
+            assert!(!is_model_file(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_first_foreign_entry_is_found_wherever_it_is() {
+        let root = tempfile::tempdir().unwrap();
+        let ours = [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "stages/1-one-shot/compressed/stage.json",
+            "stages/1-one-shot/.trained.partial/model.safetensors",
+            "stages/1-one-shot/.trained.lock",
+            "stages/1-one-shot/checkpoints/checkpoint-20/optimizer.pt",
+            "stages/final/tokenizer.json",
+            ".training_state.json.partial",
+            "licence.txt",
+        ];
+        let write = |name: &str| {
+            let path = root.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        };
+        ours.iter().for_each(|name| write(name));
+        fs::write(root.path().join(REPORT_FILE), r#"{"carried": ["licence.txt"]}"#).unwrap();
+        assert_eq!(first_foreign(root.path()).unwrap(), None);
+        for name in [
+            ".git/HEAD",
+            ".env",
+            "a folder/config.json",
+            "data.safetensors",
+            "stages/1-one-shot/notes.txt",
+            "stages/1-one-shot/checkpoints/runs/events",
+            "stages/1-one-shot/trained/figure.png",
+            "stages/thesis.tex",
+            "thesis.tex",
+        ] {
+            write(name);
+            let found = first_foreign(root.path()).unwrap().unwrap();
+            assert!(Path::new(name).starts_with(&found), "{name}: {}", found.display());
+            fs::remove_file(root.path().join(name)).unwrap();
+            // The folder by itself is foreign, too, unless it is one of ours.
+            let folder = Path::new(name).parent().unwrap();
+            if fs::remove_dir(root.path().join(folder)).is_err() {
+                assert_eq!(first_foreign(root.path()).unwrap(), None, "{name}");
+            }
+        }
     }
 }

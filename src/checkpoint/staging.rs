@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use super::files::first_foreign;
 use super::read::Checkpoint;
 use crate::error::{Error, Result};
 
@@ -25,7 +26,7 @@ pub struct Destination {
 
 impl Destination {
     /// Checks, before any work, that `path` may become the compressed form of `source`: it does not exist, or is an
-    /// empty directory, or `overwrite` is set and it is a checkpoint (it holds a `config.json`). Overwriting replaces
+    /// empty directory, or `overwrite` is set and it holds a checkpoint and nothing else. Overwriting replaces
     /// the whole directory. A directory that holds the source is refused.
     ///
     /// # Errors
@@ -63,7 +64,19 @@ impl Destination {
                 return refuse("holds the source's weights: overwriting it would delete them");
             }
         }
+        destination.refuse_foreign()?;
         Ok(destination)
+    }
+
+    /// Refuses a directory that holds more than a checkpoint: replacing it would delete what this package did not write.
+    fn refuse_foreign(&self) -> Result<()> {
+        let Some(foreign) = first_foreign(&self.path)? else { return Ok(()) };
+        let problem = format!(
+            "holds '{}', which is no file of a checkpoint, so it is not overwritten: move that away, or give another \
+             directory",
+            foreign.display()
+        );
+        Err(Error::Destination { path: self.path.clone(), problem })
     }
 }
 
@@ -131,6 +144,8 @@ impl StagingDirectory {
             if !self.destination.overwrite {
                 return Err(Error::Destination { path: to, problem: "was filled while this run went on".into() });
             }
+            // Again: the run may have taken hours.
+            self.destination.refuse_foreign()?;
             exchange(&self.directory, &to).map_err(Error::io(&to))?;
             // The hidden directory now holds the old destination, which is removed on drop.
         } else {

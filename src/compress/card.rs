@@ -35,7 +35,7 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
          ```python\nimport tqcompressor  # teaches transformers this format\n\
          from transformers import {class}\n\n\
          model = {class}.from_pretrained(\"path/to/this/directory\")\n```\n\n\
-         Without `import tqcompressor`, transformers refuses to load it.\n\n\
+         Without `import tqcompressor`, transformers refuses to load it.\n\n{note}\
          ## What was done\n\n\
          A matrix `W` (in × out) with a *block* became `W[p][:, q] ≈ Σ A_k ⊗ B_k`, every `B_k` of the block's shape. Lost \
          energy is `‖W − Ŵ‖² / ‖W‖²`{norm}. Everything else is unchanged.\n\n\
@@ -43,6 +43,7 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
          |---|---|---|---|---|\n",
         model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown"),
         count = report.matrices.len(),
+        note = report.note.map_or(String::new(), |note| format!("> {note}\n\n")),
         norm = if report.calibrated { ", in the norm of the calibration" } else { "" },
         before = grouped(*before),
         after = grouped(*after),

@@ -14,8 +14,8 @@ use super::budget::{BudgetMatrix, BudgetOptions, SpentBudget};
 use super::card;
 use super::parallel::{Task, Timed, decompose_each};
 use super::place::{Calibration, place};
-use super::report::Report;
-use crate::checkpoint::files::is_weight_file;
+use super::report::{Report, UNCALIBRATED_BUDGET};
+use crate::checkpoint::files::{REPORT_FILE, is_weight_file};
 use crate::checkpoint::read::{Checkpoint, Tensor};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
@@ -118,6 +118,10 @@ impl Fits<'_> {
         let (Self::Made(calibration) | Self::Spent { calibration, .. }) = self;
         calibration.values().any(|moments| moments.input.is_some() || moments.output.is_some())
     }
+
+    fn note(&self) -> Option<&'static str> {
+        (matches!(self, Self::Spent { .. }) && !self.calibrated()).then_some(UNCALIBRATED_BUDGET)
+    }
 }
 
 /// The positions of a plan's matrices in `names`.
@@ -172,7 +176,7 @@ pub fn compress_checkpoint(
         }
     }
 
-    let mut report = Report { calibrated: fits.calibrated(), ..Report::planned(&plan) };
+    let mut report = Report { calibrated: fits.calibrated(), note: fits.note(), ..Report::planned(&plan) };
     let matrices = Mutex::new(&mut report.matrices);
     let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
     let finish = |i: usize, Timed { fit, seconds }| {
@@ -205,12 +209,13 @@ pub fn compress_checkpoint(
     for path in carried(source)? {
         progress.check()?;
         stage.copy(&path)?;
+        report.carried.extend(path.file_name().map(|name| name.to_string_lossy().into_owned()));
     }
     stage.write("config.json", config_json(checkpoint, &plan.config, options.dtype).as_bytes())?;
     let directory = source.canonicalize().map_err(Error::io(source))?;
     stage.write("README.md", card::model_card(&directory, checkpoint.config(), &report).as_bytes())?;
     report.seconds = Some(start.elapsed().as_secs_f64());
-    stage.write("compression_report.json", (report.to_json(true) + "\n").as_bytes())?;
+    stage.write(REPORT_FILE, (report.to_json(true) + "\n").as_bytes())?;
     progress.check()?;
     stage.commit()?;
     Ok(report)
@@ -404,7 +409,7 @@ pub(super) fn carried(source: &Path) -> Result<Vec<PathBuf>> {
     for entry in std::fs::read_dir(source).map_err(Error::io(source))? {
         let path = entry.map_err(Error::io(source))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let written = ["config.json", "README.md", "compression_report.json"].contains(&&*name);
+        let written = ["config.json", "README.md", REPORT_FILE].contains(&&*name);
         let skipped = written || name.starts_with('.') || name.ends_with(".index.json") || is_weight_file(&name);
         // Follow links: huggingface_hub's cache consists of them.
         if !skipped && path.is_file() {

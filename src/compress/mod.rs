@@ -15,4 +15,4 @@ pub use checkpoint::{Fits, Options, compress_checkpoint, planned_report, spend_b
 pub use expand::expand_checkpoint;
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use place::{Calibration, Place};
-pub use report::{MatrixReport, Report};
+pub use report::{MatrixReport, Report, UNCALIBRATED_BUDGET};

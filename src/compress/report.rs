@@ -5,6 +5,11 @@ use serde::Serialize;
 use crate::plan::{Job, Plan, Untouched};
 use crate::spec::MatrixSpec;
 
+/// What the command line, the report and the card say of a budget that was spent in the Frobenius norm.
+pub const UNCALIBRATED_BUDGET: &str = "This budget is spent without a calibration: the model will be far worse than a \
+    calibrated one of the same size. To calibrate, run `tqcompressor calibrate MODEL --text FILE --out \
+    calibration.safetensors`, and give that file to --calibration (in Python: calibration=).";
+
 /// One matrix of a [`Report`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MatrixReport {
@@ -47,6 +52,12 @@ pub struct Report {
     /// Whether lost energies are in the norm of a calibration instead of the Frobenius norm.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub calibrated: bool,
+    /// What a reader must know of the result: [`UNCALIBRATED_BUDGET`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<&'static str>,
+    /// The files copied from the source, beside the weights and the configuration.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<String>,
     /// The compressed matrices, in model order.
     pub matrices: Vec<MatrixReport>,
     /// The tensors that are not compressed, in model order.
@@ -78,6 +89,8 @@ impl Report {
             seed: plan.config.seed,
             dtype: None,
             calibrated: false,
+            note: None,
+            carried: Vec::new(),
             matrices: plan.jobs.iter().map(MatrixReport::planned).collect(),
             untouched: plan.untouched.clone(),
             parameters_before: plan.parameters_before,

@@ -19,6 +19,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("UNCALIBRATED_BUDGET", crate::compress::UNCALIBRATED_BUDGET)?;
     kernels::register(module)?;
     specs::register(module)?;
     terms::register(module)?;

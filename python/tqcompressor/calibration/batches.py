@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.cut import documents
 from ..data.text import open_texts
 from ..data.token_blocks import TokenBlocks, token_blocks
-from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, documents, drawn_indices, drawn_sequences, encoded
+from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, collected, drawn_indices, drawn_sequences
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -71,8 +72,8 @@ def _from_text(
     given = text if isinstance(text, list | tuple) else [text]
     if all(isinstance(document, str) for document in given):
         encoder = Encoder(tokenizer)
-        chunks = [ids for ids, _ in encoded(documents(open_texts(text), encoder.end_text), encoder, None)]
-        drawn = torch.from_numpy(drawn_sequences(chunks, inner, num_samples, seed))
+        tokens = collected(documents(open_texts(text), encoder.end_text), encoder, encoder.end)
+        drawn = torch.from_numpy(drawn_sequences(tokens, inner, num_samples, seed))
     else:
         drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), num_samples, seed)
     edges = [torch.tensor(ids, dtype=torch.int64).expand(len(drawn), -1) for ids in (before, after)]

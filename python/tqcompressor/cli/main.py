@@ -21,7 +21,7 @@ from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
-from ..utils.atomic_io import check_destination
+from ..utils.atomic_io import sole_run
 from ..utils.engines import is_native
 from .options import parser
 
@@ -120,24 +120,24 @@ def _expand(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from ..compression.measured import calibrate_checkpoint
 
-    # Checked before the measurement, which may take hours.
-    check_destination(Path(options.out))
     if find_spec("transformers") is not None:
         _quiet_transformers()
-    found = calibrate_checkpoint(
-        options.source,
-        [Path(text) for text in options.text],
-        engine=options.engine,
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        sensitivity=options.sensitivity,
-        samples=options.samples,
-        seed=options.seed,
-        dtype=options.dtype,
-        device=options.device,
-        threads=options.threads,
-    )
-    found.save(options.out)
+    # From the beginning: the second of two runs is refused before it measures.
+    with sole_run(Path(options.out)):
+        found = calibrate_checkpoint(
+            options.source,
+            [Path(text) for text in options.text],
+            engine=options.engine,
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+            sensitivity=options.sensitivity,
+            samples=options.samples,
+            seed=options.seed,
+            dtype=options.dtype,
+            device=options.device,
+            threads=options.threads,
+        )
+        found.save(options.out)
     if options.json:
         fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
         shapes = {name: list(moment.shape) for name, moment in found.moments.items()}
@@ -211,7 +211,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ..data.text import one_text, read_passages
+    from ..data.text import check_text, read_passages
     from ..evaluate.results import Comparison
 
     limits = {
@@ -221,7 +221,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     }
     native = is_native(options.engine, limits)
     # Read the text before the models, which take seconds to load.
-    text = one_text(Path(options.text))
+    text = Path(options.text)
+    check_text(text)
     passages = None if options.passages is None else read_passages(options.passages)
     models = [name for name in (options.model, options.teacher) if name is not None]
     # One model in memory at a time.
@@ -230,14 +231,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(table.to_json() if options.json else table)
 
 
-def _score_native(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+def _score_native(name: str, text: Path, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
     from ..native.model import NativeModel
 
     model = NativeModel.from_pretrained(name, threads=options.threads)
     return model.score(text, name=name, passages=passages, context=options.context, stride=options.stride)
 
 
-def _score_in_torch(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
     from ..evaluate.comparison import score
 
     try:

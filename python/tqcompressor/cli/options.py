@@ -216,7 +216,9 @@ def _add_engine(parser: Any) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint in DST, if it holds nothing else"
+    )
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help='like "500MB" (default: 5GB)')
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .._core import MatrixInfo
+from .._core import UNCALIBRATED_BUDGET, MatrixInfo
 from ..calibration.calibration import Calibration
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, one_of
 from ..config.recipes import CONFIG_FORMS
@@ -182,6 +182,11 @@ def cap_of(max_macs: float | None) -> float | None:
 def calibrated(calibration: Calibration | None, objective: Objective) -> bool:
     """Whether errors are measured in the norm of a calibration rather than the Frobenius norm."""
     return calibration is not None and objective != "frobenius"
+
+
+def note_of(calibrated: bool) -> str | None:
+    """What a reader must know of a budget that is spent in the norm of a calibration, or without one."""
+    return None if calibrated else UNCALIBRATED_BUDGET
 
 
 def moments_of(

@@ -17,7 +17,7 @@ from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
 from ..utils.tables import format_table
-from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, target_of
+from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, note_of, target_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,11 @@ class BudgetPlan:
     """The cap on `macs_after`, as a share of `macs_before`."""
 
     @property
+    def note(self) -> str | None:
+        """What a reader must know of the plan: that the budget is spent without a calibration."""
+        return note_of(self.calibrated)
+
+    @property
     def macs_before(self) -> int:
         """MACs for one token of all planned matrices together, while they are dense."""
         return sum(matrix.macs_before for matrix in self.matrices)
@@ -91,6 +96,7 @@ class BudgetPlan:
             "meaning": meaning(self.budget),
             "objective": self.objective,
             "calibrated": self.calibrated,
+            "note": self.note,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "macs_before": self.macs_before,
@@ -127,7 +133,7 @@ class BudgetPlan:
             macs += f" ({after / before:.1%})"
         if self.max_macs is not None:
             macs += f", at most {self.max_macs:.4g} of them allowed"
-        return f"{format_table(rows)}\n{means}\n{macs}"
+        return "\n".join([format_table(rows), means, macs, *([] if self.note is None else [self.note])])
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ def compress_checkpoint(
         effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
         seed: Of the search, and of the calibration on `text`. Default: the config's; with a budget 0.
         dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: each keeps its own.
-        overwrite: Replace a checkpoint in `out`, all of it, in one step.
+        overwrite: Replace a checkpoint in `out`, all of it, in one step. A folder that holds anything else is refused:
+            files that no compression or distillation writes, or folders other than `stages`.
         max_shard_size: The size limit of a weight file, in bytes or as in "500MB" or "2GiB".
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
@@ -98,7 +99,8 @@ def compress_checkpoint(
         ShapeError: A block does not divide a matrix, or a rank is too large for it.
         DtypeError: A weight is not floating, `dtype` is not supported, or it cannot hold a value.
         NonFiniteError: A weight has NaN or an infinity.
-        DestinationError: `out` exists and is not empty, or is the source.
+        DestinationError: `out` exists and is not empty, is the source, or is written by another run; with `overwrite`,
+            it holds a file that is none of a checkpoint. The message names the first.
         StorageError: The operating system reports an error: no permission, no space.
 
     Nothing is written if anything is raised, `KeyboardInterrupt` included.

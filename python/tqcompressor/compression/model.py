@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -37,7 +37,7 @@ from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
-from .budget import Budget, Spending, calibrated, check_options, moments_of
+from .budget import Budget, Spending, calibrated, check_options, moments_of, note_of
 from .budget_plan import BudgetRequest
 from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
 from .report import CompressionReport, MatrixReport, UntouchedTensor
@@ -151,7 +151,7 @@ def compress(
         config = request.plan(spent.choices).config
         fits = partial(_planned_fits, spent, request) if keep else None
     config = resolve_config(config, effort=effort, seed=seed)
-    return _compress_planned(
+    report = _compress_planned(
         model,
         config,
         plan_model(model, config),
@@ -160,6 +160,7 @@ def compress(
         threads=threads,
         progress=progress,
     )
+    return replace(report, note=None if budget is None else note_of(calibrated(known, objective)))
 
 
 def recompress(

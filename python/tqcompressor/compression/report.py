@@ -95,15 +95,20 @@ class CompressionReport:
     """Wall-clock time in all; None in a plan."""
     calibrated: bool | None = None
     """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
+    note: str | None = None
+    """What a reader must know of the result: that a budget was spent without a calibration."""
+    carried: tuple[str, ...] | None = None
+    """The files copied from the source, beside the weights and the configuration; None where there are none."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionReport:
         """The inverse of `to_dict`. Keys that a report does not have are left out, so it reads plans too."""
-        names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched"}
+        names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched", "carried"}
         return cls(
             version=data["tqcompressor"],
             matrices=tuple(_read(MatrixReport, matrix) for matrix in data["matrices"]),
             untouched=tuple(_read(UntouchedTensor, tensor) for tensor in data["untouched"]),
+            carried=tuple(data["carried"]) if "carried" in data else None,
             **{name: data[name] for name in names if name in data},
         )
 
@@ -138,7 +143,7 @@ class CompressionReport:
         summary = f"{share:.1f}% of the parameters {'are left' if done else 'would be left'}"
         if self.bytes_before is not None and self.bytes_after is not None:
             summary += f", in {self.bytes_after:,} of {self.bytes_before:,} bytes"
-        return f"{format_table(rows)}\n{summary}"
+        return "\n".join([format_table(rows), summary, *([] if self.note is None else [self.note])])
 
     def _listing(self) -> str:
         """The table of a model of which nothing is compressed."""

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ..errors import ConfigError, TextError
-from ..utils.utf8 import decoded, parsed
+from ..utils.utf8 import HEAD, foreign_text, parsed
 
 # A str is the text itself, a path is a file or a glob pattern; a list or tuple holds either. Any is `datasets.Dataset`,
 # which this package does not import.
 TextOption: TypeAlias = str | PathLike[str] | Sequence[str | PathLike[str]] | Any
 # No longer name of a file exists.
 _LONGEST_NAME = 4096
+# Bytes of a file that are read at a time, and characters of a text.
+_PART = 1 << 20
 
 
-def open_texts(text: TextOption) -> Iterable[str]:
+class Texts(Sized, Protocol):
+    """Texts, each by its consecutive parts; `len` is their number."""
+
+    def __iter__(self) -> Iterator[Iterable[str]]: ...
+
+
+def open_texts(text: TextOption) -> Texts:
     """The texts that an argument stands for, one for each str, file or row; each iteration reads them anew.
+
+    A text is given by its consecutive parts, so that a file of any size takes little memory.
 
     A str is the text itself. A `pathlib.Path` is a file or, where there is no such file, a glob pattern, whose files
     are sorted (`**` stands for any folders). A list or tuple holds either. A `datasets.Dataset` has a column "text".
@@ -53,12 +64,22 @@ def open_texts(text: TextOption) -> Iterable[str]:
     return _Entries(entries)
 
 
-def one_text(text: str | PathLike[str]) -> str:
+def open_text(text: str | PathLike[str]) -> Texts:
     """The text that an argument stands for which cannot be several; raises as `open_texts`."""
-    texts = list(open_texts(text))
+    texts = open_texts(text)
     if len(texts) != 1:
         raise TextError(f"expected one text, got {len(texts)}")
-    return texts[0]
+    return texts
+
+
+def check_text(text: str | PathLike[str]) -> None:
+    """Reads a text to its end, so that an error in it is found before long work; raises as `open_texts`."""
+    filled = False
+    for parts in open_text(text):
+        for part in parts:
+            filled = filled or bool(part.strip())
+    if not filled:
+        raise TextError("the text is empty")
 
 
 def open_passages(passages: Sequence[str] | PathLike[str]) -> Sequence[str]:
@@ -74,8 +95,11 @@ class _Entries:
     def __init__(self, entries: Sequence[str | Path]) -> None:
         self._entries = entries
 
-    def __iter__(self) -> Iterator[str]:
-        return (entry if isinstance(entry, str) else read_text(entry) for entry in self._entries)
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
+        return (_parts(entry) if isinstance(entry, str) else read_parts(entry) for entry in self._entries)
 
 
 class _Rows:
@@ -84,7 +108,10 @@ class _Rows:
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
 
-    def __iter__(self) -> Iterator[str]:
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
         number = 0
         for rows in self._dataset.iter(batch_size=1000):
             for text in rows["text"]:
@@ -92,8 +119,12 @@ class _Rows:
                     raise TextError(
                         f'row {number} of the dataset: expected a string as "text", got {type(text).__name__}'
                     )
-                yield text
+                yield _parts(text)
                 number += 1
+
+
+def _parts(text: str) -> Iterator[str]:
+    return (text[begin : begin + _PART] for begin in range(0, len(text), _PART))
 
 
 def _files(name: str) -> list[Path]:
@@ -125,10 +156,36 @@ def read_text(path: str | PathLike[str]) -> str:
         TextError: The file is not UTF-8; the message gives what it is, or the offset of the first wrong byte.
         OSError: It cannot be read.
     """
+    return "".join(read_parts(path))
+
+
+def read_parts(path: str | PathLike[str]) -> Iterator[str]:
+    """The consecutive parts of the text that `read_text` reads whole; raises as it does."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+        if (words := foreign_text(head)) is not None:
+            raise TextError(f"{path}: {words}")
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        while True:
+            at = file.tell() - len(decoder.getstate()[0])
+            data = file.read(_PART)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise TextError(f"{path}: not UTF-8 at byte {at + error.start} ({error.reason})") from error
+            if text:
+                yield text
+            if not data:
+                return
+
+
+def utf8(text: str) -> bytes:
+    """A text as UTF-8; raises `TextError` for lone surrogates."""
     try:
-        return decoded(Path(path).read_bytes())
-    except ValueError as error:
-        raise TextError(f"{path}: {error}") from error
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"the text cannot be encoded as UTF-8: {error.reason} at {error.start}") from error
 
 
 def read_passages(path: str | PathLike[str]) -> list[str]:

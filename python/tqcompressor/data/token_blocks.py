@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,17 @@ from ..utils import validate
 from ..utils.atomic_io import WholeFile, storage_errors
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
-from .text import TextOption, open_texts
-from .tokenize import Contents, Encoder, Tokens, digest, documents, encoded, token_dtype
+from .cut import documents
+from .text import TextOption, Texts, open_texts
+from .token_spool import Tokens
+from .tokenize import Contents, Encoder, digest, encoded, token_dtype
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 # Part of the name of a cache file. Raise it when the same text and tokenizer give other tokens.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class TokenBlocks:
@@ -158,7 +159,7 @@ def token_blocks(
         cache: The cache folder. Default: `$TQCOMPRESSOR_CACHE`, else `$XDG_CACHE_HOME/tqcompressor`, else
             `~/.cache/tqcompressor`.
         workers: Threads that tokenise; a slow (Python) tokenizer uses one. Default: one for every processor that this
-            process may use. The result does not depend on it.
+            process may use, at most 16. The result does not depend on it.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in bytes
             of text; not called when the tokens are cached.
 
@@ -169,9 +170,10 @@ def token_blocks(
         StorageError: The cache cannot be written.
         OSError: A file cannot be read.
 
-    Cost: every text is read once to find the cache file, and once more to tokenise it if there is none. Memory: one
-    text file and, per thread, about 200 bytes for every character of its document. On two cores, 24 MB of books take
-    6 seconds, and 0.3 when they are in the cache.
+    Cost: every text is read once to find the cache file, and once more to tokenise it if there is none. Memory: some
+    20 MB for each thread, whatever the size of a file. A document of more than 32,768 characters is encoded in pieces.
+    They have the tokens of the whole, but for a single word (of the tokenizer's pre-tokenizer) that is longer than
+    that. On two cores, 24 MB of books take 6 seconds, and 0.3 when they are in the cache.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -212,7 +214,7 @@ def token_blocks(
 
 def _write_tokens(
     file: WholeFile,
-    source: Iterable[str],
+    source: Texts,
     contents: Contents,
     encoder: Encoder,
     workers: int | None,
@@ -220,7 +222,7 @@ def _write_tokens(
 ) -> None:
     count = done = 0
     again = Contents()
-    stream = encoded(again.watch(documents(source, encoder.end_text)), encoder, workers)
+    stream = encoded(again.watch(documents(source, encoder.end_text)), encoder, workers, encoder.end)
     # Written again when the count is known: numpy leaves room for any count, so that the length is the same.
     file.write(_header(encoder.dtype, 0))
     with closing(stream), reporter(progress, "tokenise") as report:

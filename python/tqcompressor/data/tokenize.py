@@ -8,8 +8,9 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import closing, contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +18,22 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, TextError
 from ..utils import validate
 from ..utils.portable import processors
+from .cut import Piece, cut
+from .text import utf8
+from .token_spool import Tokens, TokenSpool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
 # Short documents are passed to a thread in batches: a call costs about as much as 10,000 characters.
 _BATCH_CHARACTERS = 1 << 16
 # Tokens of a sequence that is drawn for a calibration. At equal cost, more short sequences describe a layer's input
 # better than fewer long ones.
 CALIBRATION_SEQ_LEN = 128
 # Characters read ahead of the tokens that are written, per thread.
-_CHARACTERS_AHEAD = 1 << 20
+_CHARACTERS_AHEAD = 1 << 18
+# One thread reads and divides the texts, which more than so many others would wait for.
+_MOST_THREADS = 16
 
 
 class Contents:
@@ -38,14 +43,19 @@ class Contents:
         self.bytes = 0
         self._hash = hashlib.blake2b(digest_size=16)
 
-    def watch(self, documents: Iterable[str]) -> Iterator[str]:
-        """Yields `documents` and adds each to the digest and the size."""
-        for document in documents:
-            data = document.encode()
-            self._hash.update(len(data).to_bytes(8, "little"))
+    def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Yields the pieces of documents and adds each to the digest and the size."""
+        size = 0
+        for piece in pieces:
+            data = utf8(piece.text)
             self._hash.update(data)
+            size += len(data)
             self.bytes += len(data)
-            yield document
+            if piece.ends:
+                # Read from the end of the last document, the sizes give all boundaries.
+                self._hash.update(size.to_bytes(8, "little"))
+                size = 0
+            yield piece
 
     @property
     def digest(self) -> str:
@@ -53,8 +63,23 @@ class Contents:
         return self._hash.hexdigest()
 
 
+class TextEncoder(Protocol):
+    """What gives texts their tokens."""
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it releases the interpreter's lock, so that threads tokenise in parallel."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the tokens."""
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of every text, with no special tokens added."""
+
+
 class Encoder:
-    """A tokenizer's identity, and the token ids that it gives documents; callable from any thread."""
+    """A tokenizer's identity, and the token ids that it gives texts; callable from any thread."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Copies the state of `tokenizer`; later changes to it have no effect."""
@@ -82,51 +107,54 @@ class Encoder:
         """Whether it releases the interpreter's lock, so that threads tokenise in parallel."""
         return self._backend is not None
 
-    def __call__(self, documents: list[str]) -> Tokens:
-        """The tokens of every document, each followed by the end-of-text token."""
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of every text, with no special tokens added."""
         if self._backend is not None:
-            rows = [row.ids for row in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
+            rows = [row.ids for row in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         else:
-            rows = self._tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-        end = [] if self.end is None else [self.end]
-        ids = np.array([token for row in rows if row for token in (*row, *end)], dtype=np.int64)
-        if len(ids) and ids.max() >= self.vocab_size:
-            raise ConfigError(f"the tokenizer gives token {ids.max()}, its vocabulary has {self.vocab_size:,}")
-        return ids.astype(self.dtype)
-
-
-def documents(texts: Iterable[str], end_text: str | None) -> Iterator[str]:
-    """Yields the parts of every text between end-of-text tokens, except those of white space alone."""
-    for text in texts:
-        yield from (part for part in split_document(text, end_text) if part.strip())
-
-
-def split_document(text: str, end_text: str | None) -> list[str]:
-    """The parts of `text` between end-of-text tokens."""
-    return text.split(end_text) if end_text else [text]
+            rows = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        largest = max((max(row) for row in rows if row), default=0)
+        if largest >= self.vocab_size:
+            raise ConfigError(f"the tokenizer gives token {largest}, its vocabulary has {self.vocab_size:,}")
+        return rows
 
 
 def encoded(
-    documents: Iterable[str], encoder: Encoder, workers: int | None
+    pieces: Iterable[Piece], encoder: TextEncoder, workers: int | None, end: int | None
 ) -> Generator[tuple[Tokens, int], None, None]:
-    """Yields the tokens of a few documents at a time, in order, with the bytes of their text."""
+    """Yields the tokens of documents, some at a time and in order, with the bytes of their text.
+
+    `end` is put behind every document that has tokens, unless it is None. Memory: for each thread about 200 bytes for
+    every character of a batch, and what is read ahead.
+    """
     # A slow tokenizer holds the interpreter's lock and need not be thread-safe.
-    threads = (workers or processors()) if encoder.is_fast else 1
-    pending: deque[tuple[Future[Tokens], list[str], int]] = deque()
+    threads = (workers or min(processors(), _MOST_THREADS)) if encoder.is_fast else 1
+    pending: deque[tuple[Future[tuple[Tokens, list[int]]], list[Piece], int]] = deque()
     ahead = 0
+    filled = False
 
     def oldest() -> tuple[Tokens, int]:
-        nonlocal ahead
+        nonlocal ahead, filled
         future, batch, characters = pending.popleft()
         ahead -= characters
-        return future.result(), sum(len(document.encode()) for document in batch)
+        tokens, counts = future.result()
+        ends, done = [], 0
+        for piece, count in zip(batch, counts, strict=True):
+            done += count
+            filled = filled or count > 0
+            if piece.ends:
+                ends += [done] * filled
+                filled = False
+        if end is not None:
+            tokens = np.insert(tokens, ends, end)
+        return tokens, sum(len(utf8(piece.text)) for piece in batch)
 
     with _own_threads_only():
         pool = ThreadPoolExecutor(threads)
         try:
-            for batch in _batches(documents):
-                characters = sum(map(len, batch))
-                pending.append((pool.submit(encoder, batch), batch, characters))
+            for batch in _batches(cut(pieces, encoder)):
+                characters = sum(len(piece.text) for piece in batch)
+                pending.append((pool.submit(_encode, encoder, batch), batch, characters))
                 ahead += characters
                 while ahead > threads * _CHARACTERS_AHEAD:
                     yield oldest()
@@ -136,12 +164,29 @@ def encoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def collected(pieces: Iterable[Piece], encoder: TextEncoder, end: int | None, begin: Iterable[int] = ()) -> TokenSpool:
+    """The tokens of documents behind those in `begin`; see `encoded`."""
+    tokens = TokenSpool(encoder.dtype)
+    tokens.append(np.array(list(begin), encoder.dtype))
+    with closing(encoded(pieces, encoder, None, end)) as stream:
+        for some, _ in stream:
+            tokens.append(some)
+    return tokens
+
+
+def _encode(encoder: TextEncoder, batch: list[Piece]) -> tuple[Tokens, list[int]]:
+    """The tokens of a batch, and how many each piece has."""
+    rows = encoder([piece.context + piece.text for piece in batch])
+    rows = [row[piece.known :] for row, piece in zip(rows, batch, strict=True)]
+    return np.array(list(chain.from_iterable(rows)), encoder.dtype), [len(row) for row in rows]
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -186,9 +231,7 @@ def drawn_indices(available: int, wanted: int, length: int, tokens: int, seed: i
     return [int(index) for index in np.sort(chosen)]
 
 
-def drawn_sequences(chunks: list[Tokens], length: int, wanted: int, seed: int) -> NDArray[np.int64]:
-    """Sequences `(wanted, length)` drawn from the joined `chunks`; a last sequence that is not full is left out."""
-    tokens = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
-    count = len(tokens) // length
-    chosen = drawn_indices(count, wanted, length, len(tokens), seed)
-    return tokens[: count * length].reshape(count, length)[chosen].astype(np.int64)
+def drawn_sequences(tokens: TokenSpool, length: int, wanted: int, seed: int) -> NDArray[np.int64]:
+    """Sequences `(wanted, length)` drawn from `tokens`; a last sequence that is not full is left out."""
+    chosen = drawn_indices(len(tokens) // length, wanted, length, len(tokens), seed)
+    return np.stack([tokens[index * length : (index + 1) * length] for index in chosen]).astype(np.int64)

@@ -47,6 +47,8 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+# The first file of a run, with its settings and the scores of the teacher.
+STATE = "training_state.json"
 # A checkpoint folder with this file is complete.
 COMPLETE = "complete"
 

@@ -22,17 +22,17 @@ from .._core import ModelPlan
 from ..compression.model_plan import plan_model
 from ..config.choices import DTYPES, Dtype, one_of
 from ..config.tq_config import TQConfig
-from ..data.text import one_text
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
-from ..evaluate.scoring import begin_tokens, token_sequence
+from ..evaluate.scoring import begin_tokens, tokenised
 from ..utils import validate
-from ..utils.atomic_io import check_destination, require_space
+from ..utils.atomic_io import check_destination, require_space, without_leftovers
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
+from .artifacts import STATE
 from .config import DistillConfig, TrainingConfig
 from .stages import Stage, StagedRecipe, resolve_staged_recipe
-from .training import samples_per_step, training_arguments
+from .training import samples_per_step
 
 # Held out by default: a hundredth of the text, but no more than 65,536 tokens, so that scoring stays short.
 _HELDOUT_SHARE, _HELDOUT_TOKENS = 100, 1 << 16
@@ -96,6 +96,7 @@ def prepare(
     heldout: str | Path | None,
     losses: DistillConfig,
     training: TrainingConfig | TrainingArguments,
+    arguments: TrainingArguments,
     effort: str | None,
     seed: int | None,
     device: str | None,
@@ -107,11 +108,11 @@ def prepare(
 ) -> Prepared:
     """Loads teacher and text, plans every stage, and checks all inputs. Arguments and errors are those of `distill`.
 
+    `arguments` have the device and the processes of the run.
+
     The cheap checks come first. Only the token cache is written.
     """
     out, threads = Path(out), validate.threads(threads)
-    # Create it early: it starts the communication between processes and rejects settings that the machine lacks.
-    arguments = training_arguments(training, out / "stages", 1, device)
     one_of("dtype", dtype, DTYPES)
     staged = resolve_staged_recipe(recipe, effort=effort, seed=seed)
     _check_destination(out, resume, arguments)
@@ -120,7 +121,7 @@ def prepare(
     _check_vocabulary("the tokenizer", len(tokenizer), model)
     seq_len = _sequence_length(model, text, training)
     plans = [plan_model(model, stage.config) for stage in staged.stages]
-    heldout_tokens = None if heldout is None else token_sequence(tokenizer, one_text(heldout))
+    heldout_tokens = None if heldout is None else tokenised(tokenizer, heldout).tokens[:].tolist()
     if isinstance(text, TokenBlocks):
         _check_vocabulary("text: its tokenizer", text.vocab_size, model)
         samples = text
@@ -162,9 +163,17 @@ def prepare(
 def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) -> None:
     check_destination(out)
     with arguments.main_process_first(local=False):
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if taken and not resume and arguments.process_index == 0:
+        if arguments.process_index != 0 or not out.exists():
+            return
+        if not out.is_dir():
+            raise DestinationError(f"{out} exists and is not a folder: choose another name")
+        names = without_leftovers(out)
+        if names and not resume:
             raise DestinationError(f"{out} exists and is not empty: choose another folder, or resume")
+        if names and STATE not in names:
+            raise DestinationError(
+                f"{out} holds {names[0]!r} and no {STATE}: it has no run to resume, choose another folder"
+            )
 
 
 def _load_teacher(teacher: StrPath | PreTrainedModel) -> PreTrainedModel:

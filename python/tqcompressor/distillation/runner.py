@@ -2,7 +2,7 @@
 
 `out/stages/N-NAME/compressed` is the student after the stage's compression, `checkpoints` are the trainer's, `trained`
 is the student after the stage. Each gets its name only when it is complete. A killed run therefore resumes from the
-last of them, and ends with the same weights as a run that was not killed.
+last of them, and ends with the same weights as a run that was not killed. A lock keeps a second run out.
 
 Of several processes, the first does all work that is done once, within `main_process_first`.
 """
@@ -15,6 +15,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
 from ..evaluate.results import exponential
 from ..evaluate.scoring import negative_log_likelihood
-from ..utils.atomic_io import whole_folder
+from ..utils.atomic_io import sole_run, whole_folder
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import on_device
-from .artifacts import load_model, read_json, save_model, weights_digest, write_json
+from .artifacts import STATE, load_model, read_json, save_model, weights_digest, write_json
 from .config import DistillConfig, TrainingConfig
 from .prepare import Prepared, PreparedStage, prepare
 from .report import ModelResult, StageResult, TrainingReport
@@ -43,7 +44,6 @@ from .stages import DEFAULT_RECIPE, StagedRecipe
 from .training import Trained, quiet_transformers, train_stage, training_arguments, training_settings
 
 _REPORT = "training_report.json"
-_STATE = "training_state.json"
 
 
 def distill(
@@ -99,7 +99,8 @@ def distill(
         device: "cpu" to train on the CPU even if there is a GPU; by default transformers chooses.
         dtype: The dtype of the result: "float32", "float16" or "bfloat16". Training is float32.
         cache: The folder of tokenised text, as in `token_blocks`.
-        resume: Resumes a killed run that had the same arguments; starts a new run if `out` is empty.
+        resume: Resumes a killed run that had the same arguments; starts a new run if `out` is empty. While the run
+            is alive, a second one is refused.
         threads: Threads of the permutation search; they do not change the result.
         progress: True, False, None (bars when on a terminal or in a notebook) or a callable `(done, total)`, called
             for each piece of the work in turn.
@@ -112,7 +113,7 @@ def distill(
         ConfigError: Recipe, teacher, tokenizer and settings do not fit together, or `resume` finds a run with other
             arguments.
         TextError: Too little text for the stages, or files that are not UTF-8.
-        DestinationError: `out` is not empty.
+        DestinationError: `out` is not empty, another run is writing it, or `resume` finds files there and no run.
         StorageError: The disk is full, or has too little space for the stages.
 
     Cost: for every stage a compression, and on every token a forward and a backward pass of the student and a forward
@@ -124,7 +125,11 @@ def distill(
         >>> report = distill("gpt2", text=Path("openwebtext/*.txt"), out="gpt2-81m")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    with quiet_transformers():
+    training = training or TrainingConfig()
+    # Create it early: it starts the communication between processes and rejects settings that the machine lacks.
+    arguments = training_arguments(training, Path(out) / "stages", 1, device)
+    alone = sole_run(Path(out)) if arguments.process_index == 0 else nullcontext()
+    with quiet_transformers(), alone:
         prepared = prepare(
             teacher,
             recipe,
@@ -134,7 +139,8 @@ def distill(
             tokens=tokens,
             heldout=heldout,
             losses=losses or DistillConfig(),
-            training=training or TrainingConfig(),
+            training=training,
+            arguments=arguments,
             effort=effort,
             seed=seed,
             device=device,
@@ -155,7 +161,7 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
     Raises `ConfigError` if `out` has the state of a run with other settings.
     """
     settings = _settings(prepared)
-    path = prepared.out / _STATE
+    path = prepared.out / STATE
     with prepared.arguments.main_process_first(local=False):
         if not path.exists():
             teacher = _score(prepared, prepared.teacher, "score teacher")
@@ -282,7 +288,7 @@ def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageRes
     out = prepared.out
     with prepared.arguments.main_process_first(local=False):
         if not (out / _REPORT).exists():
-            final = out / "final"
+            final = out / "stages" / "final"
             shutil.rmtree(final, ignore_errors=True)
             with whole_folder(final) as partial:
                 student: Any = load_model(prepared.stages[-1].folder / "trained")

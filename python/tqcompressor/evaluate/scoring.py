@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from os import PathLike
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from ..data.text import one_text, open_passages
+import numpy as np
+
+from ..data.text import open_passages, open_text
+from ..data.token_spool import TokenSpool
+from ..data.tokenize import Encoder
 from ..errors import MissingDependencyError
 from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import evaluating
 from .results import LastWordResult, PerplexityResult, exponential
-from .windows import Encode, checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
+from .windows import (
+    Encode,
+    TextToScore,
+    checked_window,
+    first_token,
+    last_word_items,
+    perplexity_result,
+    text_to_score,
+    windows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +55,9 @@ def perplexity(
 
     The convention, exactly:
 
-    - The whole text is tokenized at once, with no special tokens added. The sequence is the begin-of-text token
-      (`bos_token_id` of the tokenizer, else `eos_token_id`) followed by the `N` tokens of the text. All `N` are scored,
+    - The text is tokenized as a whole, with no special tokens added; a long one in pieces that have its tokens, as
+      `token_blocks` says. The sequence is the begin-of-text token (`bos_token_id` of the tokenizer, else
+      `eos_token_id`) followed by the `N` tokens of the text. All `N` are scored,
       each once; the begin-of-text token is not. A tokenizer with neither token gives no such start: then the first
       token of the text is only context and the other `N − 1` are scored.
     - The first window scores `context` tokens; each later one moves on by `stride` tokens, scores just those, and holds
@@ -68,7 +83,8 @@ def perplexity(
         ConfigError: `context`, `stride` or `batch_size` is out of its range.
         MissingDependencyError: torch is not installed.
 
-    Cost: about `N · context / stride` token positions through the model.
+    Cost: about `N · context / stride` token positions through the model. The tokens of a long text are in a temporary
+    file: the memory does not depend on its length.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,18 +95,17 @@ def perplexity(
         (12, True)
     """
     start = time.perf_counter()
-    text = one_text(text)
-    sequence = token_sequence(tokenizer, text)
+    scored = tokenised(tokenizer, text)
     context, stride = checked_window(_longest(model), context, stride)
     total, tokens = negative_log_likelihood(
-        model, sequence, context=context, stride=stride, batch_size=batch_size, progress=progress
+        model, scored.tokens, context=context, stride=stride, batch_size=batch_size, progress=progress
     )
-    return perplexity_result(text, total, tokens, context, stride, time.perf_counter() - start)
+    return perplexity_result(scored, total, tokens, context, stride, time.perf_counter() - start)
 
 
-def token_sequence(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """`tokens_to_score` by a tokenizer of transformers."""
-    return tokens_to_score(text, _encoder(tokenizer), begin_tokens(tokenizer))
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: str | PathLike[str]) -> TextToScore:
+    """`text_to_score` by a tokenizer of transformers: a str is the text itself, a `pathlib.Path` is a UTF-8 file."""
+    return text_to_score(open_text(text), Encoder(tokenizer), begin_tokens(tokenizer))
 
 
 def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -100,7 +115,7 @@ def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def negative_log_likelihood(
     model: PreTrainedModel,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | TokenSpool,
     *,
     context: int | None = None,
     stride: int | None = None,
@@ -113,23 +128,23 @@ def negative_log_likelihood(
     """
     torch = _import_torch()
     context, stride = checked_window(_longest(model), context, stride)
-    sequence = torch.tensor(tokens, device=model.device)
-    parts = list(windows(len(sequence) - 1, context, stride))
+    targets = len(tokens) - 1
+    parts = windows(targets, context, stride)
     batch_size = checked_batch_size(model, batch_size, stride)
     total, done = 0.0, 0
     with evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as callback:
         report = callback or _silent
-        report(done, len(sequence) - 1)
+        report(done, targets)
         # The first window scores more tokens than the others: in a batch of its own it does not widen their logits.
-        for batch in [parts[:1], *_chunks(parts[1:], batch_size)]:
-            inputs = torch.stack([sequence[begin:end] for begin, end, _ in batch])
+        for batch in chain([list(islice(parts, 1))], _chunks(parts, batch_size)):
+            read = np.stack([np.asarray(tokens[begin : end + 1], np.int64) for begin, end, _ in batch])
+            rows = torch.from_numpy(read).to(model.device)
             most = max(scored for _, _, scored in batch)
-            logits = model(input_ids=inputs, use_cache=False, logits_to_keep=most).logits
-            for row, (_, end, scored) in zip(logits, batch, strict=True):
-                targets = sequence[end - scored + 1 : end + 1]
-                total -= float(_log_likelihoods(row[most - scored :], targets).double().sum())
+            logits = model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=most).logits
+            for row, ids, (_, _, scored) in zip(logits, rows, batch, strict=True):
+                total -= float(_log_likelihoods(row[most - scored :], ids[-scored:]).double().sum())
                 done += scored
-            report(done, len(sequence) - 1)
+            report(done, targets)
     return total, done
 
 
@@ -222,9 +237,10 @@ def checked_batch_size(model: PreTrainedModel, batch_size: int | None, positions
     return validate.integer("batch_size", batch_size, 1)
 
 
-def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
+def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some
 
 
 def _silent(done: int, total: int) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
+from ..data.cut import whole_documents
+from ..data.text import utf8
+from ..data.token_spool import TokenSpool
+from ..data.tokenize import TextEncoder, collected
 from ..errors import TextError
 from ..utils import validate
 from .results import PerplexityResult
@@ -13,14 +18,38 @@ from .results import PerplexityResult
 Encode: TypeAlias = Callable[[str], list[int]]
 
 
-def tokens_to_score(text: str, encode: Encode, begin: Sequence[int]) -> list[int]:
-    """The tokens of a text after those in `begin`; raises `TextError` for fewer than 2."""
-    if not text.strip():
+@dataclass
+class TextToScore:
+    """A text, read once: its tokens behind those that it begins with, and its size."""
+
+    tokens: TokenSpool
+    words: int
+    bytes: int
+
+
+def text_to_score(texts: Iterable[Iterable[str]], encoder: TextEncoder, begin: Sequence[int]) -> TextToScore:
+    """Reads and encodes a text, given by its consecutive parts, with bounded memory.
+
+    Raises `TextError` for fewer than 2 tokens.
+    """
+    words = size = 0
+    inside = False
+
+    def counted(parts: Iterable[str]) -> Iterator[str]:
+        nonlocal words, size, inside
+        for part in parts:
+            size += len(utf8(part))
+            # A word that goes on from the part before has been counted there.
+            words += len(part.split()) - (inside and not part[0].isspace())
+            inside = not part[-1].isspace()
+            yield part
+
+    tokens = collected(whole_documents(map(counted, texts)), encoder, None, begin)
+    if not words:
         raise TextError("the text is empty")
-    tokens = encode(text)
-    if len(tokens) < 2:
+    if len(tokens) - len(begin) < 2:
         raise TextError("the text has fewer than 2 tokens")
-    return [*begin, *tokens]
+    return TextToScore(tokens, words, size)
 
 
 def first_token(begin: int | None, end: int | None) -> list[int]:
@@ -47,14 +76,14 @@ def windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int,
 
 
 def perplexity_result(
-    text: str, total: float, tokens: int, context: int, stride: int, seconds: float
+    text: TextToScore, total: float, tokens: int, context: int, stride: int, seconds: float
 ) -> PerplexityResult:
     """The result of scoring `tokens` tokens of a text, of `total` nats in all."""
     return PerplexityResult(
         negative_log_likelihood=total,
         tokens=tokens,
-        words=len(text.split()),
-        bytes=len(text.encode()),
+        words=text.words,
+        bytes=text.bytes,
         context=context,
         stride=stride,
         seconds=seconds,

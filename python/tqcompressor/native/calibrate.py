@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration, merge_tied
+from ..data.cut import documents
 from ..data.text import TextOption, open_texts
-from ..data.tokenize import (
-    CALIBRATION_SEQ_LEN,
-    documents,
-    drawn_sequences,
-    encoded,
-    token_dtype,
-)
+from ..data.tokenize import CALIBRATION_SEQ_LEN, collected, drawn_sequences
 from ..errors import ConfigError, TextError
 from ..utils.batching import measured_together
 from ..utils.progress import ProgressOption, reporter
+from .tokens import NativeEncoder
 
 # float64 sums, and float32 means of them.
 _BYTES_PER_ENTRY = 12
-
-
-class _Encoder:
-    """A native tokenizer with the interface of `data.tokenize.Encoder`."""
-
-    # The extension module releases the GIL.
-    is_fast = True
-
-    def __init__(self, tokenizer: _core.Tokenizer, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self.end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self.end_text = None if self.end is None else tokenizer.decode([self.end], False)
-        self.dtype = token_dtype(vocab_size)
-
-    def __call__(self, documents: list[str]) -> NDArray[Any]:
-        """The tokens of every document, each followed by the end-of-text token."""
-        rows = [self._tokenizer.encode(document) for document in documents]
-        end = [] if self.end is None else [self.end]
-        return np.array([token for row in rows if row for token in (*row, *end)], dtype=np.int64).astype(self.dtype)
 
 
 def draw_sequences(
@@ -57,9 +32,10 @@ def draw_sequences(
     length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     if not 2 <= length <= longest:
         raise ConfigError(f"seq_len: expected 2 to {longest} (the model's positions), got {length}")
-    encoder: Any = _Encoder(tokenizer, runtime.vocab_size)
-    parts = documents(open_texts(text), encoder.end_text)
-    return drawn_sequences([tokens for tokens, _ in encoded(parts, encoder, None)], length, num_samples, seed)
+    end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    end_text = None if end is None else tokenizer.decode([end], False)
+    tokens = collected(documents(open_texts(text), end_text), NativeEncoder(tokenizer), end)
+    return drawn_sequences(tokens, length, num_samples, seed)
 
 
 def measure(

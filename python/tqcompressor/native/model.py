@@ -13,15 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration
-from ..data.text import TextOption, one_text, open_passages
-from ..errors import DtypeError, ShapeError, TextError
+from ..data.text import TextOption, open_passages, open_text, utf8
+from ..errors import DtypeError, ShapeError
 from ..evaluate.results import LastWordResult, ModelScore, PerplexityResult, exponential
-from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, tokens_to_score, windows
+from ..evaluate.windows import checked_window, first_token, last_word_items, perplexity_result, text_to_score, windows
 from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from .calibrate import draw_sequences, measure
-from .tokens import Streamer, TextStreams, batches, checked_tokens, integers
+from .tokens import NativeEncoder, Streamer, TextStreams, batches, checked_tokens, integers
 
 # The default limit of new tokens of `generate_tokens`.
 _NEW_TOKENS = 128
@@ -195,10 +195,8 @@ class NativeModel:
             CheckpointError: The checkpoint has no tokenizer, or a damaged one.
             TextError: The text has lone surrogates.
         """
-        try:
-            return self._tokenizer.encode(text)
-        except UnicodeEncodeError as error:
-            raise TextError(f"the text cannot be encoded as UTF-8: {error.reason} at {error.start}") from error
+        utf8(text)
+        return self._tokenizer.encode(text)
 
     def decode(self, tokens: ArrayLike, *, skip_special_tokens: bool = False) -> str:
         """The text of tokens. Bytes that are not UTF-8, such as part of a character, become U+FFFD.
@@ -301,20 +299,20 @@ class NativeModel:
         Cost: about `N · context / stride` token positions through the model.
         """
         start = time.perf_counter()
-        text = one_text(text)
-        sequence = tokens_to_score(text, self.encode, self._begin())
+        scored_text = text_to_score(open_text(text), NativeEncoder(self._tokenizer), self._begin())
+        sequence = scored_text.tokens
         context, stride = checked_window(self.context, context, stride)
-        parts = list(windows(len(sequence) - 1, context, stride))
+        parts = windows(len(sequence) - 1, context, stride)
         total, done = 0.0, 0
         with reporter(progress, "perplexity") as report:
             for batch in batches(parts, lambda part: part[1] - part[0]):
-                sequences = [sequence[begin : end + 1] for begin, end, _ in batch]
+                sequences = [sequence[begin : end + 1].tolist() for begin, end, _ in batch]
                 likelihoods, _ = self._runtime.score(sequences, [scored for _, _, scored in batch])
                 total -= float(likelihoods.sum())
                 done += len(likelihoods)
                 if report is not None:
                     report(done, len(sequence) - 1)
-        return perplexity_result(text, total, done, context, stride, time.perf_counter() - start)
+        return perplexity_result(scored_text, total, done, context, stride, time.perf_counter() - start)
 
     def last_word_accuracy(
         self, passages: Sequence[str] | PathLike[str], *, progress: ProgressOption = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
+from ..data.tokenize import token_dtype
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils import validate
 from ..utils.batching import fitting
@@ -18,6 +19,21 @@ _Item = TypeVar("_Item")
 # Tokens of one forward pass over several sequences: enough for efficient matrix products, few enough for little memory
 # and a fast reaction to Ctrl-C.
 _TOKENS_PER_PASS = 1024
+
+
+class NativeEncoder:
+    """A native tokenizer as a `data.tokenize.TextEncoder`."""
+
+    # The extension module releases the GIL.
+    is_fast = True
+
+    def __init__(self, tokenizer: _core.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer.vocab_size)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of every text, with no special tokens added."""
+        return [self._tokenizer.encode(text) for text in texts]
 
 
 class TextStreams:
@@ -53,7 +69,7 @@ class TextStreams:
             self._streamer(prompt, text)
 
 
-def batches(items: Sequence[_Item], length: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+def batches(items: Iterable[_Item], length: Callable[[_Item], int]) -> Iterator[list[_Item]]:
     """Yields the items in order, in batches for one forward pass each."""
     return fitting(items, length, _TOKENS_PER_PASS)
 

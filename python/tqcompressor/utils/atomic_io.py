@@ -2,7 +2,8 @@
 
 What is to become `NAME` is written as `.NAME.partial` beside it, by the process that holds the lock `.NAME.lock`. The
 operating system releases the lock of a process that is killed, so that the next writer of `NAME` takes both over.
-Locks are filelock's.
+A long run that ends with `NAME` holds the lock `.NAME.tqcompressor-lock` from its beginning, and a second run is
+refused at once. Locks are filelock's; those of `compress` are the same to the operating system.
 """
 
 from __future__ import annotations
@@ -14,9 +15,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from ..errors import DestinationError, StorageError
 from . import portable
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+# What the system says of a folder that cannot be written to, or of a file system without locks.
+_NO_LOCK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class WholeFile:
@@ -111,6 +119,45 @@ def check_destination(path: Path) -> None:
 
 
 @contextmanager
+def sole_run(path: Path) -> Iterator[None]:
+    """Holds the lock of a run that writes the file or folder at `path`; at the end nothing of it is left.
+
+    Where the folder above admits no lock, such as a read-only one around a mounted folder, there is none.
+
+    Raises:
+        DestinationError: Another run holds it, or the path can lead nowhere.
+        StorageError: The operating system refused.
+    """
+    check_destination(path)
+    # Imported here because `import tqcompressor` needs numpy alone.
+    from filelock import FileLock, Timeout
+
+    resolved = path.resolve()
+    lock_path = resolved.with_name(f".{resolved.name}.tqcompressor-lock")
+    # A run that is just ending releases it within the second.
+    lock = FileLock(lock_path, timeout=1)
+    missing = [folder for folder in resolved.parents if not folder.exists()]
+    try:
+        try:
+            resolved.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            message = "another run of tqcompressor is writing it: wait for its end, or choose another destination"
+            raise DestinationError(f"{path}: {message}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCK:
+                raise StorageError(error.errno, error.strerror or str(error), str(lock_path)) from error
+        yield
+    finally:
+        if lock.is_locked:
+            _release(lock, lock_path)
+        for folder in missing:
+            # Those that hold the result stay.
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """Yields the free name `.NAME.partial` beside `path`, which only the holder of the lock on `path` may use.
 
@@ -135,11 +182,15 @@ def _locked(path: Path) -> Iterator[Path]:
             with storage_errors(partial):
                 _remove(partial)
         finally:
-            # Removed while it is held: filelock sees that a lock that it was waiting for has lost its name, and takes
-            # a new one. Windows removes no open file; there, filelock does it on release.
-            with suppress(OSError):
-                lock_path.unlink()
-            lock.release()
+            _release(lock, lock_path)
+
+
+def _release(lock: BaseFileLock, path: Path) -> None:
+    # Removed while it is held: filelock sees that a lock that it was waiting for has lost its name, and takes a new
+    # one. Windows removes no open file; there, filelock does it on release.
+    with suppress(OSError):
+        path.unlink()
+    lock.release()
 
 
 def _remove(path: Path) -> None:
@@ -168,6 +219,12 @@ def sync_folder(folder: Path) -> None:
     for path in folder.rglob("*"):
         portable.sync(path)
     portable.sync(folder)
+
+
+def without_leftovers(folder: Path) -> list[str]:
+    """The names in a folder, sorted, without what killed writers of its files left."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if not (name[0] == "." and name.endswith((".partial", ".lock"))))
 
 
 def free_space(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ..errors import ConfigError
@@ -10,7 +10,7 @@ from ..errors import ConfigError
 _Item = TypeVar("_Item")
 
 
-def fitting(items: Sequence[_Item], size: Callable[[_Item], int], most: int) -> Iterator[list[_Item]]:
+def fitting(items: Iterable[_Item], size: Callable[[_Item], int], most: int) -> Iterator[list[_Item]]:
     """Yields the items in order, in groups of total size `most` or less; a larger item is a group of its own."""
     group: list[_Item] = []
     room = most

@@ -48,12 +48,28 @@ fn overwriting_replaces_the_whole_directory_either_way() {
     }
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    for (file, overwrite) in [("was", false), ("is", true)] {
+    for (file, overwrite) in [("config.json", false), ("vocab.txt", true)] {
         let stage = StagingDirectory::begin(destination(&out, overwrite)).unwrap();
         stage.write(file, b"").unwrap();
         stage.commit().unwrap();
     }
-    assert_eq!((names(root.path()), names(&out)), (vec!["out".to_owned()], vec!["is".to_owned()]));
+    assert_eq!((names(root.path()), names(&out)), (vec!["out".to_owned()], vec!["vocab.txt".to_owned()]));
+}
+
+#[test]
+fn what_came_into_a_checkpoint_while_the_run_went_on_is_not_overwritten() {
+    let root = tempfile::tempdir().unwrap();
+    let out = root.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("config.json"), b"{}").unwrap();
+    let stage = StagingDirectory::begin(destination(&out, true)).unwrap();
+    fs::write(out.join("thesis.tex"), b"").unwrap();
+    let error = stage.commit().unwrap_err();
+    assert!(matches!(error, Error::Destination { .. }) && error.to_string().contains("'thesis.tex'"), "{error}");
+    assert_eq!(
+        (names(root.path()), names(&out)),
+        (vec!["out".to_owned()], vec!["config.json".into(), "thesis.tex".into()])
+    );
 }
 
 #[test]

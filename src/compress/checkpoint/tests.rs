@@ -313,8 +313,17 @@ fn destinations_that_hold_something_are_safe() {
     let out = root.path().join("out");
     fs::create_dir(&out).unwrap();
     compress(&from, &out, &Options::default()).unwrap();
-    fs::write(out.join("old.txt"), "").unwrap();
+    for foreign in ["notes.txt", "data.bin", ".git/HEAD"] {
+        let (path, first) = (out.join(foreign), foreign.split('/').next().unwrap());
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, "mine").unwrap();
+        refused(&out, &overwrite, &format!("'{first}'"));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+        fs::remove_file(&path).unwrap();
+    }
+    fs::remove_dir(out.join(".git")).unwrap();
+    fs::write(out.join("model-00001-of-00002.safetensors"), "").unwrap();
     compress(&from, &out, &overwrite).unwrap();
-    assert!(!out.join("old.txt").exists() && out.join("model.safetensors").exists());
+    assert!(!out.join("model-00001-of-00002.safetensors").exists() && out.join("model.safetensors").exists());
     assert_eq!(names(root.path()), ["alias", "other", "out", "parent"]);
 }

@@ -9,8 +9,9 @@ import torch
 import transformers
 from helpers.calibrations import measured_model, saved
 from helpers.checkpoints import Checkpoint, read_safetensors
-from helpers.models import agree, first_output, some_ids
-from tqcompressor import Calibration, LowRankSpec, TQConfig, compress, compress_checkpoint, plan
+from helpers.models import CONFIG, agree, first_output, some_ids
+from tqcompressor import Calibration, LowRankSpec, TQConfig, compress, compress_checkpoint, inspect, plan
+from tqcompressor.cli import main as cli
 from tqcompressor.compression.model import recompress
 from tqcompressor.errors import ConfigError, ShapeError
 
@@ -63,6 +64,32 @@ def test_a_model_and_its_checkpoint_become_the_same(sensitivity, measured, tmp_p
     expected = first_output(live, some_ids())
     assert agree(first_output(loaded, some_ids()), expected)
     assert not torch.allclose(expected, first_output(model, some_ids()), atol=1e-3)
+
+
+WORDS = ("without a calibration", "far worse than a calibrated one", "tqcompressor calibrate", "--calibration")
+
+
+def test_a_budget_without_a_calibration_says_what_that_costs(measured, tmp_path, capsys):
+    """The plan, the command line, the report in the folder and the card; also where the objective ignores it."""
+    model, calibration = measured
+    folder, path = saved(model, tmp_path / "dense"), tmp_path / "moments.safetensors"
+    calibration.save(path)
+    plain = {"budget": 0.6, "effort": "fast"}
+    told = [str(plan(model, **plain)), str(compress(copy.deepcopy(model), **plain)), plan(folder, **plain).to_json()]
+    ignored = {"calibration": path, "objective": "frobenius"}
+    told.append(str(compress_checkpoint(folder, tmp_path / "written", **plain, **ignored)))
+    assert cli.main(["compress", str(folder), "--budget", "0.6", "--out", str(tmp_path / "out")]) == 0
+    told.append(capsys.readouterr().out)
+    told += [(tmp_path / "out" / name).read_text() for name in ("README.md", "compression_report.json")]
+    told.append(str(inspect(tmp_path / "out")))
+    for text in told:
+        assert all(word in " ".join(text.split()) for word in WORDS), text
+    # With a calibration, and by a config, nothing is said.
+    silent = [str(plan(model, **plain, calibration=path)), str(compress(copy.deepcopy(model), CONFIG))]
+    compress_checkpoint(folder, tmp_path / "better", **plain, calibration=path)
+    compress_checkpoint(folder, tmp_path / "config", CONFIG)
+    silent += [(tmp_path / name / "README.md").read_text() for name in ("better", "config")]
+    assert not any(WORDS[1] in text for text in silent)
 
 
 def test_a_calibration_makes_the_model_better_at_what_it_saw(measured):

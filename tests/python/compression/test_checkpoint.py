@@ -1,6 +1,7 @@
 """Compressing checkpoints on disk: the stored tensors, the copied files, and the report."""
 
 import json
+import re
 import sys
 import types
 
@@ -227,13 +228,41 @@ def test_an_exception_in_progress_stops_the_job_and_nothing_is_left(tmp_path):
 
 def test_overwrite_replaces_the_whole_directory(tmp_path):
     source = Checkpoint().write(tmp_path / "in")
+    # Copied along, so that it belongs to the result.
+    (source / "LICENCE.txt").write_text("free")
     compress_checkpoint(source, tmp_path / "out", CONFIG)
-    (tmp_path / "out" / "old.txt").write_text("old")
+    (tmp_path / "out" / "pytorch_model.bin").write_text("old")
     with pytest.raises(errors.DestinationError, match="not empty"):
         compress_checkpoint(source, tmp_path / "out", CONFIG)
-    assert (tmp_path / "out" / "old.txt").exists()
-    compress_checkpoint(source, tmp_path / "out", CONFIG, overwrite=True)
-    assert not (tmp_path / "out" / "old.txt").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    assert (tmp_path / "out" / "pytorch_model.bin").exists()
+    report = compress_checkpoint(source, tmp_path / "out", CONFIG, overwrite=True)
+    assert report.carried == ("LICENCE.txt",)
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("foreign", "named"),
+    [
+        ("thesis.tex", "thesis.tex"),
+        (".git/HEAD", ".git"),
+        ("data/model.safetensors", "data"),
+        ("results.npz", "results.npz"),
+        ("stages/1-one-shot/trained/plot.png", "stages/1-one-shot/trained/plot.png"),
+        ("final/config.json", "final"),
+    ],
+)
+def test_overwrite_replaces_nothing_but_a_checkpoint(tmp_path, foreign, named):
+    """A compressed checkpoint, a dense one of transformers and a distillation may be replaced, with nothing else."""
+    source = Checkpoint().write(tmp_path / "in")
+    compress_checkpoint(source, tmp_path / "out", CONFIG)
+    path = tmp_path / "out" / foreign
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(errors.DestinationError, match=f"holds '{re.escape(named)}'.*another directory"):
+        compress_checkpoint(source, tmp_path / "out", CONFIG, overwrite=True)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_destinations_in_missing_and_empty_directories(tmp_path):

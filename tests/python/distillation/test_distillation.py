@@ -26,7 +26,7 @@ from tqcompressor.distillation.stages import Stage, StagedRecipe
 from tqcompressor.distillation.training import training_arguments
 from tqcompressor.errors import ConfigError, DestinationError, StorageError, TextError
 from tqcompressor.evaluate.results import exponential
-from tqcompressor.evaluate.scoring import negative_log_likelihood, token_sequence
+from tqcompressor.evaluate.scoring import negative_log_likelihood, tokenised
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments
 
 TRAINING = TrainingConfig(batch_size=4, learning_rate=1e-3)
@@ -144,7 +144,7 @@ def test_a_live_teacher_a_single_stage_and_a_narrow_dtype(teacher, tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
     # The student of the single stage is the one-shot student, and is scored once.
     compress(model, RECIPE.stages[2].config)
-    total, tokens = negative_log_likelihood(model, token_sequence(tokenizer, teacher.text.read_text(encoding="utf-8")))
+    total, tokens = negative_log_likelihood(model, tokenised(tokenizer, teacher.text).tokens)
     expected = ModelResult(model.num_parameters(), exponential(total / tokens))
     assert report.one_shot == report.stages[0].compressed == expected
 
