@@ -26,6 +26,7 @@ from ..data.text import one_text
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, token_sequence
+from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.atomic_io import require_space
 from ..utils.hub import StrPath
@@ -168,9 +169,9 @@ def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) ->
 
 def _load_teacher(teacher: StrPath | PreTrainedModel) -> PreTrainedModel:
     model: Any
-    if isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, torch.nn.Module):
         # A copy that the run may move and freeze.
-        model = copy.deepcopy(teacher).to("cpu", torch.float32)  # type: ignore[arg-type]
+        model = copy.deepcopy(require_transformers_model(teacher)).to("cpu", torch.float32)  # type: ignore[arg-type]
     else:
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     loaded: PreTrainedModel = model
