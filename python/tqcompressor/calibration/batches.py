@@ -40,7 +40,7 @@ def batches_of(
         return _batched(model, _drawn(source, num_samples, seed))
     if isinstance(source, str | Mapping) or not isinstance(source, Iterable):
         raise ConfigError(f"expected a tokenizer, TokenBlocks or batches, got {type(source).__name__}")
-    batches = [_checked(number, batch) for number, batch in enumerate(source)]
+    batches = [_checked(number, batch, is_encoder_decoder(model)) for number, batch in enumerate(source)]
     if not batches:
         raise TextError("there are no batches")
     vocabulary = _vocabulary(model)
@@ -104,12 +104,15 @@ def _batched(model: nn.Module, rows: torch.Tensor) -> list[Batch]:
     return [{"input_ids": part} for part in torch.split(rows, max(1, size))]
 
 
-def _checked(number: int, batch: Any) -> Batch:
+def _checked(number: int, batch: Any, decodes: bool) -> Batch:
     tensors = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
     if not isinstance(tensors, Mapping) or not isinstance(tensors.get("input_ids"), torch.Tensor):
         raise ConfigError(f'batch {number}: expected a tensor "input_ids", got {type(batch).__name__}')
-    # Labels would make the model compute a loss that is not used.
-    found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name != "labels"}
+    found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    # Labels would make the model compute a loss that is not used. A decoder derives its input from labels of tokens.
+    labels = found.pop("labels", None)
+    if decodes and labels is not None and labels.ndim == found["input_ids"].ndim and "decoder_input_ids" not in found:
+        found["labels"] = labels
     found = {name: value[None] if value.ndim == 1 else value for name, value in found.items()}
     shape = tuple(found["input_ids"].shape)
     if len(shape) != 2 or 0 in shape or found["input_ids"].dtype not in (torch.int32, torch.int64):
@@ -120,6 +123,11 @@ def _checked(number: int, batch: Any) -> Batch:
     if mask is not None and tuple(mask.shape) != shape:
         raise ConfigError(f"batch {number}: expected an attention_mask {shape}, got {tuple(mask.shape)}")
     return found
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder and a decoder, each with an input of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _vocabulary(model: nn.Module) -> int | None:

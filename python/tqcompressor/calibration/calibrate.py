@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import nn
 from ..config.choices import DEFAULT_SEED
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
-from ..errors import TextError
+from ..errors import NonFiniteError, TextError
+from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.batching import measured_together
 from ..utils.progress import ProgressOption, Report, reporter
@@ -22,7 +24,8 @@ from ..utils.torch_utils import evaluating
 from .accumulators import Unit, units
 from .batches import Batch, batches_of, mask_of
 from .calibration import Calibration, merge_tied
-from .hooks import ReadingPass
+from .hooks import ReadingPass, run
+from .nonfinite import first_nonfinite, hint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +68,8 @@ def calibrate(
         model: A model of transformers on any device, compressed or not. It is in evaluation mode during the call
             and restored afterwards, also after an error.
         tokenizer_or_batches: Its tokenizer; or `token_blocks`' blocks; or batches, each a tensor of token ids or a
-            mapping with `input_ids` and other inputs of the model. `attention_mask` is 0 at padding.
+            mapping with `input_ids` and other inputs of the model. `attention_mask` is 0 at padding. An
+            encoder-decoder such as T5 takes `labels` or `decoder_input_ids`.
         text: With a tokenizer: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
             either, and a `datasets.Dataset` has a column `"text"`.
         num_samples: How many sequences are drawn from a text; ignored with batches, all of which are read.
@@ -85,7 +89,8 @@ def calibrate(
         TextError: The text has fewer sequences than asked for, or all tokens are padding.
         ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, returns neither
             `.logits` nor `.last_hidden_state`, or one layer alone needs more than `max_memory`.
-        NonFiniteError: The model computes NaN or an infinity; the message names the first moment that has it.
+        NonFiniteError: The model computes NaN or an infinity; the message names the first moment and the first layer
+            that have it.
 
     Cost: a forward pass, with `sensitivity` a backward pass without the weights' gradients, and `m²` and `n²`
     MACs a token and layer. The GPT-2 of `tests/data` takes 8 seconds of processor time for 128 sequences of 128
@@ -105,6 +110,7 @@ def calibrate(
     Source: second moments of inputs, Wang et al., *SVD-LLM*, arXiv 2403.07378; of both sides, Martens & Grosse,
     arXiv 1503.05671.
     """
+    require_transformers_model(model)
     seed = validate.seed(seed)
     if samples is not None:
         samples = validate.integer("samples", samples, 1)
@@ -160,13 +166,18 @@ def measure(
             # A new generator for every group: the result does not depend on the number of passes.
             generator = torch.Generator().manual_seed(seed)
             with ReadingPass(model, group, sensitivity, samples, stop_behind) as reading:
-                for batch in batches:
-                    reading.read(batch, generator, scale)
-                    done += 1
-                    if report is not None:
-                        report(done, total)
-                for sums in reading.sums.values():
-                    moments.update(sums.moments(tokens, scale))
+                try:
+                    for batch in batches:
+                        reading.read(batch, generator, scale)
+                        done += 1
+                        if report is not None:
+                            report(done, total)
+                    for sums in reading.sums.values():
+                        moments.update(sums.moments(tokens, scale))
+                except NonFiniteError as error:
+                    first = first_nonfinite(model, batches, partial(run, model))
+                    place = "" if first is None else f"; {first} is the first to have it"
+                    raise NonFiniteError(f"{error}{place} ({hint(model)})") from None
     for unit in wanted:
         if unit.tied_to is not None:
             merge_tied(moments, unit.tied_to, unit.name)

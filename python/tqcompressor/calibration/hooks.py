@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError, NonFiniteError
 from .accumulators import Sums, Unit, outer_products, token_counts
-from .batches import Batch, mask_of
+from .batches import Batch, is_encoder_decoder, mask_of
 
 # Random vectors for each text of a model that returns embeddings.
 _EMBEDDING_SAMPLES = 8
@@ -22,6 +22,26 @@ _EMBEDDING_SAMPLES = 8
 
 class _Stop(Exception):
     """Ends a forward pass early, when the rest is not needed."""
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """A forward pass on the model's device, without a cache of keys and values.
+
+    Raises `ConfigError` where an encoder-decoder gets nothing to decode.
+    """
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    try:
+        return model(**inputs)
+    except ValueError as error:
+        if is_encoder_decoder(model) and not {"labels", "decoder_input_ids"} & batch.keys():
+            raise ConfigError(
+                f'{type(model).__name__} is an encoder-decoder: expected batches with "labels" or "decoder_input_ids", '
+                f"got {', '.join(batch)}"
+            ) from error
+        raise
 
 
 class ReadingPass:
@@ -41,7 +61,6 @@ class ReadingPass:
         self._model, self._group, self._sensitivity, self._stop = model, group, sensitivity, stop_behind
         self._samples = samples
         self._device = next(model.parameters()).device
-        self._takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self.sums: dict[str, Sums] = {}
         # Layers that share an input are called consecutively: compute its product once.
         self._last: tuple[torch.Tensor, int, list[tuple[torch.Tensor, int]]] | None = None
@@ -75,12 +94,9 @@ class ReadingPass:
     def read(self, batch: Batch, generator: torch.Generator, scale: float) -> None:
         """Runs the model on a batch, forward and, where gradients are measured, backward."""
         self._mask = mask_of(batch).to(self._device)
-        inputs: dict[str, Any] = {name: value.to(self._device) for name, value in batch.items()}
-        if self._takes_cache:
-            inputs["use_cache"] = False
         try:
             with self._lookups:
-                outputs = self._model(**inputs)
+                outputs = run(self._model, batch)
         except _Stop:
             return
         finally:

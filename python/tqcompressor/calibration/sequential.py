@@ -14,6 +14,7 @@ from ..config.choices import DEFAULT_SEED
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
+from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
@@ -21,6 +22,7 @@ from .accumulators import Unit, units
 from .batches import Batch, batches_of
 from .calibrate import Moments, calibration_of, measure
 from .calibration import Calibration
+from .hooks import run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +83,7 @@ def calibrate_layers(
     Source: fitting each layer to the outputs of the compressed ones before it is the order of Frantar et al., *GPTQ*,
     arXiv 2210.17323.
     """
+    require_transformers_model(model)
     seed = validate.seed(seed)
     batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
     if original is not None:
@@ -200,12 +203,11 @@ def _calls(model: nn.Module, batch: Batch, modules: Sequence[nn.Module]) -> list
     def keep(module: nn.Module, _args: object) -> None:
         calls.append(module)
 
-    device = next(model.parameters()).device
     with ExitStack() as stack:
         for module in dict.fromkeys(modules):
             stack.callback(module.register_forward_pre_hook(keep).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         rows = len(batch["input_ids"])
-        model(**{name: (value[:1] if len(value) == rows else value).to(device) for name, value in batch.items()})
+        run(model, {name: value[:1] if len(value) == rows else value for name, value in batch.items()})
     return calls

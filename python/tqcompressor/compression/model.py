@@ -72,9 +72,10 @@ def compress(
     """Compresses a model in place, by a config or a budget, and reports parameters and lost energy of every matrix.
 
     Every `W` (in × out) becomes a Kronecker sum `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a low-rank product, or a sum of both. The
-    model keeps its device, dtype, training mode and `requires_grad`, and the bias parameters themselves. A head that is
-    tied to a compressed embedding computes logits from the same factors. `model.save_pretrained` then writes a
-    compressed checkpoint, and `model.dequantize()` returns a stock model.
+    model keeps its device, dtype, training mode and `requires_grad`, and the bias parameters themselves. All users of
+    one matrix get the same factors: a head that is tied to an embedding, and the embeddings of an encoder and a
+    decoder. `model.save_pretrained` then writes a compressed checkpoint, and `model.dequantize()` returns a stock
+    model.
 
     Args:
         model: A dense model of transformers with any head or none. A config names its `nn.Linear`, `Conv1D` and

@@ -49,7 +49,8 @@ def plan(
         objective: The norm of errors: "frobenius", "diagonal", "second_moment" or "sensitivity". "auto" uses all that
             the calibration has.
         matrices: Patterns of the matrices that the budget is spent on. Default: all but embeddings of positions and of
-            token types, matrices narrower than 16, and those that the calibration text did not use.
+            token types, matrices narrower than 16, those that the calibration text did not use, and those of a live
+            model that other modules share which cannot share factors, such as scaled embeddings.
         max_macs: A cap on the MACs of these matrices for one token, as a share of their MACs while dense: 0.7, or
             1.5 for half as many again. A dense matrix has `m · n`, a low-rank one as many as parameters, and a row
             that is looked up none. Ranks grow until the budget or the cap is reached. What is left of the cap then is

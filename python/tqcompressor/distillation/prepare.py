@@ -25,6 +25,7 @@ from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, tokenised
+from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.atomic_io import check_destination, require_space, without_leftovers
 from ..utils.hub import StrPath
@@ -178,9 +179,9 @@ def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) ->
 
 def _load_teacher(teacher: StrPath | PreTrainedModel) -> PreTrainedModel:
     model: Any
-    if isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, torch.nn.Module):
         # A copy that the run may move and freeze.
-        model = copy.deepcopy(teacher).to("cpu", torch.float32)  # type: ignore[arg-type]
+        model = copy.deepcopy(require_transformers_model(teacher)).to("cpu", torch.float32)  # type: ignore[arg-type]
     else:
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     loaded: PreTrainedModel = model

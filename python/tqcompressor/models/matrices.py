@@ -24,16 +24,33 @@ from ..modules.build import CompressedModule
 KINDS: Mapping[type[nn.Module], str] = {Conv1D: "conv1d", nn.Linear: "linear", nn.Embedding: "embedding"}
 # The names of the parameters of a factored matrix.
 FACTORS = ("A", "B", "left", "right")
+# Where wrappers hold a module: of torch.compile, of FSDP and checkpointing, of peft's adapters.
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
 
 
 def require_transformers_model(model: object) -> PreTrainedModel:
-    """Returns `model`; raises `ConfigError` unless it is a model of transformers."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    raise ConfigError(
-        f"{type(model).__name__} is not a model of transformers: compress the model itself, before wrapping it "
-        "(peft, torch.compile, accelerate, sentence_transformers)"
-    )
+    """Returns `model`; raises `ConfigError` unless it is a model of transformers, whole and without wrappers.
+
+    A wrapper, around the model or a module of it, would become a part of the names of matrices.
+    """
+    if not isinstance(model, PreTrainedModel):
+        places = (name for name in (*_INNER, "module") if isinstance(getattr(model, name, None), PreTrainedModel))
+        inner = next((f"model.{name}" for name in places), "the model")
+        raise ConfigError(
+            f"{type(model).__name__} is not a model of transformers: pass {inner} itself, before wrapping it "
+            "(peft, torch.compile, DDP, FSDP, accelerate, sentence_transformers)"
+        )
+    for name, _ in model.named_modules():
+        outer, _, last = name.rpartition(".")
+        if last in _INNER:
+            raise ConfigError(
+                f"{outer} of {type(model).__name__} is wrapped in a {type(model.get_submodule(outer)).__name__}: "
+                "expected the model itself, unwrap it first (torch.compile, FSDP), or merge its adapters (peft)"
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ConfigError(f"{name} is sharded over processes (FSDP, tensor parallelism): load the model whole")
+    return model
 
 
 def base_prefix(model: PreTrainedModel) -> str:

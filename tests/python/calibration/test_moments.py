@@ -310,3 +310,72 @@ def test_an_embedding_or_a_regression_of_nan_is_named(cls):
         model.base_model.encoder.layer[1].output.dense.bias[0] = torch.nan
     with pytest.raises(NonFiniteError, match=f"{cls} returns NaN"):
         calibrate(model, batches())
+
+
+@pytest.mark.parametrize("sensitivity", [True, False])
+@pytest.mark.parametrize(
+    ("break_it", "first"),
+    [
+        (lambda h: h[1].mlp.c_fc.weight.fill_(torch.nan), r"the parameter transformer\.h\.1\.mlp\.c_fc\.weight"),
+        (lambda h: h[0].ln_2.bias.fill_(torch.inf), r"the parameter transformer\.h\.0\.ln_2\.bias"),
+        # Finite weights whose products are not.
+        (lambda h: h[0].mlp.c_fc.weight.fill_(3e38), r"the output of transformer\.h\.0\.mlp\.c_fc"),
+        (lambda h: h[1].attn.c_attn.weight.fill_(3e25), r"the input of transformer\.h\.1\.attn\.c_proj"),
+    ],
+)
+def test_the_first_layer_with_nan_is_named(break_it, first, sensitivity):
+    model = gpt2()
+    with torch.no_grad():
+        break_it(model.transformer.h)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(NonFiniteError, match=rf"{first} is the first to have it \(.*float32 already"):
+        calibrate(model, batches(), sensitivity=sensitivity)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_float32_is_what_may_help(dtype):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.fill_(6e4 if dtype == torch.float16 else 3e38)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(NonFiniteError, match=rf"h\.0\.mlp\.c_fc is the first.*in {name}, and float32 may help"):
+        calibrate(model.to(dtype), batches())
+
+
+def decoding(name):
+    from helpers.composites import composite, two_sides
+
+    sides = two_sides()
+    labels = sides.pop("decoder_input_ids")
+    return composite(name), sides["input_ids"], labels
+
+
+@pytest.mark.parametrize("name", ["t5", "pegasus", "two-berts"])
+def test_an_encoder_decoder_reads_its_labels(name):
+    from helpers.families import LOW_RANK
+    from tqcompressor.compression.model import compress
+    from tqcompressor.config import TQConfig
+
+    model, ids, labels = decoding(name)
+    found = calibrate(model, [{"input_ids": ids, "labels": labels}])
+    if name == "t5":
+        shifted = model.prepare_decoder_input_ids_from_labels(labels)
+        assert same(found, calibrate(model, [{"input_ids": ids, "decoder_input_ids": shifted}]))
+        # One sequence, and both inputs at once.
+        calibrate(model, [{"input_ids": ids[0], "labels": labels[0]}], sensitivity=False)
+        calibrate(model, [{"input_ids": ids, "labels": labels, "decoder_input_ids": shifted}], sensitivity=False)
+    matrix = next(key.removeprefix("output.") for key in found.moments if key.startswith("output.decoder."))
+    report = compress(model, TQConfig({matrix: LOW_RANK}, effort="fast"), calibration=found, progress=False)
+    assert report.calibrated
+
+
+@pytest.mark.parametrize("name", ["t5", "two-berts", "prophetnet"])
+@pytest.mark.parametrize("sensitivity", [True, False])
+def test_nothing_to_decode_is_named(name, sensitivity):
+    from tqcompressor.calibration.sequential import calibrate_layers
+
+    model, ids, _ = decoding(name)
+    for work in (calibrate, lambda *arguments, **options: list(calibrate_layers(*arguments, **options))):
+        with pytest.raises(ConfigError, match=r'is an encoder-decoder: expected batches with "labels".*got input_ids'):
+            work(model, [ids], sensitivity=sensitivity)
