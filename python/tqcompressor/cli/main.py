@@ -126,9 +126,11 @@ def _calibrate_in_torch(options: argparse.Namespace) -> Calibration:
         import transformers
 
         from ..calibration.calibrate import calibrate
+        from ..compression.checkpoint import check_files
     except ImportError as error:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     _quiet_transformers()
+    check_files(options.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     # Load the class that saved the checkpoint: gradients need the head of a decoder.
     config = transformers.AutoConfig.from_pretrained(options.model)
@@ -252,6 +254,7 @@ def _score_native(name: str, text: str, passages: list[str] | None, options: arg
 
 
 def _score_in_torch(name: str, text: str, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+    from ..compression.checkpoint import check_files
     from ..evaluate.comparison import score
 
     try:
@@ -262,6 +265,7 @@ def _score_in_torch(name: str, text: str, passages: list[str] | None, options: a
     _quiet_transformers()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    check_files(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
     return score(

@@ -198,6 +198,24 @@ def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionR
         raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 
+def check_files(source: StrPath) -> None:
+    """Raises `CheckpointError` for faults of a dense GPT-2 in a directory that transformers misreads or does not name.
+
+    transformers loads random weights for names that a wrapper has prefixed, for example. Other sources are left to it.
+    """
+    path = Path(source, "config.json")
+    try:
+        config = read_json(path)
+    except OSError:
+        return
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    weights = any(Path(source, name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+    known = isinstance(config, dict) and config.get("model_type") in (None, "gpt2")
+    if weights and known and not config.get("quantization_config"):
+        _core.Checkpoint.open(os.fspath(source))
+
+
 def _listing(checkpoint: _core.Checkpoint, directory: str) -> CompressionReport:
     """The matrices of a dense checkpoint, nothing planned for them."""
     matrices = checkpoint.list_matrices(None)
