@@ -136,6 +136,7 @@ impl Rows<'_> {
         let least = ROUNDING * energy;
         let mut pairs = Vec::new();
         for b in 0..size {
+            progress.check()?;
             for a in 0..b {
                 let gain = -2.0 * between(slopes.as_ref(), a, b) - between(own, a, b) * between(squares.as_ref(), a, b);
                 if gain > least {

@@ -48,6 +48,8 @@ pub(super) fn anneal(
     let mut projector = Projector::fit(gram, order, rank)?;
     let macs = gram.slots * gram.phases * gram.phases;
     let moves = (schedule.moves * SWAP_MACS / macs.max(SWAP_MACS)).max(1);
+    // Some ten milliseconds.
+    let at_once = (50_000 * SWAP_MACS / macs.max(SWAP_MACS)).max(1);
     let mut own = Vec::new();
     for round in 0..schedule.rounds {
         let temperature = (unit * schedule.start * cooling.powi(round as i32)) as f32;
@@ -55,7 +57,7 @@ pub(super) fn anneal(
         let mut left = moves * gram.elements;
         while left > 0 {
             progress.check()?;
-            let moves = left.min(50_000);
+            let moves = left.min(at_once);
             left -= moves;
             let state = State { gram, projector: &projector, own: &own, temperature };
             match gram.phases {

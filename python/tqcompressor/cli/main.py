@@ -239,6 +239,7 @@ def _score_native(name: str, text: Path, passages: list[str] | None, options: ar
 
 
 def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+    from ..compression.measured import check_files
     from ..evaluate.comparison import score
 
     try:
@@ -249,6 +250,7 @@ def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: 
     _quiet_transformers()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    check_files(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
     return score(

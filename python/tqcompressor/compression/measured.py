@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import _core
 from ..calibration.calibration import Calibration
 from ..config.choices import DEFAULT_SEED, DTYPES, ENGINES, Dtype, Engine, one_of
 from ..data.text import TextOption
-from ..errors import MissingDependencyError
+from ..errors import CheckpointError, MissingDependencyError
 from ..utils import validate
 from ..utils.engines import is_native
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
+from ..utils.utf8 import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,9 +94,28 @@ def calibrate_checkpoint(
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     if threads is not None:
         torch.set_num_threads(threads)
+    check_files(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = _load(source, dtype, device)
     return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, **options)
+
+
+def check_files(source: StrPath) -> None:
+    """Raises `CheckpointError` for faults of a dense GPT-2 in a directory that transformers misreads or does not name.
+
+    transformers loads random weights for names that a wrapper has prefixed, for example. Other sources are left to it.
+    """
+    path = Path(source, "config.json")
+    try:
+        config = read_json(path)
+    except OSError:
+        return
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    weights = any(Path(source, name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+    known = isinstance(config, dict) and config.get("model_type") in (None, "gpt2")
+    if weights and known and not config.get("quantization_config"):
+        _core.Checkpoint.open(os.fspath(source))
 
 
 def _load(source: StrPath, dtype: Dtype, device: str) -> PreTrainedModel:

@@ -104,7 +104,7 @@ def changed_value(pick, value):
             parts.append(inner)
         containers = [part for part in parts if isinstance(part, dict | list) and part]
         if not containers or pick.random() < 0.02:
-            return pick.choice(ODD)
+            return copy.deepcopy(pick.choice(ODD))
         within = pick.choice(containers)
         key = pick.choice(list(within) if isinstance(within, dict) else range(len(within)))
         kind = pick.randrange(5)
@@ -115,7 +115,7 @@ def changed_value(pick, value):
         elif kind == 2:
             within[key] = copy.deepcopy(pick.choice(parts))
         else:
-            within[key] = pick.choice(ODD)
+            within[key] = copy.deepcopy(pick.choice(ODD))
     return value
 
 

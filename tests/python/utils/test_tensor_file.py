@@ -88,3 +88,9 @@ def test_a_damaged_file_is_refused(tmp_path):
         with pytest.raises(StorageError) as caught:
             read_tensor_file(absent, "a test", 1)
         assert caught.value.filename == str(absent)
+
+
+def test_a_pointer_of_git_is_named(tmp_path):
+    (tmp_path / "file").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"file: a Git LFS pointer, .*: fetch it with `git lfs pull`"):
+        read_tensor_file(tmp_path / "file", "a test", 1)
