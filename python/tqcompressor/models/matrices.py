@@ -162,5 +162,9 @@ def linear_size(dense: Conv1D | nn.Linear) -> tuple[int, int]:
 
 def stock_model(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model of the same config, without values, on the meta device."""
+    config = copy.deepcopy(model.config)
+    if isinstance(config.dtype, str):
+        # `save_pretrained` leaves the name, which not every constructor takes.
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        return type(model)(config)

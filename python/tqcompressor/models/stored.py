@@ -106,7 +106,8 @@ def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[
         if found[name] != shape:
             raise CheckpointError(f"tensor {name}: expected shape {shape} as in config.json, got {found[name]}")
     modules = {bare_name(model, name) for name, _ in model.named_modules()}
-    for name in found.keys() - promised.keys():
+    own = {bare_name(model, name) for name in names.tensors}
+    for name in found.keys() - own:
         # Factors of a head that this class of model lacks are ignored, as a dense head's weight is.
         if factor_owner(name) in modules:
             raise CheckpointError(f"tensor {name} is not in quantization_config of config.json")

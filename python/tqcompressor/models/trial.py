@@ -29,7 +29,7 @@ def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            trial, dense = stock_model(model), stock_model(model)
+            trial = stock_model(model)
         except Exception as error:
             _untested(model, f"cannot be made from its config alone ({_text(error)})")
             return
@@ -49,12 +49,14 @@ def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
             _untested(model, f"takes {model.main_input_name}, for which no example is at hand")
             return
         for training in (False, True):
-            error = _error_of(trial, model, inputs, training)
-            if error is None:
+            of_trial = _error_of(trial, model, inputs, training)
+            if of_trial is None:
                 continue
-            of_dense = None if isinstance(error, ReadOnlyError) else _error_of(dense, model, inputs, training)
+            of_dense = None
+            if not isinstance(of_trial, ReadOnlyError):
+                of_dense = _error_of(stock_model(model), model, inputs, training)
             if of_dense is None:
-                raise _refusal(trial, "run", error) from error
+                raise _refusal(trial, "run", of_trial) from of_trial
             if not training:
                 _untested(model, f"does not run on an example ({_text(of_dense)})")
                 return
@@ -76,34 +78,42 @@ def _initialize(trial: PreTrainedModel) -> None:
     """Calls `_init_weights` for all modules, as for a loaded model."""
     for module in trial.modules():
         vars(module).pop("_is_hf_initialized", None)
+    initialize: Any = trial.initialize_weights
     with torch.device("meta"):
-        trial.initialize_weights()
+        initialize()
 
 
 def _error_of(
     trial: PreTrainedModel, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], training: bool
 ) -> Exception | None:
     """What the forward pass raises, or None, with buffers of `model` and parameters of zeros."""
-    buffers = dict(model.named_buffers())
-    for name, module in trial.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                # The system maps one page of zeros for all that is not written, so this takes no memory.
-                zeros = torch.from_numpy(np.zeros(parameter.numel() * parameter.element_size(), np.uint8))
-                value = zeros.view(parameter.dtype).view(parameter.shape)
-                module._parameters[own] = torch.nn.Parameter(value, requires_grad=False)
-        for own, buffer in module._buffers.items():
-            live = buffers.get(f"{name}.{own}" if name else own)
-            if buffer is not None:
-                known = live is not None and live.shape == buffer.shape and not live.is_meta
-                like: Any = live if known else torch.zeros(buffer.shape, device="cpu")
-                module._buffers[own] = like.to("cpu", buffer.dtype, copy=True)
     try:
+        _fill(trial, dict(model.named_buffers()))
         with torch.device("cpu"), torch.no_grad():
             trial.train(training)(**inputs)
     except Exception as error:
         return error
     return None
+
+
+def _fill(trial: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Gives a model without values copies of the buffers in `values`, and zeros."""
+    for name, module in trial.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[own] = torch.nn.Parameter(_zeros(parameter), requires_grad=False)
+        for own, buffer in module._buffers.items():
+            value = values.get(f"{name}.{own}" if name else own)
+            if buffer is not None:
+                known = value is not None and value.shape == buffer.shape and not value.is_meta
+                like: Any = value if known else _zeros(buffer)
+                module._buffers[own] = like.to("cpu", buffer.dtype, copy=True)
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros on the CPU. The system maps one page of zeros for all that is not written, so they take no memory."""
+    zeros = torch.from_numpy(np.zeros(max(1, like.numel()) * like.element_size(), np.uint8))
+    return zeros.view(like.dtype)[: like.numel()].view(like.shape)
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:

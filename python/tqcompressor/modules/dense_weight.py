@@ -108,10 +108,11 @@ class DenseWeight(torch.Tensor):
         if func in _WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return DenseWeight(args[0]._module, detached=True)
-        if _writes(func, args, kwargs):
-            module = next(value for value in (*args, kwargs.get("out")) if isinstance(value, cls))._module
+        written = _written(func, args, kwargs)
+        if isinstance(written, cls):
+            module = written._module
             error = ReadOnlyError(
                 f"{func.__name__} would write the dense weight of a {type(module).__name__}, which is the product of "
                 "its factors: write the factors, or call model.dequantize() first"
@@ -130,13 +131,10 @@ class DenseWeight(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _writes(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation changes a `DenseWeight`: `normal_`, `+=`, `w[…] =`, `out=`."""
-    if isinstance(kwargs.get("out"), DenseWeight):
-        return True
-    if not args or not isinstance(args[0], DenseWeight):
-        return False
+def _written(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The tensor that an operation changes, if any: `normal_`, `+=`, `w[…] =`, `out=`."""
     name = func.__name__
-    if name.startswith("__"):
-        return name in _WRITES
-    return name.endswith("_")
+    if name in _WRITES or (name.endswith("_") and not name.startswith("__")):
+        # torch.nn.init passes names.
+        return args[0] if args else kwargs.get("tensor")
+    return kwargs.get("out")

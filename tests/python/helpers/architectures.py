@@ -5,6 +5,7 @@ import inspect
 
 import torch
 import transformers
+from tqcompressor.config import LowRankSpec
 
 VOCABULARY = 120
 # The names that configs have for the sizes of a model. Each config takes those that it has.
@@ -93,11 +94,14 @@ ARCHITECTURES = {
     "XmodForMaskedLM": ({"default_language": "en_XX"}, _text),
     "YosoForMaskedLM": ({}, _text),
     # Decoders.
+    "ApertusForCausalLM": ({}, _text),
     "BioGptForCausalLM": ({}, _text),
     "BloomForCausalLM": ({}, _text),
     "CTRLLMHeadModel": ({"dff": 64}, _text),
     "CodeGenForCausalLM": ({"rotary_dim": 8, "n_head": 4}, _text),
     "CohereForCausalLM": ({}, _text),
+    # Its attention has a parameter with the name of a factor.
+    "DogeForCausalLM": ({}, _text),
     "FalconForCausalLM": ({}, _text),
     "GPT2LMHeadModel": ({}, _text),
     "GPTBigCodeForCausalLM": ({}, _text),
@@ -227,20 +231,6 @@ ARCHITECTURES = {
     "Dinov2WithRegistersForImageClassification": ({}, _picture),
     "DINOv3ViTModel": ({}, _picture),
     "IJepaForImageClassification": ({}, _picture),
-    "PvtForImageClassification": (
-        {
-            "image_size": 32,
-            "num_encoder_blocks": 1,
-            "hidden_sizes": [32],
-            "depths": [1],
-            "sr_ratios": [1],
-            "num_attention_heads": [2],
-            "mlp_ratios": [2],
-            "patch_sizes": [4],
-            "strides": [4],
-        },
-        lambda: _picture(32),
-    ),
     "SegformerForImageClassification": (
         {
             "num_encoder_blocks": 1,
@@ -353,3 +343,50 @@ def architecture(name):
     torch.manual_seed(0)
     model = cls(config_class(**{**sizes, **changes})).eval()
     return model, inputs(), patterns[0] if patterns else None
+
+
+def all_outputs(model, inputs):
+    """The tensors that a model returns."""
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return [output for output in outputs.to_tuple() if isinstance(output, torch.Tensor)]
+
+
+# `compress` has no example of their inputs, and says so.
+UNTRIED = {
+    "NystromformerForMaskedLM",
+    "SegformerForImageClassification",
+    "Speech2TextForConditionalGeneration",
+}
+
+# The dense model cannot be trained without its CUDA kernel.
+UNTRAINABLE = {"RwkvForCausalLM"}
+
+
+def _ibert():
+    return transformers.IBertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+
+
+def _rwkv():
+    return architecture("RwkvForCausalLM")[0].config
+
+
+def _gemma3n():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    layer = {"layer_types": ["full_attention"], "activation_sparsity_pattern": [0.0], "num_kv_shared_layers": 0}
+    heads = {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": VOCABULARY}
+    return transformers.Gemma3nTextConfig(**sizes, **more, **layer, **heads)
+
+
+# Name: (class, config, specs, why they are refused).
+REFUSED = {
+    # It divides the weights of the output layers by powers of two in the first forward pass.
+    "rwkv": ("RwkvForCausalLM", _rwkv, {"*attention.output": LowRankSpec(4)}, "attention.output: ReadOnlyError: div_"),
+    # It clips the weight in place while it is trained.
+    "gemma3n": ("Gemma3nForCausalLM", _gemma3n, {"*prediction_coefs": LowRankSpec(2)}, "prediction_coefs: .*clamp_"),
+    # Its linear layers are of a class of its own.
+    "ibert": ("IBertModel", _ibert, {"*query": LowRankSpec(4)}, "matches no matrix"),
+}

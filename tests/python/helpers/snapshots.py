@@ -13,4 +13,5 @@ def assert_untouched(model, before):
     assert before[0].keys() == after[0].keys()
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     assert before[1:] == after[1:]
-    assert model.lm_head.weight is model.transformer.wte.weight
+    for target, source in model.all_tied_weights_keys.items():
+        assert model.get_parameter(target) is model.get_parameter(source)
