@@ -43,7 +43,7 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undoes `attach`, except that the model keeps a config of its own."""
+    """Undoes `attach`, except that the model has a config of its own."""
     for part in {model, model.base_model}:
         own = vars(part)
         for name in _MARKS:
@@ -53,8 +53,11 @@ def detach(model: PreTrainedModel) -> None:
             own.pop(_CONVERSIONS)
             if conversions is not None:
                 own[_CONVERSIONS] = conversions
-    for name in ("quantization_config", "_is_quantized"):
-        vars(model.config).pop(name, None)
+    marks = {"quantization_config", "_is_quantized"}
+    if marks & vars(model.config).keys():
+        _own_config(model)
+        for name in marks:
+            vars(model.config).pop(name, None)
 
 
 def _own_config(model: PreTrainedModel) -> None:
