@@ -57,7 +57,9 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undoes `attach`, except that the model keeps a config of its own."""
+    """Undoes `attach`, except that the model has a config of its own."""
+    if not vars(model.config).keys().isdisjoint(_OF_CONFIG):
+        _own_config(model)
     before = []
     for kept in marks(model):
         own = kept.get(_DENSE_CONVERSIONS if _DENSE_CONVERSIONS in kept else _CONVERSIONS)

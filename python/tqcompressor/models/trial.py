@@ -44,22 +44,29 @@ def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
             _initialize(trial)
         except Exception as error:
             raise _refusal(trial, "initialised, as from_pretrained does,", error) from error
-        inputs = _inputs(trial)
-        if inputs is None:
-            _untested(model, f"takes {model.main_input_name}, for which no example is at hand")
-            return
-        for training in (False, True):
-            of_trial = _error_of(trial, model, inputs, training)
-            if of_trial is None:
-                continue
-            of_dense = None
-            if not isinstance(of_trial, ReadOnlyError):
-                of_dense = _error_of(stock_model(model), model, inputs, training)
-            if of_dense is None:
-                raise _refusal(trial, "run", of_trial) from of_trial
-            if not training:
-                _untested(model, f"does not run on an example ({_text(of_dense)})")
+        why = f"takes {model.main_input_name}, for which no example is at hand"
+        for inputs in _examples(trial):
+            fault = _run(trial, model, inputs)
+            if fault is None:
                 return
+            why = fault
+        _untested(model, why)
+
+
+def _run(trial: PreTrainedModel, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> str | None:
+    """Runs the trial, evaluated and trained; returns why that shows nothing, as where the dense model fails, too."""
+    for training in (False, True):
+        of_trial = _error_of(trial, model, inputs, training)
+        if of_trial is None:
+            continue
+        of_dense = None
+        if not isinstance(of_trial, ReadOnlyError):
+            of_dense = _error_of(stock_model(model), model, inputs, training)
+        if of_dense is None:
+            raise _refusal(trial, "run", of_trial) from of_trial
+        if not training:
+            return f"does not run on an example ({_text(of_dense)})"
+    return None
 
 
 def _compress(trial: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
@@ -116,32 +123,35 @@ def _zeros(like: torch.Tensor) -> torch.Tensor:
     return zeros.view(like.dtype)[: like.numel()].view(like.shape)
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """Small inputs of the forward pass, or None for inputs of an unknown shape."""
+def _examples(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """Small inputs of the forward pass: the main one, and all whose shape is known; none without the main one."""
     config: Any = model.config
-    vision = getattr(config, "vision_config", config)
-    parameters = inspect.signature(model.forward).parameters
-    name = model.main_input_name
-    shape: tuple[int, ...] | None = None
-    dtype = torch.float32
-    if name == "input_ids":
-        shape, dtype = (1, _TOKENS), torch.int64
-    elif name == "pixel_values" and hasattr(vision, "image_size"):
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (1, getattr(vision, "num_channels", 3), height, width)
-    elif name == "input_values" and not hasattr(config, "num_mel_bins"):
-        shape = (1, 16000)
-    elif name == "input_values" and hasattr(config, "max_length"):
-        shape = (1, config.max_length, config.num_mel_bins)
-    elif name == "input_features" and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
-        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
-    if shape is None:
-        return None
-    inputs = {name: torch.ones(shape, dtype=dtype, device="cpu")}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = torch.ones((1, _TOKENS), dtype=torch.int64, device="cpu")
-    return inputs
+    vision: Any = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    tokens = torch.ones((1, _TOKENS), dtype=torch.int64, device="cpu")
+    known = {
+        "input_ids": tokens,
+        "pixel_values": torch.zeros((1, getattr(vision, "num_channels", 3), height, width), device="cpu"),
+    }
+    bins = getattr(config, "num_mel_bins", None)
+    if bins is None:
+        known["input_values"] = torch.zeros((1, 16000), device="cpu")
+    elif hasattr(config, "max_source_positions"):
+        known["input_features"] = torch.zeros((1, bins, 2 * config.max_source_positions), device="cpu")
+    elif hasattr(config, "max_length"):
+        known["input_values"] = torch.zeros((1, config.max_length, bins), device="cpu")
+    if hasattr(config, "input_feat_per_channel"):
+        known["input_features"] = torch.zeros((1, 4 * _TOKENS, config.input_feat_per_channel), device="cpu")
+    if getattr(config, "is_encoder_decoder", False):
+        known["decoder_input_ids"] = tokens
+    main = model.main_input_name
+    if main not in known:
+        return []
+    parameters = {main, *inspect.signature(model.forward).parameters}
+    taken = {name: value for name, value in known.items() if name in parameters}
+    first = {name: value for name, value in taken.items() if name in (main, "decoder_input_ids")}
+    return [first] if first.keys() == taken.keys() else [first, taken]
 
 
 def _refusal(trial: PreTrainedModel, what: str, error: Exception) -> ConfigError:
