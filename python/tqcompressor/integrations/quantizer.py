@@ -98,10 +98,12 @@ class TQQuantizer(HfQuantizer):
         modules: dict[str, Any] = dict(empty_modules(model, specs))
         modules |= tied_modules(model, modules)
         with swapped(model, modules):
-            guard = guard_name(model)
-        # Stored with or without the base prefix, depending on the class that was saved.
+            pass
+        # The guard is one of these: the first in the order of whoever wrote the checkpoint. It is stored with or without
+        # the base prefix, depending on the class that was saved.
         prefix = f"{model.base_model_prefix}."
-        names = {guard, guard.removeprefix(prefix), prefix + guard}
+        guards = [f"{name}.weight" for name in modules]
+        names = {form for name in guards for form in (name, name.removeprefix(prefix), prefix + name)}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):

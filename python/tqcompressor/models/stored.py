@@ -105,6 +105,11 @@ def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[
             raise CheckpointError(f"tensor {name} is missing: quantization_config in config.json has it")
         if found[name] != shape:
             raise CheckpointError(f"tensor {name}: expected shape {shape} as in config.json, got {found[name]}")
+    for module_name, _ in compressed_modules(model):
+        name = bare_name(model, f"{module_name}.weight")
+        # The guard has one byte.
+        if found.get(name, (1,)) != (1,):
+            raise CheckpointError(f"tensor {name} is stored beside its factors: remove one of them")
     modules = {bare_name(model, name) for name, _ in model.named_modules()}
     own = {bare_name(model, name) for name in names.tensors}
     for name in found.keys() - own:
