@@ -32,7 +32,7 @@ from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
 from ..evaluate.results import exponential
 from ..evaluate.scoring import negative_log_likelihood
-from ..utils.atomic_io import sole_run, whole_folder
+from ..utils.atomic_io import remove_leftovers, sole_run, whole_folder
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import on_device
@@ -163,6 +163,8 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
     settings = _settings(prepared)
     path = prepared.out / STATE
     with prepared.arguments.main_process_first(local=False):
+        if prepared.arguments.process_index == 0:
+            remove_leftovers(prepared.out)
         if not path.exists():
             teacher = _score(prepared, prepared.teacher, "score teacher")
             state = {"settings": settings, "heldout_tokens": len(prepared.heldout) - 1, "teacher": asdict(teacher)}

@@ -223,8 +223,21 @@ def sync_folder(folder: Path) -> None:
 
 def without_leftovers(folder: Path) -> list[str]:
     """The names in a folder, sorted, without what killed writers of its files left."""
-    names = (path.name for path in folder.iterdir())
-    return sorted(name for name in names if not (name[0] == "." and name.endswith((".partial", ".lock"))))
+    return sorted(path.name for path in folder.iterdir() if not _is_left(path))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in a folder and below, of which no writer is alive.
+
+    The next writer of a name takes its leftovers over, but a name that was complete is not written again.
+    """
+    with storage_errors(folder):
+        for path in [path for path in folder.rglob(".*") if _is_left(path)]:
+            _remove(path)
+
+
+def _is_left(path: Path) -> bool:
+    return path.name[0] == "." and path.name.endswith((".partial", ".lock"))
 
 
 def free_space(folder: Path) -> int:

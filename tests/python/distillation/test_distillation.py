@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import multiprocessing
 import random
 import shutil
 import time
@@ -13,7 +12,7 @@ import pytest
 import torch
 from helpers.distillation import RECIPE, letters
 from helpers.models import tiny_config
-from helpers.processes import run_script
+from helpers.processes import forked, run_script
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import KroneckerSpec, TQConfig, _core, distill, token_blocks
 from tqcompressor.cli import main as cli
@@ -334,12 +333,7 @@ def go_on(teacher, out):
 
 
 def start(teacher, out):
-    # Forked from a process that imports everything once.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
-    process = processes.Process(target=go_on, args=(teacher, out))
-    process.start()
-    return process
+    return forked(go_on, teacher, out)
 
 
 def finish(process):

@@ -11,7 +11,7 @@ import threading
 import pytest
 from tqcompressor import errors
 from tqcompressor.utils import portable
-from tqcompressor.utils.atomic_io import WholeFile, whole_folder
+from tqcompressor.utils.atomic_io import WholeFile, remove_leftovers, whole_folder, without_leftovers
 
 
 def test_it_appears_when_it_is_whole(tmp_path):
@@ -189,3 +189,13 @@ def test_a_path_that_leads_nowhere_is_refused_and_nothing_made(tmp_path, write):
         with write(tmp_path / name):
             pass
         assert (tmp_path / name).exists()
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    for name in (".a.lock", "a", "b/.c.partial/half", "b/.hidden", "b/d.lock", ".git/config.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert without_leftovers(tmp_path) == [".git", "a", "b"]
+    remove_leftovers(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"a", "b/.hidden", "b/d.lock", ".git/config.lock"}
