@@ -110,11 +110,12 @@ def check_destination(path: Path) -> None:
     That is a symbolic link without its target, in any place of the path, and ".." after a folder that does not exist.
     """
     for part in (path, *path.parents):
-        if part.is_symlink() and not part.exists():
+        # Not the methods of Path, which raise where a folder may not be read: that is found on writing.
+        if os.path.islink(part) and not os.path.exists(part):
             raise DestinationError(
                 f"{path}: {part} is a symbolic link to a place that does not exist: remove it or make its target"
             )
-        if part.name == ".." and not part.exists():
+        if part.name == ".." and not os.path.exists(part):
             raise DestinationError(f"{path}: there is no {part}: make the folder before '..', or leave both out")
 
 
