@@ -168,7 +168,9 @@ def retie(model: PreTrainedModel, tied: Mapping[str, str], biases: Mapping[str, 
     names = dict(biases)
     for head, embedding in tied.items():
         for name, _ in model.get_submodule(embedding).named_parameters():
-            names[f"{head}.{name}"] = f"{embedding}.{name}"
+            # An embedding may have other parameters, which the head lacks.
+            if weight_owner(f"{embedding}.{name}") is not None:
+                names[f"{head}.{name}"] = f"{embedding}.{name}"
     if any(isinstance(model.get_submodule(head), FactoredHead) for head in tied):
         model._tied_weights_keys = names
     else:
