@@ -61,8 +61,8 @@ class TQQuantizer(HfQuantizer):
     """
 
     quantization_config: Any  # a TQConfig
-    # The tensors in the files of a compressed checkpoint, until they are checked.
-    _stored: Shapes | None = None
+    # The model that a compressed checkpoint is loaded into, and the tensors in its files, until they are checked.
+    _unchecked: tuple[PreTrainedModel, Shapes] | None = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         config: Any = resolve_config(quantization_config)
@@ -105,13 +105,16 @@ class TQQuantizer(HfQuantizer):
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            self._stored = stored_shapes(checkpoint_files)
+            self._unchecked = (model, stored_shapes(checkpoint_files))
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The conversions that the checkpoint needs; the first hook that has all of them, those of the caller too."""
-        if self._stored is None:
+    def update_weight_conversions(self, weight_conversions: list[Any], _model: object = None) -> list[Any]:
+        """The conversions that the checkpoint needs; the first hook that has all of them, those of the caller too.
+
+        transformers 5.20 does not pass the model, newer versions do.
+        """
+        if self._unchecked is None:
             return weight_conversions
-        stored, self._stored = self._stored, None
+        (model, stored), self._unchecked = self._unchecked, None
         needed = needed_conversions(model, stored, weight_conversions)
         check_tensors(model, stored, needed)
         return needed
