@@ -112,13 +112,16 @@ def compress(
     Raises:
         ConfigError: Neither or both of `config` and `budget`; a config that does not fit the model; a budget that
             cannot be met; a model that is compressed or not of transformers; a weight shared with a module that cannot
-            share factors; `sequential` without a calibration.
-        TextError: `text` has fewer than `num_samples` sequences; `sequential` has no batch, or fewer than 128.
+            share factors; a matrix that the model's own code writes, or with which it cannot run once compressed;
+        `sequential` without a calibration.
+    TextError: `text` has fewer than `num_samples` sequences; `sequential` has no batch, or fewer than 128.
         ShapeError: A block does not divide a matrix, or a rank is too large for it.
         NonFiniteError: A weight has NaN or an infinity.
         DtypeError: A weight is not float16, bfloat16, float32 or float64.
 
-    The model is unchanged if anything is raised, `KeyboardInterrupt` included.
+    The model is unchanged if anything is raised, `KeyboardInterrupt` included. Before anything is changed, the
+    compression is tried out on a model of the same config without values; a warning says where that is not possible.
+    `model.config` is a copy afterwards, so that no model that shares it is changed.
 
     Cost: float32 copies of the matrices beside the model. With a budget, see `plan`.
 

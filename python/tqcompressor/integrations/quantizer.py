@@ -61,8 +61,8 @@ class TQQuantizer(HfQuantizer):
     """
 
     quantization_config: Any  # a TQConfig
-    # The tensors in the files of a compressed checkpoint, until they are checked.
-    _stored: Shapes | None = None
+    # The model that a compressed checkpoint is loaded into, and the tensors in its files, until they are checked.
+    _unchecked: tuple[PreTrainedModel, Shapes] | None = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         config: Any = resolve_config(quantization_config)
@@ -99,21 +99,24 @@ class TQQuantizer(HfQuantizer):
         modules |= tied_modules(model, modules)
         with swapped(model, modules):
             pass
-        # The guard is one of these: the first in the order of whoever wrote the checkpoint. It is stored with or without
-        # the base prefix, depending on the class that was saved.
+        # The guard is one of these: the first in the order of whoever wrote the checkpoint. It is stored with or
+        # without the base prefix, depending on the class that was saved.
         prefix = f"{model.base_model_prefix}."
         guards = [f"{name}.weight" for name in modules]
         names = {form for name in guards for form in (name, name.removeprefix(prefix), prefix + name)}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            self._stored = stored_shapes(checkpoint_files)
+            self._unchecked = (model, stored_shapes(checkpoint_files))
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The conversions that the checkpoint needs; the first hook that has all of them, those of the caller too."""
-        if self._stored is None:
+    def update_weight_conversions(self, weight_conversions: list[Any], _model: object = None) -> list[Any]:
+        """The conversions that the checkpoint needs; the first hook that has all of them, those of the caller too.
+
+        transformers 5.20 does not pass the model, newer versions do.
+        """
+        if self._unchecked is None:
             return weight_conversions
-        stored, self._stored = self._stored, None
+        (model, stored), self._unchecked = self._unchecked, None
         needed = needed_conversions(model, stored, weight_conversions)
         check_tensors(model, stored, needed)
         return needed

@@ -180,7 +180,9 @@ def retie(model: PreTrainedModel, tied: Mapping[str, str], biases: Mapping[str, 
     names = dict(biases)
     for target, source in tied.items():
         for name, _ in model.get_submodule(source).named_parameters():
-            names[f"{target}.{name}"] = f"{source}.{name}"
+            # An embedding may have other parameters, which the head lacks.
+            if weight_owner(f"{source}.{name}") is not None:
+                names[f"{target}.{name}"] = f"{source}.{name}"
     shared = any(isinstance(model.get_submodule(target), Tied) for target in tied)
     # Every submodel has a table of its own, and all of them together are used.
     for name, part in model.named_modules():

@@ -55,6 +55,11 @@ def _sound(length=800):
     return {"input_values": torch.linspace(-1, 1, length)[None].sin()}
 
 
+_LAYER = {key: _SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+# The parts of a composite config.
+_TOWER = {**_LAYER, "image_size": 16, "patch_size": 8}
+_GEMMA = {**_LAYER, "vocab_size": VOCABULARY, "head_dim": 16, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_GEMMA |= {"layer_types": ["full_attention"]}
 # Embeddings that an encoder and a decoder share are left as they are.
 _LAYERS = ["*.layers.*"]
 _BLOCKS = ["*.block.*"]
@@ -216,6 +221,12 @@ ARCHITECTURES = {
         {"d_kv": 16, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
         _seq2seq,
         _BLOCKS,
+    ),
+    # Its embeddings have a parameter that its head, tied to them, lacks.
+    "T5Gemma2ForConditionalGeneration": (
+        {"encoder": {"text_config": _GEMMA, "vision_config": _TOWER}, "decoder": _GEMMA},
+        _seq2seq,
+        _LAYERS,
     ),
     "T5ForConditionalGeneration": ({"d_kv": 16, "decoder_start_token_id": 0}, _seq2seq, _BLOCKS),
     "UMT5ForConditionalGeneration": ({"d_kv": 16}, _seq2seq, _BLOCKS),
