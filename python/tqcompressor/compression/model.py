@@ -113,8 +113,8 @@ def compress(
         ConfigError: Neither or both of `config` and `budget`; a config that does not fit the model; a budget that
             cannot be met; a model that is compressed or not of transformers; a weight shared with a module that cannot
             share factors; a matrix that the model's own code writes, or with which it cannot run once compressed;
-        `sequential` without a calibration.
-    TextError: `text` has fewer than `num_samples` sequences; `sequential` has no batch, or fewer than 128.
+            `sequential` without a calibration.
+        TextError: `text` has fewer than `num_samples` sequences; `sequential` has no batch, or fewer than 128.
         ShapeError: A block does not divide a matrix, or a rank is too large for it.
         NonFiniteError: A weight has NaN or an infinity.
         DtypeError: A weight is not float16, bfloat16, float32 or float64.

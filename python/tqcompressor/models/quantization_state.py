@@ -26,7 +26,7 @@ _OF_MODEL = (
     _DENSE_CONVERSIONS,
 )
 _OF_CONFIG = ("quantization_config", "_is_quantized")
-# The marks of a model, of its base model and of its config.
+# The marks of a model, of its base model, of its config and of the models within it.
 Marks: TypeAlias = list[dict[str, Any]]
 
 
@@ -38,6 +38,7 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
     # From transformers' registry: this folder may not import the quantizer's class.
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    from .matrices import compressed_modules
     from .resizing import resize_token_embeddings
 
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)  # type: ignore[arg-type]
@@ -54,6 +55,9 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
         vars(part).setdefault(_DENSE_CONVERSIONS, vars(part).get(_CONVERSIONS))
         part._weight_conversions = []
         part.resize_token_embeddings = MethodType(resize_token_embeddings, part)
+    for part in _submodels(model):
+        if next(compressed_modules(part), None) is not None:
+            part.save_pretrained = MethodType(_refuse_to_save, part)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -82,7 +86,24 @@ def restore(model: PreTrainedModel, before: Marks) -> None:
 
 def _parts(model: PreTrainedModel) -> Sequence[tuple[Any, Sequence[str]]]:
     """What has marks, with their names. The base model has its own, so that it can be saved alone."""
-    return (model, _OF_MODEL), (model.base_model, _OF_MODEL), (model.config, _OF_CONFIG)
+    submodels = ((part, ("save_pretrained",)) for part in _submodels(model))
+    return [(model, _OF_MODEL), (model.base_model, _OF_MODEL), (model.config, _OF_CONFIG), *submodels]
+
+
+def _submodels(model: PreTrainedModel) -> list[Any]:
+    """The models of transformers within `model`, such as an encoder, without its base model."""
+    from transformers import PreTrainedModel
+
+    inner = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in inner if part is not model and part is not model.base_model]
+
+
+def _refuse_to_save(part: Any, *_: object, **__: object) -> None:
+    """`save_pretrained` of a part of a compressed model: nothing in the part's config names its factors."""
+    raise ConfigError(
+        f"a {type(part).__name__} within a compressed model cannot be saved alone, since it could not be loaded: save "
+        "the whole model, or call its dequantize() first"
+    )
 
 
 def packed_tensor(model: PreTrainedModel) -> str | None:

@@ -60,8 +60,8 @@ _VIT = {
 
 # Name: (class, config).
 FAMILIES = {
-    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**_GPT, eos_token_id=0)),
-    "gpt2, two labels": (tf.GPT2ForSequenceClassification, tf.GPT2Config(**_GPT, eos_token_id=0, pad_token_id=0)),
+    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**_GPT)),
+    "gpt2, two labels": (tf.GPT2ForSequenceClassification, tf.GPT2Config(**_GPT, pad_token_id=0)),
     "openai-gpt": (tf.OpenAIGPTLMHeadModel, tf.OpenAIGPTConfig(**_GPT)),
     "gpt_neo": (tf.GPTNeoForCausalLM, tf.GPTNeoConfig(**_NEO)),
     "gpt_neox": (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig(**_SIZES)),

@@ -14,7 +14,6 @@ from tqcompressor.config import TQConfig
 from tqcompressor.errors import ConfigError, NonFiniteError
 from tqcompressor.models.matrices import compressed_modules, factor_parameters, module_name
 
-# T5 is left out: its forward pass reads the weight of another matrix.
 SPECS = dict(zip(SHARED, (MIXED, LOW_RANK, KRONECKER, LOW_RANK, MIXED, MIXED, KRONECKER), strict=True))
 
 
@@ -159,3 +158,15 @@ def test_moments_of_all_users_are_those_of_the_shared_matrix(name):
         assert set((moment > moment.min() * 1.0001).nonzero().reshape(-1).tolist()) == set(ids.tolist())
     report = compress(dense, TQConfig({owner: LOW_RANK}, effort="fast"), calibration=found, progress=False)
     assert report.calibrated and report.matrices[0].name == owner
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("t5", "encoder"), ("prophetnet", "prophetnet.decoder"), ("marian", "model.encoder")]
+)
+def test_a_part_that_could_not_be_loaded_is_not_saved(name, part, tmp_path):
+    model = compressed(name)
+    with pytest.raises(ConfigError, match=r"save the whole model, or call its dequantize\(\) first"):
+        model.get_submodule(part).save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.dequantize().get_submodule(part).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
