@@ -46,7 +46,9 @@ impl Gpt2 {
             let model_type = checkpoint.model_type();
             return Err(problem(format!("the native runtime computes GPT-2 only, got model_type \"{model_type}\"")));
         }
-        let geometry = &Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
+        let geometry = Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
+        // A stored head that differs from the embedding is a matrix of its own.
+        let geometry = &Gpt2Geometry { tied: checkpoint.tied(), ..geometry };
         let generation = read_object_if_any(&directory.join("generation_config.json"))?;
         let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry).map_err(problem)?;
         let specs = specs_of(checkpoint.config()).map_err(problem)?;

@@ -108,8 +108,6 @@ def read_tensor_file(path: Path, kind: str, newest: int) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
     with storage_errors(path), open(path, "rb") as opened:
-        if (words := foreign_text(opened.read(HEAD))) is not None:
-            raise CheckpointError(f"{path}: {words}")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, str] = file.metadata() or {}
@@ -117,7 +115,9 @@ def read_tensor_file(path: Path, kind: str, newest: int) -> TensorFile:
                 found = {name: file.get_slice(name) for name in file.offset_keys()}
                 dtypes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: truncated or damaged, or not a safetensors file: {error}") from error
+            # Only now: numbers may look like text in another encoding.
+            words = foreign_text(opened.read(HEAD)) or f"truncated or damaged, or not a safetensors file: {error}"
+            raise CheckpointError(f"{path}: {words}") from error
         try:
             version = int(metadata.pop("format_version"))
         except (KeyError, ValueError) as error:

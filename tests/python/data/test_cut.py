@@ -8,7 +8,7 @@ import pytest
 import transformers
 from helpers.corpora import END, HELD_OUT, oracle, packed, write
 from helpers.processes import run_script
-from helpers.tokenizers import KINDS, WORDS
+from helpers.toy_tokenizers import KINDS, WORDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tqcompressor import token_blocks
