@@ -96,6 +96,15 @@ struct Part<'a> {
     terms: &'a [TermSpec],
 }
 
+/// A part with what decides on its place and its module.
+struct Piece<'a> {
+    /// The name of a part of a fused weight: "q".
+    name: Option<String>,
+    rows: usize,
+    dtype: Dtype,
+    part: Part<'a>,
+}
+
 enum Content<'a> {
     Copy(&'a Tensor),
     Dense(&'a Module<'a>),
@@ -142,16 +151,21 @@ fn modules<'a>(
         .filter_map(|name| matrix_of(name))
         .map(|matrix| (family.bare(matrix).into_owned(), matrix))
         .collect();
-    let mut found: IndexMap<String, Vec<(Option<&str>, Part<'a>, usize, Dtype)>> = IndexMap::new();
+    let mut found: IndexMap<String, Vec<Piece<'_>>> = IndexMap::new();
     for (name, spec) in specs {
         let matrix = *stored.get(name).ok_or_else(|| missing(checkpoint, &format!("{name}.{}", first_factor(spec))))?;
         let (rows, columns, dtype) = size(checkpoint, matrix, spec)?;
         let (module, part) = split_part(matrix);
-        let entry = Part { stored: matrix.to_owned(), columns, terms: spec.terms() };
-        found.entry(module.to_owned()).or_default().push((part, entry, rows, dtype));
+        let piece = Piece {
+            name: part.map(str::to_owned),
+            rows,
+            dtype,
+            part: Part { stored: matrix.to_owned(), columns, terms: spec.terms() },
+        };
+        found.entry(module.to_owned()).or_default().push(piece);
     }
     let mut modules = IndexMap::new();
-    for (stored, mut parts) in found {
+    for (stored, mut pieces) in found {
         let weight = format!("{stored}.weight");
         let kind = family.kind_of(&weight).ok_or_else(|| Error::Checkpoint {
             path: checkpoint.directory().to_owned(),
@@ -159,13 +173,13 @@ fn modules<'a>(
                 "'{stored}' is no module of this family of models: load the model and call its dequantize()"
             ),
         })?;
-        let (rows, dtype) = (parts[0].2, parts[0].3);
-        let columns = parts.iter().map(|(_, part, _, _)| part.columns).sum();
+        let (rows, dtype) = (pieces[0].rows, pieces[0].dtype);
+        let columns = pieces.iter().map(|piece| piece.part.columns).sum();
         let order = fused_parts(&stored, kind, rows, columns).map_err(|error| error.in_tensor(&weight))?;
         if let Some(order) = order {
-            parts.sort_by_key(|(part, ..)| order.iter().position(|name| Some(name.as_str()) == *part));
+            pieces.sort_by_key(|piece| order.iter().position(|name| Some(name) == piece.name.as_ref()));
         }
-        let parts = parts.into_iter().map(|(_, part, ..)| part).collect();
+        let parts = pieces.into_iter().map(|piece| piece.part).collect();
         modules.insert(stored.clone(), Module { stored, kind, rows, columns, dtype, parts });
     }
     Ok(modules)
