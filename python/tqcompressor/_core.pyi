@@ -31,6 +31,7 @@ __all__ = [
     "distillation_loss",
     "distillation_loss_in_place",
     "expand",
+    "expand_checkpoint",
     "find_permutation",
     "fit_many",
     "fit_within",
