@@ -293,19 +293,25 @@ pub(super) fn with_dtype(name: &str, tensor: &Tensor, dtype: Option<Float>) -> R
     Ok(Slot { name: name.to_owned(), dtype, shape: tensor.shape.clone() })
 }
 
-/// The stored name of a tensor of term `t` of a compressed matrix. A single term has no number.
-fn factor_name(matrix: &Matrix, terms: usize, t: usize, which: &str) -> String {
+/// The stored name of a tensor of term `t` of a compressed matrix, which is stored as `matrix`. A single term has no
+/// number.
+pub(super) fn factor_name(matrix: &str, terms: usize, t: usize, which: &str) -> String {
     let number = if terms == 1 { String::new() } else { format!(".terms.{t}") };
-    format!("{}{}{number}.{which}", matrix.stored_module(), matrix.part())
+    format!("{matrix}{number}.{which}")
+}
+
+/// The stored name of a compressed matrix: that of its module, or of its part of a fused one.
+fn stored_matrix(matrix: &Matrix) -> String {
+    format!("{}{}", matrix.stored_module(), matrix.part())
 }
 
 fn factor_slots(job: &Job, dtype: Dtype) -> Result<Vec<Slot>> {
     let Job { matrix, spec, .. } = job;
-    let terms = spec.terms();
+    let (stored, terms) = (stored_matrix(matrix), spec.terms());
     let mut slots = Vec::new();
     for (t, term) in terms.iter().enumerate() {
         let mut slot = |which: &str, dtype, shape| {
-            slots.push(Slot { name: factor_name(matrix, terms.len(), t, which), dtype, shape })
+            slots.push(Slot { name: factor_name(&stored, terms.len(), t, which), dtype, shape })
         };
         let (rows, columns) = match term {
             TermSpec::Kronecker(spec) => {
@@ -332,8 +338,9 @@ fn factor_slots(job: &Job, dtype: Dtype) -> Result<Vec<Slot>> {
 }
 
 fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
+    let stored = stored_matrix(matrix);
     for (t, term) in fit.terms.iter().enumerate() {
-        let name = |which| factor_name(matrix, fit.terms.len(), t, which);
+        let name = |which| factor_name(&stored, fit.terms.len(), t, which);
         let (rows, columns) = match term {
             Term::Kronecker(Decomposition { sum, row_permutation: rows, column_permutation: columns }) => {
                 writer.write_floats(&name("A"), 0, &sum.a)?;

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::checkpoint::{Options, carried, copy, with_dtype};
+use super::checkpoint::{Options, carried, config_of, copy, factor_name, with_dtype};
 use crate::checkpoint::read::{Checkpoint, Tensor};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
@@ -125,12 +125,6 @@ fn matrix_of(name: &str) -> Option<&str> {
         }
         _ => Some(module),
     }
-}
-
-/// The stored name of a tensor of term `t`.
-fn factor_name(matrix: &str, terms: usize, t: usize, which: &str) -> String {
-    let number = if terms == 1 { String::new() } else { format!(".terms.{t}") };
-    format!("{matrix}{number}.{which}")
 }
 
 fn missing(checkpoint: &Checkpoint, name: &str) -> Error {
@@ -356,7 +350,7 @@ fn low_rank(shape: &LowRankShape, left: &[f32], right: &[f32], order: &[usize]) 
 }
 
 fn config_json(source: &Map<String, Value>, dtype: Option<Float>) -> String {
-    let mut object = super::checkpoint::config_of(source, dtype);
+    let mut object = config_of(source, dtype);
     object.remove("quantization_config");
     format!("{:#}\n", Value::Object(object))
 }
