@@ -70,8 +70,8 @@ def _compress(options: argparse.Namespace) -> None:
     from ..compression.budget import meaning
     from ..compression.checkpoint import compress_checkpoint
 
-    if options.text is not None and find_spec("transformers") is not None:
-        _quiet_transformers()
+    if options.text is not None:
+        _quiet_torch_engine(options)
     report = compress_checkpoint(
         options.source,
         options.out,
@@ -120,8 +120,7 @@ def _expand(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from ..compression.measured import calibrate_checkpoint
 
-    if find_spec("transformers") is not None:
-        _quiet_transformers()
+    _quiet_torch_engine(options)
     # From the beginning: the second of two runs is refused before it measures.
     with sole_run(Path(options.out)):
         found = calibrate_checkpoint(
@@ -281,6 +280,12 @@ def _generate(options: argparse.Namespace) -> None:
         streamer=None if options.json else show,
     )
     print(json.dumps({"prompt": options.prompt, "text": text}, indent=2) if options.json else "")
+
+
+def _quiet_torch_engine(options: argparse.Namespace) -> None:
+    """Quiets transformers where the torch engine may run; the native one does without the import."""
+    if options.engine != "native" and find_spec("transformers") is not None:
+        _quiet_transformers()
 
 
 def _quiet_transformers() -> None:

@@ -92,12 +92,16 @@ def calibrate_checkpoint(
         from ..calibration.calibrate import calibrate
     except ImportError as error:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
-    if threads is not None:
-        torch.set_num_threads(threads)
     check_files(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = _load(source, dtype, device)
-    return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = _load(source, dtype, device)
+        return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, **options)
+    finally:
+        # The number is the whole process's.
+        torch.set_num_threads(before)
 
 
 def check_files(source: StrPath) -> None:

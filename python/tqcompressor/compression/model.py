@@ -37,7 +37,7 @@ from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
-from .budget import Budget, Spending, calibrated, check_options, moments_of, note_of
+from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of, note_of
 from .budget_plan import BudgetRequest
 from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
 from .report import CompressionReport, MatrixReport, UntouchedTensor
@@ -139,6 +139,11 @@ def compress(
     if text is None and tokenizer is None:
         known = load_calibration(calibration)
     elif text is not None and tokenizer is not None:
+        # Before the longest part of the work.
+        if budget is None:
+            plan_model(model, resolve_config(config, effort=effort, seed=seed))
+        else:
+            meaning(budget)
         reading: dict[str, Any] = {"num_samples": num_samples, "seq_len": seq_len, "progress": progress}
         known = calibrate(model, tokenizer, text, seed=DEFAULT_SEED if seed is None else seed, **reading)
     else:

@@ -108,3 +108,17 @@ def test_a_live_model_needs_the_tokenizer():
     for options in ({"text": TEXT}, {"tokenizer": AutoTokenizer.from_pretrained(TINY)}):
         with pytest.raises(ConfigError, match="got only one of them"):
             tqcompressor.compress(model, budget=0.65, **options)
+
+
+@pytest.mark.parametrize("options", [{"budget": -1}, {"config": {"specs": {"none.such": {"rank": 2}}}}])
+def test_a_live_model_is_not_calibrated_for_what_is_refused(options, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    monkeypatch.setattr("tqcompressor.compression.model.calibrate", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ConfigError):
+        tqcompressor.compress(model, text=TEXT, tokenizer=AutoTokenizer.from_pretrained(TINY), **options)
+
+
+def test_the_threads_of_torch_are_as_before():
+    before = torch.get_num_threads()
+    tqcompressor.calibrate_checkpoint(TINY, TEXT, num_samples=2, seq_len=16, threads=before + 1, progress=False)
+    assert torch.get_num_threads() == before
