@@ -43,7 +43,7 @@ PYTHON = {
     "calibration": "errors _core utils config data models",
     "native": "errors _core utils data evaluate calibration",
     "compression": "errors _core utils config data decomposition modules models calibration native",
-    "distillation": "errors _core utils losses config data evaluate models compression",
+    "distillation": "errors _core utils losses config data evaluate models calibration compression",
     "integrations": "errors config modules models compression",
     "plots": "errors config decomposition compression evaluate",
     "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",

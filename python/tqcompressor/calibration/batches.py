@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from ..data.cut import documents
 from ..data.text import open_texts
 from ..data.token_blocks import TokenBlocks, token_blocks
-from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, collected, drawn_indices, drawn_sequences
+from ..data.tokenize import (
+    CALIBRATION_SEQ_LEN,
+    Encoder,
+    collected,
+    drawn_indices,
+    drawn_sequences,
+    special_tokens,
+)
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -64,7 +71,7 @@ def _from_text(
     """Sequences drawn from a text, each between the special tokens that the tokenizer adds to an input."""
     longest = min(_positions(model), tokenizer.model_max_length)
     length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
-    before, after = _special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer)
     inner = length - len(before) - len(after)
     if inner < 2 or length > longest:
         least = 2 + len(before) + len(after)
@@ -83,16 +90,6 @@ def _from_text(
 def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:
     chosen = drawn_indices(len(blocks), count, blocks.seq_len, blocks.tokens, seed)
     return torch.stack([blocks[index]["input_ids"] for index in chosen])
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for begin in range(len(full) - len(bare) + 1):
-        if full[begin : begin + len(bare)] == bare:
-            return full[:begin], full[begin + len(bare) :]
-    return [], []
 
 
 def _batched(model: nn.Module, rows: torch.Tensor) -> list[Batch]:

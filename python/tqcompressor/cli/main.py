@@ -149,7 +149,13 @@ def _distill(options: argparse.Namespace) -> None:
     # Check before the import of torch, so that errors appear at once.
     values = {**vars(options), "seed": options.data_seed}
     training = TrainingConfig(**{field.name: values[field.name] for field in fields(TrainingConfig)})
-    losses = DistillConfig(options.temperature, options.alpha, options.hidden_weight, options.hidden_kind)
+    losses = DistillConfig(
+        options.temperature,
+        options.alpha,
+        options.hidden_weight,
+        options.hidden_kind,
+        dropout=options.dropout,
+    )
     try:
         from ..distillation.runner import distill
     except ImportError as error:
@@ -158,6 +164,10 @@ def _distill(options: argparse.Namespace) -> None:
         report = distill(
             options.teacher,
             options.recipe,
+            budget=options.budget,
+            student=options.student,
+            calibration=options.calibration,
+            num_samples=options.num_samples,
             text=[Path(name) for name in options.text],
             out=options.out,
             tokens=options.tokens,

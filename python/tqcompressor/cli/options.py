@@ -9,7 +9,7 @@ from .._core import __version__
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, DTYPES, EFFORTS, ENGINES, OBJECTIVES
 from ..config.recipes import RECIPES
 from ..distillation.config import DistillConfig, HiddenKind, TrainingConfig
-from ..distillation.stages import DEFAULT_RECIPE, STAGED_RECIPES
+from ..distillation.stages import DEFAULT_BUDGET, STAGED_RECIPES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,28 +83,31 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     distill = commands.add_parser(
         "distill",
         parents=[common],
-        help="compress a checkpoint, in one stage or several, and train it to imitate the original",
-        description="Compress a checkpoint, in one stage or several, and train it after each to imitate the teacher, "
-        "the checkpoint as it was. A killed run resumes with --resume. For several processes: "
+        help="compress a checkpoint and train it to imitate the original",
+        description="Compress a checkpoint, by a budget or in the stages of a recipe, and train it to imitate the "
+        "teacher, the checkpoint as it was; or train a student that is compressed already. A killed run resumes with --resume. For several "
+        "processes: "
         "torchrun -m tqcompressor.cli distill ...",
     )
     names = ", ".join((*RECIPES, *STAGED_RECIPES))
     distill.add_argument("--teacher", metavar="DIR", required=True, help="a dense checkpoint directory, or a hub id")
-    distill.add_argument(
-        "--recipe",
-        metavar="NAME",
-        default=DEFAULT_RECIPE,
-        help=f"{names}, or a JSON file (default: {DEFAULT_RECIPE})",
+    choice = distill.add_mutually_exclusive_group()
+    choice.add_argument("--recipe", metavar="NAME", help=f"{names}, or a JSON file, such as one of several budgets")
+    choice.add_argument(
+        "--budget",
+        metavar="B",
+        help=f"the size to keep, as for compress, calibrated on the text (default: {DEFAULT_BUDGET})",
     )
+    choice.add_argument("--student", metavar="DIR", help="a student to train as it is, such as a compressed checkpoint")
     distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to train on")
     distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
     distill.add_argument("--resume", action="store_true", help="resume a killed run that had the same options")
     distill.add_argument("--tokens", type=_positive, metavar="N", help="to train on in all (default: all of the text)")
-    distill.add_argument("--heldout", metavar="FILE", help="text to measure perplexity on (default: the end of --text)")
+    distill.add_argument("--heldout", metavar="FILE", help="text to score on (default: the end of --text)")
     group = distill.add_argument_group("training")
     group.add_argument("--seq-len", type=_positive, metavar="N", help="tokens of a sample (default: the context)")
     group.add_argument(
-        "--batch-size", type=_positive, metavar="N", default=training.batch_size, help="samples of a batch"
+        "--batch-size", type=_positive, metavar="N", help="samples of a batch (default: by the tokens, at most 16)"
     )
     group.add_argument(
         "--gradient-accumulation-steps",
@@ -141,9 +144,18 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument("--alpha", type=float, metavar="X", default=losses.alpha)
     group.add_argument("--hidden-weight", type=float, metavar="X", default=losses.hidden_weight)
     group.add_argument("--hidden-kind", choices=get_args(HiddenKind), default=losses.hidden_kind)
+    group.add_argument("--dropout", action="store_true", help="keep the dropout of the student's config")
     group = distill.add_argument_group("compression")
-    group.add_argument("--effort", choices=EFFORTS, help="effort of the permutation search (default: the recipe's)")
-    group.add_argument("--seed", type=int, metavar="N", help="of the permutation search (default: the recipe's)")
+    group.add_argument("--calibration", metavar="FILE", help="for --budget (default: measured on --text)")
+    group.add_argument(
+        "--num-samples",
+        type=_positive,
+        metavar="N",
+        default=128,
+        help="sequences of a calibration (default: %(default)s)",
+    )
+    group.add_argument("--effort", choices=EFFORTS, help="effort of the search (default: the recipe's)")
+    group.add_argument("--seed", type=int, metavar="N", help="of search and calibration (default: the recipe's)")
     _add_threads(group)
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: float32)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import _core
 from ..calibration.calibration import Calibration
@@ -17,9 +17,6 @@ from ..utils.engines import is_native
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from ..utils.utf8 import read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def calibrate_checkpoint(
@@ -90,6 +87,7 @@ def calibrate_checkpoint(
         from transformers import AutoTokenizer
 
         from ..calibration.calibrate import calibrate
+        from ..models.loading import load_pretrained
     except ImportError as error:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     check_files(source)
@@ -97,7 +95,8 @@ def calibrate_checkpoint(
     torch.set_num_threads(threads or before)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = _load(source, dtype, device)
+        model: Any = load_pretrained(source, dtype=dtype)
+        model.to(device)
         return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, **options)
     finally:
         # The number is the whole process's.
@@ -120,15 +119,3 @@ def check_files(source: StrPath) -> None:
     known = isinstance(config, dict) and config.get("model_type") in (None, "gpt2")
     if weights and known and not config.get("quantization_config"):
         _core.Checkpoint.open(os.fspath(source))
-
-
-def _load(source: StrPath, dtype: Dtype, device: str) -> PreTrainedModel:
-    """The model of the class that saved the checkpoint: gradients need the head of a decoder."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(source)
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
-    model: Any = kind.from_pretrained(source, dtype=dtype)
-    loaded: PreTrainedModel = model.to(device)
-    return loaded

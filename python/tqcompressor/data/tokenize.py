@@ -212,6 +212,16 @@ def _own_threads_only() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    for begin in range(len(full) - len(bare) + 1):
+        if full[begin : begin + len(bare)] == bare:
+            return full[:begin], full[begin + len(bare) :]
+    return [], []
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The narrowest dtype for tokens below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.loading import load_pretrained
 from ..utils.atomic_io import WholeFile, storage_errors, sync_folder
+from ..utils.hub import StrPath
 from ..utils.portable import sync
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The causal model of a folder, compressed or not, in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
+def load_model(source: StrPath) -> PreTrainedModel:
+    """The model of a folder or hub id, compressed or not, in float32."""
+    return load_pretrained(source, dtype=torch.float32)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -25,14 +25,22 @@ class DistillConfig:
     block `i`, the last one after the final normalisation. By default block `i` of the student is paired with block
     `i · (teacher's depth / student's depth)` of the teacher.
 
+    A masked language model has the loss at its masked tokens. A model without a vocabulary, such as a sentence encoder,
+    has `H` of its last hidden state and of the mean over the tokens in place of KL and CE; then `alpha` is 1.
+
+    The defaults learn from the teacher alone, at its own temperature: its distribution says all that a label says,
+    without a label's noise. Dropout would be noise as well; it is off unless `dropout` is True.
+
     Raises `ConfigError` for values out of range.
     """
 
-    temperature: float = 2.0
-    alpha: float = 0.5
+    temperature: float = 1.0
+    alpha: float = 1.0
     hidden_weight: float = 0.0
     hidden_kind: HiddenKind = "mse"
     hidden_layers: tuple[tuple[int, int], ...] | None = None
+    dropout: bool = False
+    """Whether the student keeps the dropout of its config while it learns."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -52,7 +60,9 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How every stage is trained: AdamW, a linear warm-up, then a cosine decay to zero.
+    """How every stage is trained: AdamW (0.9, 0.95), a linear warm-up, then a cosine decay to zero.
+
+    Gradients are scaled down to a norm of 1.
 
     This is a short form of `transformers.TrainingArguments`, which `distill` also accepts. Fields of the same name have
     the same meaning.
@@ -62,11 +72,12 @@ class TrainingConfig:
 
     seq_len: int | None = None
     """Tokens of a sample; by default the teacher's positions, at most 1024."""
-    batch_size: int = 8
-    """Samples of a batch on each process."""
+    batch_size: int | None = None
+    """Samples of a batch on each process. By default as many as leave 1,000 steps for all stages together, from 1 to
+    16: with few tokens, more steps help more than less noise does."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are averaged for one optimiser step."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     """The learning rate at the end of the warm-up."""
     warmup_ratio: float = 0.05
     """The warm-up's share of a stage's steps."""
@@ -83,7 +94,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):
-            if name != "seq_len" or self.seq_len is not None:
+            if getattr(self, name) is not None or name == "gradient_accumulation_steps":
                 object.__setattr__(self, name, validate.integer(name, getattr(self, name), 1))
         object.__setattr__(self, "seed", validate.integer("seed", self.seed, 0, _LARGEST_SEED))
         for name in ("learning_rate", "weight_decay"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +18,8 @@ from transformers import (
 )
 
 from .._core import ModelPlan
+from ..calibration.calibration import Calibration, load_calibration
+from ..compression.budget import Budget
 from ..compression.model_plan import plan_model
 from ..config.choices import DTYPES, Dtype, one_of
 from ..config.tq_config import TQConfig
@@ -30,11 +31,17 @@ from ..utils import validate
 from ..utils.atomic_io import check_destination, require_space, without_leftovers
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
-from .artifacts import STATE
+from .artifacts import STATE, load_model
 from .config import DistillConfig, TrainingConfig
-from .stages import Stage, StagedRecipe, resolve_staged_recipe
+from .stages import DEFAULT_BUDGET, Stage, StagedRecipe, resolve_staged_recipe
+from .tasks import Task, task_of
+from .trainer import require_same_vocabulary
 from .training import samples_per_step
 
+# Steps of all stages together that the default batch size leaves, and its largest.
+_STEPS, _LARGEST_BATCH = 1000, 16
+# Tokens of a sample by default, at most.
+_LONGEST = 1024
 # Held out by default: a hundredth of the text, but no more than 65,536 tokens, so that scoring stays short.
 _HELDOUT_SHARE, _HELDOUT_TOKENS = 100, 1 << 16
 
@@ -48,8 +55,8 @@ class PreparedStage:
     stage: Stage
     folder: Path
     """The folder of its state."""
-    plan: ModelPlan
-    """The plan of its config for the matrices of the teacher, which holds for the student too."""
+    plan: ModelPlan | None
+    """The plan of its config for the matrices of the teacher, and so of the student. None without one."""
     samples: TokenBlocks | None
     """None for a stage without training."""
     steps: int
@@ -62,12 +69,22 @@ class Prepared:
 
     teacher: PreTrainedModel
     """The teacher, in float32 on the CPU."""
+    student: PreTrainedModel | None
+    """The student that was given, in float32 on the CPU."""
+    task: Task
     tokenizer: PreTrainedTokenizerBase
     recipe: StagedRecipe
     stages: tuple[PreparedStage, ...]
-    one_shot: TQConfig
-    """All stages in one: each matrix has the spec of the last stage that names it."""
+    one_shot: TQConfig | None
+    """All configs in one: each matrix has the spec of the last stage that names it. None without configs."""
+    calibration: Calibration | None
+    """The calibration that was given for the first budget."""
+    num_samples: int
+    """The sequences that a calibration reads."""
+    calibration_text: TokenBlocks
+    """What they are drawn from: the text of the training."""
     seq_len: int
+    """Text tokens of a sample, without the special tokens of an encoder's input."""
     heldout: tuple[int, ...]
     """The held-out tokens to score."""
     out: Path
@@ -88,8 +105,12 @@ class Prepared:
 
 def prepare(
     teacher: StrPath | PreTrainedModel,
-    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig,
+    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig | None,
     *,
+    budget: Budget | None,
+    student: StrPath | PreTrainedModel | None,
+    calibration: Calibration | StrPath | None,
+    num_samples: int,
     text: str | Path | Sequence[str | Path] | TokenBlocks | Any,
     out: StrPath,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -115,39 +136,61 @@ def prepare(
     """
     out, threads = Path(out), validate.threads(threads)
     one_of("dtype", dtype, DTYPES)
-    staged = resolve_staged_recipe(recipe, effort=effort, seed=seed)
+    num_samples = validate.integer("num_samples", num_samples, 1)
+    staged = _recipe(recipe, budget, student, effort=effort, seed=seed)
+    if calibration is not None and not staged.budgets:
+        raise ConfigError("calibration: expected with a budget, which is spent by it")
     _check_destination(out, resume, arguments)
-    model = _load_teacher(teacher)
+    known = load_calibration(calibration)
+    model = _load(teacher)
     tokenizer = _load_tokenizer(teacher, tokenizer)
-    _check_vocabulary("the tokenizer", len(tokenizer), model)
-    seq_len = _sequence_length(model, text, training)
-    plans = [plan_model(model, stage.config) for stage in staged.stages]
-    heldout_tokens = None if heldout is None else tokenised(tokenizer, heldout).tokens[:].tolist()
+    task = task_of(model, tokenizer)
+    check_vocabulary("the tokenizer", len(tokenizer), model)
+    given = None if student is None else _load(student)
+    if given is not None:
+        _check_student(given, model)
+    seq_len = _sequence_length(model, tokenizer, task, text, training)
+    plans = [None if stage.config is None else plan_model(model, stage.config) for stage in staged.stages]
     if isinstance(text, TokenBlocks):
-        _check_vocabulary("text: its tokenizer", text.vocab_size, model)
+        check_vocabulary("text: its tokenizer", text.vocab_size, model)
         samples = text
     else:
         samples = token_blocks(text, tokenizer, seq_len, cache=cache, progress=progress)
     available = len(samples)
-    if heldout_tokens is None:
+    if heldout is None:
         available -= min(max(1, available // _HELDOUT_SHARE), max(1, _HELDOUT_TOKENS // seq_len))
         rows = (samples[index]["input_ids"].tolist() for index in range(available, len(samples)))
-        heldout_tokens = [*begin_tokens(tokenizer), *chain.from_iterable(rows)]
+        heldout_tokens = list(chain.from_iterable(rows))
+    else:
+        heldout_tokens = tokenised(tokenizer, heldout).tokens[len(begin_tokens(tokenizer)) :].tolist()
     if tokens is not None:
         tokens = validate.integer("tokens", tokens, 1)
     wanted = available if tokens is None else tokens // seq_len
     if wanted > available:
         raise TextError(f"tokens: expected at most {available * seq_len:,} (of the text to train on), got {tokens:,}")
+    if isinstance(training, TrainingConfig) and training.batch_size is None:
+        each = training.gradient_accumulation_steps * arguments.world_size
+        training = replace(training, batch_size=min(max(wanted // (_STEPS * each), 1), _LARGEST_BATCH))
+        arguments.per_device_train_batch_size = training.batch_size or 1
     stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
+    if staged.budgets and known is None and num_samples > available:
+        raise TextError(
+            f"num_samples: expected at most {available} (the samples of the text to train on), got {num_samples}"
+        )
     # At most two students of every stage, two checkpoints with two moments each, and the result.
     size = 4 * model.num_parameters()
     require_space(out, size * (2 * len(stages) + 2 * 3 + 1), "the stages and their checkpoints")
     return Prepared(
         teacher=model,
+        student=given,
+        task=task,
         tokenizer=tokenizer,
         recipe=staged,
         stages=stages,
         one_shot=_one_shot(staged, plans),
+        calibration=known,
+        num_samples=num_samples,
+        calibration_text=samples.section(0, available),
         seq_len=seq_len,
         heldout=tuple(heldout_tokens),
         out=out,
@@ -159,6 +202,29 @@ def prepare(
         threads=threads,
         progress=progress,
     )
+
+
+def _recipe(
+    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig | None,
+    budget: Budget | None,
+    student: object,
+    **changes: Any,
+) -> StagedRecipe:
+    """The stages of a recipe, a budget or a student, of which there is at most one; by default a budget."""
+    given = {"recipe": recipe, "budget": budget, "student": student}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(f"expected one of recipe, budget and student, got {' and '.join(names)}")
+    if student is not None:
+        return StagedRecipe((Stage("student"),))
+    if recipe is None:
+        return StagedRecipe((Stage("one-shot", budget=DEFAULT_BUDGET if budget is None else budget),)).replace(
+            **changes
+        )
+    staged = resolve_staged_recipe(recipe, **changes)
+    if staged.stages[0].config is None and staged.stages[0].budget is None:
+        raise ConfigError(f"stage {staged.stages[0].name}: expected a config or a budget, as it is the first")
+    return staged
 
 
 def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) -> None:
@@ -177,15 +243,21 @@ def _check_destination(out: Path, resume: bool, arguments: TrainingArguments) ->
             )
 
 
-def _load_teacher(teacher: StrPath | PreTrainedModel) -> PreTrainedModel:
-    model: Any
-    if isinstance(teacher, torch.nn.Module):
-        # A copy that the run may move and freeze.
-        model = copy.deepcopy(require_transformers_model(teacher)).to("cpu", torch.float32)  # type: ignore[arg-type]
-    else:
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    loaded: PreTrainedModel = model
-    return loaded
+def _load(source: StrPath | PreTrainedModel) -> PreTrainedModel:
+    if isinstance(source, torch.nn.Module):
+        # A copy that the run may move, freeze and train.
+        live: Any = copy.deepcopy(require_transformers_model(source))
+        model: PreTrainedModel = live.to("cpu", torch.float32)
+        return model
+    return load_model(source)
+
+
+def _check_student(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    if type(student) is not type(teacher):
+        raise ConfigError(
+            f"student: expected a {type(teacher).__name__} as its teacher is, got {type(student).__name__}"
+        )
+    require_same_vocabulary(student, teacher)
 
 
 def _load_tokenizer(
@@ -199,34 +271,46 @@ def _load_tokenizer(
     return loaded
 
 
-def _check_vocabulary(name: str, tokens: int, teacher: PreTrainedModel) -> None:
-    if tokens > (vocab_size := teacher.config.vocab_size):
+def check_vocabulary(name: str, tokens: int, teacher: PreTrainedModel) -> None:
+    """Raises `ConfigError` for more tokens than the teacher has."""
+    if tokens > (vocab_size := teacher.config.get_text_config().vocab_size):
         raise ConfigError(
             f"{name} has {tokens} tokens, the teacher's vocabulary only {vocab_size}: it is another model's tokenizer"
         )
 
 
-def _sequence_length(teacher: PreTrainedModel, text: Any, training: TrainingConfig | TrainingArguments) -> int:
+def _sequence_length(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    text: Any,
+    training: TrainingConfig | TrainingArguments,
+) -> int:
+    """Text tokens of a sample; with the special tokens of the task they are the length of an input."""
     asked = training.seq_len if isinstance(training, TrainingConfig) else None
-    positions: int = teacher.config.max_position_embeddings
+    positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions if isinstance(positions, int) else min(tokenizer.model_max_length, _LONGEST)
     if isinstance(text, TokenBlocks):
-        if asked not in (None, text.seq_len):
-            raise ConfigError(f"seq_len: expected {text.seq_len}, that of the text's samples, got {asked}")
-        asked = text.seq_len
-    seq_len = min(positions, 1024) if asked is None else asked
-    if not 2 <= seq_len <= positions:
-        raise ConfigError(f"seq_len: expected 2 to {positions} (the teacher's positions), got {seq_len}")
-    return seq_len
+        found = text.seq_len + task.edges
+        if asked not in (None, found):
+            raise ConfigError(f"seq_len: expected {found}, that of the text's samples, got {asked}")
+        asked = found
+    seq_len = min(longest, tokenizer.model_max_length, _LONGEST) if asked is None else asked
+    least = 2 + task.edges
+    if not least <= seq_len <= longest:
+        raise ConfigError(f"seq_len: expected {least} to {longest} (the teacher's positions), got {seq_len}")
+    return seq_len - task.edges
 
 
-def _one_shot(recipe: StagedRecipe, plans: Iterable[ModelPlan]) -> TQConfig:
-    specs = {matrix.name: matrix.spec for plan in plans for matrix in plan.matrices}
-    return recipe.stages[-1].config.replace(specs=specs)
+def _one_shot(recipe: StagedRecipe, plans: Iterable[ModelPlan | None]) -> TQConfig | None:
+    configs = [stage.config for stage in recipe.stages if stage.config is not None]
+    specs = {matrix.name: matrix.spec for plan in plans if plan is not None for matrix in plan.matrices}
+    return configs[-1].replace(specs=specs) if configs else None
 
 
 def _prepare_stages(
     recipe: StagedRecipe,
-    plans: Sequence[ModelPlan],
+    plans: Sequence[ModelPlan | None],
     samples: TokenBlocks,
     wanted: int,
     out: Path,

@@ -24,10 +24,16 @@ class LossRecord:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model with its perplexity on the held-out text."""
+    """A model with its score on the held-out text; lower is better."""
 
     parameters: int
-    perplexity: float
+    score: float
+    """What the report's `measure` says: the perplexity of a language model."""
+
+    @property
+    def perplexity(self) -> float:
+        """The score of a language model."""
+        return self.score
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class StageResult:
     """The student after this stage's compression, before its training."""
     trained: ModelResult
     """The student at the end of the stage."""
+    kept_step: int
+    """The step whose student is kept, the best of those that were scored: 0 is the student before the training."""
     lost_energy: Mapping[str, float]
     """The lost energy of each matrix that this stage decomposed, relative to the student's weights before the stage."""
     tokens: int
@@ -72,11 +80,20 @@ class TrainingReport:
     """All settings that affect the result: teacher, recipe, text, losses, training, processes, dtype."""
     versions: Mapping[str, str]
     """The versions of Python, torch and transformers."""
+    measure: str
+    """What is scored: "perplexity", "perplexity of masked tokens", or the "cosine distance" of embeddings."""
     heldout_tokens: int
     teacher: ModelResult
     one_shot: ModelResult
-    """The teacher compressed to the final student's shapes in one step, without training."""
+    """The student without training: compressed in one step, to the final shapes or the last budget, or as it was given.
+    """
     stages: Sequence[StageResult]
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the student."""
+        masked = "AutoModelForMaskedLM" if self.measure == "perplexity of masked tokens" else "AutoModelForCausalLM"
+        return "AutoModel" if self.measure == "cosine distance" else masked
 
     @property
     def tokens(self) -> int:
@@ -100,6 +117,7 @@ class TrainingReport:
             version=data["tqcompressor"],
             settings=data["settings"],
             versions=data["versions"],
+            measure=data["measure"],
             heldout_tokens=data["heldout_tokens"],
             teacher=ModelResult(**data["teacher"]),
             one_shot=ModelResult(**data["one_shot"]),
@@ -108,10 +126,13 @@ class TrainingReport:
 
     def rows(self) -> list[list[str]]:
         """The table of `str()` as cells, the header first."""
-        rows = [["model", "parameters", "perplexity", "tokens", "tokens/s", "final loss"]]
+        rows = [["model", "parameters", self.measure, "tokens", "tokens/s", "final loss"]]
+
+        # A distance is below 1.
+        digits = ".5f" if self.measure == "cosine distance" else ".2f"
 
         def add(name: str, model: ModelResult, *training: str) -> None:
-            rows.append([name, f"{model.parameters:,}", f"{model.perplexity:.2f}", *(training or ("", "", ""))])
+            rows.append([name, f"{model.parameters:,}", f"{model.score:{digits}}", *(training or ("", "", ""))])
 
         add("teacher", self.teacher)
         add("one-shot", self.one_shot)
@@ -125,7 +146,13 @@ class TrainingReport:
     def __str__(self) -> str:
         share = 100 * self.stages[-1].trained.parameters / self.teacher.parameters
         summary = f"{share:.1f}% of the teacher's parameters; {self.tokens:,} tokens trained on"
-        return f"{format_table(self.rows())}\n{summary}, {self.heldout_tokens:,} held out"
+        kept = "".join(
+            f"\nstage {number}, {stage.name}: the student of step {stage.kept_step} of {stage.steps} is kept, "
+            "the best on the held-out text"
+            for number, stage in enumerate(self.stages, 1)
+            if stage.kept_step != stage.steps
+        )
+        return f"{format_table(self.rows())}\n{summary}, {self.heldout_tokens:,} held out{kept}"
 
     def model_card(self) -> str:
         """The README of the student's folder, in Markdown."""
@@ -134,10 +161,11 @@ class TrainingReport:
         lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
         return (
             "---\nlibrary_name: transformers\ntags: [tqcompressor, kronecker, distillation]\n---\n\n"
-            "# A GPT-2 compressed with tqcompressor and distilled from its teacher\n\n"
+            "# A model compressed with tqcompressor and distilled from its teacher\n\n"
             "Load it with transformers after `pip install tqcompressor`:\n\n"
-            "```python\nimport tqcompressor\nfrom transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")\n```\n\n'
-            f"Perplexity of {self.heldout_tokens:,} held-out tokens; all settings are in `training_report.json`.\n\n"
+            f"```python\nimport tqcompressor\nfrom transformers import {self.auto_class}\n\n"
+            f'model = {self.auto_class}.from_pretrained("path/of/this/folder")\n```\n\n'
+            f"{self.measure.capitalize()} on {self.heldout_tokens:,} held-out tokens; "
+            "all settings are in `training_report.json`.\n\n"
             f"{lines}\n"
         )

@@ -1,8 +1,9 @@
 """Distillation from end to end: every stage compresses the student and trains it, with its state on disk.
 
-`out/stages/N-NAME/compressed` is the student after the stage's compression, `checkpoints` are the trainer's, `trained`
-is the student after the stage. Each gets its name only when it is complete. A killed run therefore resumes from the
-last of them, and ends with the same weights as a run that was not killed. A lock keeps a second run out.
+`out/stages/N-NAME/compressed` is the student after the stage's compression, with its calibration, `checkpoints` are the
+trainer's, `trained` is the student after the stage. Each gets its name only when it is complete. A killed run therefore
+resumes from the last of them, and ends with the same weights as a run that was not killed. A lock keeps a second run
+out.
 
 Of several processes, the first does all work that is done once, within `main_process_first`.
 """
@@ -20,36 +21,47 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .._core import __version__
+from ..calibration.calibrate import calibrate
+from ..calibration.calibration import Calibration
+from ..compression.budget import Budget
 from ..compression.model import compress, recompress_planned
+from ..compression.report import CompressionReport, MatrixReport
 from ..config.choices import Dtype
 from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks
+from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..errors import ConfigError
-from ..evaluate.results import exponential
-from ..evaluate.scoring import negative_log_likelihood
+from ..models.balancing import MomentsOf, has_low_rank
+from ..models.matrices import compressed_modules
 from ..utils.atomic_io import remove_leftovers, sole_run, whole_folder
 from ..utils.hub import StrPath
-from ..utils.progress import ProgressOption, reporter
+from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import on_device
 from .artifacts import STATE, load_model, read_json, save_model, weights_digest, write_json
 from .config import DistillConfig, TrainingConfig
 from .prepare import Prepared, PreparedStage, prepare
 from .report import ModelResult, StageResult, TrainingReport
-from .stages import DEFAULT_RECIPE, StagedRecipe
+from .stages import Stage, StagedRecipe
 from .training import Trained, quiet_transformers, train_stage, training_arguments, training_settings
 
 _REPORT = "training_report.json"
+_CALIBRATION = "calibration.safetensors"
 
 
 def distill(
     teacher: StrPath | PreTrainedModel,
-    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig = DEFAULT_RECIPE,
+    recipe: StrPath | Mapping[str, Any] | StagedRecipe | TQConfig | None = None,
     *,
+    budget: Budget | None = None,
+    student: StrPath | PreTrainedModel | None = None,
+    calibration: Calibration | StrPath | None = None,
+    num_samples: int = 128,
     text: str | Path | Sequence[str | Path] | TokenBlocks | Any,
     out: StrPath,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,26 +78,35 @@ def distill(
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> TrainingReport:
-    """Compresses a GPT-2 and trains it to imitate the original model, its teacher.
+    """Compresses a model and trains it to imitate the original, its teacher; or trains a student that is there.
 
-    A recipe has one stage or several. Each stage decomposes the named matrices *of the current student*, and trains
-    the student on its share of the text, every token once. The result in `out` is a compressed
-    checkpoint with its tokenizer, a model card and `training_report.json`; `out/stages` has the student after every
-    stage.
+    The teacher is a causal or masked language model, or a text encoder, which learns the embeddings of texts. A budget
+    is spent by a calibration on the training text. A recipe has one stage or several. Each stage compresses *the
+    current student*, and trains it on its share of the text, every token once. No stage ends worse than it began: the
+    student is scored on held-out text at every checkpoint, and the best is kept. While they learn, low-rank factors
+    are plain products, balanced in the norm of the calibration; see `modules.balanced`.
+
+    The result in `out` is a compressed checkpoint with its tokenizer, a model card and `training_report.json`;
+    `out/stages` has the student after every stage.
 
     For several processes, call it from a script under `torchrun` or `accelerate launch`, or launch the command line.
 
     Args:
         teacher: A checkpoint directory or hub id, or a live model, which needs `tokenizer` too.
         recipe: The name of one of `RECIPES` (a single stage) or `STAGED_RECIPES`, the path of a JSON file, a dict, a
-            `StagedRecipe` or a `TQConfig`. One-shot "tq-81m" by default: on equal text it ends with a lower perplexity
-            than "tq-81m-staged".
+            `StagedRecipe` or a `TQConfig`. `StagedRecipe.of_budgets` makes stages of budgets.
+        budget: In place of a recipe: the size to keep, as for `compress`; one stage. Default: 0.65, unless there is a
+            recipe or a student.
+        student: In place of both: a checkpoint or live model of the teacher's class, compressed or not, to train.
+        calibration: Of the teacher, for the first budget; by default it is measured on the text. Later stages
+            calibrate the student that they compress.
+        num_samples: Sequences of 128 tokens that a calibration reads.
         text: The training text: a str is the text itself, a `Path` a UTF-8 file or a glob pattern, and a list holds
             either. A `datasets.Dataset` with a column "text" and a `TokenBlocks` are accepted too.
         out: The folder to write; it must not exist, or be empty, unless `resume`.
         tokenizer: By default the teacher's own.
         tokens: Tokens to train on, all stages together; by default all of the text.
-        heldout: A text to measure perplexity on, a str or the `Path` of a file. By default the end of `text`, excluded
+        heldout: A text to score on, a str or the `Path` of a file. By default the end of `text`, excluded
             from training: a hundredth of it, from one sample up to 65,536 tokens.
         losses: The loss of the student.
         training: Batches, optimiser and checkpoints of every stage: a `TrainingConfig` or, for any other setting, a
@@ -95,34 +116,35 @@ def distill(
             `save_strategy` other than "steps", are refused. `logging_steps` is the step of the report's loss curve.
             Samples have `min(positions, 1024)` tokens; pass a `TokenBlocks` as `text` for another length.
         effort: "fast", "balanced" or "best", in place of the recipe's.
-        seed: The seed of the permutation searches, in place of the recipe's. Training has the seed `training.seed`.
+        seed: The seed of searches and calibrations, in place of the recipe's. Training has the seed `training.seed`.
         device: "cpu" to train on the CPU even if there is a GPU; by default transformers chooses.
         dtype: The dtype of the result: "float32", "float16" or "bfloat16". Training is float32.
         cache: The folder of tokenised text, as in `token_blocks`.
         resume: Resumes a killed run that had the same arguments; starts a new run if `out` is empty. While the run
             is alive, a second one is refused.
-        threads: Threads of the permutation search; they do not change the result.
+        threads: Threads of the compression; they do not change the result.
         progress: True, False, None (bars when on a terminal or in a notebook) or a callable `(done, total)`, called
             for each piece of the work in turn.
 
     Returns:
-        The scores of the teacher, of the one-shot student, and of the student before and after the training of every
-        stage.
+        The scores of the teacher, of the student without training, and of the student before and after the training of
+        every stage.
 
     Raises:
-        ConfigError: Recipe, teacher, tokenizer and settings do not fit together, or `resume` finds a run with other
-            arguments.
+        ConfigError: Recipe, teacher, student, tokenizer and settings do not fit together, or `resume` finds a run with
+            other arguments.
         TextError: Too little text for the stages, or files that are not UTF-8.
         DestinationError: `out` is not empty, another run is writing it, or `resume` finds files there and no run.
         StorageError: The disk is full, or has too little space for the stages.
 
-    Cost: for every stage a compression, and on every token a forward and a backward pass of the student and a forward
-    pass of the teacher. The disk holds two students for every stage, and two checkpoints of three times their size.
+    Cost: for every stage a compression, with a budget a calibration, and on every token a forward and a backward pass
+    of the student and a forward pass of the teacher. The disk holds two students for every stage, and two checkpoints
+    of three times their size.
 
     Source: arXiv 2401.16367 (the stages); arXiv 1503.02531 (the losses).
 
     Example:
-        >>> report = distill("gpt2", text=Path("openwebtext/*.txt"), out="gpt2-81m")  # doctest: +SKIP
+        >>> report = distill("gpt2", budget=0.65, text=Path("openwebtext/*.txt"), out="gpt2-65")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
     training = training or TrainingConfig()
@@ -133,6 +155,10 @@ def distill(
         prepared = prepare(
             teacher,
             recipe,
+            budget=budget,
+            student=student,
+            calibration=calibration,
+            num_samples=num_samples,
             text=text,
             out=out,
             tokenizer=tokenizer,
@@ -167,11 +193,16 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
             remove_leftovers(prepared.out)
         if not path.exists():
             teacher = _score(prepared, prepared.teacher, "score teacher")
-            state = {"settings": settings, "heldout_tokens": len(prepared.heldout) - 1, "teacher": asdict(teacher)}
+            state = {"settings": settings, "heldout_tokens": len(prepared.heldout), "teacher": asdict(teacher)}
             # The compressed student of a single stage is the one-shot student, and is scored in the stage.
             if len(prepared.stages) > 1:
                 student = copy.deepcopy(prepared.teacher)
-                compress(student, prepared.one_shot, threads=prepared.threads, progress=prepared.progress)
+                if prepared.one_shot is not None:
+                    compress(student, prepared.one_shot, threads=prepared.threads, progress=prepared.progress)
+                else:
+                    last = [stage.stage for stage in prepared.stages if stage.stage.budget is not None][-1]
+                    calibration = prepared.calibration or _calibrated(prepared, student, last.seed)
+                    _spend(prepared, student, last, calibration)
                 state["one_shot"] = asdict(_score(prepared, student, "score one-shot"))
             write_json(path, state)
     found: Mapping[str, Any] = read_json(path)
@@ -189,6 +220,8 @@ def _settings(prepared: Prepared) -> dict[str, Any]:
     settings = {
         "teacher": weights_digest(prepared.teacher),
         "recipe": prepared.recipe.to_dict(),
+        "student": prepared.student and weights_digest(prepared.student),
+        "calibration": [prepared.num_samples, prepared.calibration and _digest(prepared.calibration)],
         "text": [stage.samples and stage.samples.fingerprint for stage in prepared.stages],
         "heldout": hashlib.sha256(str(list(prepared.heldout)).encode()).hexdigest(),
         "losses": asdict(prepared.losses),
@@ -209,25 +242,35 @@ def run_stage(prepared: Prepared, stage: PreparedStage) -> StageResult:
         if not compressed.is_dir():
             _compress(prepared, stage, compressed)
     start = read_json(compressed / "stage.json")
+    before = ModelResult(**start["compressed"])
     student = load_model(compressed)
-    training = Trained((), 0.0, 0.0)
+    training = Trained((), 0.0, 0.0, 0)
+    after = before
     if stage.samples is not None:
         training = train_stage(
             student,
             prepared.teacher,
             prepared.tokenizer,
-            stage.samples,
+            prepared.task.samples(stage.samples),
             training_arguments(prepared.training, stage.folder / "checkpoints", stage.steps, prepared.device),
             prepared.losses,
             f"stage {stage.number}/{len(prepared.stages)} {stage.stage.name}",
             prepared.progress,
+            score=lambda model: _score_of(prepared, model, None),
+            start=before.score,
+            moments=_moments(compressed),
         )
     with prepared.arguments.main_process_first(local=False):
         if not trained.is_dir():
+            if training.step > 0:
+                after = _score(prepared, student, f"score stage {stage.number}")
+            else:
+                student = load_model(compressed)
             result = StageResult(
                 name=stage.stage.name,
-                compressed=ModelResult(**start["compressed"]),
-                trained=_score(prepared, student, f"score stage {stage.number}"),
+                compressed=before,
+                trained=after,
+                kept_step=training.step,
                 lost_energy=start["lost_energy"],
                 tokens=stage.steps * prepared.tokens_per_step,
                 steps=stage.steps,
@@ -247,28 +290,83 @@ def _read_result(trained: Path) -> StageResult:
 
 
 def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
-    """Compresses the student of the previous stage, or the teacher, into `folder`."""
+    """Compresses the student of the previous stage, or the first one, into `folder`."""
+    student: Any
     if stage.number == 1:
-        student = copy.deepcopy(prepared.teacher)
+        student = copy.deepcopy(prepared.student or prepared.teacher)
     else:
         student = load_model(prepared.stages[stage.number - 2].folder / "trained")
-    report = recompress_planned(
-        student, stage.stage.config, stage.plan, threads=prepared.threads, progress=prepared.progress
-    )
+    calibration: Calibration | None = None
+    matrices: Sequence[MatrixReport] = ()
+    if stage.plan is not None and stage.stage.config is not None:
+        options: dict[str, Any] = {"threads": prepared.threads, "progress": prepared.progress}
+        matrices = recompress_planned(student, stage.stage.config, stage.plan, **options).matrices
+    elif stage.stage.budget is not None:
+        if next(compressed_modules(student), None) is not None:
+            student.dequantize()
+        given = prepared.calibration if stage.number == 1 else None
+        calibration = given or _calibrated(prepared, student, stage.stage.seed)
+        matrices = _spend(prepared, student, stage.stage, calibration).matrices
+    if calibration is None and stage.samples is not None and has_low_rank(student):
+        calibration = _calibrated(prepared, student, stage.stage.seed)
     start = {
         "compressed": asdict(_score(prepared, student, f"score stage {stage.number}")),
-        "lost_energy": {matrix.name: matrix.lost_energy for matrix in report.matrices},
+        "lost_energy": {matrix.name: matrix.lost_energy for matrix in matrices},
     }
     with whole_folder(folder) as partial:
         save_model(student, prepared.tokenizer, partial)
+        if calibration is not None:
+            calibration.save(partial / _CALIBRATION)
         write_json(partial / "stage.json", start)
+
+
+def _spend(prepared: Prepared, student: PreTrainedModel, stage: Stage, calibration: Calibration) -> CompressionReport:
+    """Compresses a dense student by the budget of a stage."""
+    return compress(
+        student,
+        budget=stage.budget,
+        calibration=calibration,
+        effort=stage.effort,
+        seed=stage.seed,
+        threads=prepared.threads,
+        progress=prepared.progress,
+    )
+
+
+def _calibrated(prepared: Prepared, student: PreTrainedModel, seed: int) -> Calibration:
+    """The calibration of a student on the text of the training."""
+    batches = prepared.task.drawn(prepared.calibration_text, prepared.num_samples, CALIBRATION_SEQ_LEN, seed)
+    with on_device(prepared.arguments.device, student):
+        return calibrate(student, list(batches), seed=seed, progress=prepared.progress)
+
+
+def _moments(compressed: Path) -> MomentsOf | None:
+    """The norm of a stage's calibration; None for a student without low-rank factors."""
+    if not (compressed / _CALIBRATION).exists():
+        return None
+    calibration = Calibration.load(compressed / _CALIBRATION)
+    return lambda matrix: (calibration.input(matrix), calibration.output(matrix))
+
+
+def _digest(calibration: Calibration) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, moment in calibration.moments.items():
+        digest.update(f"{name} {moment.shape}\n".encode())
+        digest.update(np.ascontiguousarray(moment).data)
+    return digest.hexdigest()
 
 
 def _score(prepared: Prepared, model: PreTrainedModel, title: str) -> ModelResult:
     """Scores a model on the held-out text, on the device of the training, and moves it back to the CPU."""
-    with on_device(prepared.arguments.device, model), reporter(prepared.progress, title) as report:
-        total, tokens = negative_log_likelihood(model, prepared.heldout, progress=report or False)
-    return ModelResult(model.num_parameters(), exponential(total / tokens))
+    with on_device(prepared.arguments.device, model, prepared.teacher):
+        return ModelResult(model.num_parameters(), _score_of(prepared, model, title))
+
+
+def _score_of(prepared: Prepared, model: PreTrainedModel, title: str | None) -> float:
+    """The score of a model that is on the device of the training, as the teacher is; without a title no progress."""
+    with reporter(False if title is None else prepared.progress, title or "") as report:
+        silent: Report = lambda done, total: None  # noqa: E731
+        return prepared.task.score(model, prepared.teacher, prepared.heldout, prepared.seq_len, report or silent)
 
 
 def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageResult, ...]) -> TrainingReport:
@@ -282,6 +380,7 @@ def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageRes
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        measure=prepared.task.measure,
         heldout_tokens=state["heldout_tokens"],
         teacher=ModelResult(**state["teacher"]),
         one_shot=ModelResult(**one_shot) if one_shot else results[0].compressed,

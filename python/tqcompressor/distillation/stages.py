@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,11 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..config.choices import Effort
+from ..compression.budget import Budget, meaning
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
 from ..config.recipes import RECIPES, resolve_config
 from ..config.specs import KroneckerSpec, check_keys
 from ..config.tq_config import TQConfig
 from ..errors import ConfigError
+from ..utils import validate
 from ..utils.utf8 import parsed, read_json
 
 # The format of the recipe; its configs have their own version.
@@ -25,41 +28,75 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: decomposition of the matrices that `config` names, in the current student, and training.
+    """One stage: compression of the current student by a config or by a budget, and training.
 
-    A matrix that an earlier stage compressed may be named again. It is then made dense first. `share` is the
-    stage's part of the training tokens, relative to the other stages' shares; 0 compresses without training. `name`
-    is part of the name of the stage's folder.
+    A config decomposes the matrices that it names; one that an earlier stage compressed is made dense first. A budget
+    is a share of the teacher's size, as for `compress`: the student is made dense, calibrated on the training text as
+    it is now, and compressed as a whole, with `effort` and `seed`. A stage with neither trains the student as it is.
+
+    `share` is the stage's part of the training tokens, relative to the other stages' shares; 0 compresses without
+    training. `name` is part of the name of the stage's folder.
 
     Raises `ConfigError` for values out of range.
     """
 
     name: str
-    config: TQConfig
+    config: TQConfig | None = None
     share: float = 1.0
+    budget: Budget | None = None
+    effort: Effort = DEFAULT_EFFORT
+    """Of a budget; a config has its own."""
+    seed: int = DEFAULT_SEED
+    """Of a budget and its calibration; a config has its own."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or set(self.name) & set("/\\\0"):
             raise ConfigError(f"the name of a stage must be text without slashes, got {self.name!r}")
-        if not isinstance(self.config, TQConfig):
-            raise ConfigError(f"stage {self.name}: config must be a TQConfig, got {type(self.config).__name__}")
+        try:
+            self._check_compression()
+        except ConfigError as error:
+            raise ConfigError(f"stage {self.name}: {error}") from None
         number = not isinstance(self.share, bool) and isinstance(self.share, int | float)
         if not number or not math.isfinite(self.share) or self.share < 0:
             raise ConfigError(f"stage {self.name}: share must be a number from 0 up, got {self.share!r}")
 
+    def _check_compression(self) -> None:
+        if self.config is not None and not isinstance(self.config, TQConfig):
+            raise ConfigError(f"config must be a TQConfig, got {type(self.config).__name__}")
+        if self.config is not None and self.budget is not None:
+            raise ConfigError("expected a config or a budget, got both")
+        if self.budget is not None:
+            meaning(self.budget)
+        one_of("effort", self.effort, EFFORTS)
+        validate.seed(self.seed)
+
+    def replace(self, effort: Effort | None = None, seed: int | None = None) -> Stage:
+        """The stage with another effort or seed of its compression; None keeps what it has."""
+        config = None if self.config is None else self.config.replace(effort=effort, seed=seed)
+        changes: dict[str, Any] = {"effort": effort, "seed": seed}
+        given = {name: value for name, value in changes.items() if value is not None and self.budget is not None}
+        return dataclasses.replace(self, config=config, **given)
+
     def to_dict(self) -> dict[str, Any]:
         """The stage as plain JSON types."""
-        return {"name": self.name, "share": self.share, "config": self.config.to_dict()}
+        data: dict[str, Any] = {"name": self.name, "share": self.share}
+        if self.config is not None:
+            data["config"] = self.config.to_dict()
+        if self.budget is not None:
+            data |= {"budget": self.budget, "effort": self.effort, "seed": self.seed}
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Stage:
         """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
-        check_keys(data, "stage", known=("name", "share", "config"), required=("name", "config"))
-        try:
-            config = TQConfig.from_dict(data["config"])
-        except ConfigError as error:
-            raise ConfigError(f"stage {data['name']}: {error}") from None
-        return cls(data["name"], config, data.get("share", 1.0))
+        check_keys(data, "stage", known=("name", "share", "config", "budget", "effort", "seed"), required=("name",))
+        fields = dict(data)
+        if fields.get("config") is not None:
+            try:
+                fields["config"] = TQConfig.from_dict(fields["config"])
+            except ConfigError as error:
+                raise ConfigError(f"stage {data['name']}: {error}") from None
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -79,6 +116,22 @@ class StagedRecipe:
             raise ConfigError("stages: expected at least one stage")
         if not any(stage.share for stage in self.stages):
             raise ConfigError("stages: every share is 0, and nothing would be trained: use compress instead")
+        if any(stage.config is not None for stage in self.stages) and self.budgets:
+            raise ConfigError("stages: expected configs or budgets, got both")
+
+    @classmethod
+    def of_budgets(cls, *budgets: Budget, effort: Effort = DEFAULT_EFFORT, seed: int = DEFAULT_SEED) -> StagedRecipe:
+        """A stage for each budget, the largest first by custom, with equal shares of the tokens.
+
+        >>> [stage.budget for stage in StagedRecipe.of_budgets(0.85, 0.75, 0.65).stages]
+        [0.85, 0.75, 0.65]
+        """
+        return cls(tuple(Stage(f"budget-{budget}", budget=budget, effort=effort, seed=seed) for budget in budgets))
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets of the stages that have one."""
+        return tuple(stage.budget for stage in self.stages if stage.budget is not None)
 
     def samples_of_stages(self, num_samples: int) -> list[range]:
         """The consecutive samples of each stage. Together the stages have every sample once."""
@@ -91,9 +144,7 @@ class StagedRecipe:
 
     def replace(self, effort: Effort | None = None, seed: int | None = None) -> StagedRecipe:
         """The recipe with another effort or seed of the permutation searches, in all stages."""
-        return StagedRecipe(
-            tuple(Stage(s.name, s.config.replace(effort=effort, seed=seed), s.share) for s in self.stages)
-        )
+        return StagedRecipe(tuple(stage.replace(effort, seed) for stage in self.stages))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON types."""
@@ -143,8 +194,8 @@ STAGED_RECIPES: Mapping[str, StagedRecipe] = MappingProxyType(
     }
 )
 
-# One-shot: on equal text it measures better than the staged schedule.
-DEFAULT_RECIPE = "tq-81m"
+# What `distill` does without a recipe, a budget or a student: of all it measures best.
+DEFAULT_BUDGET = 0.65
 
 
 def resolve_staged_recipe(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from ..losses.topk import topk_distillation_loss
 from ..models.matrices import compressed_modules
 from ..models.quantization_state import guard_name
 from ..utils.atomic_io import free_space
-from ..utils.torch_utils import move
+from ..utils.torch_utils import move, without_dropout
 from .artifacts import mark_complete
 from .config import DistillConfig
+from .tasks import kind_of, mean_embedding
 from .teacher_cache import CachedTeacher
 
 # Columns of a `CachedTeacherDataset` besides the tokens.
@@ -38,15 +40,17 @@ class DistillTrainer(Trainer):
 
     The teacher runs in evaluation and inference mode, on the student's device, in its own dtype or in that of the
     mixed precision. It may be None where the training set is a `CachedTeacherDataset`, whose probabilities replace its
-    logits. The evaluation loss is the cross-entropy of the labels alone; its exponential is the perplexity.
+    logits. The evaluation loss is the cross-entropy of the labels alone; its exponential is the perplexity. For a model
+    without a vocabulary it is the distance from the teacher.
 
     Items of the datasets have "input_ids" and optionally "attention_mask" and "labels". Without labels, every attended
-    token is a label. The trainer shifts labels by one position, like the causal models of transformers.
+    token is a label of a causal model. The trainer shifts these labels by one position, like the causal models of
+    transformers; those of a masked language model, which are required, stay where they are.
 
     Args:
-        model: The student; compressed or not.
+        model: The student, compressed or not: a causal or masked language model, or a model that returns hidden states.
         args: As for `transformers.Trainer`.
-        teacher: A causal model with the student's vocabulary, or None where the loss does not depend on it.
+        teacher: A model of the student's kind and vocabulary, or None where the loss does not depend on it.
         distill: The loss.
         teacher_tokenizer: Compared with `processing_class`: both must have equal ids for equal tokens.
         **options: As for `transformers.Trainer`: `train_dataset`, `eval_dataset`, `callbacks`, `processing_class`, …
@@ -72,6 +76,13 @@ class DistillTrainer(Trainer):
     ) -> None:
         self.distill = distill or DistillConfig()
         self.teacher = teacher
+        # A class of the caller's own is taken for a causal one.
+        self.kind = kind_of(model) or "causal"
+        if self.kind == "embedding" and (teacher is None or self.distill.alpha != 1):
+            raise ConfigError(
+                f"{type(model).__name__} has no vocabulary and learns from a teacher alone: expected a teacher and "
+                f"alpha=1, got alpha={self.distill.alpha:g}"
+            )
         if teacher is None and self.distill.hidden_weight > 0:
             raise ConfigError("hidden_weight: expected 0 without a teacher, whose hidden states it weighs")
         self.hidden_pairs: tuple[tuple[int, int], ...] = ()
@@ -104,14 +115,45 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The loss of one batch: that of the config in training, the cross-entropy in evaluation."""
         inputs = dict(inputs)
+        if self.kind == "embedding":
+            return self._embedding_loss(model, inputs, return_outputs)
         cached = [inputs.pop(name, None) for name in _CACHED]
-        labels = _next_tokens(inputs.pop("labels", None), inputs)
+        labels = self._labels(inputs)
         wants_hidden = model.training and bool(self.hidden_pairs)
         outputs = model(**inputs, use_cache=False, output_hidden_states=wants_hidden)
         if not model.training or not self.distill.needs_teacher:
             loss = cross_entropy(outputs.logits, labels)
         else:
             loss = self._distillation(outputs, inputs, labels, *cached)
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As `Trainer.train`, without dropout unless the config asks for it."""
+        student: Any = self.model
+        with nullcontext() if self.distill.dropout else without_dropout(student):
+            return super().train(*args, **options)
+
+    def _labels(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The token that each position predicts, taken out of the inputs; -100 where there is none."""
+        labels = inputs.pop("labels", None)
+        if self.kind == "causal":
+            return _next_tokens(labels, inputs)
+        if labels is None:
+            raise ConfigError("labels: expected with a masked language model, with -100 where a token is not masked")
+        return labels  # type: ignore[no-any-return]
+
+    def _embedding_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The distance of the last hidden states, token by token, and of their means."""
+        teacher: Any = self.teacher
+        inputs.pop("labels", None)
+        with torch.inference_mode(), self.accelerator.autocast():
+            expected = teacher(**inputs).last_hidden_state
+        outputs = model(**inputs)
+        mask = inputs.get("attention_mask")
+        found = outputs.last_hidden_state
+        loss = hidden_state_loss(
+            found, expected, kind=self.distill.hidden_kind, mask=None if mask is None else mask.bool()
+        ) + hidden_state_loss(mean_embedding(found, mask), mean_embedding(expected, mask), kind="cosine")
         return (loss, outputs) if return_outputs else loss
 
     def _distillation(
@@ -154,7 +196,7 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As in `Trainer`, with tokens as default labels; without labels, `Trainer` would compute no loss."""
-        if "labels" not in inputs:
+        if "labels" not in inputs and self.kind == "causal":
             inputs = {**inputs, "labels": _own_labels(inputs)}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 

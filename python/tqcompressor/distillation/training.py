@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors.torch import load_file, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
+from ..models.balancing import MomentsOf, balanced
+from ..utils.atomic_io import WholeFile
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import on_device
-from .artifacts import last_complete_checkpoint
+from .artifacts import last_complete_checkpoint, read_json, write_json
 from .config import DistillConfig, TrainingConfig
 from .report import LossRecord
+from .tasks import Samples
 from .trainer import DistillTrainer
 
+# Of AdamW: runs are short, and a longer memory would still hold the first gradients at their end.
+_BETA2 = 0.95
 # Points of a stage's loss curve, about.
 _LOSS_RECORDS = 50
 
 
 class Trained(NamedTuple):
-    """The loss curve and speed of a stage's training."""
+    """The loss curve and speed of a stage's training, and the step that is kept."""
 
     losses: tuple[LossRecord, ...]
     seconds: float
     """Seconds since the last start of the stage."""
     tokens_per_second: float
+    step: int
+    """The step with the best score, whose weights the student has. With 0 the student before the training is the best,
+    and the trained one is to be dropped."""
 
 
 def training_arguments(
@@ -63,10 +72,12 @@ def training_arguments(
 def _arguments_of(training: TrainingConfig, steps: int, device: str | None) -> TrainingArguments:
     try:
         return TrainingArguments(
-            per_device_train_batch_size=training.batch_size,
+            per_device_train_batch_size=training.batch_size or 1,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            adam_beta2=_BETA2,
+            max_grad_norm=1.0,
             lr_scheduler_type="cosine",
             warmup_steps=round(training.warmup_ratio * steps),
             bf16=training.bf16,
@@ -95,7 +106,7 @@ _FOLLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "save_only_model": ((False,), "resuming needs the state of the optimiser"),
     "ignore_data_skip": ((False,), "a resumed stage skips the samples that it has trained on"),
     "resume_from_checkpoint": ((None, False), "distill's `resume` finds the checkpoint"),
-    "load_best_model_at_end": ((False,), "a stage ends with its last weights"),
+    "load_best_model_at_end": ((False,), "the best of a stage's checkpoints on `heldout` is kept"),
     "eval_strategy": (("no",), "every stage is scored on `heldout`"),
     "eval_on_start": ((False,), "every stage is scored on `heldout`"),
     "auto_find_batch_size": ((False,), "the steps are counted for one batch size"),
@@ -152,19 +163,30 @@ def train_stage(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    samples: TokenBlocks,
+    samples: Samples,
     arguments: TrainingArguments,
     losses: DistillConfig,
     title: str,
     progress: ProgressOption,
+    *,
+    score: Callable[[PreTrainedModel], float],
+    start: float,
+    moments: MomentsOf | None,
 ) -> Trained:
-    """Trains the student in place, from its last complete checkpoint if there is one; moves both models to the CPU."""
-    last = last_complete_checkpoint(Path(arguments.output_dir or "."))
-    tokens_per_step = samples_per_step(arguments) * samples.seq_len
+    """Trains the student in place, from its last complete checkpoint if there is one; moves both models to the CPU.
+
+    Every checkpoint is scored. The student ends with the weights of the lowest `score`; `start` is its score before.
+    `moments` are the norm in which low-rank factors are balanced while they learn; None leaves them as they are.
+    """
+    folder = Path(arguments.output_dir or ".")
+    last = last_complete_checkpoint(folder)
+    tokens_per_step = samples_per_step(arguments) * samples.blocks.seq_len
     started = time.perf_counter()
     shown = progress if arguments.process_index == 0 else False
-    with on_device(arguments.device, student, teacher), reporter(shown, title) as report:
+    balancing = nullcontext() if moments is None else balanced(student, moments)
+    with balancing, on_device(arguments.device, student, teacher), reporter(shown, title) as report:
         follower = _Follower(report, tokens_per_step)
+        keeper = _Keeper(folder, student, score, start, writes=arguments.process_index == 0)
         trainer = DistillTrainer(
             student,
             arguments,
@@ -172,19 +194,20 @@ def train_stage(
             distill=losses,
             train_dataset=samples,
             processing_class=tokenizer,
-            callbacks=[follower],
+            callbacks=[follower, keeper],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - started
         # Removes the mixed precision that accelerate wraps around the model's forward pass.
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+        step = keeper.restore_best()
     curve = tuple(
         LossRecord(entry["step"], entry["step"] * tokens_per_step, entry["loss"], entry["learning_rate"])
         for entry in cast("list[dict[str, Any]]", trainer.state.log_history)
         if "loss" in entry
     )
-    return Trained(curve, seconds, follower.tokens / seconds)
+    return Trained(curve, seconds, follower.tokens / seconds, step)
 
 
 class _Follower(TrainerCallback):
@@ -209,6 +232,56 @@ class _Follower(TrainerCallback):
             speed = self.tokens / (time.perf_counter() - self.started)
             done, total = state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step
             self.report(done, total, f"{self.loss}{speed:,.0f} tokens/s")
+
+
+class _Keeper(TrainerCallback):
+    """Scores the student at every checkpoint, and keeps the weights of the best on disk.
+
+    Scores are on disk, too: a resumed run ends with the same student as one that was not killed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        student: PreTrainedModel,
+        score: Callable[[PreTrainedModel], float],
+        start: float,
+        *,
+        writes: bool,
+    ) -> None:
+        self.student, self.score, self.writes = student, score, writes
+        self.scores, self.weights = folder / "scores.json", folder / "best.safetensors"
+        self.found: dict[str, float] = read_json(self.scores) if self.scores.exists() else {"0": start}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        if state.global_step > 0:
+            self._score(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        self._score(state.global_step)
+
+    def _score(self, step: int) -> None:
+        if str(step) in self.found:
+            return
+        value = self.score(self.student)
+        # A diverged student has no score.
+        value = value if math.isfinite(value) else math.inf
+        if value < min(self.found.values()) and self.writes:
+            with WholeFile(self.weights) as file:
+                file.write(save({name: p.detach().cpu().contiguous() for name, p in self.student.named_parameters()}))
+        self.found[str(step)] = value
+        if self.writes:
+            write_json(self.scores, self.found)
+
+    def restore_best(self) -> int:
+        """Gives the student its best weights, unless they are those from before the training; returns their step."""
+        step = min(self.found, key=lambda step: (self.found[step], int(step)))
+        if step not in ("0", max(self.found, key=int)):
+            best = load_file(self.weights)
+            with torch.no_grad():
+                for name, parameter in self.student.named_parameters():
+                    parameter.copy_(best[name])
+        return int(step)
 
 
 @contextmanager

@@ -58,6 +58,27 @@ def evaluating(model: Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_dropout(model: Module) -> Iterator[None]:
+    """Training mode without dropout of any kind within the block: every rate of a module is 0, and restored after it.
+
+    Rates are floats in attributes such as `p` of a dropout, `attention_dropout`, `layerdrop` and `drop_prob`.
+    """
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__))
+    ]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in rates:
+            setattr(module, name, value)
+
+
 def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
     """Disables autocast on the device of `like` within the block; the meta device has no autocast."""
     import torch

@@ -1,0 +1,73 @@
+"""Low-rank modules of a live model as balanced products, for the time of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..modules.balanced import BalancedEmbedding, BalancedHead, BalancedLinear, BalancedTiedEmbedding, Moment
+from ..modules.base import Tied
+from ..modules.fused import FusedLinear
+from ..modules.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from .matrices import bare_name, compressed_modules, ties
+
+# The moments of a matrix's input and of the gradient at its output, by its name.
+MomentsOf: TypeAlias = Callable[[str], tuple[Moment, Moment]]
+
+
+@contextmanager
+def balanced(model: PreTrainedModel, moments: MomentsOf) -> Iterator[None]:
+    """Within the block, every low-rank module is its `BalancedFactors`; afterwards it has what these have learned.
+
+    If the block raises, the modules have the values from before it. Low-rank terms of mixed sums stay as they are.
+    """
+    tied = ties(model)
+    new: dict[str, Any] = {}
+    found = dict(compressed_modules(model))
+    for name, module in found.items():
+        if isinstance(module, Tied):
+            continue
+        if isinstance(module, FusedLinear):
+            parts = zip(module.part_names, module.parts, strict=True)
+            new |= {
+                f"{name}.{part}": BalancedLinear(inner, *moments(bare_name(model, f"{name}.{part}")))
+                for part, inner in parts
+                if type(inner) is LowRankLinear
+            }
+        elif type(module) is LowRankLinear:
+            new[name] = BalancedLinear(module, *moments(bare_name(model, name)))
+        elif type(module) is LowRankEmbedding:
+            new[name] = BalancedEmbedding(module, *moments(bare_name(model, name)))
+    for name, source in tied.items():
+        if name in found and source in new:
+            kind: Any = BalancedHead if isinstance(found[name], LowRankHead) else BalancedTiedEmbedding
+            new[name] = kind(found[name], new[source])
+    try:
+        _put(model, new)
+        yield
+        for module in new.values():
+            if not isinstance(module, BalancedHead | BalancedTiedEmbedding):
+                module.restore()
+    finally:
+        _put(model, {name: module.replaced for name, module in new.items()})
+
+
+def has_low_rank(model: PreTrainedModel) -> bool:
+    """Whether `balanced` has something to do."""
+    inner = (part for _, module in compressed_modules(model) for part in module.children())
+    return any(
+        type(module) in (LowRankLinear, LowRankEmbedding)
+        for module in (*(module for _, module in compressed_modules(model)), *inner)
+    )
+
+
+def _put(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        owner: Any = model.get_submodule(parent)
+        module.train(getattr(owner, child).training)
+        setattr(owner, child, module)
