@@ -85,8 +85,8 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="compress a checkpoint and train it to imitate the original",
         description="Compress a checkpoint, by a budget or in the stages of a recipe, and train it to imitate the "
-        "teacher, the checkpoint as it was; or train a student that is compressed already. A killed run resumes with --resume. For several "
-        "processes: "
+        "teacher, the checkpoint as it was; or train a student that is compressed already. A killed run resumes with "
+        "--resume. For several processes: "
         "torchrun -m tqcompressor.cli distill ...",
     )
     names = ", ".join((*RECIPES, *STAGED_RECIPES))

@@ -54,7 +54,13 @@ def test_json_round_trip_and_files(tmp_path):
     [
         ({"stages": []}, "at least one stage"),
         ({"stages": 3}, "must be a list"),
-        ({"stages": [{"name": "a"}]}, "needs config"),
+        (
+            {"stages": [{"name": "a", "config": HALF.to_dict(), "budget": 0.5}]},
+            "stage a: expected a config or a budget",
+        ),
+        ({"stages": [{"name": "a", "config": HALF.to_dict()}, {"name": "b", "budget": 0.5}]}, "configs or budgets"),
+        ({"stages": [{"name": "a", "budget": "much"}]}, "stage a: budget"),
+        ({"stages": [{"share": 1}]}, "needs name"),
         ({"stages": [{"name": "a/b", "config": HALF.to_dict()}]}, "without slashes"),
         ({"stages": [{"name": "a", "config": {"specs": {"wte": {"block": [0, 1], "rank": 1}}}}]}, "stage a: specs"),
         ({"stages": [{"name": "a", "config": HALF.to_dict(), "share": -1}]}, "from 0 up"),
