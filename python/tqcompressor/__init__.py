@@ -20,6 +20,7 @@ from .compression.report import CompressionReport
 from .config.recipes import RECIPES
 from .config.specs import KroneckerSpec, LowRankSpec, MixedSpec
 from .config.tq_config import TQConfig
+from .conversion.convert import convert_checkpoint
 from .decomposition.decompose import decompose, find_permutation, nearest_kronecker_sum
 from .decomposition.results import KroneckerDecomposition, LowRankDecomposition, MixedDecomposition
 from .distillation.config import DistillConfig, TrainingConfig
@@ -69,6 +70,7 @@ __all__ = [
     "compare",
     "compress",
     "compress_checkpoint",
+    "convert_checkpoint",
     "decompose",
     "distill",
     "evaluate",

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {
         "compress": _compress,
         "expand": _expand,
+        "convert": _convert,
         "calibrate": _calibrate,
         "distill": _distill,
         "inspect": _inspect,
@@ -115,6 +116,20 @@ def _expand(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     print(json.dumps({"out": options.out}) if options.json else f"written to {options.out}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ..conversion.convert import convert_checkpoint
+
+    report = convert_checkpoint(
+        options.source,
+        options.out,
+        config=options.config,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        max_shard_size=options.max_shard_size,
+    )
+    print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:

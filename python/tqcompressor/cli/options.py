@@ -56,6 +56,25 @@ def parser() -> argparse.ArgumentParser:
     _add_files(expand)
     _add_threads(expand)
 
+    convert = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="turn a checkpoint of torch.save into a safetensors one: TQCompressedGPT-2, Krony-PT, nanoGPT, GPT-2",
+        description="Convert a file of torch.save, with Kronecker factors or dense, into a checkpoint that this "
+        "package and transformers load, with equal logits. No code in the file is run. Needs torch.",
+    )
+    convert.add_argument(
+        "source", metavar="FILE", help="a file *.bin, *.pt or *.pth, an index of shards, or their folder"
+    )
+    convert.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
+    convert.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="the config.json of the model (default: that beside FILE; without one, heads are 64 wide)",
+    )
+    convert.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each tensor)")
+    _add_files(convert)
+
     _add_distill(commands, common)
 
     inspect = commands.add_parser(

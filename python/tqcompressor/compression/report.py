@@ -140,7 +140,9 @@ class CompressionReport:
         total = ["total", "", "", f"{self.parameters_before:,}", f"{self.parameters_after:,}"]
         rows.append(total + ["", f"{self.seconds or 0:.2f}"] * done)
         share = 100 * self.parameters_after / max(self.parameters_before, 1)
-        summary = f"{share:.1f}% of the parameters {'are left' if done else 'would be left'}"
+        # A conversion is not timed.
+        exists = done or self.bytes_after is not None
+        summary = f"{share:.1f}% of the parameters {'are left' if exists else 'would be left'}"
         if self.bytes_before is not None and self.bytes_after is not None:
             summary += f", in {self.bytes_after:,} of {self.bytes_before:,} bytes"
         return "\n".join([format_table(rows), summary, *([] if self.note is None else [self.note])])

@@ -16,6 +16,7 @@ from tqcompressor.cli.options import parser
 COMMANDS = {
     "compress": [tqcompressor.compress_checkpoint],
     "expand": [tqcompressor.expand_checkpoint],
+    "convert": [tqcompressor.convert_checkpoint],
     "calibrate": [tqcompressor.calibrate_checkpoint],
     "distill": [tqcompressor.distill, tqcompressor.TrainingConfig, tqcompressor.DistillConfig],
     "inspect": [tqcompressor.inspect, tqcompressor.plan],
@@ -31,6 +32,7 @@ EVERYWHERE = {
 ONLY_ON_THE_COMMAND_LINE = {
     "compress": {"recipe": "a config by its name"},
     "expand": {},
+    "convert": {},
     "calibrate": {"out": "Calibration.save(path)"},
     "distill": {"data_seed": "TrainingConfig.seed, beside distill(seed=…)"},
     "inspect": {"recipe": "a config by its name"},
@@ -47,6 +49,7 @@ ONLY_ON_THE_COMMAND_LINE = {
 ONLY_IN_PYTHON = {
     "compress": {},
     "expand": {},
+    "convert": {},
     "calibrate": {},
     "distill": {
         "tokenizer": "the checkpoint's own",
