@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         "package and transformers load, with equal logits. No code in the file is run. Needs torch.",
     )
     convert.add_argument(
-        "source", metavar="FILE", help="a file *.bin, *.pt or *.pth, an index of shards, or their folder"
+        "source", metavar="FILE", help="a file *.bin, *.pt or *.pth, an index of shards, their folder, or a hub id"
     )
     convert.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
     convert.add_argument(

@@ -16,7 +16,7 @@ from ..compression.report import CompressionReport, MatrixReport, UntouchedTenso
 from ..config.choices import DTYPES, Dtype, dtype_name
 from ..config.tq_config import TQConfig
 from ..errors import CheckpointError, DtypeError, MissingDependencyError
-from ..utils.hub import StrPath
+from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
 from ..utils.sizes import byte_count
 from ..utils.utf8 import read_json
@@ -62,8 +62,8 @@ def convert_checkpoint(
     parameters and, as its head is dense and not tied, 38,597,376 more: 119,933,764.
 
     Args:
-        source: The file, the index of its shards, or a folder that holds either. Tokenizer files beside it are copied;
-            of a folder, all files but weights.
+        source: The file, the index of its shards, a folder that holds either, or a hub id. Tokenizer files beside it
+            are copied; of a folder, all files but weights.
         out: The directory to write. It may exist if it is empty.
         config: The `config.json` of the model. Default: that beside the file.
         dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: each keeps its own.
@@ -99,11 +99,13 @@ def convert_checkpoint(
     Source: the layouts are those of Abronin et al., "TQCompressor", arXiv 2401.16367, of Ben Ayad et al., "Krony-PT",
     arXiv 2412.12351, and of nanoGPT.
     """
-    from .torch_files import read_torch_model, weight_files
+    from .torch_files import SUFFIXES, read_torch_model, weight_files
 
     most = byte_count("max_shard_size", max_shard_size)
     stored = dtype_name(dtype)
     path = Path(source)
+    if path.suffix not in SUFFIXES:
+        path = Path(local_directory(source, [f"*{suffix}" for suffix in SUFFIXES]))
     files = weight_files(path)
     folder = path if path.is_dir() else path.parent
     origin = (folder, list(files), path.is_dir())

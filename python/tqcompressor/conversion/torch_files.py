@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The files of a model's weights, with the tensors that an index puts in each; None where there is no index.
 WeightFiles: TypeAlias = Mapping[Path, list[str] | None]
-_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "pytorch_model.bin.index.json"
 # In the order of preference.
 _USUAL = (_INDEX, "pytorch_model.bin")
@@ -62,7 +62,7 @@ def _only_file(folder: Path) -> Path:
     for usual in _USUAL:
         if usual in names:
             return folder / usual
-    found = [name for name in names if name.endswith(_SUFFIXES) and not _NO_MODELS.fullmatch(name)]
+    found = [name for name in names if name.endswith(SUFFIXES) and not _NO_MODELS.fullmatch(name)]
     if len(found) == 1:
         return folder / found[0]
     if found:

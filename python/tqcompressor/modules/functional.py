@@ -31,7 +31,7 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
 
     An exported or traced program has one graph for any number of rows, and multiplies by the factors.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     dense = rows * columns
     factored = min(macs(block, rank, rows, columns))

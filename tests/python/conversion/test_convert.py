@@ -122,6 +122,7 @@ def test_a_fresh_process_loads_it(tmp_path):
     [
         lambda tensors: {"model": tensors, "optimizer": {"state": {}}, "iter_num": 3},
         lambda tensors: {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+        lambda tensors: {"state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()}, "epoch": 2},
         lambda tensors: {"model": {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}},
         lambda tensors: {"model": {"state_dict": {f"module._orig_mod.{n}": t for n, t in tensors.items()}}},
         lambda tensors: {n.replace("h.0.", "h.0._orig_mod."): t for n, t in tensors.items()},
@@ -341,6 +342,7 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, monkeypatch):
         "itself.pt": "expected a dict of the tensors",
         "model.safetensors": "is safetensors already",
         "absent.pt": "no such file",
+        "./absent": "no such directory",
         ".": "holds several files of weights: give one of code.pt",
     }
     for name, words in wrong.items():
@@ -348,6 +350,25 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, monkeypatch):
             convert_checkpoint(name, "out", progress=False)
         assert name in str(caught.value)
     assert not Path("out").exists() and not Path("was run").exists()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_damaged_files_are_refused_or_read(archive, tmp_path):
+    tensors, model = tq()
+    path = saved(tmp_path, {}, model)
+    torch.save(tensors, path, _use_new_zipfile_serialization=archive)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for trial in range(24):
+        damaged = bytearray(whole)
+        if trial % 2:
+            damaged = damaged[: rng.integers(len(whole))]
+        else:
+            damaged[rng.integers(3000)] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            convert_checkpoint(path, tmp_path / f"out{trial}", progress=False)
+        except TQError:
+            assert not (tmp_path / f"out{trial}").exists()
 
 
 def test_a_folder_is_searched_for_the_file(tmp_path):
@@ -363,6 +384,18 @@ def test_a_folder_is_searched_for_the_file(tmp_path):
         convert_checkpoint(empty, tmp_path / "none")
     with pytest.raises(CheckpointError, match="nothing to convert"):
         convert_checkpoint(TINY, tmp_path / "none")
+
+
+def test_a_hub_id_is_fetched_by_huggingface_hub(tmp_path, monkeypatch):
+    tensors, model = tq()
+    snapshot = saved(tmp_path / "snapshot", tensors, model, "pytorch_model.bin").parent
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(snapshot)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert convert_checkpoint("me/tq", tmp_path / "out", progress=False).source == "me/tq"
+    assert "*.bin" in asked[0] and "*.safetensors" not in asked[0]
 
 
 def test_a_taken_destination_is_refused(tmp_path):
