@@ -44,9 +44,10 @@ PYTHON = {
     "native": "errors _core utils data evaluate calibration",
     "compression": "errors _core utils config data decomposition modules models calibration native",
     "distillation": "errors _core utils losses config data evaluate models compression",
+    "verify": "errors _core utils config data evaluate models compression native distillation",
     "integrations": "errors config modules models compression",
     "plots": "errors config decomposition compression evaluate",
-    "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",
+    "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation verify",
 }
 # Optional packages and packages with a slow import: `import tqcompressor` must not import them.
 HEAVY = {
