@@ -1,7 +1,7 @@
 """The checks of a checkpoint, each once: the command line, Python and pytest run these functions.
 
 A check returns what it measured, or raises `Failed` or `NotApplicable`. A check that builds on others is not run where
-one of these has failed; it then fails, too, and names the other as the reason.
+one of these has failed: it is blocked, which is no proof either, and names the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..distillation.report import TrainingReport
 from ..errors import CheckpointError
 from ..utils.torch_utils import quiet_transformers
 from ..utils.utf8 import read_json
-from .fresh import fingerprint
+from .fresh import fingerprint, main
 from .results import CheckResult, Status
 from .subject import Subject, load
 
@@ -46,6 +46,10 @@ _ROWS, _POSITIONS = 2, 64
 
 class Failed(Exception):
     """What a check claims does not hold; the message says where, what was expected and what came."""
+
+    def __init__(self, message: str, **figures: float) -> None:
+        super().__init__(message)
+        self.figures = figures
 
 
 class NotApplicable(Exception):
@@ -81,9 +85,9 @@ class Verification:
         """The result of a check, which runs those that it builds on first."""
         if check.name not in self._results:
             for name in check.needs:
-                if self.result(CHECKS[name]).status == "failed":
-                    detail = f"not measured, as `{name}` failed"
-                    self._results[check.name] = CheckResult(check.name, check.claim, "failed", detail, {}, 0.0)
+                if self.result(CHECKS[name]).status in ("failed", "blocked"):
+                    detail = f"not measured, as `{name}` has failed"
+                    self._results[check.name] = CheckResult(check.name, check.claim, "blocked", detail, {}, 0.0)
                     break
             else:
                 self._results[check.name] = self._run(check)
@@ -99,12 +103,14 @@ class Verification:
         except NotApplicable as reason:
             status, measured = "skipped", Measured(str(reason))
         except Failed as failure:
-            status, measured = "failed", Measured(str(failure))
+            status, measured = "failed", Measured(str(failure), failure.figures)
         except Exception as error:
             # Whatever a checkpoint makes a library raise is a fault of the checkpoint, and no end of the verification.
             status, measured = "failed", Measured(_one_line(error))
         seconds = time.perf_counter() - start
-        return CheckResult(check.name, check.claim, status, measured.text, measured.figures, seconds)
+        # JSON has no infinity and no NaN.
+        figures = {name: figure for name, figure in measured.figures.items() if math.isfinite(figure)}
+        return CheckResult(check.name, check.claim, status, measured.text, figures, seconds)
 
 
 def _files(subject: Subject) -> Measured:
@@ -177,14 +183,8 @@ def _fresh_process(subject: Subject) -> Measured:
     here = fingerprint(subject.model)
     # The folder of this package, wherever this process has found it.
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    command = [
-        sys.executable,
-        "-m",
-        f"{__package__}.fresh",
-        os.fspath(settings.source),
-        settings.dtype,
-        settings.device,
-    ]
+    code = f"from {main.__module__} import main; main()"
+    command = [sys.executable, "-c", code, os.fspath(settings.source), settings.dtype, settings.device]
     start = time.perf_counter()
     run = subprocess.run(
         command,
@@ -198,7 +198,7 @@ def _fresh_process(subject: Subject) -> Measured:
     seconds = time.perf_counter() - start
     if run.returncode:
         raise Failed(f"exit status {run.returncode}: {_last_line(run.stderr)}")
-    there = json.loads(run.stdout.splitlines()[-1])
+    there = json.loads(_last_line(run.stdout))
     for name in ("class", "parameters", "bytes"):
         if here[name] != there[name]:
             raise Failed(f"{name}: {there[name]} in a fresh process, {here[name]} in this one")
@@ -332,10 +332,10 @@ def _perplexity(subject: Subject) -> Measured:
         )
     ratio = found.perplexity / expected.perplexity
     words = f"{found.perplexity:.2f}, the teacher's {expected.perplexity:.2f}: ratio {ratio:.4f}"
+    figures = {"perplexity": found.perplexity, "teacher": expected.perplexity, "ratio": ratio}
     # Written so that NaN fails.
     if not ratio <= settings.max_perplexity_ratio:
-        raise Failed(f"{words}, expected at most {settings.max_perplexity_ratio:g}")
-    figures = {"perplexity": found.perplexity, "teacher": expected.perplexity, "ratio": ratio}
+        raise Failed(f"{words}, expected at most {settings.max_perplexity_ratio:g}", **figures)
     return Measured(f"{words}, at most {settings.max_perplexity_ratio:g}", figures)
 
 
@@ -355,9 +355,9 @@ def _embeddings(subject: Subject) -> Measured:
         subject.model, _teacher(subject), tokenizer, text, batch_size=settings.batch_size, progress=False
     )
     words = f"cosine {found.cosine:.4f} over {found.texts} texts, the smallest {found.smallest:.4f}"
-    if not found.cosine >= settings.min_cosine:
-        raise Failed(f"{words}, expected at least {settings.min_cosine:g}")
     figures = {"cosine": found.cosine, "smallest": found.smallest, "texts": found.texts}
+    if not found.cosine >= settings.min_cosine:
+        raise Failed(f"{words}, expected at least {settings.min_cosine:g}", **figures)
     return Measured(f"{words}, at least {settings.min_cosine:g}", figures)
 
 

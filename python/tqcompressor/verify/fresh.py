@@ -1,4 +1,4 @@
-"""What a model is and computes, as few values; and `main`, which a fresh process calls to print them for a checkpoint."""
+"""What a model is and computes, as few values; `main` prints them for a checkpoint, in a fresh process."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SUITE = Path(__file__).with_name("suite.py")
-_PACKAGE = __package__
+_PACKAGE = "tqcompressor.verify"
+_SETTINGS = pytest.StashKey[Settings]()
 # The options: for each the field of `Settings`, the type, and the help text.
 _OPTIONS: dict[str, tuple[str, type, str]] = {
     "--tq-model": ("source", str, "the checkpoint to verify: a directory, or a hub id"),
@@ -56,10 +57,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses a run of the suite without a checkpoint, in which pytest would find no test."""
-    asked = any(str(argument).partition("::")[0].startswith(_PACKAGE) for argument in config.args)
-    if asked and config.getoption("pyargs") and config.getoption("--tq-model") is None:
+    """Checks the options, so that a run with wrong ones ends before any test."""
+    if config.getoption("--tq-model") is not None:
+        config.stash[_SETTINGS] = _settings(config)
+    elif config.getoption("pyargs") and any(argument.startswith(_PACKAGE) for argument in config.args):
+        # Without a checkpoint, pytest would find no test.
         raise pytest.UsageError("--tq-model DIR: expected the checkpoint to verify")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out the examples in the docstrings beside the suite, which `--doctest-modules` of the user would collect."""
+    beside = collection_path.parent == _SUITE.parent and collection_path != _SUITE
+    return True if beside and config.getoption("--tq-model") is not None else None
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -76,7 +85,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 @pytest.fixture(scope="session")
 def tq_verification(pytestconfig: pytest.Config) -> Verification:
     """The checks of the checkpoint in `--tq-model`, by the options of this run; skips the test without it."""
-    return Verification(Subject(_settings(pytestconfig)))
+    _require(pytestconfig, "--tq-model")
+    return Verification(Subject(pytestconfig.stash[_SETTINGS]))
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +116,6 @@ def tq_text(tq_verification: Verification, pytestconfig: pytest.Config) -> Path:
 
 
 def _settings(config: pytest.Config) -> Settings:
-    _require(config, "--tq-model")
     values = {name: config.getoption(option) for option, (name, _, _) in _OPTIONS.items()}
     for name in ("source", "teacher", "text"):
         # Tests may run in another folder than pytest was started in.
@@ -115,8 +124,8 @@ def _settings(config: pytest.Config) -> Settings:
             values[name] = value
     try:
         return Settings(**values)
-    except TQError as error:
-        pytest.exit(f"tqcompressor: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+    except (TQError, OSError) as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _require(config: pytest.Config, option: str) -> None:

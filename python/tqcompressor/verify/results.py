@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..utils.tables import format_table
 
-Status: TypeAlias = Literal["passed", "failed", "skipped"]
+# A check is skipped where it does not apply, and blocked where one that it builds on has failed.
+Status: TypeAlias = Literal["passed", "failed", "blocked", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether no check has failed. A check that does not apply has not failed."""
-        return not any(check.status == "failed" for check in self.checks)
+        """Whether every check that applies has passed."""
+        return all(check.status in ("passed", "skipped") for check in self.checks)
 
     def __getitem__(self, name: str) -> CheckResult:
         """The check of a name."""
@@ -73,7 +74,6 @@ class VerificationReport:
         # The details are of any length, so that they stand behind the aligned columns.
         header, line, *lines = format_table(rows).splitlines()
         table = [f"{text}  {check.detail}".rstrip() for text, check in zip(lines, self.checks, strict=True)]
-        counts = {status: sum(check.status == status for check in self.checks) for status in ("failed", "skipped")}
-        passed = len(self.checks) - sum(counts.values())
-        summary = [f"{passed} passed", *(f"{count} {status}" for status, count in counts.items() if count)]
+        counts = {status: sum(check.status == status for check in self.checks) for status in get_args(Status)}
+        summary = [f"{count} {status}" for status, count in counts.items() if count]
         return "\n".join([header, line, *table, f"{self.source}: {', '.join(summary)}"])

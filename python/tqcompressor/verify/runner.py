@@ -43,7 +43,7 @@ def verify_checkpoint(
     - `embeddings`: of any other model of text, the mean cosine with the teacher's is at least `min_cosine`.
 
     A check that does not apply is skipped, with the reason; so are the last two without a teacher and a text. A check
-    that builds on one that has failed is not measured, and fails, too. `pytest --pyargs tqcompressor.verify` runs the
+    that builds on one that has failed is blocked: it is not measured. `pytest --pyargs tqcompressor.verify` runs the
     same checks, one a test.
 
     Args:
@@ -61,7 +61,8 @@ def verify_checkpoint(
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in checks.
 
     Returns:
-        Every check with its result and figures; `passed` says whether none has failed, and `str()` of it is a table.
+        Every check with its result and figures; `passed` says whether all that apply have passed, and `str()` of it is a
+        table.
 
     Raises:
         CheckpointError: `source` or `teacher` is not there.

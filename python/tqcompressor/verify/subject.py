@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,9 @@ class Settings:
             if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
                 raise ConfigError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
         one_of("dtype", self.dtype, DTYPES)
-        try:
-            import torch  # noqa: F401
-            import transformers  # noqa: F401
-        except ImportError as error:
-            raise MissingDependencyError(f'verify needs {error.name}: pip install "tqcompressor[hf]"') from error
+        for name in ("torch", "transformers"):
+            if find_spec(name) is None:
+                raise MissingDependencyError(f'verify needs {name}: pip install "tqcompressor[hf]"')
         for name in ("source", "teacher"):
             value = getattr(self, name)
             if value is None:
