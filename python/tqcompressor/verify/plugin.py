@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out the examples in the docstrings beside the suite, which `--doctest-modules` of the user would collect."""
+    """Leaves out the examples in docstrings beside the suite, which the `--doctest-modules` of a user would collect."""
     beside = collection_path.parent == _SUITE.parent and collection_path != _SUITE
     return True if beside and config.getoption("--tq-model") is not None else None
 

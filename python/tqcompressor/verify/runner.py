@@ -61,8 +61,7 @@ def verify_checkpoint(
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in checks.
 
     Returns:
-        Every check with its result and figures; `passed` says whether all that apply have passed, and `str()` of it is a
-        table.
+        Every check with its result and figures; `passed` says whether all that apply have passed, `str()` is a table.
 
     Raises:
         CheckpointError: `source` or `teacher` is not there.
