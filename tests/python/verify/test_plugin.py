@@ -19,6 +19,9 @@ from tqcompressor.verify import plugin, suite
 from tqcompressor.verify.checks import CHECKS, Measured
 from tqcompressor.verify.subject import Settings
 
+# Runs of pytest within this process, which has imported what takes seconds.
+pytest_plugins = ["pytester"]
+
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 # A user's own tests, in a project that collects examples of docstrings and names its tests in its own way.
 OWN = """
@@ -58,28 +61,40 @@ def project(tmp_path):
     return folder
 
 
-def run_pytest(project, *arguments):
-    """The exit status, the output, and the test cases of the JUnit file by name."""
+def cases_of(project):
+    """The test cases of the JUnit file by name."""
+    junit = project / "junit.xml"
+    return {} if not junit.exists() else {case.get("name"): case for case in ElementTree.parse(junit).iter("testcase")}
+
+
+@pytest.fixture
+def run_here(project, pytester, monkeypatch):
+    """Runs pytest in the project: the exit status, the output, and the test cases."""
+    (project / "pytest.ini").write_text("[pytest]\npython_files = check_*.py\n")
+
+    def run(*arguments):
+        monkeypatch.chdir(project)
+        options = ["-p", "tqcompressor.verify.plugin", "-p", "no:cacheprovider", "--junitxml=junit.xml"]
+        done = pytester.runpytest_inprocess(*options, *arguments)
+        return done.ret, f"{done.stdout}\n{done.stderr}", cases_of(project)
+
+    return run
+
+
+def test_a_user_runs_the_suite_and_own_tests(project):
+    options = ["--tq-model=model", "--tq-teacher=teacher", "--tq-text=text.txt", "--tq-max-perplexity-ratio=1.0"]
     path = environment()["PYTHONPATH"]
-    command = [sys.executable, "-m", "pytest", "--junitxml=junit.xml", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "--junitxml=junit.xml", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        command,
+        [*command, "--pyargs", "tqcompressor.verify", "check_own.py", *options],
         cwd=project,
         env=environment(PYTHONPATH=f"{path}:{project.parent / 'site'}"),
         capture_output=True,
         text=True,
         check=False,
     )
-    output = run.stdout + run.stderr
-    junit = project / "junit.xml"
-    cases = {} if not junit.exists() else {case.get("name"): case for case in ElementTree.parse(junit).iter("testcase")}
-    return run.returncode, output, cases
-
-
-def test_a_user_runs_the_suite_and_own_tests(project):
-    options = ["--tq-model=model", "--tq-teacher=teacher", "--tq-text=text.txt", "--tq-max-perplexity-ratio=1.0"]
-    status, output, cases = run_pytest(project, "--pyargs", "tqcompressor.verify", "check_own.py", *options)
-    assert status == 0, output
+    assert run.returncode == 0, run.stdout + run.stderr
+    cases = cases_of(project)
     assert set(cases) == {*(f"test_checkpoint[{name}]" for name in CHECKS), "test_of_my_domain"}
     skipped = {name for name, case in cases.items() if case.find("skipped") is not None}
     assert skipped == {"test_checkpoint[permutations]", "test_checkpoint[embeddings]"}
@@ -89,12 +104,12 @@ def test_a_user_runs_the_suite_and_own_tests(project):
     assert float(figures["ratio"]) == 1.0 and "at most 1" in figures["detail"]
 
 
-def test_a_spoiled_checkpoint_fails_in_the_junit_file(project):
+def test_a_spoiled_checkpoint_fails_in_the_junit_file(project, run_here):
     def spoil(tensors):
         tensors["transformer.ln_f.weight"][3] = float("nan")
 
     with_tensors(project / "model", spoil)
-    status, output, cases = run_pytest(project, "--pyargs", "tqcompressor.verify", "--tq-model", "model")
+    status, output, cases = run_here("--pyargs", "tqcompressor.verify", "--tq-model", "model")
     assert status == 1 and "1 of 256 values" in output, output
     failures = {
         name: case.find("failure").get("message") for name, case in cases.items() if case.find("failure") is not None
@@ -113,14 +128,14 @@ def test_a_spoiled_checkpoint_fails_in_the_junit_file(project):
         (["check_own.py", "--tq-model", "model", "--tq-min-cosine", "2"], "min_cosine: expected a number from -1 to 1"),
     ],
 )
-def test_wrong_options_are_refused_before_any_test(project, arguments, message):
-    status, output, cases = run_pytest(project, *arguments)
+def test_wrong_options_are_refused_before_any_test(run_here, arguments, message):
+    status, output, cases = run_here(*arguments)
     assert status == pytest.ExitCode.USAGE_ERROR and message in output and not cases, output
     assert "Traceback" not in output
 
 
-def test_without_a_checkpoint_tests_that_need_one_are_skipped(project):
-    status, output, cases = run_pytest(project, "check_own.py")
+def test_without_a_checkpoint_tests_that_need_one_are_skipped(run_here):
+    status, output, cases = run_here("check_own.py")
     assert status == 0 and cases["test_of_my_domain"].find("skipped").get("message") == "needs --tq-model", output
 
 
