@@ -45,10 +45,11 @@ PYTHON = {
     "compression": "errors _core utils config data decomposition modules models calibration native",
     "conversion": "errors _core utils config compression",
     "distillation": "errors _core utils losses config data evaluate models compression",
+    "verify": "errors _core utils config data evaluate models compression native distillation",
     "integrations": "errors config modules models compression",
     "plots": "errors config decomposition compression evaluate",
     "cli": "errors _core utils config data evaluate decomposition calibration compression conversion native "
-    "distillation",
+    "distillation verify",
 }
 # Optional packages and packages with a slow import: `import tqcompressor` must not import them.
 HEAVY = {

@@ -122,13 +122,17 @@ def check_files(source: StrPath) -> None:
         _core.Checkpoint.open(os.fspath(source))
 
 
-def _load(source: StrPath, dtype: Dtype, device: str) -> PreTrainedModel:
-    """The model of the class that saved the checkpoint: gradients need the head of a decoder."""
+def model_class(source: StrPath) -> Any:
+    """The class of transformers that saved the checkpoint, `AutoModel` where the config names none."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source)
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
-    model: Any = kind.from_pretrained(source, dtype=dtype)
+    return getattr(transformers, names[0]) if names else transformers.AutoModel
+
+
+def _load(source: StrPath, dtype: Dtype, device: str) -> PreTrainedModel:
+    """The model of the class that saved the checkpoint: gradients need the head of a decoder."""
+    model: Any = model_class(source).from_pretrained(source, dtype=dtype)
     loaded: PreTrainedModel = model.to(device)
     return loaded

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .._core import Fitted, MatrixInfo
 from ..config.specs import MatrixSpec, describe, planned_spec
+from ..errors import CheckpointError
 from ..utils.tables import format_table
+from ..utils.utf8 import read_json
+
+# The report's file in the folder of a compressed checkpoint.
+REPORT_FILE = "compression_report.json"
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,19 @@ class CompressionReport:
         rows.append([f"{len(self.untouched)} other tensors", "", f"{others:,}"])
         rows.append(["total", "", f"{self.parameters_before:,}"])
         return format_table(rows)
+
+
+def read_report(path: Path) -> CompressionReport:
+    """Reads a `compression_report.json`.
+
+    Raises:
+        CheckpointError: It is no report.
+        OSError: It cannot be read.
+    """
+    try:
+        return CompressionReport.from_dict(read_json(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 
 def _read(cls: Any, data: Mapping[str, Any]) -> Any:

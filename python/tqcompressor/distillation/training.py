@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from ..data.token_blocks import TokenBlocks
 from ..errors import ConfigError
@@ -209,18 +207,3 @@ class _Follower(TrainerCallback):
             speed = self.tokens / (time.perf_counter() - self.started)
             done, total = state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step
             self.report(done, total, f"{self.loss}{speed:,.0f} tokens/s")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences the bars and messages of transformers for the block."""
-    hub: Any = logging
-    verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
-    hub.set_verbosity_error()
-    hub.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.set_verbosity(verbosity)
-        if bars:
-            hub.enable_progress_bar()

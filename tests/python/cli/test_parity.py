@@ -21,6 +21,7 @@ COMMANDS = {
     "distill": [tqcompressor.distill, tqcompressor.TrainingConfig, tqcompressor.DistillConfig],
     "inspect": [tqcompressor.inspect, tqcompressor.plan],
     "evaluate": [evaluate.score, NativeModel.score],
+    "verify": [tqcompressor.verify_checkpoint],
     "generate": [NativeModel.from_pretrained, NativeModel.generate],
 }
 EVERYWHERE = {
@@ -43,6 +44,7 @@ ONLY_ON_THE_COMMAND_LINE = {
         "engine": "score or NativeModel.score",
         "threads": "of torch, or NativeModel.from_pretrained(threads=…)",
     },
+    "verify": {},
     "generate": {"model": "the source of from_pretrained", "prompt": "one of the prompts"},
 }
 # Arguments without an option.
@@ -60,6 +62,7 @@ ONLY_IN_PYTHON = {
     },
     "inspect": {},
     "evaluate": {"tokenizer": "the checkpoint's own", "name": "the name of the checkpoint"},
+    "verify": {},
     "generate": {
         "source": "the model of the command",
         "prompts": "several in one batch; the command has one",
