@@ -20,6 +20,7 @@ from .compression.report import CompressionReport
 from .config.recipes import RECIPES
 from .config.specs import KroneckerSpec, LowRankSpec, MixedSpec
 from .config.tq_config import TQConfig
+from .conversion.convert import convert_checkpoint
 from .decomposition.decompose import decompose, find_permutation, nearest_kronecker_sum
 from .decomposition.results import KroneckerDecomposition, LowRankDecomposition, MixedDecomposition
 from .distillation.config import DistillConfig, TrainingConfig
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .evaluate.comparison import compare
     from .evaluate.scoring import perplexity
     from .integrations.peft import merge_lora, register_lora
+    from .verify.results import VerificationReport
+    from .verify.runner import verify_checkpoint
 
 __all__ = [
     "RECIPES",
@@ -62,6 +65,7 @@ __all__ = [
     "TQConfig",
     "TQError",
     "TrainingConfig",
+    "VerificationReport",
     "__version__",
     "cache_teacher",
     "calibrate",
@@ -69,6 +73,7 @@ __all__ = [
     "compare",
     "compress",
     "compress_checkpoint",
+    "convert_checkpoint",
     "decompose",
     "distill",
     "evaluate",
@@ -85,13 +90,15 @@ __all__ = [
     "recompress",
     "register_lora",
     "token_blocks",
+    "verify_checkpoint",
 ]
 
-# Names that need torch, transformers or peft, and the module of each.
+# Names that need torch, transformers or peft, or that few need, and the module of each.
 _LAZY_NAMES = {
     "CachedTeacher": "distillation.teacher_cache",
     "CachedTeacherDataset": "distillation.teacher_cache",
     "DistillTrainer": "distillation.trainer",
+    "VerificationReport": "verify.results",
     "cache_teacher": "distillation.teacher_cache",
     "calibrate": "calibration.calibrate",
     "compare": "evaluate.comparison",
@@ -102,6 +109,7 @@ _LAZY_NAMES = {
     "perplexity": "evaluate.scoring",
     "register_lora": "integrations.peft",
     "token_blocks": "data.token_blocks",
+    "verify_checkpoint": "verify.runner",
 }
 # Folders and modules that are imported when they are first used.
 _LAZY_MODULES = ("evaluate", "losses", "modules", "plots")

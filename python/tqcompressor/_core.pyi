@@ -28,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "apply",
+    "check_destination",
     "distillation_loss",
     "distillation_loss_in_place",
     "expand",
@@ -46,6 +47,7 @@ __all__ = [
     "spend_budget",
     "split_part",
     "topk_distillation_loss",
+    "write_checkpoint",
 ]
 
 __version__: str
@@ -57,6 +59,8 @@ _Int64Array = NDArray[np.int64]
 _ProgressCallback = Callable[[int, int], object]
 # The second moments of a matrix's inputs and of the gradients at its outputs: `(d, d)`, or `(d,)` for a diagonal.
 _Moments = tuple[_Float32Array | None, _Float32Array | None]
+# `(folder, weight files, whether every file of the folder belongs to the model)`.
+_Origin = tuple[str | PathLike[str], Sequence[str | PathLike[str]], bool]
 # `(stored name, name without the base prefix, shape, kind)`.
 _Weight = tuple[str, str, tuple[int, ...], str]
 
@@ -235,6 +239,25 @@ def expand_checkpoint(
     progress: _ProgressCallback | None,
 ) -> None:
     """Writes the dense checkpoint of the compressed one in `source`."""
+
+def check_destination(out: str | PathLike[str], source: _Origin, overwrite: bool) -> None:
+    """Raises what `write_checkpoint` would raise for this destination."""
+
+def write_checkpoint(
+    out: str | PathLike[str],
+    source: _Origin,
+    tensors: Sequence[tuple[str, str, Sequence[int], NDArray[np.uint8]]],
+    config: str,
+    report: str | None,
+    *,
+    overwrite: bool,
+    max_shard_bytes: int,
+    progress: _ProgressCallback | None,
+) -> None:
+    """Writes tensors `(name, dtype, shape, bytes)` as a checkpoint with the text of its `config.json`.
+
+    The report, JSON, gets the size of the weights and the names of the files that are copied from the source.
+    """
 
 def list_matrices(
     tensors: Sequence[_Weight],

@@ -112,6 +112,12 @@ impl Place {
     }
 }
 
+/// Whether a file with this name belongs to a checkpoint: its tokenizer, its configuration, its weights.
+#[must_use]
+pub fn is_checkpoint_file(name: &str) -> bool {
+    Place::Checkpoint.file(name)
+}
+
 /// Whether `name` is `model.safetensors`, `pytorch_model.bin`, one of their shards, or the index of these.
 fn is_model_file(name: &str) -> bool {
     [("model", ".safetensors"), ("pytorch_model", ".bin")].iter().any(|(stem, extension)| {

@@ -32,12 +32,25 @@ impl Destination {
     /// # Errors
     /// [`Error::Destination`] with the reason; [`Error::Io`].
     pub fn check(path: &Path, source: &Checkpoint, overwrite: bool) -> Result<Self> {
+        Self::check_beside(path, source.directory(), source.weight_files(), overwrite)
+    }
+
+    /// As [`check`](Self::check), for weights in files of any format in the directory `source`.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn check_beside<'a>(
+        path: &Path,
+        source: &Path,
+        weight_files: impl Iterator<Item = &'a Path>,
+        overwrite: bool,
+    ) -> Result<Self> {
         let refuse = |problem: &str| Err(Error::Destination { path: path.to_owned(), problem: problem.into() });
         let resolved = resolve(path)?;
         let Some(parent) = resolved.parent() else { return refuse("expected a directory below the root") };
-        let from = source.directory().canonicalize().map_err(Error::io(source.directory()))?;
+        let from = source.canonicalize().map_err(Error::io(source))?;
         if resolved == from {
-            return refuse("this is the source itself: a compressed checkpoint goes to a directory of its own");
+            return refuse("this is the source itself: the result goes to a directory of its own");
         }
         let destination = Self { path: resolved.clone(), overwrite };
         let metadata = match fs::metadata(&resolved) {
@@ -59,7 +72,7 @@ impl Destination {
         if !resolved.join("config.json").exists() {
             return refuse("is not empty and holds no config.json, so it is not overwritten: remove it by hand");
         }
-        for file in source.weight_files() {
+        for file in weight_files {
             if file.canonicalize().map_err(Error::io(file))?.starts_with(&resolved) {
                 return refuse("holds the source's weights: overwriting it would delete them");
             }

@@ -34,7 +34,9 @@ pub struct Slot {
 }
 
 impl Slot {
-    fn bytes(&self) -> u64 {
+    /// Its size.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
         self.shape.iter().fold(self.dtype.bitsize() as u64, |bits, &extent| bits * extent as u64) / 8
     }
 }

@@ -29,7 +29,7 @@ use crate::progress::Progress;
 use crate::spec::{KroneckerShape, LowRankShape, TermSpec, Usage};
 
 /// Bytes copied between two checks for cancellation.
-const COPIED: usize = 4 << 20;
+pub(super) const COPIED: usize = 4 << 20;
 
 /// Options of the written checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]

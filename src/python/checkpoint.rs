@@ -2,8 +2,12 @@
 
 use std::path::PathBuf;
 
+use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
+use safetensors::Dtype;
+use serde_json::{Map, Value};
 
+use super::arrays::contiguous;
 use super::budget::{MatrixInfo, SpentBudget, target};
 use super::errors::warn;
 use super::jobs;
@@ -11,8 +15,9 @@ use super::moments::{MomentArrays, calibration, same_length};
 use super::specs::{config_from_python, spec_to_python};
 use crate::checkpoint::read;
 use crate::checkpoint::staging::Destination;
-use crate::compress::{self, BudgetOptions, Calibration, Fits, Options, Report};
-use crate::error::Result;
+use crate::checkpoint::write::Slot;
+use crate::compress::{self, BudgetOptions, Calibration, Fits, Given, Options, Origin, Report};
+use crate::error::{Error, Result};
 use crate::family::{self, Kind};
 use crate::numeric::Float;
 use crate::permute::Effort;
@@ -23,6 +28,8 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ModelPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
     module.add_function(wrap_pyfunction!(expand_checkpoint, module)?)?;
+    module.add_function(wrap_pyfunction!(check_destination, module)?)?;
+    module.add_function(wrap_pyfunction!(write_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(list_matrices, module)?)?;
     module.add_function(wrap_pyfunction!(split_part, module)?)?;
     module.add_function(wrap_pyfunction!(fused_parts, module)?)
@@ -112,6 +119,55 @@ fn expand_checkpoint(
     jobs::run(py, progress, |progress| {
         let opened = read::Checkpoint::open_any(&source)?;
         pool.install(|| compress::expand_checkpoint(&opened, &out, &options, progress))
+    })
+}
+
+/// `(directory, weight files, whether every file of the directory belongs to the model)`.
+type OriginArguments = (PathBuf, Vec<PathBuf>, bool);
+
+fn origin((directory, files, whole): OriginArguments) -> Origin {
+    Origin { directory, files, whole }
+}
+
+#[pyfunction]
+fn check_destination(out: PathBuf, source: OriginArguments, overwrite: bool) -> PyResult<()> {
+    origin(source).destination(&out, overwrite)?;
+    Ok(())
+}
+
+/// `(name, dtype, shape, bytes)` of a tensor.
+type TensorArguments<'py> = (String, String, Vec<usize>, PyReadonlyArray1<'py, u8>);
+
+#[pyfunction]
+#[pyo3(signature = (out, source, tensors, config, report, *, overwrite, max_shard_bytes, progress))]
+#[allow(clippy::too_many_arguments)]
+fn write_checkpoint(
+    py: Python<'_>,
+    out: PathBuf,
+    source: OriginArguments,
+    tensors: Vec<TensorArguments<'_>>,
+    config: &str,
+    report: Option<&str>,
+    overwrite: bool,
+    max_shard_bytes: u64,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let mut given = Vec::with_capacity(tensors.len());
+    for (name, dtype, shape, bytes) in &tensors {
+        let bytes = contiguous(bytes.as_slice().ok(), "tensor").map_err(|error| error.in_tensor(name))?;
+        let dtype = match dtype.as_str() {
+            "int64" => Dtype::I64,
+            "uint8" => Dtype::U8,
+            float => Float::from_name(float).map_err(|error| error.in_tensor(name))?.dtype(),
+        };
+        given.push(Given { slot: Slot { name: name.clone(), dtype, shape: shape.clone() }, bytes });
+    }
+    let report = report.map(serde_json::from_str::<Map<String, Value>>).transpose();
+    let report = report.map_err(|error| Error::Config(format!("report: {error}")))?;
+    let source = origin(source);
+    jobs::run(py, progress, |progress| {
+        let destination = source.destination(&out, overwrite)?;
+        compress::write_checkpoint(destination, &source, &given, config, report, max_shard_bytes, progress)
     })
 }
 

@@ -14,6 +14,7 @@ import import_time
 import inference
 import kernels
 import losses
+import paper
 import quality
 import search
 import whole_checkpoint
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "inference": inference,
     "distillation": distillation,
     "quality": quality,
+    "paper": paper,
     "import": import_time,
 }
 

@@ -43,10 +43,13 @@ PYTHON = {
     "calibration": "errors _core utils config data models",
     "native": "errors _core utils data evaluate calibration",
     "compression": "errors _core utils config data decomposition modules models calibration native",
+    "conversion": "errors _core utils config compression",
     "distillation": "errors _core utils losses config data evaluate models calibration compression",
+    "verify": "errors _core utils config data evaluate models compression native distillation",
     "integrations": "errors config modules models compression",
     "plots": "errors config decomposition compression evaluate",
-    "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",
+    "cli": "errors _core utils config data evaluate decomposition calibration compression conversion native "
+    "distillation verify",
 }
 # Optional packages and packages with a slow import: `import tqcompressor` must not import them.
 HEAVY = {

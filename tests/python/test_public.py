@@ -16,7 +16,7 @@ import tqcompressor
 
 SNAPSHOT = Path(__file__).with_name("public.txt")
 # Further modules with public names.
-MODULES = ("config", "errors", "evaluate", "losses", "modules", "plots")
+MODULES = ("config", "errors", "evaluate", "losses", "modules", "plots", "verify")
 
 
 def signature(value):

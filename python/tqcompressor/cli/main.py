@@ -1,7 +1,8 @@
-"""The command line: `tqcompressor compress`, `expand`, `calibrate`, `distill`, `inspect`, `evaluate` and `generate`.
+"""The command line: `tqcompressor compress`, `expand`, `calibrate`, `distill`, `inspect`, `evaluate`,
+`verify` and `generate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
-2 for wrong usage or invalid input, 130 after Ctrl-C, and 1 for any other failure.
+2 for wrong usage or invalid input, 130 after Ctrl-C, and 1 for any other failure, a check of `verify` included.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,17 +33,19 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     options = parser().parse_args(arguments)
-    run = {
+    run: Callable[[argparse.Namespace], int | None] = {
         "compress": _compress,
         "expand": _expand,
+        "convert": _convert,
         "calibrate": _calibrate,
         "distill": _distill,
         "inspect": _inspect,
         "evaluate": _evaluate,
+        "verify": _verify,
         "generate": _generate,
     }[options.command]
     try:
-        run(options)
+        status = run(options)
         # Flush here: at interpreter exit, the error of a closed pipe could not be caught.
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"tqcompressor: error: {_one_line(error)}", file=sys.stderr)
         return 2 if _is_bad_input(error) else 1
-    return 0
+    return status or 0
 
 
 def _config(options: argparse.Namespace) -> TQConfig | None:
@@ -115,6 +118,20 @@ def _expand(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     print(json.dumps({"out": options.out}) if options.json else f"written to {options.out}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ..conversion.convert import convert_checkpoint
+
+    report = convert_checkpoint(
+        options.source,
+        options.out,
+        config=options.config,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        max_shard_size=options.max_shard_size,
+    )
+    print(report.to_json() if options.json else f"{report}\nwritten to {options.out}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -272,6 +289,25 @@ def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: 
         stride=options.stride,
         batch_size=options.batch_size,
     )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..verify.runner import verify_checkpoint
+
+    report = verify_checkpoint(
+        options.source,
+        teacher=options.teacher,
+        text=None if options.text is None else Path(options.text),
+        max_perplexity_ratio=options.max_perplexity_ratio,
+        min_cosine=options.min_cosine,
+        context=options.context,
+        stride=options.stride,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    print(report.to_json() if options.json else report)
+    return 0 if report.passed else 1
 
 
 def _generate(options: argparse.Namespace) -> None:

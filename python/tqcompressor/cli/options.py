@@ -56,6 +56,25 @@ def parser() -> argparse.ArgumentParser:
     _add_files(expand)
     _add_threads(expand)
 
+    convert = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="turn a checkpoint of torch.save into a safetensors one: TQCompressedGPT-2, Krony-PT, nanoGPT, GPT-2",
+        description="Convert a file of torch.save, with Kronecker factors or dense, into a checkpoint that this "
+        "package and transformers load, with equal logits. No code in the file is run. Needs torch.",
+    )
+    convert.add_argument(
+        "source", metavar="FILE", help="a file *.bin, *.pt or *.pth, an index of shards, their folder, or a hub id"
+    )
+    convert.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
+    convert.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="the config.json of the model (default: that beside FILE; without one, heads are 64 wide)",
+    )
+    convert.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each tensor)")
+    _add_files(convert)
+
     _add_distill(commands, common)
 
     inspect = commands.add_parser(
@@ -74,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     _add_calibrate(commands, common)
 
     _add_evaluate(commands, common)
+    _add_verify(commands, common)
     _add_generate(commands, common)
     return program
 
@@ -216,6 +236,40 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
     group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
+    verify = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="check a checkpoint before it is shipped",
+        description="Check that a checkpoint is whole and finite, that a fresh process loads it, that its size is as "
+        "reported, that the native runtime and generation with a cache compute the same, that saving changes no bit, "
+        "and that its quality is within a bound of the teacher's. The exit status is 1 if a check fails. As pytest "
+        "tests: pytest --pyargs tqcompressor.verify --tq-model DIR ...",
+    )
+    verify.add_argument("source", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
+    verify.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
+    verify.add_argument("--text", metavar="FILE", help="raw UTF-8 text to measure quality on")
+    verify.add_argument(
+        "--max-perplexity-ratio",
+        type=float,
+        metavar="X",
+        default=1.1,
+        help="largest perplexity of a language model, as a multiple of the teacher's (default: %(default)s)",
+    )
+    verify.add_argument(
+        "--min-cosine",
+        type=float,
+        metavar="X",
+        default=0.9,
+        help="smallest mean cosine of an encoder's embeddings with the teacher's (default: %(default)s)",
+    )
+    verify.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
+    verify.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    verify.add_argument("--batch-size", type=_positive, metavar="N", help="windows or texts at a time")
+    verify.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
+    verify.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
 def _add_engine(parser: Any) -> None:

@@ -24,7 +24,7 @@ from ..utils.utf8 import read_json
 from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
 from .measured import calibrate_checkpoint
-from .report import CompressionReport, MatrixReport, UntouchedTensor
+from .report import REPORT_FILE, CompressionReport, MatrixReport, UntouchedTensor, read_report
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
@@ -287,13 +287,11 @@ def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionR
         return CompressionReport.from_dict(json.loads(plan.report))
     if not _is_compressed(directory):
         return _listing(_core.Checkpoint.open(directory), directory)
-    path = Path(directory, "compression_report.json")
+    path = Path(directory, REPORT_FILE)
     try:
-        return CompressionReport.from_dict(read_json(path))
+        return read_report(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 
 def _listing(checkpoint: _core.Checkpoint, directory: str) -> CompressionReport:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .._core import Fitted, MatrixInfo
 from ..config.specs import MatrixSpec, describe, planned_spec
+from ..errors import CheckpointError
 from ..utils.tables import format_table
+from ..utils.utf8 import read_json
+
+# The report's file in the folder of a compressed checkpoint.
+REPORT_FILE = "compression_report.json"
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,9 @@ class CompressionReport:
         total = ["total", "", "", f"{self.parameters_before:,}", f"{self.parameters_after:,}"]
         rows.append(total + ["", f"{self.seconds or 0:.2f}"] * done)
         share = 100 * self.parameters_after / max(self.parameters_before, 1)
-        summary = f"{share:.1f}% of the parameters {'are left' if done else 'would be left'}"
+        # A conversion is not timed.
+        exists = done or self.bytes_after is not None
+        summary = f"{share:.1f}% of the parameters {'are left' if exists else 'would be left'}"
         if self.bytes_before is not None and self.bytes_after is not None:
             summary += f", in {self.bytes_after:,} of {self.bytes_before:,} bytes"
         return "\n".join([format_table(rows), summary, *([] if self.note is None else [self.note])])
@@ -153,6 +161,19 @@ class CompressionReport:
         rows.append([f"{len(self.untouched)} other tensors", "", f"{others:,}"])
         rows.append(["total", "", f"{self.parameters_before:,}"])
         return format_table(rows)
+
+
+def read_report(path: Path) -> CompressionReport:
+    """Reads a `compression_report.json`.
+
+    Raises:
+        CheckpointError: It is no report.
+        OSError: It cannot be read.
+    """
+    try:
+        return CompressionReport.from_dict(read_json(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 
 def _read(cls: Any, data: Mapping[str, Any]) -> Any:

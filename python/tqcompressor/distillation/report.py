@@ -9,6 +9,9 @@ from typing import Any
 
 from ..utils.tables import format_table
 
+# The report's file in the folder of a distilled checkpoint.
+REPORT_FILE = "training_report.json"
+
 
 @dataclass(frozen=True)
 class LossRecord:

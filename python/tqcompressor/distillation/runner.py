@@ -42,15 +42,14 @@ from ..models.matrices import compressed_modules
 from ..utils.atomic_io import remove_leftovers, sole_run, whole_folder
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption, Report, reporter
-from ..utils.torch_utils import on_device
+from ..utils.torch_utils import on_device, quiet_transformers
 from .artifacts import STATE, load_model, read_json, save_model, weights_digest, write_json
 from .config import DistillConfig, TrainingConfig
 from .prepare import Prepared, PreparedStage, prepare
-from .report import ModelResult, StageResult, TrainingReport
+from .report import REPORT_FILE, ModelResult, StageResult, TrainingReport
 from .stages import Stage, StagedRecipe
-from .training import Trained, quiet_transformers, train_stage, training_arguments, training_settings
+from .training import Trained, train_stage, training_arguments, training_settings
 
-_REPORT = "training_report.json"
 _CALIBRATION = "calibration.safetensors"
 
 
@@ -388,7 +387,7 @@ def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageRes
     )
     out = prepared.out
     with prepared.arguments.main_process_first(local=False):
-        if not (out / _REPORT).exists():
+        if not (out / REPORT_FILE).exists():
             final = out / "stages" / "final"
             shutil.rmtree(final, ignore_errors=True)
             with whole_folder(final) as partial:
@@ -402,5 +401,5 @@ def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageRes
             for stage in prepared.stages:
                 for done in ("compressed", "checkpoints"):
                     shutil.rmtree(stage.folder / done, ignore_errors=True)
-            write_json(out / _REPORT, report.to_dict())
+            write_json(out / REPORT_FILE, report.to_dict())
     return report

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors.torch import load_file, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..models.balancing import MomentsOf, balanced
@@ -282,18 +281,3 @@ class _Keeper(TrainerCallback):
                 for name, parameter in self.student.named_parameters():
                     parameter.copy_(best[name])
         return int(step)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences the bars and messages of transformers for the block."""
-    hub: Any = logging
-    verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
-    hub.set_verbosity_error()
-    hub.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.set_verbosity(verbosity)
-        if bars:
-            hub.enable_progress_bar()

@@ -48,6 +48,39 @@ class PerplexityResult:
 
 
 @dataclass(frozen=True)
+class WindowResult:
+    """The perplexity of a text by the mean over windows that do not overlap."""
+
+    perplexity: float
+    """`exp` of the mean of the windows' mean negative log-likelihoods."""
+    windows: int
+    tokens: int
+    """Tokens of the text; the first of each window is not scored."""
+    context: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {name: _json_number(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """The cosine of a student's text embeddings with its teacher's."""
+
+    cosine: float
+    """The mean over the texts."""
+    smallest: float
+    """The cosine of the text that has the smallest."""
+    texts: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {name: _json_number(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
 class LastWordResult:
     """The accuracy and perplexity of the last words of passages."""
 

@@ -18,7 +18,7 @@ from ..errors import MissingDependencyError
 from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from ..utils.torch_utils import evaluating
-from .results import LastWordResult, PerplexityResult, exponential
+from .results import LastWordResult, PerplexityResult, WindowResult, exponential
 from .windows import (
     Encode,
     TextToScore,
@@ -103,6 +103,59 @@ def perplexity(
     return perplexity_result(scored, total, tokens, context, stride, time.perf_counter() - start)
 
 
+def mean_window_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | PathLike[str],
+    *,
+    context: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressOption = None,
+) -> WindowResult:
+    """Perplexity by the mean over windows, the convention of many published figures; `perplexity` is the better one.
+
+    `perplexity = exp((1/W) Σ_w ℓ_w)`, where `ℓ_w` is the mean negative log-likelihood of the tokens of window `w` but
+    the first. The windows have `context` tokens and do not overlap. Nothing is put before the text, the first token of
+    each window is context only, and a last window that is shorter has the weight of a full one. A last window of one
+    token has nothing to score and does not count.
+
+    Args:
+        model: A causal language model; it is put in evaluation mode for the duration of the call.
+        tokenizer: Its tokenizer.
+        text: A str is the text itself, a `pathlib.Path` is a UTF-8 file.
+        context: Tokens of a window, from 2 up. Default: the model's `max_position_embeddings`.
+        batch_size: Windows in one forward pass. Default: as for `perplexity`.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+
+    Raises: As `perplexity`.
+
+    Source: "Perplexity of fixed-length models" in the documentation of transformers, with `stride = max_length`.
+    """
+    torch = import_torch()
+    start = time.perf_counter()
+    longest = _longest(model)
+    context = longest if context is None else validate.integer("context", context, 2, longest)
+    tokens = text_to_score(open_text(text), Encoder(tokenizer), []).tokens
+    batch_size = checked_batch_size(model, batch_size, context)
+    begins = range(0, len(tokens) - 1, context)
+    # The last window may be shorter than the others: it is in a batch of its own.
+    batches = chain(_chunks(begins[:-1], batch_size), [[begins[-1]]])
+    means: list[float] = []
+    with evaluating(model), torch.inference_mode(), reporter(progress, "perplexity") as report:
+        for batch in batches:
+            read = np.stack([np.asarray(tokens[begin : begin + context], np.int64) for begin in batch])
+            rows = torch.from_numpy(read).to(model.device)
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+            means += [
+                -float(_log_likelihoods(row, ids[1:]).double().mean()) for row, ids in zip(logits, rows, strict=True)
+            ]
+            if report is not None:
+                report(len(means), len(begins))
+    return WindowResult(
+        exponential(float(np.mean(means))), len(begins), len(tokens), context, time.perf_counter() - start
+    )
+
+
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: str | PathLike[str]) -> TextToScore:
     """`text_to_score` by a tokenizer of transformers: a str is the text itself, a `pathlib.Path` is a UTF-8 file."""
     return text_to_score(open_text(text), Encoder(tokenizer), begin_tokens(tokenizer))
@@ -126,7 +179,7 @@ def negative_log_likelihood(
 
     The windows, and the other arguments, are those of `perplexity`.
     """
-    torch = _import_torch()
+    torch = import_torch()
     context, stride = checked_window(_longest(model), context, stride)
     targets = len(tokens) - 1
     parts = windows(targets, context, stride)
@@ -179,7 +232,7 @@ def last_word_accuracy(
 
     Source: Paperno et al., *The LAMBADA dataset*, arXiv 1606.06031.
     """
-    torch = _import_torch()
+    torch = import_torch()
     start = time.perf_counter()
     # Sorted by length: little padding, and last words at few different positions.
     items = last_word_items(open_passages(passages), _encoder(tokenizer), _longest(model))
@@ -247,7 +300,8 @@ def _silent(done: int, total: int) -> None:
     """The callback without progress."""
 
 
-def _import_torch() -> ModuleType:
+def import_torch() -> ModuleType:
+    """torch, or `MissingDependencyError` with what to install."""
     try:
         import torch
     except ImportError as error:

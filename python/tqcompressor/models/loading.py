@@ -8,13 +8,14 @@ import transformers
 from transformers import PreTrainedModel
 
 
-def load_pretrained(source: Any, **options: Any) -> PreTrainedModel:
-    """The model of a checkpoint or hub id, of the class that its config names, or else the base model without a head.
-
-    `options` are those of `from_pretrained`.
-    """
+def model_class(source: Any) -> Any:
+    """The class of transformers that saved a checkpoint, `AutoModel` where the config names none."""
     config = transformers.AutoConfig.from_pretrained(source)
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
-    model: PreTrainedModel = kind.from_pretrained(source, **options)
+    return getattr(transformers, names[0]) if names else transformers.AutoModel
+
+
+def load_pretrained(source: Any, **options: Any) -> PreTrainedModel:
+    """The model of a checkpoint or hub id, of its `model_class`; `options` are those of `from_pretrained`."""
+    model: PreTrainedModel = model_class(source).from_pretrained(source, **options)
     return model

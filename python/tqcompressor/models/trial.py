@@ -45,7 +45,7 @@ def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
         except Exception as error:
             raise _refusal(trial, "initialised, as from_pretrained does,", error) from error
         why = f"takes {model.main_input_name}, for which no example is at hand"
-        for inputs in _examples(trial):
+        for inputs in example_inputs(trial):
             fault = _run(trial, model, inputs)
             if fault is None:
                 return
@@ -123,7 +123,7 @@ def _zeros(like: torch.Tensor) -> torch.Tensor:
     return zeros.view(like.dtype)[: like.numel()].view(like.shape)
 
 
-def _examples(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+def example_inputs(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
     """Small inputs of the forward pass: the main one, and all whose shape is known; none without the main one."""
     config: Any = model.config
     vision: Any = getattr(config, "vision_config", config)

@@ -29,9 +29,9 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
     (2, 4), rank 4: 256 rows take 4.0 ms dense, 5.0 ms by the factors and 6.6 ms by the matrix, 1024 rows 14.5, 20.5 and
     18.9 ms; 2048 rows forward and backward 90, 225 and 98 ms.
 
-    An exported program has one graph for any number of rows, and multiplies by the factors.
+    An exported or traced program has one graph for any number of rows, and multiplies by the factors.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     dense = rows * columns
     factored = min(macs(block, rank, rows, columns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from ..errors import CheckpointError
@@ -13,8 +14,8 @@ StrPath: TypeAlias = str | os.PathLike[str]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def local_directory(source: StrPath) -> str:
-    """The local directory of `source`; a model on the hub is downloaded.
+def local_directory(source: StrPath, weights: Sequence[str] = ("*.safetensors",)) -> str:
+    """The local directory of `source`; a model on the hub is downloaded, with the files that match `weights`.
 
     Raises:
         CheckpointError: There is no such directory, and no such model on the hub or no huggingface_hub to fetch it.
@@ -32,7 +33,7 @@ def local_directory(source: StrPath) -> str:
             f"{name}: no such directory (to fetch it from the hub, install huggingface_hub)"
         ) from None
     try:
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "README.md"])
+        return snapshot_download(name, allow_patterns=[*weights, "*.json", "*.txt", "README.md"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: no such directory, and the hub does not give it: {reason}") from error

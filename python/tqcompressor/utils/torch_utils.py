@@ -101,3 +101,20 @@ def on_device(device: Any, *models: Module) -> Iterator[None]:
     finally:
         for model in models:
             move(model, "cpu")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the bars and messages of transformers for the block."""
+    from transformers.utils import logging
+
+    hub: Any = logging
+    verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
+    hub.set_verbosity_error()
+    hub.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub.set_verbosity(verbosity)
+        if bars:
+            hub.enable_progress_bar()

@@ -16,10 +16,12 @@ from tqcompressor.cli.options import parser
 COMMANDS = {
     "compress": [tqcompressor.compress_checkpoint],
     "expand": [tqcompressor.expand_checkpoint],
+    "convert": [tqcompressor.convert_checkpoint],
     "calibrate": [tqcompressor.calibrate_checkpoint],
     "distill": [tqcompressor.distill, tqcompressor.TrainingConfig, tqcompressor.DistillConfig],
     "inspect": [tqcompressor.inspect, tqcompressor.plan],
     "evaluate": [evaluate.score, NativeModel.score],
+    "verify": [tqcompressor.verify_checkpoint],
     "generate": [NativeModel.from_pretrained, NativeModel.generate],
 }
 EVERYWHERE = {
@@ -31,6 +33,7 @@ EVERYWHERE = {
 ONLY_ON_THE_COMMAND_LINE = {
     "compress": {"recipe": "a config by its name"},
     "expand": {},
+    "convert": {},
     "calibrate": {"out": "Calibration.save(path)"},
     "distill": {"data_seed": "TrainingConfig.seed, beside distill(seed=…)"},
     "inspect": {"recipe": "a config by its name"},
@@ -41,12 +44,14 @@ ONLY_ON_THE_COMMAND_LINE = {
         "engine": "score or NativeModel.score",
         "threads": "of torch, or NativeModel.from_pretrained(threads=…)",
     },
+    "verify": {},
     "generate": {"model": "the source of from_pretrained", "prompt": "one of the prompts"},
 }
 # Arguments without an option.
 ONLY_IN_PYTHON = {
     "compress": {},
     "expand": {},
+    "convert": {},
     "calibrate": {},
     "distill": {
         "tokenizer": "the checkpoint's own",
@@ -57,6 +62,7 @@ ONLY_IN_PYTHON = {
     },
     "inspect": {},
     "evaluate": {"tokenizer": "the checkpoint's own", "name": "the name of the checkpoint"},
+    "verify": {},
     "generate": {
         "source": "the model of the command",
         "prompts": "several in one batch; the command has one",

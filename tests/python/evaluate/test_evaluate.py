@@ -288,3 +288,67 @@ def test_read_passages_refuses(tmp_path, content, message):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(TextError, match=message):
         evaluate.read_passages(path)
+
+
+def published_perplexity(model, tokenizer, text, context):
+    """The loop of transformers' "Perplexity of fixed-length models", whose labels leave out the first token."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    losses = []
+    for begin in range(0, ids.shape[1], context):
+        window = ids[:, begin : begin + context]
+        if window.shape[1] > 1:
+            with torch.no_grad():
+                losses.append(model(window, labels=window).loss)
+    return float(torch.exp(torch.stack(losses).mean()))
+
+
+@pytest.mark.parametrize(("context", "characters"), [(16, 400), (16, 60), (7, 333), (2, 50), (3, 400)])
+def test_the_mean_over_windows_is_that_of_published_figures(model, tokenizer, context, characters):
+    text = TEXT[:characters]
+    result = evaluate.mean_window_perplexity(model, tokenizer, text, context=context, batch_size=3)
+    assert result.perplexity == pytest.approx(published_perplexity(model, tokenizer, text, context), rel=1e-5)
+    tokens = len(tokenizer(text, verbose=False)["input_ids"])
+    # A last window of one token has nothing to score.
+    assert (result.tokens, result.windows, result.context) == (tokens, -(-(tokens - 1) // context), context)
+
+
+def test_a_last_window_of_one_token_does_not_count(model, tokenizer):
+    ids = tokenizer(TEXT, verbose=False)["input_ids"]
+    context = next(length for length in range(2, 17) if len(ids) % length == 1)
+    result = evaluate.mean_window_perplexity(model, tokenizer, TEXT, context=context)
+    assert result.windows == len(ids) // context
+    assert result.perplexity == pytest.approx(published_perplexity(model, tokenizer, TEXT, context), rel=1e-5)
+
+
+def test_the_mean_over_windows_refuses_what_perplexity_does(model, tokenizer):
+    for context in (1, 17):
+        with pytest.raises(ConfigError, match="context"):
+            evaluate.mean_window_perplexity(model, tokenizer, TEXT, context=context)
+    with pytest.raises(TextError):
+        evaluate.mean_window_perplexity(model, tokenizer, " ")
+
+
+def test_the_cosine_of_embeddings_is_that_of_mean_pooled_texts(model, tokenizer):
+    torch.manual_seed(1)
+    other = transformers.GPT2LMHeadModel(model.config).eval()
+    texts = ["He looked at her.", "No.", "She looked at the door and went, and did not say a word to anybody there."]
+    cosines = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :16]
+        with torch.no_grad():
+            pooled = [each.transformer(ids).last_hidden_state.mean(1) for each in (model, other)]
+        cosines.append(float(torch.nn.functional.cosine_similarity(*pooled)))
+    result = evaluate.embedding_cosine(other, model, tokenizer, "\n\n".join(texts) + "\n \n", batch_size=2)
+    assert result.texts == 3
+    assert result.cosine == pytest.approx(sum(cosines) / 3, abs=1e-5)
+    assert result.smallest == pytest.approx(min(cosines), abs=1e-5)
+    assert evaluate.embedding_cosine(other, model, tokenizer, "\n".join(texts), num_samples=2).texts == 2
+
+
+def test_embeddings_need_a_model_of_text_and_a_text(model, tokenizer):
+    with pytest.raises(TextError, match="empty"):
+        evaluate.embedding_cosine(model, model, tokenizer, "\n \n")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    images = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4))
+    with pytest.raises(ConfigError, match="expected a model of text, got one of pixel_values"):
+        evaluate.embedding_cosine(images, model, tokenizer, "a text")

@@ -1,5 +1,8 @@
 """Programs exported with any number of tokens: one graph, whose results are the module's own."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.export import Dim, export
@@ -41,15 +44,19 @@ MODULES = {
 }
 
 
+def inputs_of(module, rows, tokens):
+    if hasattr(module, "embedding_dim"):
+        return torch.randint(0, module.num_embeddings, (rows, tokens))
+    return torch.randn(rows, tokens, module.in_features)
+
+
 @pytest.mark.parametrize(("name", "strict"), [*((name, False) for name in MODULES), ("fused", True), ("mixed", True)])
 def test_one_exported_graph_takes_any_number_of_tokens(name, strict):
     torch.manual_seed(0)
     module = MODULES[name]()
 
     def inputs(rows, tokens):
-        if hasattr(module, "embedding_dim"):
-            return torch.randint(0, module.num_embeddings, (rows, tokens))
-        return torch.randn(rows, tokens, module.in_features)
+        return inputs_of(module, rows, tokens)
 
     dynamic = ({0: Dim("rows", max=64), 1: Dim("tokens", max=4096)},)
     program = export(module, (inputs(2, 7),), dynamic_shapes=dynamic, strict=strict).module()
@@ -57,3 +64,50 @@ def test_one_exported_graph_takes_any_number_of_tokens(name, strict):
     for rows, tokens in ((1, 1), (5, 3), (2, 1000)):
         x = inputs(rows, tokens)
         assert torch.allclose(program(x), module(x), atol=1e-4)
+
+
+class Side(torch.nn.Module):
+    """All modules, each on an input of its own, so that one export takes them all."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(make() for make in MODULES.values())
+
+    def forward(self, *inputs):
+        return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
+
+
+def test_every_module_runs_in_onnxruntime_by_its_factors(tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript, of the dev extra, is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the dev extra, is not installed")
+    torch.manual_seed(0)
+    side = Side().eval()
+    names = [f"x{number}" for number in range(len(side.parts))]
+
+    def inputs(rows, tokens):
+        return tuple(inputs_of(part, rows, tokens) for part in side.parts)
+
+    dynamic = (tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for _ in names),)
+    path = tmp_path / "side.onnx"
+    options = {"dynamo": True, "input_names": names, "dynamic_shapes": dynamic, "verbose": False}
+    exported = torch.onnx.export(side, inputs(2, 7), path, **options)
+    session = onnxruntime.InferenceSession(path)
+    for rows, tokens in ((1, 1), (5, 3), (2, 1000)):
+        given = inputs(rows, tokens)
+        found = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+        for name, values, expected in zip(MODULES, found, side(*given), strict=True):
+            assert np.allclose(values, expected.detach().numpy(), atol=1e-4), name
+    # No product of factors is stored.
+    largest = max(value.const_value.size for value in exported.model.graph.initializers.values())
+    assert largest < min(math.prod(part.dense_weight().shape) for part in side.parts)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_one_traced_graph_takes_any_number_of_tokens(name):
+    torch.manual_seed(0)
+    module = MODULES[name]().eval()
+    # So many that the module itself multiplies them by the dense matrix.
+    program = torch.jit.trace(module, inputs_of(module, 2, 5000))
+    assert "tqcompressor::" not in str(program.inlined_graph)
+    x = inputs_of(module, 3, 2)
+    assert torch.allclose(program(x), module(x), atol=1e-4)
