@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
 from ..models.quantization_state import attach, detach, marks, restore
 from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
+from ..models.ties import warn_of_untied
 from ..models.trial import try_out
 from ..modules.base import Term
 from ..modules.build import CompressedModule
@@ -134,6 +135,7 @@ def compress(
         >>> model.save_pretrained("tiny-gpt2-compressed")
     """
     require_transformers_model(model)
+    warn_of_untied(model, stacklevel=2)
     threads = validate.threads(threads)
     check_options(config, budget, matrices, max_macs, calibration, text)
     if text is None and tokenizer is None:
@@ -188,6 +190,7 @@ def recompress(
     the model is unchanged if anything is raised.
     """
     require_transformers_model(model)
+    warn_of_untied(model, stacklevel=2)
     threads = validate.threads(threads)
     config = resolve_config(config, effort=effort, seed=seed)
     plan = plan_model if next(compressed_modules(model), None) is None else resolved_plan

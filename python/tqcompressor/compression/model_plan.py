@@ -20,11 +20,11 @@ from ..models.matrices import (
     compressed_modules,
     module_name,
     require_transformers_model,
-    ties,
-    weight_tensors,
 )
 from ..models.quantization_state import packed_tensor
+from ..models.stock import weight_tensors
 from ..models.surgery import obstacle
+from ..models.ties import ties
 from ..utils.progress import ProgressOption, reporter
 from .budget import Spending, matrix_patterns
 from .budget_plan import BudgetPlan, BudgetRequest

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..config.specs import MatrixSpec
 from ..errors import ConfigError, ReadOnlyError, TQError
-from .matrices import stock_model
+from .stock import stock_model
 from .stored import misread_tensor
 from .surgery import empty_modules, swapped, tied_modules
 
