@@ -38,7 +38,7 @@ from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
-from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of, note_of
+from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of
 from .budget_plan import BudgetRequest
 from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
 from .report import CompressionReport, MatrixReport, UntouchedTensor
@@ -153,13 +153,15 @@ def compress(
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     fits: Fits | None = None
+    note: str | None = None
     if budget is not None:
         seed = DEFAULT_SEED if seed is None else seed
         spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed)
         # With `sequential`, every layer is fitted to moments that are not known yet.
         keep = sequential is None
         request, spent = spend_budget(model, spending, keep=keep, threads=threads, progress=progress)
-        config = request.plan(spent.choices).config
+        planned = request.plan(spent.choices)
+        config, note = planned.config, planned.note
         fits = partial(_planned_fits, spent, request) if keep else None
     config = resolve_config(config, effort=effort, seed=seed)
     report = _compress_planned(
@@ -171,7 +173,7 @@ def compress(
         threads=threads,
         progress=progress,
     )
-    return replace(report, note=None if budget is None else note_of(calibrated(known, objective)))
+    return replace(report, note=note)
 
 
 def recompress(

@@ -96,7 +96,7 @@ class CompressionReport:
     calibrated: bool | None = None
     """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
     note: str | None = None
-    """What a reader must know of the result: that a budget was spent without a calibration."""
+    """What a reader must know of the result: that a budget was spent without a calibration, what had to stay dense."""
     carried: tuple[str, ...] | None = None
     """The files copied from the source, beside the weights and the configuration; None where there are none."""
 
