@@ -147,7 +147,8 @@ class DenseView(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Saved as a plain tensor, which any program can load."""
-        return _plain_view(self).__reduce_ex__(protocol)
+        plain: Any = _plain_view(self)
+        return plain.__reduce_ex__(protocol)
 
 
 def _plain_view(view: DenseView) -> torch.Tensor:
