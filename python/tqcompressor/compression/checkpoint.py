@@ -290,10 +290,13 @@ def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionR
         return _listing(_core.Checkpoint.open(directory, weights=False), directory)
     path = Path(directory, "compression_report.json")
     try:
-        return CompressionReport.from_dict(read_json(path))
+        report = CompressionReport.from_dict(read_json(path))
+        # Values of other types show when they are written.
+        str(report), report.to_json()
+        return report
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is compressed already") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 

@@ -103,6 +103,8 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionReport:
         """The inverse of `to_dict`. Keys that a report does not have are left out, so it reads plans too."""
+        if not isinstance(data["tqcompressor"], str):
+            raise ValueError(f"tqcompressor: expected a version, got {data['tqcompressor']!r}")
         names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched", "carried"}
         return cls(
             version=data["tqcompressor"],
