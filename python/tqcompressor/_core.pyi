@@ -14,6 +14,8 @@ from .config.specs import MatrixSpec
 from .config.tq_config import TQConfig
 
 __all__ = [
+    "MODEL_TYPES",
+    "TEXT_HEAD",
     "UNCALIBRATED_BUDGET",
     "Checkpoint",
     "Choice",
@@ -36,6 +38,8 @@ __all__ = [
     "find_permutation",
     "fit_many",
     "fit_within",
+    "foreign_json",
+    "foreign_text",
     "fused_parts",
     "head_loss",
     "hidden_state_loss",
@@ -51,6 +55,10 @@ __all__ = [
 ]
 
 __version__: str
+MODEL_TYPES: list[str]
+"""Those whose checkpoints can be compressed on disk."""
+TEXT_HEAD: int
+"""How many bytes at the beginning of a file `foreign_text` looks at."""
 UNCALIBRATED_BUDGET: str
 
 _Float32Array = NDArray[np.float32]
@@ -63,6 +71,12 @@ _Moments = tuple[_Float32Array | None, _Float32Array | None]
 _Origin = tuple[str | PathLike[str], Sequence[str | PathLike[str]], bool]
 # `(stored name, name without the base prefix, shape, kind)`.
 _Weight = tuple[str, str, tuple[int, ...], str]
+
+def foreign_text(head: bytes) -> str | None:
+    """What the beginning of a file that should be UTF-8 shows in its place, with the way out; None if nothing."""
+
+def foreign_json(head: bytes) -> str | None:
+    """As `foreign_text`, for JSON: that has no byte order mark either."""
 
 def nearest_kronecker_sum(
     w: _Float32Array, block: tuple[int, int], rank: int
@@ -288,7 +302,9 @@ class Checkpoint:
     """A dense checkpoint on disk, opened and validated once."""
 
     @staticmethod
-    def open(directory: str | PathLike[str]) -> Checkpoint: ...
+    def open(directory: str | PathLike[str], *, weights: bool = True) -> Checkpoint:
+        """`weights` is whether they are used, and not only names and shapes."""
+
     @property
     def parameters(self) -> int:
         """A tied head does not count."""

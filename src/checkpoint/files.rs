@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::foreign::foreign_text;
+use super::foreign::foreign_json;
 use super::header;
 use crate::error::{Error, Result};
 use crate::family::Family;
@@ -178,7 +178,7 @@ pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(problem(path, "no such file")),
         other => other.map_err(Error::io(path))?,
     };
-    if let Some(words) = foreign_text(&text) {
+    if let Some(words) = foreign_json(&text) {
         return Err(problem(path, words));
     }
     serde_json::from_slice(&text).map_err(|error| problem(path, format!("expected a JSON object: {error}")))

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use indexmap::IndexMap;
 use memmap2::{Mmap, UncheckedAdvice};
@@ -52,7 +53,10 @@ pub struct Checkpoint {
     geometry: Geometry,
     files: Vec<(PathBuf, Mmap)>,
     tensors: IndexMap<String, Tensor>,
-    warning: Option<String>,
+    /// Whether only the ends of a tied head and its embedding are compared.
+    names_only: bool,
+    /// That a tied head differs from the embedding, once that was looked at.
+    warning: OnceLock<Option<String>>,
 }
 
 impl Checkpoint {
@@ -60,17 +64,30 @@ impl Checkpoint {
     /// their index.
     ///
     /// Validates every header, and checks that every tensor that `config.json` asks for is there in its shape. Causal
-    /// masks of old versions of transformers are left out. Weights are not read, except for a head that is stored
-    /// although it is tied: if it differs from the token embedding, it is a matrix of its own, as in transformers, and
-    /// there is a [`warning`](Self::warning).
+    /// masks of old versions of transformers are left out. Weights are not read. A head that is stored although it is
+    /// tied is compared with the token embedding at the first question for it: if it differs, it is a matrix of its own,
+    /// as in transformers, and there is a [`warning`](Self::warning).
     ///
     /// # Errors
     /// [`Error::Checkpoint`] with the file and what is wrong with it; [`Error::Io`] if it cannot be opened.
     pub fn open(directory: &Path) -> Result<Self> {
+        Self::dense(directory, false)
+    }
+
+    /// As [`open`](Self::open), to list what is there: of a head that is stored although it is tied only the first and
+    /// the last rows are compared.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_for_names(directory: &Path) -> Result<Self> {
+        Self::dense(directory, true)
+    }
+
+    fn dense(directory: &Path, names_only: bool) -> Result<Self> {
         let (paths, config) = begin(directory)?;
         let config_path = directory.join("config.json");
         check_dense(&config).map_err(|words| problem(&config_path, words))?;
-        let checkpoint = Self::map(directory, paths, config)?;
+        let checkpoint = Self { names_only, ..Self::map(directory, paths, config)? };
         let tensors = checkpoint.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.shape.as_slice()));
         let (model_type, family) = (model_type(&checkpoint.config), checkpoint.family);
         family.check(model_type, &checkpoint.config, tensors).map_err(|words| problem(directory, words))?;
@@ -119,30 +136,28 @@ impl Checkpoint {
             files.push((path, map));
         }
         tensors.sort_by_cached_key(|name, _| (family.model_order(name), name.clone()));
-        let mut checkpoint =
-            Self { directory: directory.to_owned(), config, family, geometry, files, tensors, warning: None };
-        checkpoint.untie_head_that_differs();
-        Ok(checkpoint)
+        let (directory, warning) = (directory.to_owned(), OnceLock::new());
+        Ok(Self { directory, config, family, geometry, files, tensors, names_only: false, warning })
     }
 
-    /// Transformers ties a head that is stored beside the token embedding only if both have the same values.
-    fn untie_head_that_differs(&mut self) {
+    /// Why a tied head is a matrix of its own: transformers ties a head that is stored beside the token embedding only
+    /// if both have the same values.
+    fn head_that_differs(&self) -> Option<String> {
         let embedding = self.tensors.iter().find(|(name, _)| self.family.is_token_embedding(name));
         let (Some((head_name, head)), Some((name, embedding)), true) =
             (self.output_head(), embedding, self.geometry.tied)
         else {
-            return;
+            return None;
         };
         // Other faults of the two are found where they are read.
         if head.shape != embedding.shape || self.equal_values(head, embedding) != Some(false) {
-            return;
+            return None;
         }
-        self.warning = Some(format!(
+        Some(format!(
             "{}: tensor '{head_name}' differs from '{name}', though tie_word_embeddings says that they are one: the head \
              is taken as a matrix of its own, as transformers takes it. Set \"tie_word_embeddings\": false in config.json",
             self.directory.display()
-        ));
-        self.geometry.tied = false;
+        ))
     }
 
     /// Whether two tensors of one shape hold the same values, in whichever dtypes; `None` unless both are floating.
@@ -151,7 +166,13 @@ impl Checkpoint {
         let floats = (Float::from_dtype(left.dtype).ok()?, Float::from_dtype(right.dtype).ok()?);
         let pieces = |tensor, float: Float| self.bytes(tensor).chunks(VALUES * float.size());
         let (mut a, mut b) = (vec![0.0; VALUES], vec![0.0; VALUES]);
-        let equal = pieces(left, floats.0).zip(pieces(right, floats.1)).all(|(left, right)| {
+        let last = left.elements().div_ceil(VALUES).saturating_sub(1);
+        let read = |number: usize| !self.names_only || number == 0 || number == last;
+        let mut pairs = pieces(left, floats.0).zip(pieces(right, floats.1)).enumerate();
+        let equal = pairs.all(|(number, (left, right))| {
+            if !read(number) {
+                return true;
+            }
             let count = left.len() / floats.0.size();
             floats.0.upcast(left, &mut a[..count]);
             floats.1.upcast(right, &mut b[..count]);
@@ -162,10 +183,11 @@ impl Checkpoint {
         Some(equal)
     }
 
-    /// What its user should hear: its files contradict each other, and the model is still clear.
+    /// What its user should hear: its files contradict each other, and the model is still clear. The first question reads
+    /// the weights of a head that is stored although it is tied.
     #[must_use]
     pub fn warning(&self) -> Option<&str> {
-        self.warning.as_deref()
+        self.warning.get_or_init(|| self.head_that_differs()).as_deref()
     }
 
     /// Its directory.
@@ -208,13 +230,19 @@ impl Checkpoint {
     /// Whether the output head is the token embedding.
     #[must_use]
     pub fn tied(&self) -> bool {
-        self.geometry.tied
+        self.geometry.tied && self.warning().is_none()
+    }
+
+    /// Whether the model has an output head.
+    #[must_use]
+    pub fn has_head(&self) -> bool {
+        self.geometry.head
     }
 
     /// Whether the model has an output head that is the token embedding.
     #[must_use]
     pub fn has_tied_head(&self) -> bool {
-        self.geometry.head && self.geometry.tied
+        self.has_head() && self.tied()
     }
 
     /// The files of its weights.
@@ -309,16 +337,10 @@ impl Checkpoint {
     fn of_shape(&self, name: &str, shape: &[usize]) -> Result<&Tensor> {
         match self.tensors.get(name) {
             Some(tensor) if tensor.shape == shape => Ok(tensor),
-            Some(tensor) => {
-                let got = &tensor.shape;
-                Err(problem(
-                    &self.directory,
-                    format!("tensor '{name}': config.json asks for shape {shape:?}, got {got:?}"),
-                ))
-            }
+            Some(tensor) => Err(problem(&self.directory, self.family.misshapen(name, shape, &tensor.shape))),
             None => {
-                let words = format!("tensor '{name}' is missing (config.json asks for it, shape {shape:?})");
-                Err(problem(&self.directory, words))
+                let stored = self.tensors.keys().map(String::as_str);
+                Err(problem(&self.directory, self.family.missing(name, shape, stored)))
             }
         }
     }

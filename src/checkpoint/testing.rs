@@ -24,7 +24,7 @@ impl Source {
         });
         let geometry = Gpt2Geometry::from_config(config.as_object().unwrap()).unwrap();
         let mut source = Self { config, tensors: Vec::new() };
-        for (name, shape) in geometry.tensors() {
+        for (name, shape) in geometry.tensors(false) {
             source.add(&format!("{prefix}{name}"), float, &shape);
         }
         source

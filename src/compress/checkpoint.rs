@@ -428,10 +428,10 @@ pub(super) fn carried(source: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The source's `config.json` with the resolved configuration and the dtype of the result. It says that the head is not
-/// tied, where the weights say so.
+/// tied, where the weights say so and the key means nothing else.
 fn config_json(source: &Checkpoint, config: &TQConfig, dtype: Option<Float>) -> String {
     let mut object = config_of(source.config(), dtype);
-    if source.warning().is_some() {
+    if source.warning().is_some() && source.family().ties_head_alone() {
         object.insert("tie_word_embeddings".into(), false.into());
     }
     object.insert("quantization_config".into(), config.to_value());

@@ -128,7 +128,8 @@ fn matrix_of(name: &str) -> Option<&str> {
 }
 
 fn missing(checkpoint: &Checkpoint, name: &str) -> Error {
-    let problem = format!("tensor '{name}' is missing: quantization_config in config.json has it");
+    let stored = checkpoint.tensors().keys().map(String::as_str);
+    let problem = checkpoint.family().absent(name, "quantization_config in config.json has it", stored);
     Error::Checkpoint { path: checkpoint.directory().to_owned(), problem }
 }
 

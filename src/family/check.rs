@@ -25,10 +25,10 @@ impl Family {
         config: &Map<String, Value>,
         tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
     ) -> Result<(), String> {
-        if model_type == "gpt2" {
-            return Gpt2Geometry::from_config(config)?.check(tensors);
-        }
         let geometry = self.geometry(model_type, config)?;
+        if model_type == "gpt2" {
+            return Gpt2Geometry::from_config(config)?.check(geometry.head && !geometry.tied, tensors);
+        }
         let mut found = Found::new();
         for (stored, shape) in tensors {
             if let Some((other, _)) = found.insert(self.bare(stored).into_owned(), (stored, shape)) {
@@ -101,9 +101,9 @@ impl Family {
             for (within, (_, expected)) in first.iter().filter(|(within, _)| !uneven(within)) {
                 match tensors.get(within) {
                     None => {
-                        return Err(format!(
-                            "tensor '{prefix}{number}.{within}' is missing: layer 0 of {count} has it"
-                        ));
+                        let name = format!("{prefix}{number}.{within}");
+                        let stored = found.values().map(|(stored, _)| *stored);
+                        return Err(self.absent(&name, &format!("layer 0 of {count} has it"), stored));
                     }
                     Some((stored, shape)) if shape != expected => {
                         return Err(format!(

@@ -29,6 +29,9 @@ pub struct Family {
     /// Parts of the names of model classes that have the output head.
     #[serde(default)]
     head_of: Vec<String>,
+    /// Whether `tie_word_embeddings` ties more than the head: its bias, the embeddings of an encoder and a decoder.
+    #[serde(default)]
+    ties_more: bool,
     /// The key of `config.json` with the width of the token embedding, where there is one.
     width: Option<String>,
     /// Parts of stored names and what transformers makes of them on loading, in order.
@@ -110,6 +113,11 @@ pub fn split_part(matrix: &str) -> (&str, Option<&str>) {
     if fused { (module, Some(part)) } else { (matrix, None) }
 }
 
+/// The `model_type`s that have a description.
+pub fn model_types() -> impl Iterator<Item = &'static str> {
+    TABLE.families.iter().flat_map(|family| family.model_types.keys().map(String::as_str))
+}
+
 impl Family {
     /// The description of a `model_type`.
     ///
@@ -117,8 +125,7 @@ impl Family {
     /// A message that names the families that have a description, and the way for all others.
     pub fn of(model_type: &str) -> Result<&'static Self, String> {
         TABLE.families.iter().find(|family| family.model_types.contains_key(model_type)).ok_or_else(|| {
-            let known: Vec<_> = TABLE.families.iter().flat_map(|family| family.model_types.keys()).collect();
-            let known = known.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+            let known = model_types().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
             format!(
                 "model_type: expected one of {known}, got \"{model_type}\". Compress a model of another type in Python: \
                  model = AutoModel.from_pretrained(...); tqcompressor.compress(model, ...); model.save_pretrained(...)"
@@ -132,8 +139,7 @@ impl Family {
         let first = architectures.and_then(|all| all.get(0)).and_then(Value::as_str).unwrap_or_default();
         // "GPT2LMHeadModel" is of the type "gpt2", "XLMRobertaModel" of "xlm-roberta".
         let plain = |name: &str| name.to_ascii_lowercase().replace(['-', '_'], "");
-        let known = TABLE.families.iter().flat_map(|family| family.model_types.keys());
-        match known.filter(|name| plain(first).starts_with(&plain(name))).max_by_key(|name| name.len()) {
+        match model_types().filter(|name| plain(first).starts_with(&plain(name))).max_by_key(|name| name.len()) {
             Some(name) => {
                 format!("model_type is missing; architectures says {first}: add the line \"model_type\": \"{name}\",")
             }
@@ -143,12 +149,14 @@ impl Family {
 
     /// The message for a tensor, given by its bare name, that `config.json` asks for and that is not among the `stored`
     /// ones.
+    #[must_use]
     pub fn missing<'a>(&self, name: &str, shape: &[usize], stored: impl Iterator<Item = &'a str>) -> String {
         self.absent(name, &format!("config.json asks for it, shape {shape:?}"), stored)
     }
 
     /// The message for a tensor that is not there, with the reason why it should be.
-    pub(super) fn absent<'a>(&self, name: &str, why: &str, mut stored: impl Iterator<Item = &'a str>) -> String {
+    #[must_use]
+    pub fn absent<'a>(&self, name: &str, why: &str, mut stored: impl Iterator<Item = &'a str>) -> String {
         let message = format!("tensor '{name}' is missing ({why})");
         let prefix = |stored: &'a str| {
             let prefix = stored.strip_suffix(name)?;
@@ -205,6 +213,12 @@ impl Family {
     #[must_use]
     pub fn is_token_embedding(&self, stored: &str) -> bool {
         self.token_embedding.as_deref().is_some_and(|module| self.bare(stored).strip_suffix(".weight") == Some(module))
+    }
+
+    /// Whether `tie_word_embeddings` ties the output head and nothing else.
+    #[must_use]
+    pub fn ties_head_alone(&self) -> bool {
+        !self.ties_more
     }
 
     /// Whether this is the weight of the output head.

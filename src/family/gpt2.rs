@@ -21,10 +21,6 @@ pub struct Gpt2Geometry {
     pub inner: usize,
     /// `add_cross_attention`
     pub cross_attention: bool,
-    /// Whether the output head is the token embedding: `tie_word_embeddings`.
-    pub tied: bool,
-    /// Whether `architectures` names a model with a language-model head.
-    pub head: bool,
 }
 
 fn family() -> &'static Family {
@@ -38,29 +34,24 @@ impl Gpt2Geometry {
     /// A message that names the key with a value of the wrong type.
     pub fn from_config(config: &Map<String, Value>) -> Result<Self, String> {
         let number = |key, default| Ok::<_, String>(optional_number(config, key)?.unwrap_or(default));
-        let flag = |key, default| Ok::<_, String>(optional_flag(config, key)?.unwrap_or(default));
         let width = number("n_embd", 768)?;
-        let architectures = config.get("architectures").and_then(Value::as_array);
-        let head = |name: &str| name.contains("LMHead") || name.contains("DoubleHeads");
         Ok(Self {
             layers: number("n_layer", 12)?,
             width,
             vocabulary: number("vocab_size", 50257)?,
             positions: number("n_positions", 1024)?,
             inner: number("n_inner", width.saturating_mul(4))?,
-            cross_attention: flag("add_cross_attention", false)?,
-            tied: flag("tie_word_embeddings", true)?,
-            head: architectures.is_some_and(|all| all.iter().filter_map(Value::as_str).any(head)),
+            cross_attention: optional_flag(config, "add_cross_attention")?.unwrap_or(false),
         })
     }
 
-    /// The bare names and shapes of all required tensors. The iterator is lazy, so that a `config.json` with 10¹⁸
-    /// layers fails at the first missing tensor.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
+    /// The bare names and shapes of all required tensors, of a model with or without an output head of its own. The
+    /// iterator is lazy, so that a `config.json` with 10¹⁸ layers fails at the first missing tensor.
+    pub fn tensors(&self, own_head: bool) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
         let d = self.width;
         let top = [("wte.weight", vec![self.vocabulary, d]), ("wpe.weight", vec![self.positions, d])];
         let last = [("ln_f.weight", vec![d]), ("ln_f.bias", vec![d])];
-        let head = (self.head && !self.tied).then(|| ("lm_head.weight", vec![self.vocabulary, d]));
+        let head = own_head.then(|| ("lm_head.weight", vec![self.vocabulary, d]));
         top.into_iter()
             .chain(last)
             .chain(head)
@@ -92,11 +83,16 @@ impl Gpt2Geometry {
         norms.chain(maps).map(|(module, which, shape)| (format!("h.{number}.{module}.{which}"), shape)).collect()
     }
 
-    /// Checks a checkpoint's tensors, given by stored name and shape.
+    /// Checks a checkpoint's tensors, given by stored name and shape, of a model with or without an output head of its
+    /// own.
     ///
     /// # Errors
     /// A message that names the first tensor that is missing, has a wrong shape, or does not belong to the model.
-    pub fn check<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Result<(), String> {
+    pub fn check<'a>(
+        &self,
+        own_head: bool,
+        tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
+    ) -> Result<(), String> {
         let family = family();
         let mut found = std::collections::HashMap::new();
         let tensors: Vec<_> = tensors.collect();
@@ -106,7 +102,7 @@ impl Gpt2Geometry {
             }
         }
         let mut promised = std::collections::HashSet::new();
-        for (name, expected) in self.tensors() {
+        for (name, expected) in self.tensors(own_head) {
             match found.get(name.as_str()) {
                 None => return Err(family.missing(&name, &expected, tensors.iter().map(|(stored, _)| *stored))),
                 Some((stored, shape)) if *shape != expected => {
@@ -148,9 +144,9 @@ mod tests {
     #[test]
     fn defaults_are_gpt2_small() {
         let small = geometry("{}").unwrap();
-        assert_eq!((small.layers, small.width, small.inner, small.tied, small.head), (12, 768, 3072, true, false));
+        assert_eq!((small.layers, small.width, small.inner), (12, 768, 3072));
         // GPT-2 small has 124,439,808 published parameters, the tied head counted once.
-        let count: usize = small.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let count: usize = small.tensors(false).map(|(_, shape)| shape.iter().product::<usize>()).sum();
         assert_eq!(count, 124_439_808);
     }
 
@@ -160,7 +156,7 @@ mod tests {
             (r#"{"n_layer":"12"}"#, "n_layer"),
             (r#"{"n_embd":-1}"#, "n_embd"),
             (r#"{"n_embd":0}"#, "n_embd"),
-            (r#"{"tie_word_embeddings":1}"#, "tie_word_embeddings"),
+            (r#"{"add_cross_attention":1}"#, "add_cross_attention"),
         ] {
             assert!(geometry(json).unwrap_err().starts_with(key));
         }
@@ -170,9 +166,9 @@ mod tests {
     fn a_whole_model_passes_and_every_fault_is_named() {
         let small = geometry(SMALL).unwrap();
         let whole: Vec<(String, Vec<usize>)> =
-            small.tensors().map(|(name, shape)| (format!("transformer.{name}"), shape)).collect();
+            small.tensors(false).map(|(name, shape)| (format!("transformer.{name}"), shape)).collect();
         let check = |tensors: &[(String, Vec<usize>)]| {
-            small.check(tensors.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())))
+            small.check(false, tensors.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())))
         };
         check(&whole).unwrap();
         for i in 0..whole.len() {
@@ -205,13 +201,25 @@ mod tests {
 
     #[test]
     fn an_untied_language_model_needs_its_head() {
-        let config = r#"{"architectures":["GPT2LMHeadModel"],"tie_word_embeddings":false}"#;
-        assert!(geometry(config).unwrap().tensors().any(|(name, _)| name == "lm_head.weight"));
+        let has_head = |own| geometry("{}").unwrap().tensors(own).any(|(name, _)| name == "lm_head.weight");
+        assert!(has_head(true) && !has_head(false));
+        let tensors: Vec<_> = geometry(SMALL).unwrap().tensors(false).collect();
+        let check = |config: &str| {
+            let config: Value = serde_json::from_str(config).unwrap();
+            let named = tensors.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+            family().check("gpt2", config.as_object().unwrap(), named)
+        };
+        check(SMALL).unwrap();
+        let untied = r#""architectures":["GPT2LMHeadModel"],"tie_word_embeddings":false}"#;
+        let untied = format!("{},{untied}", SMALL.trim_end_matches('}'));
+        assert!(check(&untied).unwrap_err().contains("'lm_head.weight' is missing"));
+        check(&untied.replace("LMHead", "")).unwrap();
+        assert!(check(r#"{"tie_word_embeddings":1}"#).unwrap_err().starts_with("tie_word_embeddings"));
     }
 
     #[test]
     fn an_absurd_layer_count_costs_nothing() {
         let absurd = geometry(r#"{"n_layer":1000000000000000000,"n_embd":9000000000000000000}"#).unwrap();
-        assert!(absurd.check(std::iter::empty()).unwrap_err().contains("wte.weight"));
+        assert!(absurd.check(false, std::iter::empty()).unwrap_err().contains("wte.weight"));
     }
 }

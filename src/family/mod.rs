@@ -9,7 +9,7 @@ mod geometry;
 mod gpt2;
 mod matrix;
 
-pub use description::{Family, fused_parts, split_part};
+pub use description::{Family, fused_parts, model_types, split_part};
 pub use geometry::Geometry;
 pub use gpt2::Gpt2Geometry;
 pub use matrix::{Kind, Matrix};

@@ -24,6 +24,7 @@ use crate::permute::Effort;
 use crate::plan::{Input, Job, Model, Plan};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("MODEL_TYPES", family::model_types().collect::<Vec<_>>())?;
     module.add_class::<Checkpoint>()?;
     module.add_class::<ModelPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
@@ -179,9 +180,17 @@ struct Checkpoint {
 
 #[pymethods]
 impl Checkpoint {
+    /// `weights` is whether they are used, and not only names and shapes.
     #[staticmethod]
-    fn open(py: Python<'_>, directory: PathBuf) -> PyResult<Self> {
-        let opened = jobs::run(py, None, |_| read::Checkpoint::open(&directory))?;
+    #[pyo3(signature = (directory, *, weights = true))]
+    fn open(py: Python<'_>, directory: PathBuf, weights: bool) -> PyResult<Self> {
+        let open = if weights { read::Checkpoint::open } else { read::Checkpoint::open_for_names };
+        let opened = jobs::run(py, None, |_| {
+            let opened = open(&directory)?;
+            // Here the weights are read that this takes, without the GIL.
+            let _ = opened.warning();
+            Ok(opened)
+        })?;
         warn(py, opened.warning())?;
         Ok(Self { opened })
     }

@@ -12,6 +12,7 @@ mod moments;
 mod runtime;
 mod specs;
 mod terms;
+mod text;
 
 use pyo3::prelude::*;
 
@@ -20,6 +21,7 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("UNCALIBRATED_BUDGET", crate::compress::UNCALIBRATED_BUDGET)?;
+    text::register(module)?;
     kernels::register(module)?;
     specs::register(module)?;
     terms::register(module)?;

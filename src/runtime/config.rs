@@ -63,7 +63,8 @@ pub struct Gpt2Config {
 }
 
 impl Gpt2Config {
-    /// Reads a `config.json`, and a `generation_config.json` if there is one; `geometry` is what shapes follow from.
+    /// Reads a `config.json`, and a `generation_config.json` if there is one; `geometry` is what shapes follow from, and
+    /// `language_model` whether there is a head.
     ///
     /// # Errors
     /// The key whose value is of the wrong type or unknown, in words.
@@ -71,6 +72,7 @@ impl Gpt2Config {
         config: &Map<String, Value>,
         generation: Option<&Map<String, Value>>,
         geometry: &crate::family::Gpt2Geometry,
+        language_model: bool,
     ) -> Result<Self, String> {
         let given = |key: &str| config.get(key).filter(|value| !value.is_null());
         let flag = |key: &str, default: bool| {
@@ -102,7 +104,7 @@ impl Gpt2Config {
             inner: geometry.inner,
             vocabulary: geometry.vocabulary,
             positions: geometry.positions,
-            language_model: geometry.head,
+            language_model,
             activation,
             epsilon: epsilon.ok_or("layer_norm_epsilon: expected a number of at least 0")? as f32,
             scale_scores: flag("scale_attn_weights", true)?,

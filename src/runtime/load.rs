@@ -46,11 +46,10 @@ impl Gpt2 {
             let model_type = checkpoint.model_type();
             return Err(problem(format!("the native runtime computes GPT-2 only, got model_type \"{model_type}\"")));
         }
-        let geometry = Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
-        // A stored head that differs from the embedding is a matrix of its own.
-        let geometry = &Gpt2Geometry { tied: checkpoint.tied(), ..geometry };
+        let geometry = &Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
         let generation = read_object_if_any(&directory.join("generation_config.json"))?;
-        let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry).map_err(problem)?;
+        let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry, checkpoint.has_head());
+        let config = config.map_err(problem)?;
         let specs = specs_of(checkpoint.config()).map_err(problem)?;
         let loader = Loader::new(&checkpoint, &specs, progress);
         loader.check(geometry)?;
@@ -59,7 +58,7 @@ impl Gpt2 {
         // Load the largest tensors first and alone: until copied, they are in memory twice.
         let tokens = loader.embedding("wte", vocabulary, d)?;
         let positions = loader.embedding("wpe", geometry.positions, d)?;
-        let head = if geometry.tied { None } else { loader.head(vocabulary, d)? };
+        let head = if checkpoint.tied() { None } else { loader.head(vocabulary, d)? };
         let blocks = (0..geometry.layers).into_par_iter().map(|layer| loader.block(layer, geometry));
         // Collect first, so that the first error in model order is reported.
         let blocks = blocks.collect::<Vec<_>>().into_iter().collect::<Result<_>>()?;

@@ -13,7 +13,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::tokenizer::{DecodeStreamError, step_decode_stream};
 
 use crate::checkpoint::files::read_object_if_any;
-use crate::checkpoint::foreign::foreign_text;
+use crate::checkpoint::foreign::foreign_json;
 use crate::error::{Error, Result};
 
 /// The file of a complete fast tokenizer.
@@ -222,10 +222,10 @@ impl DecodeStream {
     }
 }
 
-/// The contents of a text file; none if there is no such file.
+/// The contents of a JSON file or of a list of merges; none if there is no such file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
-        Ok(bytes) => match foreign_text(&bytes) {
+        Ok(bytes) => match foreign_json(&bytes) {
             Some(words) => Err(Error::Checkpoint { path: path.to_owned(), problem: words.into() }),
             None => Ok(Some(bytes)),
         },

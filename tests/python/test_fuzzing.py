@@ -62,7 +62,8 @@ def compressed(folder, name):
     compress_checkpoint(checkpoint(folder), out, config({}) | {"specs": SPECS})
 
     def read():
-        inspect(out).to_json()
+        found = inspect(out)
+        str(found), found.to_json()
         _core.Runtime.load(out, 1, None).logits([[1, 2]])
 
     return out / name, changed_tensors if name.endswith("safetensors") else changed_json, read

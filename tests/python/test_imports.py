@@ -32,10 +32,10 @@ RUST = [
 # Each folder (or file at the top) of the Python package, and what it may import; CONTRIBUTING.md shows the same rows.
 PYTHON = {
     "errors": "",
-    "utils": "errors",
+    "utils": "errors _core",
     "losses": "errors _core utils",
     "config": "errors utils",
-    "data": "errors utils",
+    "data": "errors _core utils",
     "evaluate": "errors utils data",
     "decomposition": "errors _core utils config",
     "modules": "errors _core utils config",

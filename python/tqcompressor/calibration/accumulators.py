@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import _core
 from ..errors import NonFiniteError
-from ..models.matrices import base_prefix, tied_parameters, weight_owner
+from ..models.matrices import base_prefix, weight_owner
+from ..models.ties import tied_parameters
 
 # A layer with more outputs, such as a head, keeps only the diagonal of their moment: all of it takes 512 MB or more.
 WIDEST_OUTPUT = 8192

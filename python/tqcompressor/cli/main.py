@@ -22,7 +22,6 @@ from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
-from ..utils.atomic_io import sole_run
 from ..utils.engines import is_native
 from .options import parser
 
@@ -135,25 +134,23 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from ..compression.measured import calibrate_checkpoint
+    from ..compression.measured import measure_and_save
 
     _quiet_torch_engine(options)
-    # From the beginning: the second of two runs is refused before it measures.
-    with sole_run(Path(options.out)):
-        found = calibrate_checkpoint(
-            options.source,
-            [Path(text) for text in options.text],
-            engine=options.engine,
-            num_samples=options.num_samples,
-            seq_len=options.seq_len,
-            sensitivity=options.sensitivity,
-            samples=options.samples,
-            seed=options.seed,
-            dtype=options.dtype,
-            device=options.device,
-            threads=options.threads,
-        )
-        found.save(options.out)
+    found = measure_and_save(
+        options.source,
+        [Path(text) for text in options.text],
+        options.out,
+        engine=options.engine,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        sensitivity=options.sensitivity,
+        samples=options.samples,
+        seed=options.seed,
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+    )
     if options.json:
         fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
         shapes = {name: list(moment.shape) for name, moment in found.moments.items()}

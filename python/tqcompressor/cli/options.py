@@ -162,7 +162,7 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     group = distill.add_argument_group("loss: alpha·T²·KL(teacher‖student at T) + (1 − alpha)·CE + hidden_weight·H")
     group.add_argument("--temperature", type=float, metavar="T", default=losses.temperature)
     group.add_argument("--alpha", type=float, metavar="X", default=losses.alpha)
-    group.add_argument("--hidden-weight", type=float, metavar="X", default=losses.hidden_weight)
+    group.add_argument("--hidden-weight", type=float, metavar="X", help="(default: 1)")
     group.add_argument("--hidden-kind", choices=get_args(HiddenKind), default=losses.hidden_kind)
     group.add_argument("--dropout", action="store_true", help="keep the dropout of the student's config")
     group = distill.add_argument_group("compression")

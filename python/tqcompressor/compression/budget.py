@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -23,6 +24,8 @@ from ..utils.sizes import size_in_bytes
 Budget: TypeAlias = float | int | str
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(%?)")
 _QUALITY = re.compile(r"lost[_ ]energy\s*=\s*(\d*\.?\d+(?:e-?\d+)?)\s*", re.IGNORECASE)
+# How many matrices that stay dense a note names for each reason.
+_NAMED = 4
 # Narrower matrices, such as a classifier's, are not worth compressing.
 _NARROWEST = 16
 # Embeddings of positions and token types: they are small, and every row is used all the time.
@@ -184,9 +187,19 @@ def calibrated(calibration: Calibration | None, objective: Objective) -> bool:
     return calibration is not None and objective != "frobenius"
 
 
-def note_of(calibrated: bool) -> str | None:
-    """What a reader must know of a budget that is spent in the norm of a calibration, or without one."""
-    return None if calibrated else UNCALIBRATED_BUDGET
+def note_of(calibrated: bool, left_dense: Mapping[str, str]) -> str | None:
+    """What a reader must know of a budget: that there is no calibration, and which matrices it cannot be spent on.
+
+    `left_dense` has the reason for each of these.
+    """
+    notes = [] if calibrated else [UNCALIBRATED_BUDGET]
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in left_dense.items():
+        names[reason].append(name)
+    for reason, those in names.items():
+        more = f" and {len(those) - _NAMED} more" if len(those) > _NAMED else ""
+        notes.append(f"stays dense: {', '.join(those[:_NAMED])}{more}: {reason}")
+    return "\n".join(notes) or None
 
 
 def moments_of(

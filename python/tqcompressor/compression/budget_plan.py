@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,13 +58,15 @@ class BudgetPlan:
     objective: Objective
     calibrated: bool
     """Whether lost energies are in the norm of a calibration."""
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    """The matrices that it cannot be spent on, with the reasons."""
     max_macs: float | None = None
     """The cap on `macs_after`, as a share of `macs_before`."""
 
     @property
     def note(self) -> str | None:
-        """What a reader must know of the plan: that the budget is spent without a calibration."""
-        return note_of(self.calibrated)
+        """What a reader must know of the plan: that there is no calibration, and what has to stay dense."""
+        return note_of(self.calibrated, self.left_dense)
 
     @property
     def macs_before(self) -> int:
@@ -148,12 +150,21 @@ class BudgetRequest:
     """Of the whole model."""
     limits: Mapping[str, Any]
     """How the boundary takes the target, the cap on MACs and the effort."""
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    """The matrices that it cannot be spent on, with the reasons."""
 
     @classmethod
-    def of(cls, listed: Sequence[MatrixInfo], model: tuple[int, float], spending: Spending) -> BudgetRequest:
+    def of(
+        cls,
+        listed: Sequence[MatrixInfo],
+        model: tuple[int, float],
+        spending: Spending,
+        left_dense: Mapping[str, str] | None = None,
+    ) -> BudgetRequest:
         """The request for a listing of the matrices that match `spending.matrices`.
 
-        `model` are the parameters of the whole model before, and the bytes that each takes when done.
+        `model` are the parameters of the whole model before, and the bytes that each takes when done; `left_dense` are
+        matrices that cannot be compressed, with the reasons.
         """
         cap = cap_of(spending.max_macs)
         chosen = eligible(listed, spending)
@@ -162,7 +173,7 @@ class BudgetRequest:
         spendable = sum(matrix.parameters_before for matrix in matrices)
         target = target_of(spending.budget, before, spendable, bytes_each)
         limits = {"parameters": None, "lost_energy": None, **target, "max_macs": cap, "effort": spending.effort}
-        return cls(spending, matrices, tuple(chosen.values()), before, limits)
+        return cls(spending, matrices, tuple(chosen.values()), before, limits, left_dense or {})
 
     @property
     def names(self) -> list[str]:
@@ -188,6 +199,7 @@ class BudgetRequest:
             parameters_after=after,
             objective=spending.objective,
             calibrated=calibrated(spending.calibration, spending.objective),
+            left_dense=self.left_dense,
             max_macs=self.limits["max_macs"],
         )
 

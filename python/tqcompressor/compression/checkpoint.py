@@ -15,7 +15,7 @@ from ..config.recipes import ConfigOption, resolve_config
 from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
 from ..data.text import TextOption
 from ..decomposition.norm import Moments
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DestinationError
 from ..utils import validate
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, reporter
@@ -23,7 +23,7 @@ from ..utils.sizes import byte_count
 from ..utils.utf8 import read_json
 from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
-from .measured import calibrate_checkpoint
+from .measured import measure_and_save
 from .report import REPORT_FILE, CompressionReport, MatrixReport, UntouchedTensor, read_report
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -116,6 +116,8 @@ def compress_checkpoint(
     check_options(config, budget, matrices, max_macs, calibration, text)
     if save_calibration is not None and text is None:
         raise ConfigError("save_calibration: expected with a text to calibrate on")
+    if save_calibration is not None and Path(out).resolve() in Path(save_calibration).resolve().parents:
+        raise DestinationError(f"{save_calibration}: expected a file outside {out}, which is then written as a whole")
     most = byte_count("max_shard_size", max_shard_size)
     stored = dtype_name(dtype)
     source = local_directory(source)
@@ -130,9 +132,10 @@ def compress_checkpoint(
         else:
             meaning(budget)
             checkpoint.list_matrices(matrix_patterns(matrices))
-        known = calibrate_checkpoint(
+        known = measure_and_save(
             source,
             text,
+            save_calibration,
             engine=engine,
             num_samples=num_samples,
             seq_len=seq_len,
@@ -141,8 +144,6 @@ def compress_checkpoint(
             threads=threads,
             progress=progress,
         )
-        if save_calibration is not None:
-            known.save(save_calibration)
     moments: list[tuple[str, Moments]] = []
     spent = None
     if budget is None:
@@ -283,10 +284,10 @@ def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionR
     """
     directory = local_directory(source)
     if config is not None:
-        plan = _core.Checkpoint.open(directory).plan(resolve_config(config))
+        plan = _core.Checkpoint.open(directory, weights=False).plan(resolve_config(config))
         return CompressionReport.from_dict(json.loads(plan.report))
     if not _is_compressed(directory):
-        return _listing(_core.Checkpoint.open(directory), directory)
+        return _listing(_core.Checkpoint.open(directory, weights=False), directory)
     path = Path(directory, REPORT_FILE)
     try:
         return read_report(path)

@@ -11,8 +11,9 @@ from .. import _core
 from ..calibration.calibration import Calibration
 from ..config.choices import DEFAULT_SEED, DTYPES, ENGINES, Dtype, Engine, one_of
 from ..data.text import TextOption
-from ..errors import CheckpointError, MissingDependencyError
+from ..errors import CheckpointError, DestinationError, MissingDependencyError
 from ..utils import validate
+from ..utils.atomic_io import sole_run
 from ..utils.engines import is_native
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
@@ -103,10 +104,26 @@ def calibrate_checkpoint(
         torch.set_num_threads(before)
 
 
-def check_files(source: StrPath) -> None:
-    """Raises `CheckpointError` for faults of a dense GPT-2 in a directory that transformers misreads or does not name.
+def measure_and_save(source: StrPath, text: TextOption, out: StrPath | None, **options: Any) -> Calibration:
+    """`calibrate_checkpoint`, saved to the file `out`; None saves it nowhere.
 
-    transformers loads random weights for names that a wrapper has prefixed, for example. Other sources are left to it.
+    The file is checked and locked from the beginning: the second of two runs is refused before it reads a text.
+    """
+    if out is None:
+        return calibrate_checkpoint(source, text, **options)
+    if Path(out).is_dir():
+        raise DestinationError(f"{out} is a folder: expected the name of a file")
+    with sole_run(Path(out)):
+        found = calibrate_checkpoint(source, text, **options)
+        found.save(out)
+    return found
+
+
+def check_files(source: StrPath) -> None:
+    """Raises `CheckpointError` for faults of a dense checkpoint in a directory that transformers does not name.
+
+    It loads random weights for names that a wrapper has prefixed, for example. Other sources, and families that have no
+    description, are left to it.
     """
     path = Path(source, "config.json")
     try:
@@ -116,6 +133,6 @@ def check_files(source: StrPath) -> None:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     weights = any(Path(source, name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
-    known = isinstance(config, dict) and config.get("model_type") in (None, "gpt2")
+    known = isinstance(config, dict) and config.get("model_type") in (None, *_core.MODEL_TYPES)
     if weights and known and not config.get("quantization_config"):
-        _core.Checkpoint.open(os.fspath(source))
+        _core.Checkpoint.open(os.fspath(source), weights=False)

@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
 from ..models.quantization_state import attach, detach, marks, restore
 from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
+from ..models.ties import warn_of_untied
 from ..models.trial import try_out
 from ..modules.base import Term
 from ..modules.build import CompressedModule
@@ -37,7 +38,7 @@ from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
-from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of, note_of
+from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of
 from .budget_plan import BudgetRequest
 from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
 from .report import CompressionReport, MatrixReport, UntouchedTensor
@@ -134,6 +135,7 @@ def compress(
         >>> model.save_pretrained("tiny-gpt2-compressed")
     """
     require_transformers_model(model)
+    warn_of_untied(model, stacklevel=2)
     threads = validate.threads(threads)
     check_options(config, budget, matrices, max_macs, calibration, text)
     if text is None and tokenizer is None:
@@ -151,13 +153,15 @@ def compress(
     if sequential is not None and not (known is not None and calibrated(known, objective)):
         raise ConfigError("sequential: expected with a calibration, and with an objective that takes it into account")
     fits: Fits | None = None
+    note: str | None = None
     if budget is not None:
         seed = DEFAULT_SEED if seed is None else seed
         spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed)
         # With `sequential`, every layer is fitted to moments that are not known yet.
         keep = sequential is None
         request, spent = spend_budget(model, spending, keep=keep, threads=threads, progress=progress)
-        config = request.plan(spent.choices).config
+        planned = request.plan(spent.choices)
+        config, note = planned.config, planned.note
         fits = partial(_planned_fits, spent, request) if keep else None
     config = resolve_config(config, effort=effort, seed=seed)
     report = _compress_planned(
@@ -169,7 +173,7 @@ def compress(
         threads=threads,
         progress=progress,
     )
-    return replace(report, note=None if budget is None else note_of(calibrated(known, objective)))
+    return replace(report, note=note)
 
 
 def recompress(
@@ -188,6 +192,7 @@ def recompress(
     the model is unchanged if anything is raised.
     """
     require_transformers_model(model)
+    warn_of_untied(model, stacklevel=2)
     threads = validate.threads(threads)
     config = resolve_config(config, effort=effort, seed=seed)
     plan = plan_model if next(compressed_modules(model), None) is None else resolved_plan

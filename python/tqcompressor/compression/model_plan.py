@@ -20,13 +20,14 @@ from ..models.matrices import (
     compressed_modules,
     module_name,
     require_transformers_model,
-    ties,
-    weight_tensors,
 )
 from ..models.quantization_state import packed_tensor
+from ..models.stock import weight_tensors
 from ..models.surgery import obstacle
+from ..models.ties import ties
+from ..models.trial import refused
 from ..utils.progress import ProgressOption, reporter
-from .budget import Spending, matrix_patterns
+from .budget import Spending, eligible, matrix_patterns
 from .budget_plan import BudgetPlan, BudgetRequest
 
 
@@ -96,10 +97,12 @@ def spend_budget(
 ) -> tuple[BudgetRequest, SpentBudget]:
     """Spends a budget on a live model, without touching it; with `keep`, what was spent can be fitted."""
     require_dense(model)
-    listed = _swappable(model, _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices)), spending)
+    every = _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices))
+    reasons = _obstacles(model, every, spending)
+    listed = [matrix for matrix in every if matrix.name not in reasons]
     before = model.num_parameters()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    request = BudgetRequest.of(listed, (before, size / max(before, 1)), spending)
+    request = BudgetRequest.of(listed, (before, size / max(before, 1)), spending, reasons)
     with reporter(progress, "plan") as report_progress:
         spent = _core.spend_budget(
             [matrix_of(model, matrix) for matrix in request.matrices],
@@ -115,19 +118,24 @@ def spend_budget(
     return request, spent
 
 
-def _swappable(model: PreTrainedModel, listed: Sequence[MatrixInfo], spending: Spending) -> list[MatrixInfo]:
-    """The matrices of a listing that `compress` can swap; the others stay dense.
+def _obstacles(model: PreTrainedModel, listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, str]:
+    """The matrices of a listing that `compress` cannot swap, with the reasons: they stay dense.
 
-    Raises `ConfigError` where the caller names one of the others, or where there is nothing else.
+    Raises `ConfigError` where the caller names one of them, or where there is nothing else.
     """
     tied = ties(model)
-    reasons = {matrix.name: obstacle(model, module_name(model, matrix.module), tied) for matrix in listed}
-    found = [matrix for matrix in listed if reasons[matrix.name] is None]
+    found = {matrix.name: obstacle(model, module_name(model, matrix.module), tied) for matrix in listed}
+    reasons = {name: reason for name, reason in found.items() if reason is not None}
+    if len(reasons) < len(listed):
+        left = eligible([matrix for matrix in listed if matrix.name not in reasons], spending)
+        reasons |= refused(model, list(left))
+        if reasons.keys() >= left.keys():
+            raise ConfigError(reasons[next(iter(left))])
     named = matrix_patterns(spending.matrices) or ()
     for name, reason in reasons.items():
-        if reason is not None and (name in named or not found):
+        if name in named or len(reasons) == len(listed):
             raise ConfigError(reason)
-    return found
+    return reasons
 
 
 def _usages(model: PreTrainedModel, matrices: Sequence[MatrixInfo]) -> list[str]:

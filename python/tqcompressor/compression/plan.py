@@ -81,6 +81,9 @@ def plan(
     spending = Spending(budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed)
     if isinstance(source, str | os.PathLike):
         return plan_checkpoint(source, spending, threads=threads, progress=progress)
+    from ..models.matrices import require_transformers_model
+    from ..models.ties import warn_of_untied
     from .model_plan import plan_budget
 
+    warn_of_untied(require_transformers_model(source), stacklevel=2)
     return plan_budget(source, spending, threads=threads, progress=progress)

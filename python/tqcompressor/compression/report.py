@@ -102,13 +102,15 @@ class CompressionReport:
     calibrated: bool | None = None
     """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
     note: str | None = None
-    """What a reader must know of the result: that a budget was spent without a calibration."""
+    """What a reader must know of the result: that a budget was spent without a calibration, what had to stay dense."""
     carried: tuple[str, ...] | None = None
     """The files copied from the source, beside the weights and the configuration; None where there are none."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionReport:
         """The inverse of `to_dict`. Keys that a report does not have are left out, so it reads plans too."""
+        if not isinstance(data["tqcompressor"], str):
+            raise ValueError(f"tqcompressor: expected a version, got {data['tqcompressor']!r}")
         names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched", "carried"}
         return cls(
             version=data["tqcompressor"],
@@ -171,8 +173,11 @@ def read_report(path: Path) -> CompressionReport:
         OSError: It cannot be read.
     """
     try:
-        return CompressionReport.from_dict(read_json(path))
-    except (ValueError, KeyError, TypeError) as error:
+        report = CompressionReport.from_dict(read_json(path))
+        # Values of other types show when they are written.
+        str(report), report.to_json()
+        return report
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a compression report: {error}") from None
 
 

@@ -10,8 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from .. import _core
 from ..errors import ConfigError, TextError
-from ..utils.utf8 import HEAD, foreign_text, parsed
+from ..utils.utf8 import HEAD, parsed
 
 # A str is the text itself, a path is a file or a glob pattern; a list or tuple holds either. Any is `datasets.Dataset`,
 # which this package does not import.
@@ -164,7 +165,7 @@ def read_parts(path: str | PathLike[str]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         head = file.read(HEAD)
-        if (words := foreign_text(head)) is not None:
+        if (words := _core.foreign_text(head)) is not None:
             raise TextError(f"{path}: {words}")
         file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         while True:

@@ -20,7 +20,9 @@ _LARGEST_SEED = (1 << 32) - 1
 class DistillConfig:
     """The loss of the student: `alpha·T²·KL(teacher ‖ student at T) + (1 − alpha)·CE + hidden_weight·H`.
 
-    `H` is the mean distance of hidden states over the pairs of `hidden_layers`; `hidden_kind` is "mse" or "cosine". A
+    `H` is the mean distance of hidden states over the pairs of `hidden_layers`; `hidden_kind` is "relative_mse", "mse"
+    or "cosine", as for `losses.hidden_state_loss`. By default its weight is 1 where a teacher with the student's widths
+    and layers runs beside it, and 0 otherwise. A
     pair is (student's, teacher's) number of a state: 0 is the sum of the embeddings, `i` the output of transformer
     block `i`, the last one after the final normalisation. By default block `i` of the student is paired with block
     `i · (teacher's depth / student's depth)` of the teacher.
@@ -36,8 +38,8 @@ class DistillConfig:
 
     temperature: float = 1.0
     alpha: float = 1.0
-    hidden_weight: float = 0.0
-    hidden_kind: HiddenKind = "mse"
+    hidden_weight: float | None = None
+    hidden_kind: HiddenKind = "relative_mse"
     hidden_layers: tuple[tuple[int, int], ...] | None = None
     dropout: bool = False
     """Whether the student keeps the dropout of its config while it learns."""
@@ -45,7 +47,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         check_alpha(self.alpha)
-        if not 0 <= self.hidden_weight < math.inf:
+        if self.hidden_weight is not None and not 0 <= self.hidden_weight < math.inf:
             raise ConfigError(f"hidden_weight: expected a number from 0 up, got {self.hidden_weight}")
         check_hidden_kind("hidden_kind", self.hidden_kind)
         if self.hidden_layers is not None:
@@ -55,7 +57,7 @@ class DistillConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss depends on the teacher."""
-        return self.alpha > 0 or self.hidden_weight > 0
+        return self.alpha > 0 or bool(self.hidden_weight)
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,15 @@ class DistillTrainer(Trainer):
                 f"{type(model).__name__} has no vocabulary and learns from a teacher alone: expected a teacher and "
                 f"alpha=1, got alpha={self.distill.alpha:g}"
             )
-        if teacher is None and self.distill.hidden_weight > 0:
+        if teacher is None and self.distill.hidden_weight:
             raise ConfigError("hidden_weight: expected 0 without a teacher, whose hidden states it weighs")
         self.hidden_pairs: tuple[tuple[int, int], ...] = ()
+        self.hidden_weight = 0.0
         if teacher is not None:
             require_same_vocabulary(model, teacher)
-            if self.distill.hidden_weight > 0:
+            weight = self.distill.hidden_weight
+            self.hidden_weight = _default_hidden_weight(model, teacher, self.distill) if weight is None else weight
+            if self.hidden_weight > 0:
                 self.hidden_pairs = _hidden_pairs(model, teacher, self.distill)
         processing_class = options.get("processing_class")
         if teacher_tokenizer is not None and processing_class is not None:
@@ -189,7 +192,7 @@ class DistillTrainer(Trainer):
                 )
                 for ours, theirs in self.hidden_pairs
             ]
-            loss = loss + self.distill.hidden_weight * torch.stack(distances).mean()
+            loss = loss + self.hidden_weight * torch.stack(distances).mean()
         return loss
 
     def prediction_step(
@@ -266,6 +269,15 @@ def _check_cached(dataset: Any, student: PreTrainedModel, distill: DistillConfig
         raise ConfigError(
             f"temperature: expected {cached.temperature:g}, that of the cached teacher, got {distill.temperature:g}"
         )
+
+
+def _default_hidden_weight(student: PreTrainedModel, teacher: PreTrainedModel, distill: DistillConfig) -> float:
+    """1 where every state of the student has one of the teacher's to be like, and the teacher runs anyway."""
+    same = all(
+        getattr(student.config, name, None) == getattr(teacher.config, name, ())
+        for name in ("hidden_size", "num_hidden_layers")
+    )
+    return 1.0 if same and distill.alpha > 0 else 0.0
 
 
 def _hidden_pairs(

@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config.recipes import resolve_config
 from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..models.quantization_state import attach, detach, guard_name, specs_of_model
-from ..models.stored import Shapes, check_loaded, check_tensors, needed_conversions, stored_shapes
+from ..models.stored import Shapes, check_loaded, check_tensors, needed_conversions, stored_apart, stored_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -88,12 +88,22 @@ class TQQuantizer(HfQuantizer):
         from ..compression.model_plan import plan_model
         from ..models.matrices import require_transformers_model
         from ..models.surgery import empty_modules, swapped, tied_modules
+        from ..models.ties import untie
 
         require_transformers_model(model)
+        stored: Shapes | None = None
+        apart: set[str] = set()
+        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
+            stored = stored_shapes(checkpoint_files)
+            apart = stored_apart(model, stored)
         if not self.pre_quantized:
-            # Check the config before a large checkpoint is read.
-            plan_model(model, self.quantization_config)
+            # Check the config before a large checkpoint is read. Whether a head that is stored beside its embedding has
+            # the same values shows only then.
+            if not apart:
+                plan_model(model, self.quantization_config)
             return
+        if apart:
+            untie(model, apart)
         specs = specs_of_model(model, self.quantization_config)
         modules: dict[str, Any] = dict(empty_modules(model, specs))
         modules |= tied_modules(model, modules)
@@ -106,8 +116,8 @@ class TQQuantizer(HfQuantizer):
         names = {form for name in guards for form in (name, name.removeprefix(prefix), prefix + name)}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in names}
-        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            self._unchecked = (model, stored_shapes(checkpoint_files))
+        if stored is not None:
+            self._unchecked = (model, stored)
 
     def update_weight_conversions(self, weight_conversions: list[Any], _model: object = None) -> list[Any]:
         """The conversions that the checkpoint needs; the first hook that has all of them, those of the caller too.

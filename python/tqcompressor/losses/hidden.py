@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
@@ -17,13 +18,14 @@ from .logits import ValueAndGradient
 if TYPE_CHECKING:
     import torch
 
-HiddenKind: TypeAlias = Literal["mse", "cosine"]
+HiddenKind: TypeAlias = Literal["relative_mse", "mse", "cosine"]
 
 
 def check_hidden_kind(name: str, kind: str) -> None:
     """Raises `ConfigError` unless `kind` is one of `HiddenKind`."""
     if kind not in get_args(HiddenKind):
-        raise ConfigError(f'{name}: expected "mse" or "cosine", got {kind!r}')
+        *first, last = (f'"{known}"' for known in get_args(HiddenKind))
+        raise ConfigError(f"{name}: expected {', '.join(first)} or {last}, got {kind!r}")
 
 
 @overload
@@ -58,27 +60,42 @@ def hidden_state_loss(
 ) -> Any:
     """The mean distance of hidden states (..., width) over the rows where `mask` (...) is true.
 
-    `kind` is "mse", `‖s − t‖² / width`, or "cosine", `1 − s·t / (‖s‖‖t‖)`. The cosine distance of a zero state is 1,
-    and its gradient zero. If no row counts, the loss is 0. Dtypes, errors and torch as for `distillation_loss`.
+    `kind` is "mse", `‖s − t‖² / width`; "relative_mse", the same divided by the mean of `t²` over the counted rows,
+    so that states of any scale weigh alike; or "cosine", `1 − s·t / (‖s‖‖t‖)`. The cosine distance of a zero state is
+    1, and its gradient zero. If no row counts, the loss is 0. Dtypes, errors and torch as for `distillation_loss`.
 
     >>> import numpy as np
     >>> hidden_state_loss(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]))[0]
     2.5
+    >>> hidden_state_loss(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]), kind="relative_mse")[0]
+    1.25
     >>> hidden_state_loss(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]), kind="cosine")[0]
     1.0
     """
     threads = validate.threads(threads)
     check_hidden_kind("kind", kind)
+    core_kind: HiddenKind = "cosine" if kind == "cosine" else "mse"
     if is_tensor(student_hidden):
         from ._torch_ops import hidden_state_loss
 
-        return hidden_state_loss(student_hidden, teacher_hidden, kind, mask, threads)
+        loss = hidden_state_loss(student_hidden, teacher_hidden, core_kind, mask, threads)
+        return loss / _mean_square(teacher_hidden.detach().double(), mask) if kind == "relative_mse" else loss
     student, student_dtype = float_matrix(student_hidden, "student_hidden")
     teacher, teacher_dtype = float_matrix(teacher_hidden, "teacher_hidden")
     shape = np.shape(student_hidden)
     check_shape("teacher_hidden", shape, np.shape(teacher_hidden))
     flags = None if mask is None else mask_rows(mask, shape[:-1])
     value, gradient = _core.hidden_state_loss(
-        student, student_dtype, teacher, teacher_dtype, flags, kind, True, threads
+        student, student_dtype, teacher, teacher_dtype, flags, core_kind, True, threads
     )
+    if kind == "relative_mse":
+        scale = _mean_square(np.asarray(teacher_hidden, np.float64), None if mask is None else np.asarray(mask))
+        value, gradient = value / scale, gradient / np.asarray(scale, gradient.dtype)
     return value, gradient_like(gradient, student_hidden)
+
+
+def _mean_square(states: Any, mask: Any) -> Any:
+    """The mean of the squares of the rows that count, at least the smallest positive number: states may be zero."""
+    counted = states if mask is None else states[mask]
+    square = (counted * counted).mean() if math.prod(counted.shape) else 0.0
+    return max(float(square), float(np.finfo(np.float32).tiny))

@@ -1,4 +1,4 @@
-"""The matrices of a live model of transformers, their names and their ties.
+"""The matrices of a live model of transformers and their names.
 
 A *matrix* is named after its module without the base model's prefix ("transformer.", "bert.", "model."). GPT-2's fused
 `c_attn` has several, named "….c_attn.q", ".k" and ".v".
@@ -6,12 +6,9 @@ A *matrix* is named after its module without the base model's prefix ("transform
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -73,73 +70,9 @@ def bare_name(model: PreTrainedModel, name: str) -> str:
     return name.removeprefix(base_prefix(model))
 
 
-def weight_tensors(model: PreTrainedModel) -> list[tuple[str, str, tuple[int, ...], str]]:
-    """`(name, bare name, shape, kind)` of every weight that can be compressed, in model order.
-
-    A bare name has no base prefix.
-
-    A weight that is tied to another is left out. A compressed weight has its dense shape and kind.
-    """
-    left_out = ties(model)
-    compressed = dict(compressed_modules(model))
-    stock = stock_model(model) if compressed else model
-    tensors = []
-    for name, module in model.named_modules():
-        dense: Any = stock.get_submodule(name) if name in compressed else module
-        kind = KINDS.get(type(dense))
-        if kind is not None and name not in left_out:
-            bare = bare_name(model, name)
-            tensors.append((f"{name}.weight", f"{bare}.weight", tuple(dense.weight.shape), kind))
-    return tensors
-
-
-def ties(model: PreTrainedModel) -> dict[str, str]:
-    """The modules whose weight is another's, by full names: {"lm_head": "transformer.wte"}; compressed or not.
-
-    The other is the one that owns the weight: it is tied to none itself. Raises `ConfigError` when the model and its
-    `config.tie_word_embeddings` disagree, because saving and loading would then change the model.
-    """
-    tied = {}
-    for target, source in tied_parameters(model).items():
-        owners = [weight_owner(name) for name in (target, source)]
-        if owners[0] is not None and owners[1] is not None:
-            tied[owners[0]] = owners[1]
-    for target, source in tied.items():
-        # A composite model may tie one submodel to another, which has ties of its own.
-        while source in tied and tied[source] != target:
-            source = tied[source]
-        tied[target] = source
-    first_with: dict[int, str] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if type(module) in KINDS else None
-        # Within `from_pretrained`, weights are tied only once they have values.
-        if weight is None or weight.is_meta:
-            continue
-        first = first_with.setdefault(id(weight), name)
-        if name in tied:
-            if getattr(model.get_submodule(tied[name]), "weight", None) is not weight:
-                _disagreement(model, name, tied[name], shared=False)
-        elif first != name and first not in tied:
-            _disagreement(model, name, first, shared=True)
-    return tied
-
-
-def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
-    """transformers' own table of tied parameters, or what `retie` made of it: target to source."""
-    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return tied
-
-
 def weight_owner(parameter: str) -> str | None:
     """The module of a parameter that is a weight or a factor of one; None for a bias."""
     return parameter.removesuffix(".weight") if parameter.endswith(".weight") else factor_owner(parameter)
-
-
-def _disagreement(model: PreTrainedModel, target: str, source: str, shared: bool) -> None:
-    raise ConfigError(
-        f"config.tie_word_embeddings is {getattr(model.config, 'tie_word_embeddings', False)}, but {target} and "
-        f"{source} {'share' if shared else 'do not share'} one weight: set it to {shared}, or call model.tie_weights()"
-    )
 
 
 def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
@@ -180,13 +113,3 @@ def linear_size(dense: Conv1D | nn.Linear) -> tuple[int, int]:
     """`(in_features, out_features)` of a `Conv1D` or an `nn.Linear`."""
     rows, columns = dense.weight.shape
     return (columns, rows) if isinstance(dense, nn.Linear) else (rows, columns)
-
-
-def stock_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model of the same config, without values, on the meta device."""
-    config = copy.deepcopy(model.config)
-    if isinstance(config.dtype, str):
-        # `save_pretrained` leaves the name, which not every constructor takes.
-        config.dtype = getattr(torch, config.dtype)
-    with torch.device("meta"):
-        return type(model)(config)

@@ -40,6 +40,7 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
 
     from .matrices import compressed_modules
     from .resizing import resize_token_embeddings
+    from .ties import say_untied
 
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)  # type: ignore[arg-type]
     _own_config(model)
@@ -58,6 +59,7 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
     for part in _submodels(model):
         if next(compressed_modules(part), None) is not None:
             part.save_pretrained = MethodType(_refuse_to_save, part)
+    say_untied(model)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -113,7 +115,7 @@ def packed_tensor(model: PreTrainedModel) -> str | None:
     """
     import torch
 
-    from .matrices import stock_model
+    from .stock import stock_model
 
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     stock = stock_model(model)

@@ -79,6 +79,27 @@ def misread_tensor(model: PreTrainedModel) -> tuple[str, str] | None:
     return None
 
 
+def stored_apart(model: PreTrainedModel, stored: Shapes) -> set[str]:
+    """The modules of a dense model that it ties, and for which a compressed checkpoint has tensors of their own.
+
+    `config.json` cannot say of each pair whether it is tied, and of T5 not of any. A tied module is stored but once.
+    """
+    from .matrices import bare_name, factor_owner
+    from .ties import ties
+
+    owners = set()
+    for stored_name, shape in stored.items():
+        name = stored_name.removeprefix(f"{model.base_model_prefix}.")
+        # The guard has one byte.
+        owner = name.removesuffix(".weight") if name.endswith(".weight") and shape != (1,) else factor_owner(name)
+        owners.add(owner)
+    return {
+        target
+        for target, source in ties(model).items()
+        if {bare_name(model, target), bare_name(model, source)} <= owners
+    }
+
+
 def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[Any] = ()) -> None:
     """Compares the factors in a checkpoint, by names and shapes of its tensors, with those of its config.
 
@@ -87,6 +108,7 @@ def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[
     """
     from ..modules.base import Tied
     from .matrices import bare_name, compressed_modules, factor_owner
+    from .ties import tied_parameters
 
     names = _Names(model, conversions)
     found: dict[str, tuple[int, ...]] = {}
@@ -94,11 +116,14 @@ def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[
         name, merged = names.of(stored_name)
         if not merged:
             found[name.removeprefix(f"{model.base_model_prefix}.")] = shape
+    # The bias of a head that has factors of its own may still be another parameter.
+    elsewhere = tied_parameters(model)
     promised = {
         bare_name(model, f"{module_name}.{name}"): tuple(tensor.shape)
         for module_name, module in compressed_modules(model)
         if not isinstance(module, Tied)
         for name, tensor in module.state_dict().items()
+        if f"{module_name}.{name}" not in elsewhere
     }
     for name, shape in promised.items():
         if name not in found:

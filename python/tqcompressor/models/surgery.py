@@ -26,14 +26,9 @@ from .matrices import (
     factor_parameters,
     linear_size,
     module_name,
-    stock_model,
-    tied_parameters,
-    ties,
-    weight_owner,
 )
-
-# The attribute of a submodel that keeps what `_tied_weights_keys` it had of its own, besides its class's.
-_DENSE_KEYS = "_tied_weights_keys_while_dense"
+from .stock import stock_model
+from .ties import restore_tables, retie, tables, tied_biases, ties
 
 
 def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> dict[str, CompressedModule]:
@@ -147,8 +142,7 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
 
     An exception in the body puts all the old ones back.
     """
-    tied = ties(model)
-    biases = {name: source for name, source in tied_parameters(model).items() if weight_owner(name) is None}
+    tied, biases, before = ties(model), tied_biases(model), tables(model)
     undo: list[tuple[nn.Module, str, nn.Module]] = []
 
     def swap(more: Mapping[str, nn.Module]) -> None:
@@ -167,43 +161,8 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
     except BaseException:
         for parent, child, old in reversed(undo):
             setattr(parent, child, old)
-        if undo:
-            retie(model, tied, biases)
+        restore_tables(before)
         raise
-
-
-def retie(model: PreTrainedModel, tied: Mapping[str, str], biases: Mapping[str, str]) -> None:
-    """Makes the names of tied parameters, by which transformers ties, loads and saves, those of the modules there are.
-
-    `tied` are modules whose weights are tied, as `ties` gives them, and `biases` the other tied parameters, by name.
-    """
-    names = dict(biases)
-    for target, source in tied.items():
-        for name, _ in model.get_submodule(source).named_parameters():
-            # An embedding may have other parameters, which the head lacks.
-            if weight_owner(f"{source}.{name}") is not None:
-                names[f"{target}.{name}"] = f"{source}.{name}"
-    shared = any(isinstance(model.get_submodule(target), Tied) for target in tied)
-    # Every submodel has a table of its own, and all of them together are used.
-    for name, part in model.named_modules():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        prefix = f"{name}." if name else ""
-        own = {
-            target.removeprefix(prefix): source.removeprefix(prefix)
-            for target, source in names.items()
-            if target.startswith(prefix) and source.startswith(prefix)
-        }
-        attributes = vars(part)
-        if shared:
-            dense = {key: attributes[key] for key in ("_tied_weights_keys",) if key in attributes}
-            attributes.setdefault(_DENSE_KEYS, dense)
-            part._tied_weights_keys = own
-        elif _DENSE_KEYS in attributes:
-            # Without one of its own, the class's table is found again.
-            attributes.pop("_tied_weights_keys")
-            attributes.update(attributes.pop(_DENSE_KEYS))
-        part.all_tied_weights_keys = own
 
 
 def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None) -> dict[str, nn.Module]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..config.specs import MatrixSpec
+from .. import _core
+from ..config.specs import LowRankSpec, MatrixSpec
 from ..errors import ConfigError, ReadOnlyError, TQError
-from .matrices import stock_model
+from .stock import stock_model
 from .stored import misread_tensor
 from .surgery import empty_modules, swapped, tied_modules
 
@@ -27,12 +30,60 @@ def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
     Where the dense model cannot be tried out so, a warning says that the forward pass is untested. No weights are
     copied, and no random numbers drawn.
     """
+    why = _tried(model, specs)
+    if why is not None:
+        warnings.warn(
+            f"{type(model).__name__} {why}: whether it runs with these matrices compressed is untested", stacklevel=2
+        )
+
+
+def refused(model: PreTrainedModel, matrices: Sequence[str]) -> dict[str, str]:
+    """Which of these matrices `try_out` refuses in any compression, with its reasons; none where it tells no cause.
+
+    Modules of the same name in all layers are tried together, since most layers are alike.
+    """
+    # The parts of a fused module can only be compressed together.
+    modules: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in matrices:
+        module, _ = _core.split_part(name)
+        modules[module].append(name)
+        groups[re.sub(r"\d+", "*", module)][module] = None
+    found: dict[str, str] = {}
+
+    def reason_for(names: Iterable[str]) -> str | None:
+        return _refusal_of(model, [matrix for name in names for matrix in modules[name]])
+
+    if reason_for(modules) is None:
+        return found
+    for group in groups.values():
+        reason = reason_for(group)
+        if reason is None:
+            continue
+        ends = {name: reason_for([name]) for name in (next(iter(group)), next(reversed(group)))}
+        for name in group:
+            own = reason if None not in ends.values() else reason_for([name])
+            if own is not None:
+                found |= dict.fromkeys(modules[name], own)
+    return found
+
+
+def _refusal_of(model: PreTrainedModel, matrices: Sequence[str]) -> str | None:
+    """The message with which `try_out` refuses the least that these matrices can be compressed to, if it does."""
+    try:
+        _tried(model, dict.fromkeys(matrices, LowRankSpec(1)))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _tried(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> str | None:
+    """Tries the compression out, as `try_out`; returns why the forward pass is untested, if it is."""
     with torch.random.fork_rng(devices=[]):
         try:
             trial = stock_model(model)
         except Exception as error:
-            _untested(model, f"cannot be made from its config alone ({_text(error)})")
-            return
+            return f"cannot be made from its config alone ({_text(error)})"
         _compress(trial, specs)
         misread = misread_tensor(trial)
         if misread is not None:
@@ -48,9 +99,9 @@ def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
         for inputs in example_inputs(trial):
             fault = _run(trial, model, inputs)
             if fault is None:
-                return
+                return None
             why = fault
-        _untested(model, why)
+        return why
 
 
 def _run(trial: PreTrainedModel, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> str | None:
@@ -169,12 +220,6 @@ def _refusal(trial: PreTrainedModel, what: str, error: Exception) -> ConfigError
     return ConfigError(
         f"{type(trial).__name__} cannot be {what} with these matrices compressed, because of {where or 'itself'}: "
         f"{_text(error)}. Leave the matrices there as they are"
-    )
-
-
-def _untested(model: PreTrainedModel, why: str) -> None:
-    warnings.warn(
-        f"{type(model).__name__} {why}: whether it runs with these matrices compressed is untested", stacklevel=2
     )
 
 

@@ -71,7 +71,8 @@ class DenseWeight(torch.Tensor):
     """A tensor with the shape, dtype and device of a dense weight, whose values are formed when they are read.
 
     Any operation on its values is done on the product of the factors, through which gradients flow. Operations in place
-    raise `ReadOnlyError`, because the product is not stored. transformers' initialisation functions leave it alone.
+    raise `ReadOnlyError`, because the product is not stored; on its rows and other views, too. transformers'
+    initialisation functions leave it alone.
     """
 
     _module: CompressedBase
@@ -110,17 +111,7 @@ class DenseWeight(torch.Tensor):
                 return func(*args, **kwargs)
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return DenseWeight(args[0]._module, detached=True)
-        written = _written(func, args, kwargs)
-        if isinstance(written, cls):
-            module = written._module
-            error = ReadOnlyError(
-                f"{func.__name__} would write the dense weight of a {type(module).__name__}, which is the product of "
-                "its factors: write the factors, or call model.dequantize() first"
-            )
-            error.module = module
-            raise error
-        args, kwargs = tree_map_only(DenseWeight, DenseWeight._formed, (args, kwargs))
-        return func(*args, **kwargs)
+        return _called(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -129,6 +120,79 @@ class DenseWeight(torch.Tensor):
         """As `__torch_function__`, for calls from within torch."""
         args, kwargs = tree_map_only(DenseWeight, DenseWeight._formed, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+# These are about one tensor, and not about its values.
+_OF_ONE_TENSOR = {torch.Tensor.requires_grad_, torch.Tensor.retain_grad, torch.Tensor.register_hook} | {
+    getattr(torch.Tensor, name).__get__ for name in ("grad", "requires_grad", "is_leaf")
+}
+
+
+class DenseView(torch.Tensor):
+    """A view of the values of a `DenseWeight`: writing it raises `ReadOnlyError`, since the values would be lost."""
+
+    _module: CompressedBase
+    # transformers initialises only what has no values yet.
+    _is_hf_initialized = True
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuses operations in place; what is computed from it is a plain tensor again."""
+        if func in _OF_ONE_TENSOR:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return _called(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as a plain tensor, which any program can load."""
+        plain: Any = _plain_view(self)
+        return plain.__reduce_ex__(protocol)
+
+
+def _plain_view(view: DenseView) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return view.as_subclass(torch.Tensor)
+
+
+def _called(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Does an operation on the dense values; raises `ReadOnlyError` if it would write them."""
+    written = _written(func, args, kwargs)
+    if isinstance(written, DenseWeight | DenseView):
+        module = written._module
+        error = ReadOnlyError(
+            f"{func.__name__} would write the dense weight of a {type(module).__name__}, which is the product of its "
+            "factors: write the factors, or call model.dequantize() first"
+        )
+        error.module = module
+        raise error
+    modules: dict[int, CompressedBase] = {}
+
+    def plain(tensor: Any) -> torch.Tensor:
+        values = tensor._formed() if isinstance(tensor, DenseWeight) else _plain_view(tensor)
+        modules[_storage(values)] = tensor._module
+        return values
+
+    def guarded(result: torch.Tensor) -> torch.Tensor:
+        storage = _storage(result)
+        module = None if storage < 0 else modules.get(storage)
+        if module is None:
+            return result
+        view = result.as_subclass(DenseView)
+        view._module = module
+        return view
+
+    args, kwargs = tree_map_only((DenseWeight, DenseView), plain, (args, kwargs))
+    return tree_map_only(torch.Tensor, guarded, func(*args, **kwargs))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What tensors that share memory have in common; -1 for those that torch traces."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -1
 
 
 def _written(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _core
 from ..errors import CheckpointError
 from .atomic_io import WholeFile, storage_errors
-from .utf8 import HEAD, foreign_text
+from .utf8 import HEAD
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -116,7 +117,7 @@ def read_tensor_file(path: Path, kind: str, newest: int) -> TensorFile:
                 dtypes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
         except SafetensorError as error:
             # Only now: numbers may look like text in another encoding.
-            words = foreign_text(opened.read(HEAD)) or f"truncated or damaged, or not a safetensors file: {error}"
+            words = _core.foreign_text(opened.read(HEAD)) or f"truncated or damaged, or not a safetensors file: {error}"
             raise CheckpointError(f"{path}: {words}") from error
         try:
             version = int(metadata.pop("format_version"))

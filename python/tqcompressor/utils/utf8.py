@@ -6,27 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-# As src/checkpoint/foreign.rs, which reads the JSON of checkpoints.
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_MARK = b"\xef\xbb\xbf"
+from .. import _core
+
 # Bytes at the beginning of a file that show its encoding.
-HEAD = 4096
-
-
-def foreign_text(head: bytes) -> str | None:
-    """What the beginning of a file that should be UTF-8 shows in its place, with the way out; None if nothing.
-
-    >>> foreign_text("{}".encode("utf-16"))
-    'UTF-16 text: save it as UTF-8'
-    """
-    if head.startswith(_LFS_POINTER):
-        return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
-    head = head[:HEAD]
-    # Without a mark, every second byte of mostly western text is zero.
-    zeros = max(head[::2].count(0), head[1::2].count(0)), min(head[::2].count(0), head[1::2].count(0))
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (zeros[0] > len(head) / 4 and zeros[1] <= len(head) / 64):
-        return "UTF-16 text: save it as UTF-8"
-    return None
+HEAD = _core.TEXT_HEAD
 
 
 def decoded(data: bytes) -> str:
@@ -35,7 +18,7 @@ def decoded(data: bytes) -> str:
     Raises:
         ValueError: It is not UTF-8; the message names what it is, or the offset of the first wrong byte.
     """
-    if (words := foreign_text(data[:HEAD])) is not None:
+    if (words := _core.foreign_text(data[:HEAD])) is not None:
         raise ValueError(words)
     try:
         return data.decode("utf-8-sig")
@@ -59,6 +42,6 @@ def read_json(path: Path) -> Any:
         OSError: It cannot be read.
     """
     data = path.read_bytes()
-    if data.startswith(_MARK):
-        raise ValueError("begins with a byte order mark (BOM): save it as UTF-8 without one")
+    if (words := _core.foreign_json(data[:HEAD])) is not None:
+        raise ValueError(words)
     return parsed(decoded(data))

@@ -118,6 +118,31 @@ fn a_prefix_that_a_wrapper_has_added_is_named_with_the_way_to_strip_it() {
 }
 
 #[test]
+fn a_tied_head_is_compared_when_weights_are_used_and_its_ends_for_a_list_of_names() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = Source::tiny("transformer.", Float::F32);
+    // Several of the pieces that are compared at a time.
+    let (rows, width) = (8192, 8);
+    source.config["vocab_size"] = json!(rows);
+    source.tensors.retain(|tensor| !tensor.0.ends_with("wte.weight"));
+    source.add("transformer.wte.weight", Float::F32, &[rows, width]);
+    let embedding = source.tensor("transformer.wte.weight").3.clone();
+    for (row, seen) in [(0, true), (rows / 2, false), (rows - 1, true)] {
+        let mut bytes = embedding.clone();
+        bytes[row * width * 4 + 3] ^= 0x80;
+        source.tensors.retain(|tensor| tensor.0 != "lm_head.weight");
+        source.tensors.push(("lm_head.weight".into(), Dtype::F32, vec![rows, width], bytes));
+        source.write(directory.path());
+        let whole = Checkpoint::open(directory.path()).unwrap();
+        assert!(whole.warning.get().is_none(), "opening reads no weights");
+        assert!(!whole.tied() && whole.warning().is_some());
+        let names = Checkpoint::open_for_names(directory.path()).unwrap();
+        assert_eq!(names.tied(), !seen, "row {row}");
+        assert!(Checkpoint::open_any(directory.path()).unwrap().warning.get().is_none());
+    }
+}
+
+#[test]
 fn a_head_beside_the_embedding_is_tied_only_if_the_values_are_equal() {
     let directory = tempfile::tempdir().unwrap();
     let opened = |source: &Source| {

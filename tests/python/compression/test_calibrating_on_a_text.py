@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import tqcompressor
+from helpers.families import family_model
+from safetensors.torch import load_file, save_file
 from tqcompressor.cli import main as cli
-from tqcompressor.errors import ConfigError, DestinationError, TextError
+from tqcompressor.compression.measured import check_files
+from tqcompressor.errors import CheckpointError, ConfigError, DestinationError, TextError
+from tqcompressor.utils.atomic_io import sole_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
@@ -96,11 +100,59 @@ def test_refusals_leave_nothing(tmp_path, options, error, words):
 
 def test_a_taken_destination_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(
-        "tqcompressor.compression.checkpoint.calibrate_checkpoint", lambda *_, **__: pytest.fail("read")
-    )
+    monkeypatch.setattr("tqcompressor.compression.measured.calibrate_checkpoint", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(DestinationError):
         tqcompressor.compress_checkpoint(TINY, tmp_path, budget=0.65, text=TEXT)
+
+
+def into_a_folder(folder):
+    return folder, "is a folder"
+
+
+def into_the_result(folder):
+    return folder / "out" / "kept.safetensors", "expected a file outside"
+
+
+def into_nothing(folder):
+    (folder / "link").symlink_to(folder / "gone" / "kept.safetensors")
+    return folder / "link", "symbolic link"
+
+
+def into_what_another_run_writes(folder):
+    return folder / "taken.safetensors", "another run of tqcompressor"
+
+
+@pytest.mark.parametrize("place", [into_a_folder, into_the_result, into_nothing, into_what_another_run_writes])
+def test_a_calibration_that_could_not_be_saved_is_refused_before_anything_is_read(tmp_path, monkeypatch, place, capsys):
+    monkeypatch.setattr("tqcompressor.compression.measured.calibrate_checkpoint", lambda *_, **__: pytest.fail("read"))
+    kept, words = place(tmp_path)
+    with sole_run(tmp_path / "taken.safetensors"):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(DestinationError, match=words):
+            tqcompressor.compress_checkpoint(TINY, tmp_path / "out", budget=0.65, text=TEXT, save_calibration=kept)
+        # The command `calibrate` goes the same way; nothing else is written there.
+        if place is not into_the_result:
+            assert cli.main(["calibrate", str(TINY), "--text", str(TEXT), "--out", str(kept)]) != 0
+            assert words in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-tied", "llama-tied", "distilbert"])
+def test_files_that_transformers_misreads_are_refused_whichever_family(tmp_path, name):
+    family_model(name).save_pretrained(tmp_path)
+    check_files(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"_orig_mod.{stored}": tensor for stored, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"names begin with '_orig_mod\.'"):
+        check_files(tmp_path)
+    with pytest.raises(CheckpointError, match="_orig_mod"):
+        tqcompressor.calibrate_checkpoint(tmp_path, TEXT, num_samples=2)
+
+
+def test_files_of_a_family_without_a_description_are_left_to_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
+    save_file({"anything": torch.ones(2)}, tmp_path / "model.safetensors")
+    check_files(tmp_path)
 
 
 def test_a_live_model_needs_the_tokenizer():

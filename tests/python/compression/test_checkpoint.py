@@ -314,3 +314,22 @@ def test_a_zero_matrix_loses_nothing(tmp_path):
     source.tensors["transformer.h.1.mlp.c_fc.weight"] = encode(np.zeros((8, 32)))
     report = compress_checkpoint(source.write(tmp_path / "in"), tmp_path / "out", CONFIG)
     assert {matrix.name: matrix.lost_energy for matrix in report.matrices}["h.1.mlp.c_fc"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tqcompressor": None},
+        {"parameters_before": "many"},
+        {"matrices": [None]},
+        {"matrices": [{"name": 1, "tensor": 2, "shape": 3, "parameters_before": 4, "parameters_after": 5, "rank": 6}]},
+        {"untouched": [{"tensor": "a", "shape": [1], "parameters": None}]},
+    ],
+    ids=range(5),
+)
+def test_a_report_with_values_of_other_types_is_refused(tmp_path, change):
+    compress_checkpoint(Checkpoint().write(tmp_path / "in"), tmp_path / "out", CONFIG)
+    path = tmp_path / "out" / "compression_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(errors.CheckpointError, match=r"compression_report\.json: not a compression report"):
+        inspect(tmp_path / "out")

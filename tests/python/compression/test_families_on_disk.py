@@ -5,7 +5,7 @@ import torch
 import tqcompressor
 import transformers as tf
 from tqcompressor import _core
-from tqcompressor.models.matrices import weight_tensors
+from tqcompressor.models.stock import weight_tensors
 
 _SIZES = {
     "vocab_size": 120,

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import Checkpoint, decode, encode, read_safetensors
-from tqcompressor import LowRankSpec, NativeModel, TQConfig, compress_checkpoint, inspect
+from helpers.composites import composite, logits
+from helpers.families import family_model
+from helpers.models import agree, first_output, some_ids
+from tqcompressor import LowRankSpec, NativeModel, TQConfig, compress, compress_checkpoint, expand_checkpoint, inspect
 from transformers import AutoModelForCausalLM
 
 TOKENS = [[3, 1, 4, 1, 5]]
@@ -73,3 +76,38 @@ def test_one_with_equal_values_is_the_embedding_in_whichever_dtype(tmp_path, rec
     found = NativeModel.from_pretrained(tmp_path / "out")
     assert found.logits(TOKENS) == pytest.approx(by_torch(tmp_path / "out"), abs=1e-4)
     assert not [each for each in recwarn if "tie_word_embeddings" in str(each.message)]
+
+
+# Name: the embedding, the head, and whether the key of the config means the head alone.
+FAMILIES = {
+    "llama-tied": ("embed_tokens", "lm_head", True),
+    "distilbert": ("embeddings.word_embeddings", "vocab_projector", True),
+    "bert-tied": ("embeddings.word_embeddings", "cls.predictions.decoder", False),
+    "t5": ("shared", "lm_head", False),
+}
+
+
+def outputs(model):
+    return logits(model) if model.config.is_encoder_decoder else first_output(model, some_ids())
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_every_family_it_is_compressed_on_disk_as_live(tmp_path, name, which):
+    model = composite(name) if name == "t5" else family_model(name)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() * 1.5 + 0.1)
+    model.save_pretrained(tmp_path / "in")
+    config = TQConfig({FAMILIES[name][number]: LowRankSpec(5) for number in which}, effort="fast")
+    with pytest.warns(UserWarning, match="differs from"):
+        compress_checkpoint(tmp_path / "in", tmp_path / "out", config)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["tie_word_embeddings"] is (not FAMILIES[name][2])
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    with pytest.warns(UserWarning, match="differs from"):
+        compress(model, config, progress=False)
+    assert agree(outputs(loaded), outputs(model))
+    expand_checkpoint(tmp_path / "out", tmp_path / "dense")
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    assert torch.allclose(outputs(dense), outputs(model), atol=1e-4 * outputs(model).abs().max().item())

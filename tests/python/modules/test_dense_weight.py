@@ -1,5 +1,7 @@
 """The `weight` of compressed modules: laid out as the replaced module's, differentiable, and read-only."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -109,6 +111,15 @@ WRITES = {
     "data": _replace_data,
     "requires_grad": _freeze,
     "out": lambda weight: torch.add(torch.ones(weight.shape), 1, out=weight),
+    "a row of the data": lambda weight: weight.data[0].zero_(),
+    "rows of the data": lambda weight: weight.data[:2].mul_(2),
+    "a value of a row": lambda weight: weight[1].__setitem__(0, 3.0),
+    "the transpose": lambda weight: weight.data.t().copy_(torch.ones(weight.shape[::-1])),
+    "a value, detached": lambda weight: weight.detach().unsqueeze(0)[0, 1, 3:5].fill_(1),
+    "a part": lambda weight: _add(weight.data.chunk(2)[1]),
+    "the same dtype": lambda weight: weight.float().zero_(),
+    "initialisation of a row": lambda weight: nn.init.zeros_(weight.data[0]),
+    "out, a row": lambda weight: torch.neg(torch.ones(weight.shape[1]), out=weight.data[0]),
 }
 
 
@@ -123,6 +134,24 @@ def test_writing_the_weight_is_refused(name, write):
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 
 
+def test_what_is_computed_from_a_view_is_a_plain_tensor(tmp_path):
+    module = _kronecker()
+    view = module.weight.data[2:4]
+    copied = (view * 1, view.clone(), view + view, torch.cat([view, view]), copy.deepcopy(view), view.double())
+    for tensor in copied:
+        assert type(tensor) is torch.Tensor
+        tensor.zero_()
+    torch.save(view, tmp_path / "view.pt")
+    loaded = torch.load(tmp_path / "view.pt", weights_only=True)
+    assert type(loaded) is torch.Tensor and torch.equal(loaded, view)
+    # Gradients flow through views of the weight, and to a view of its data.
+    module.weight[:2].pow(2).sum().backward()
+    assert module.A.grad.abs().sum() > 0
+    leaf = module.weight.detach().requires_grad_()
+    (leaf[0] * 3).sum().backward()
+    assert leaf.grad[0].eq(3).all() and leaf.grad[1:].eq(0).all()
+
+
 @every_module
 def test_transformers_leaves_it_alone_when_it_initialises(name):
     from transformers import initialization
@@ -131,6 +160,7 @@ def test_transformers_leaves_it_alone_when_it_initialises(name):
     before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
     initialization.normal_(module.weight)
     initialization.zeros_(module.weight)
+    initialization.zeros_(module.weight.data[0])
     initialization.copy_(module.weight, torch.ones(module.weight.shape))
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 

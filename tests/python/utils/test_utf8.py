@@ -1,7 +1,8 @@
 """Text and JSON that is not UTF-8 is named."""
 
 import pytest
-from tqcompressor.utils.utf8 import decoded, foreign_text, parsed, read_json
+from tqcompressor._core import foreign_text
+from tqcompressor.utils.utf8 import decoded, parsed, read_json
 
 TEXT = "The old man, he said, looked at it. Caf\u00e9, na\u00efve.\n" * 3
 CYRILLIC, JAPANESE = "\u0432\u0435\u0440\u0441\u0438\u044f", "\u65e5\u672c" * 100
