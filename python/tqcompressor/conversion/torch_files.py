@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .. import _core
 from ..errors import CheckpointError, StorageError
 from ..utils.atomic_io import storage_errors
-from ..utils.utf8 import HEAD, foreign_text, read_json
+from ..utils.utf8 import HEAD, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,7 @@ def _load(path: Path) -> Any:
         head = file.read(HEAD)
     if not head:
         raise CheckpointError(f"{path}: is empty: fetch it again")
-    if (words := foreign_text(head)) is not None:
+    if (words := _core.foreign_text(head)) is not None:
         raise CheckpointError(f"{path}: {words}")
     try:
         # Only archives of newer versions of torch can be mapped.

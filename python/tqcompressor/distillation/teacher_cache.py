@@ -188,7 +188,7 @@ def cache_teacher(
     path: StrPath,
     *,
     k: int = 64,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     batch_size: int | None = None,
     progress: ProgressOption = None,
 ) -> CachedTeacher:

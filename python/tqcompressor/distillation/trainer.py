@@ -90,7 +90,10 @@ class DistillTrainer(Trainer):
         if teacher is not None:
             require_same_vocabulary(model, teacher)
             weight = self.distill.hidden_weight
-            self.hidden_weight = _default_hidden_weight(model, teacher, self.distill) if weight is None else weight
+            if weight is None:
+                cached = isinstance(getattr(options.get("train_dataset"), "teacher", None), CachedTeacher)
+                weight = 0.0 if cached else _default_hidden_weight(model, teacher, self.distill)
+            self.hidden_weight = weight
             if self.hidden_weight > 0:
                 self.hidden_pairs = _hidden_pairs(model, teacher, self.distill)
         processing_class = options.get("processing_class")

@@ -151,7 +151,8 @@ class TQQuantizer(HfQuantizer):
         import torch
 
         state = dict(model.state_dict())
-        state[guard_name(model)] = torch.zeros(1, dtype=torch.uint8)
+        if (guard := guard_name(model)) is not None:
+            state[guard] = torch.zeros(1, dtype=torch.uint8)
         return state, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -88,10 +88,11 @@ def hidden_state_loss(
     value, gradient = _core.hidden_state_loss(
         student, student_dtype, teacher, teacher_dtype, flags, core_kind, True, threads
     )
-    if kind == "relative_mse":
-        scale = _mean_square(np.asarray(teacher_hidden, np.float64), None if mask is None else np.asarray(mask))
-        value, gradient = value / scale, gradient / np.asarray(scale, gradient.dtype)
-    return value, gradient_like(gradient, student_hidden)
+    like = gradient_like(gradient, student_hidden)
+    if kind != "relative_mse":
+        return value, like
+    scale = _mean_square(np.asarray(teacher_hidden, np.float64), None if mask is None else np.asarray(mask))
+    return value / scale, (like / scale).astype(like.dtype)
 
 
 def _mean_square(states: Any, mask: Any) -> Any:

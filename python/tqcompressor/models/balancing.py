@@ -13,7 +13,8 @@ from ..modules.balanced import BalancedEmbedding, BalancedHead, BalancedLinear, 
 from ..modules.base import Tied
 from ..modules.fused import FusedLinear
 from ..modules.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
-from .matrices import bare_name, compressed_modules, ties
+from .matrices import bare_name, compressed_modules
+from .ties import ties
 
 # The moments of a matrix's input and of the gradient at its output, by its name.
 MomentsOf: TypeAlias = Callable[[str], tuple[Moment, Moment]]

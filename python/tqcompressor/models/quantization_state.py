@@ -140,12 +140,16 @@ def _own_config(model: PreTrainedModel) -> None:
                 setattr(module, name, copies[id(value)])
 
 
-def guard_name(model: PreTrainedModel) -> str:
-    """The name of the guard tensor: the dense weight of the first compressed module that owns its factors."""
+def guard_name(model: PreTrainedModel) -> str | None:
+    """The name of the guard tensor: the dense weight of the first compressed module that owns its factors.
+
+    None while all of them are balanced products, for the time of a training.
+    """
     from ..modules.base import Tied
     from .matrices import compressed_modules
 
-    return f"{next(name for name, module in compressed_modules(model) if not isinstance(module, Tied))}.weight"
+    owners = (name for name, module in compressed_modules(model) if not isinstance(module, Tied))
+    return next((f"{name}.weight" for name in owners), None)
 
 
 def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, MatrixSpec]:

@@ -81,7 +81,7 @@ def test_the_scores_of_the_report(finished):
 def test_the_report_on_disk_is_equal(finished):
     data = json.loads((finished.out / "training_report.json").read_text(encoding="utf-8"))
     assert TrainingReport.from_dict(data).to_dict() == data
-    assert data["teacher"]["perplexity"] == finished.report.teacher.perplexity
+    assert data["teacher"]["score"] == finished.report.teacher.perplexity
     assert data["settings"]["losses"]["hidden_weight"] == 0.1
     card = (finished.out / "README.md").read_text(encoding="utf-8")
     assert "| stage 3, quarter: trained |" in card and "pip install tqcompressor" in card
@@ -236,6 +236,7 @@ def arguments(folder, **changes):
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.1,
+        "adam_beta2": 0.95,
         "seed": 3,
         "data_seed": 3,
         "logging_steps": 1,
