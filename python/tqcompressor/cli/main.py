@@ -72,28 +72,34 @@ def _compress(options: argparse.Namespace) -> None:
 
     if options.text is not None:
         _quiet_torch_engine(options)
-    report = compress_checkpoint(
-        options.source,
-        options.out,
-        _config(options),
-        budget=options.budget,
-        calibration=options.calibration,
-        text=None if options.text is None else [Path(text) for text in options.text],
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        engine=options.engine,
-        device=options.device,
-        save_calibration=options.save_calibration,
-        objective=options.objective,
-        matrices=options.matrices,
-        max_macs=options.max_macs,
-        effort=options.effort,
-        seed=options.seed,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
-        threads=options.threads,
-        max_shard_size=options.max_shard_size,
-    )
+    try:
+        report = compress_checkpoint(
+            options.source,
+            options.out,
+            _config(options),
+            budget=options.budget,
+            calibration=options.calibration,
+            text=None if options.text is None else [Path(text) for text in options.text],
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+            engine=options.engine,
+            device=options.device,
+            save_calibration=options.save_calibration,
+            objective=options.objective,
+            matrices=options.matrices,
+            max_macs=options.max_macs,
+            effort=options.effort,
+            seed=options.seed,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            threads=options.threads,
+            max_shard_size=options.max_shard_size,
+        )
+    except KeyboardInterrupt:
+        if options.resume:
+            print(f"tqcompressor: the finished work for {options.out} is kept: go on with --resume", file=sys.stderr)
+        raise
     if options.json:
         print(report.to_json())
         return
