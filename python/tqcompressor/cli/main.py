@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
+from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
 from ..utils.atomic_io import sole_run
@@ -26,6 +28,9 @@ from ..utils.engines import is_native
 from .options import parser
 
 if TYPE_CHECKING:
+    from ..compression.budget_plan import BudgetPlan
+    from ..compression.cost import CostEstimate
+    from ..compression.report import CompressionReport
     from ..evaluate.results import ModelScore
 
 
@@ -72,6 +77,7 @@ def _compress(options: argparse.Namespace) -> None:
 
     if options.text is not None:
         _quiet_torch_engine(options)
+    print(f"tqcompressor: {_estimate(options)}", file=sys.stderr)
     try:
         report = compress_checkpoint(
             options.source,
@@ -107,6 +113,28 @@ def _compress(options: argparse.Namespace) -> None:
     if options.budget is not None:
         print(f"budget {options.budget}: {meaning(options.budget)}")
     print(f"written to {options.out}")
+
+
+def _estimate(options: argparse.Namespace) -> CostEstimate | str:
+    """About what compressing by these options takes, or why that is not known."""
+    from ..compression.cost import estimate_cost
+
+    # What is wrong with the arguments is said by the work itself.
+    with suppress(TQError):
+        tokens = 0
+        if getattr(options, "text", None) is not None:
+            tokens = options.num_samples * (options.seq_len or CALIBRATION_SEQ_LEN)
+        return estimate_cost(
+            options.source,
+            _config(options),
+            budget=options.budget,
+            calibrated=options.calibration is not None,
+            tokens=tokens,
+            matrices=options.matrices,
+            effort=options.effort,
+            threads=options.threads,
+        )
+    return "time and memory are not known"
 
 
 def _expand(options: argparse.Namespace) -> None:
@@ -195,6 +223,9 @@ def _inspect(options: argparse.Namespace) -> None:
         "--max-macs": options.max_macs,
     }
     if options.budget is not None:
+        # The plan itself reads the weights.
+        estimate = _estimate(options)
+        print(f"tqcompressor: compressing takes {estimate}", file=sys.stderr)
         found = plan(
             options.source,
             options.budget,
@@ -206,13 +237,24 @@ def _inspect(options: argparse.Namespace) -> None:
             seed=options.seed,
             threads=options.threads,
         )
-        print(found.to_json() if options.json else found)
+        print(_with_estimate(found, estimate) if options.json else f"{found}\ncompressing takes {estimate}")
         return
     for name, value in only_plans.items():
         if value is not None:
             raise ConfigError(f"{name} needs --budget")
     report = inspect(options.source, _config(options))
-    print(report.to_json() if options.json else report)
+    if _config(options) is None:
+        says = "give --budget or --recipe, and inspect says about how long compressing takes, and how much memory"
+        print(report.to_json() if options.json else f"{report}\n{says}")
+        return
+    estimate = _estimate(options)
+    print(_with_estimate(report, estimate) if options.json else f"{report}\ncompressing takes {estimate}")
+
+
+def _with_estimate(found: BudgetPlan | CompressionReport, estimate: CostEstimate | str) -> str:
+    """The JSON of a plan, with the estimate where it is known."""
+    more = {} if isinstance(estimate, str) else {"estimate": estimate.to_dict()}
+    return json.dumps({**found.to_dict(), **more}, indent=2, ensure_ascii=False)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
