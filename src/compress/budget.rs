@@ -22,7 +22,7 @@ use crate::progress::Progress;
 use crate::spec::{MatrixSpec, Usage};
 
 /// Bytes of eigendecompositions kept between planning and fitting. The rest is computed again.
-pub const KEPT_SPECTRA: usize = 768 << 20;
+pub const KEPT_SPECTRA: usize = 512 << 20;
 
 /// A matrix that a budget may compress.
 #[derive(Clone, Debug, PartialEq)]

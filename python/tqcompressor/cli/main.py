@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from ..config.recipes import recipe, resolve_config
 from ..config.tq_config import TQConfig
-from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
 from ..utils.atomic_io import sole_run
 from ..utils.engines import is_native
+from ..utils.progress import announce
 from .options import parser
 
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ def _compress(options: argparse.Namespace) -> None:
 
     if options.text is not None:
         _quiet_torch_engine(options)
-    print(f"tqcompressor: {_estimate(options)}", file=sys.stderr)
     try:
         report = compress_checkpoint(
             options.source,
@@ -113,28 +111,6 @@ def _compress(options: argparse.Namespace) -> None:
     if options.budget is not None:
         print(f"budget {options.budget}: {meaning(options.budget)}")
     print(f"written to {options.out}")
-
-
-def _estimate(options: argparse.Namespace) -> CostEstimate | str:
-    """About what compressing by these options takes, or why that is not known."""
-    from ..compression.cost import estimate_cost
-
-    # What is wrong with the arguments is said by the work itself.
-    with suppress(TQError):
-        tokens = 0
-        if getattr(options, "text", None) is not None:
-            tokens = options.num_samples * (options.seq_len or CALIBRATION_SEQ_LEN)
-        return estimate_cost(
-            options.source,
-            _config(options),
-            budget=options.budget,
-            calibrated=options.calibration is not None,
-            tokens=tokens,
-            matrices=options.matrices,
-            effort=options.effort,
-            threads=options.threads,
-        )
-    return "time and memory are not known"
 
 
 def _expand(options: argparse.Namespace) -> None:
@@ -223,9 +199,9 @@ def _inspect(options: argparse.Namespace) -> None:
         "--max-macs": options.max_macs,
     }
     if options.budget is not None:
-        # The plan itself reads the weights.
         estimate = _estimate(options)
-        print(f"tqcompressor: compressing takes {estimate}", file=sys.stderr)
+        # Planning reads the weights, which may take as long as half of it.
+        announce(None, f"compressing takes {estimate}")
         found = plan(
             options.source,
             options.budget,
@@ -251,10 +227,24 @@ def _inspect(options: argparse.Namespace) -> None:
     print(_with_estimate(report, estimate) if options.json else f"{report}\ncompressing takes {estimate}")
 
 
-def _with_estimate(found: BudgetPlan | CompressionReport, estimate: CostEstimate | str) -> str:
-    """The JSON of a plan, with the estimate where it is known."""
-    more = {} if isinstance(estimate, str) else {"estimate": estimate.to_dict()}
-    return json.dumps({**found.to_dict(), **more}, indent=2, ensure_ascii=False)
+def _estimate(options: argparse.Namespace) -> CostEstimate:
+    """About what `compress` takes with the options of `inspect`."""
+    from ..compression.cost import estimate_cost
+
+    return estimate_cost(
+        options.source,
+        _config(options),
+        budget=options.budget,
+        calibrated=options.calibration is not None,
+        matrices=options.matrices,
+        effort=options.effort if options.budget is not None else None,
+        threads=options.threads,
+    )
+
+
+def _with_estimate(found: BudgetPlan | CompressionReport, estimate: CostEstimate) -> str:
+    """The JSON of a plan, with the estimate."""
+    return json.dumps({**found.to_dict(), "estimate": estimate.to_dict()}, indent=2, ensure_ascii=False)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

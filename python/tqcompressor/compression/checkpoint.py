@@ -17,15 +17,17 @@ from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Engine
 from ..config.recipes import ConfigOption, resolve_config
 from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD, TQConfig
 from ..data.text import TextOption
+from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..decomposition.norm import Moments
 from ..errors import CheckpointError, ConfigError
 from ..utils import validate
 from ..utils.hub import StrPath, local_directory
-from ..utils.progress import ProgressOption, phase_reporter, reporter
+from ..utils.progress import ProgressOption, announce, phase_reporter, reporter
 from ..utils.sizes import byte_count
 from ..utils.utf8 import read_json
 from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
+from .cost import cost_of
 from .measured import calibrate_checkpoint
 from .report import CompressionReport, MatrixReport, UntouchedTensor
 from .run_key import run_key
@@ -173,6 +175,17 @@ def compress_checkpoint(
                 "gone on with it",
                 stacklevel=2,
             )
+        cost = cost_of(
+            checkpoint,
+            resolved,
+            budget,
+            calibrated=known is not None,
+            tokens=0 if text is None else num_samples * (seq_len or CALIBRATION_SEQ_LEN),
+            matrices=matrices,
+            effort=effort,
+            threads=threads,
+        )
+        announce(progress, f"compressing takes {cost}")
         if text is not None:
             known = _calibrated(
                 Path(journal.directory, _CALIBRATION),

@@ -29,7 +29,7 @@ _PASS = 2e-10
 # Bytes read, checked or written a second.
 _DISK = 4e8
 # Bytes of eigendecompositions that a budget keeps: KEPT_SPECTRA of src/compress/budget.rs.
-_KEPT = 768 << 20
+_KEPT = 512 << 20
 # Bytes of the interpreter and this package; of each value of a matrix that is being worked on, with its factors; and of
 # the copies of an s × s matrix in float64.
 _BASE, _VALUE, _SQUARE = 90 << 20, 6, 4 * 8
@@ -88,8 +88,24 @@ def estimate_cost(
     """
     if (config is None) == (budget is None):
         raise ConfigError("expected a config or budget=… to estimate, got neither or both")
-    count = validate.threads(threads) or _cores()
     checkpoint = _core.Checkpoint.open(local_directory(source))
+    options: dict[str, Any] = {"calibrated": calibrated, "tokens": tokens, "matrices": matrices, "effort": effort}
+    return cost_of(checkpoint, config, budget, **options, threads=validate.threads(threads))
+
+
+def cost_of(
+    checkpoint: _core.Checkpoint,
+    config: ConfigOption | None,
+    budget: Budget | None,
+    *,
+    calibrated: bool,
+    tokens: int,
+    matrices: Sequence[str] | None,
+    effort: Effort | None,
+    threads: int | None,
+) -> CostEstimate:
+    """`estimate_cost` for an open checkpoint, for either a config or a budget."""
+    count = threads or _cores()
     if budget is None:
         resolved = resolve_config(config, effort=effort)
         listed: Sequence[MatrixInfo] = checkpoint.plan(resolved).matrices

@@ -72,6 +72,12 @@ def phase_reporter(option: ProgressOption) -> Iterator[Callable[[int, int, str],
         yield show
 
 
+def announce(option: ProgressOption, words: str) -> None:
+    """Prints a line on standard error where `option` shows a bar."""
+    if option is True or (option is None and _is_watched()):
+        print(words, file=sys.stderr, flush=True)
+
+
 def _is_watched() -> bool:
     return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
 
