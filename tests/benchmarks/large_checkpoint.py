@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from measuring import SILENCE
+from measuring import SILENCE, resident
+from tqcompressor import estimate_cost
 from whole_checkpoint import COMPRESS, digest, parameters, weights_size
 
 # The shape of TinyLlama: 1,100,048,384 parameters in 22 layers.
@@ -25,7 +27,9 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, threads = Path(folder) / "dense", len(os.sched_getaffinity(0))
         make(source, options.llama)
-        yield {"layers": options.llama, "parameters": parameters(source), "bytes": weights_size(source)}
+        expected = estimate_cost(source, budget=0.65, threads=threads)
+        row = {"layers": options.llama, "parameters": parameters(source), "bytes": weights_size(source)}
+        yield row | {"estimated seconds": expected.seconds, "estimated MB": expected.peak_bytes / 2**20}
         hashes = set()
         for name, kill in (("killed", True), ("resumed", False), ("in one go", False)):
             out = Path(folder) / ("at-once" if name == "in one go" else "stopped")
@@ -49,20 +53,19 @@ def compress(arguments: list[str], out: Path, kill_after: int | None) -> tuple[f
     begun = time.perf_counter()
     command = [sys.executable, "-c", COMPRESS, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | SILENCE)
-    finished = most = 0
-    while True:
-        done, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if done:
-            break
+    most, peak = 0, 0.0
+    # Not the peak that `wait4` tells, which counts that of this process, too.
+    while process.poll() is None:
+        with suppress(LookupError, OSError):
+            peak = resident("VmHWM", process.pid)
         finished = len(list(kept.glob("fit-*[0-9]")))
         most = max(most, finished)
         if kill_after is not None and finished >= kill_after:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.05)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != (0 if kill_after is None else -signal.SIGKILL):
         sys.exit(f"{' '.join(arguments)} ended with status {process.returncode}")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024, most
+    return time.perf_counter() - begun, peak, most
 
 
 def make(folder: Path, layers: int) -> None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .._core import SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
 from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Engine, Objective, dtype_name
 from ..config.recipes import ConfigOption, resolve_config
-from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD, TQConfig
+from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
 from ..data.text import TextOption
 from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..decomposition.norm import Moments
@@ -135,22 +136,21 @@ def compress_checkpoint(
     stored = dtype_name(dtype)
     source = local_directory(source)
     checkpoint = _core.Checkpoint.open(source)
-    if budget is None:
-        resolved: TQConfig | None = resolve_config(config, effort=effort, seed=seed)
-        seed = resolved.seed
-    else:
-        resolved, seed = None, DEFAULT_SEED if seed is None else seed
-        effort = effort or DEFAULT_EFFORT
     known = load_calibration(calibration)
     # What would be refused is refused before the longest part of the work.
-    if resolved is None:
-        Spending(budget, known, objective, matrices, max_macs, effort, seed)
-        meaning(budget)
-        checkpoint.list_matrices(matrix_patterns(matrices))
-    else:
+    resolved, spending = None, None
+    if budget is None:
+        resolved = resolve_config(config, effort=effort, seed=seed)
+        seed = resolved.seed
         planned = checkpoint.plan(resolved).matrices
         if text is None:
             _moments(known, objective, planned)
+    else:
+        seed = DEFAULT_SEED if seed is None else seed
+        effort = effort or DEFAULT_EFFORT
+        spending = Spending(budget, known, objective, matrices, max_macs, effort, seed)
+        meaning(budget)
+        checkpoint.list_matrices(matrix_patterns(matrices))
     checkpoint.check_destination(os.fspath(out), overwrite)
     sampling = {"num_samples": num_samples, "seq_len": seq_len, "engine": engine, "device": device}
     facts = {
@@ -199,13 +199,15 @@ def compress_checkpoint(
             if save_calibration is not None:
                 known.save(save_calibration)
         spent = None
-        if resolved is None:
-            spending = Spending(budget, known, objective, matrices, max_macs, effort, seed)
+        if spending is not None:
+            spending = replace(spending, calibration=known)
             request, spent = _spend(checkpoint, spending, stored, journal, threads=threads, progress=progress)
             resolved = request.plan(spent.choices).config
             moments = list(zip(request.names, request.moments, strict=True))
         else:
             moments = _moments(known, objective, planned)
+        # Either the config of the caller or that of the plan.
+        assert resolved is not None
         with phase_reporter(progress) as report_progress:
             written = checkpoint.compress(
                 journal,

@@ -37,7 +37,7 @@ def calibration_digest(calibration: Calibration) -> str:
     digest.update(f"{calibration.tokens} {calibration.sensitivity}\n".encode())
     for name, moment in calibration.moments.items():
         digest.update(f"{name} {moment.shape}\n".encode())
-        digest.update(moment)
+        digest.update(moment.data)
     return digest.hexdigest()
 
 
