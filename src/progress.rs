@@ -1,5 +1,6 @@
 //! Parallelism, progress and cancellation of long jobs.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::error::{Error, Result};
@@ -20,6 +21,7 @@ pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
+    phase: Mutex<&'static str>,
 }
 
 impl Progress {
@@ -43,6 +45,25 @@ impl Progress {
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
         (self.done.load(Relaxed), self.total.load(Relaxed))
+    }
+
+    /// Begins another phase, whose work is counted anew. No thread may be at work.
+    ///
+    /// # Panics
+    /// If a thread panicked in it.
+    pub fn begin(&self, phase: &'static str) {
+        self.done.store(0, Relaxed);
+        self.total.store(0, Relaxed);
+        *self.phase.lock().expect("no thread panicked") = phase;
+    }
+
+    /// The phase that began last; "" before any.
+    ///
+    /// # Panics
+    /// If a thread panicked in [`begin`](Self::begin).
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        *self.phase.lock().expect("no thread panicked")
     }
 
     /// Stops the job at its next [`check`](Self::check).

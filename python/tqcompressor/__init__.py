@@ -14,6 +14,7 @@ from ._core import __version__
 from .calibration.calibration import Calibration
 from .compression.budget_plan import BudgetPlan
 from .compression.checkpoint import compress_checkpoint, expand_checkpoint, inspect
+from .compression.cost import CostEstimate, estimate_cost
 from .compression.measured import calibrate_checkpoint
 from .compression.plan import plan
 from .compression.report import CompressionReport
@@ -51,6 +52,7 @@ __all__ = [
     "CachedTeacherDataset",
     "Calibration",
     "CompressionReport",
+    "CostEstimate",
     "DistillConfig",
     "DistillTrainer",
     "KroneckerDecomposition",
@@ -76,6 +78,7 @@ __all__ = [
     "convert_checkpoint",
     "decompose",
     "distill",
+    "estimate_cost",
     "evaluate",
     "expand_checkpoint",
     "find_permutation",

@@ -5,6 +5,7 @@ The public functions in `tqcompressor` wrap these and document them; nothing els
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     "Choice",
     "DecodeStream",
     "Fitted",
+    "Journal",
     "KroneckerTerm",
     "LowRankTerm",
     "MatrixInfo",
@@ -298,6 +300,25 @@ def fused_parts(module: str, kind: str, rows: int, columns: int) -> list[str] | 
     """The parts of a fused weight `(rows, columns)`, in × out, such as q, k and v; None for any other module."""
 
 @final
+class Journal:
+    """The finished work of a run, beside its destination, which no other run may write meanwhile."""
+
+    @property
+    def directory(self) -> Path:
+        """A caller may keep files of its own in it."""
+
+    @property
+    def found(self) -> int:
+        """The number of finished files that it took over."""
+
+    @property
+    def replaced(self) -> int:
+        """The number of finished files of an earlier run that it removed."""
+
+    def close(self) -> None:
+        """Releases the destination, and removes the work unless it may be resumed. A second call does nothing."""
+
+@final
 class Checkpoint:
     """A dense checkpoint on disk, opened and validated once."""
 
@@ -317,6 +338,17 @@ class Checkpoint:
     def tensors(self) -> list[tuple[str, list[int], int]]:
         """`(name, shape, parameters)` of every tensor but a tied head, in model order."""
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of its weights."""
+
+    def journal(self, out: str, key: str, *, resume: bool, overwrite: bool) -> Journal:
+        """Claims a destination, and opens the journal of a run whose result depends on `key`, a JSON object.
+
+        With `resume`, the work of an earlier run with the same key is taken over, and that of this run is kept if it
+        fails.
+        """
+
     def check_destination(self, out: str, overwrite: bool) -> None:
         """Raises what `compress` would raise for this destination."""
 
@@ -335,15 +367,15 @@ class Checkpoint:
         lost_energy: float | None,
         max_macs: float | None,
         effort: str,
-        keep: bool,
+        journal: Journal | None,
         threads: int | None,
         progress: _ProgressCallback | None,
     ) -> SpentBudget:
-        """`spend_budget` for matrices of the checkpoint, by their names."""
+        """`spend_budget` for matrices of the checkpoint, by their names. With a journal, fits can follow."""
 
     def compress(
         self,
-        out: str | PathLike[str],
+        journal: Journal,
         config: TQConfig,
         names: Sequence[str],
         moments: Sequence[_Moments],
@@ -353,9 +385,11 @@ class Checkpoint:
         overwrite: bool,
         max_shard_bytes: int,
         threads: int | None,
-        progress: _ProgressCallback | None,
+        progress: Callable[[int, int, str], object] | None,
     ) -> str:
-        """Writes the compressed checkpoint, and returns the report as JSON.
+        """Writes the compressed checkpoint to the journal's destination, and returns the report as JSON.
+
+        `progress` is called with `(done, total, phase)`.
 
         Fits are made in the norms of the `moments` of the matrices `names`, or are those of a budget that was `spent`
         on these matrices with these moments.

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -41,6 +42,27 @@ impl Tensor {
     pub fn parameters(&self) -> usize {
         use Dtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64};
         if matches!(self.dtype, F64 | F32 | F16 | BF16 | F8_E4M3 | F8_E5M2) { self.elements() } else { 0 }
+    }
+}
+
+/// Values of a matrix. Dropping them frees the memory of the mapped pages that they were read from.
+pub struct Values<'a> {
+    checkpoint: &'a Checkpoint,
+    tensor: &'a Tensor,
+    values: Cow<'a, [f32]>,
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+impl Drop for Values<'_> {
+    fn drop(&mut self) {
+        self.checkpoint.release(self.tensor);
     }
 }
 
@@ -292,14 +314,18 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`stored`](Self::stored).
-    pub fn matrix(&self, matrix: &Matrix) -> Result<Cow<'_, [f32]>> {
+    pub fn matrix(&self, matrix: &Matrix) -> Result<Values<'_>> {
         let (tensor, float) = self.stored(matrix)?;
         let layout = Layout {
             stored_columns: tensor.shape[1],
             transposed: matrix.kind == Kind::Linear,
             first_column: matrix.first_column,
         };
-        Ok(read_matrix(self.bytes(tensor), float, layout, matrix.rows, matrix.columns))
+        let values = read_matrix(self.bytes(tensor), float, layout, matrix.rows, matrix.columns);
+        if matches!(values, Cow::Owned(_)) {
+            self.release(tensor);
+        }
+        Ok(Values { checkpoint: self, tensor, values })
     }
 
     /// A tensor's values as f32, row-major.

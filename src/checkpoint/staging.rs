@@ -2,13 +2,14 @@
 //!
 //! Beside `out`, a run locks `.out.tqcompressor-lock` and fills `.out.tqcompressor-partial`, which it renames at the
 //! end. The kernel releases the lock of a killed run, so that the next run can remove what it left. At every moment the
-//! destination is absent, complete, or unchanged.
+//! destination is absent, complete, or unchanged. A long run takes the lock before its first phase.
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -93,33 +94,71 @@ impl Destination {
     }
 }
 
-/// The hidden directory of a live run. Dropped without [`commit`](Self::commit), it leaves no trace.
+/// The right to write a destination, which one run at a time has.
 #[derive(Debug)]
-pub struct StagingDirectory {
+pub struct Claim {
     destination: Destination,
-    directory: PathBuf,
-    // Fields are dropped in this order, after `drop` has removed the directory.
-    _lock: Option<Lock>,
-    parents: Parents,
+    // Fields are dropped in this order.
+    lock: Option<Lock>,
+    _parents: Parents,
 }
 
-impl StagingDirectory {
-    /// Locks the destination, removes what killed runs left, and makes the hidden directory.
+impl Claim {
+    /// Locks the destination. Directories above it that are missing are made, and removed again if they stay empty.
     ///
     /// # Errors
     /// [`Error::Destination`] if another run is writing it; [`Error::Io`] if the directory above cannot be written to.
-    pub fn begin(destination: Destination) -> Result<Self> {
+    pub fn take(destination: Destination) -> Result<Self> {
         let parents = Parents::make(destination.path.parent().unwrap_or(&destination.path))?;
         let lock = Lock::take(&destination.path)?;
-        let directory = sibling(&destination.path, "partial");
-        if lock.is_some() {
-            recover(&destination)?;
+        Ok(Self { destination, lock, _parents: parents })
+    }
+
+    /// The path of the destination, absolute and without symbolic links.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.destination.path
+    }
+
+    /// `.NAME.tqcompressor-WHAT` beside the destination.
+    #[must_use]
+    pub fn sibling(&self, what: &str) -> PathBuf {
+        sibling(&self.destination.path, what)
+    }
+}
+
+/// The hidden directory of a live run. Dropped without [`commit`](Self::commit), it leaves no trace.
+#[derive(Debug)]
+pub struct StagingDirectory {
+    // Released after `drop` has removed the directory.
+    claim: Arc<Claim>,
+    directory: PathBuf,
+}
+
+impl StagingDirectory {
+    /// Locks the destination, and then as [`within`](Self::within).
+    ///
+    /// # Errors
+    /// Those of [`Claim::take`] and of [`within`](Self::within).
+    pub fn begin(destination: Destination) -> Result<Self> {
+        Self::within(Arc::new(Claim::take(destination)?))
+    }
+
+    /// Removes what killed runs left, and makes the hidden directory.
+    ///
+    /// # Errors
+    /// [`Error::Destination`] if a killed run had moved a destination aside that must not be overwritten; [`Error::Io`]
+    /// if the directory above cannot be written to.
+    pub fn within(claim: Arc<Claim>) -> Result<Self> {
+        let directory = claim.sibling("partial");
+        if claim.lock.is_some() {
+            recover(&claim.destination)?;
             remove(&directory).map_err(Error::io(&directory))?;
         }
         fs::create_dir(&directory).map_err(Error::io(&directory))?;
         // Dropping the staging directory removes it, so it is constructed only now: whatever was there before is
         // another run's.
-        Ok(Self { destination, directory, _lock: lock, parents })
+        Ok(Self { claim, directory })
     }
 
     /// The hidden directory.
@@ -150,21 +189,20 @@ impl StagingDirectory {
     ///
     /// # Errors
     /// [`Error::Destination`] if the destination was filled meanwhile; [`Error::Io`].
-    pub fn commit(mut self) -> Result<()> {
-        let to = self.destination.path.clone();
+    pub fn commit(self) -> Result<()> {
+        let to = self.claim.destination.path.clone();
         sync_directory(&self.directory)?;
         if to.exists() && !is_empty(&to)? {
-            if !self.destination.overwrite {
+            if !self.claim.destination.overwrite {
                 return Err(Error::Destination { path: to, problem: "was filled while this run went on".into() });
             }
             // Again: the run may have taken hours.
-            self.destination.refuse_foreign()?;
+            self.claim.destination.refuse_foreign()?;
             exchange(&self.directory, &to).map_err(Error::io(&to))?;
             // The hidden directory now holds the old destination, which is removed on drop.
         } else {
             fs::rename(&self.directory, &to).map_err(Error::io(&to))?;
         }
-        self.parents.keep();
         sync_directory(to.parent().unwrap_or(&to))
     }
 }
@@ -264,7 +302,7 @@ fn is_empty(directory: &Path) -> Result<bool> {
     Ok(fs::read_dir(directory).map_err(Error::io(directory))?.next().is_none())
 }
 
-/// Parent directories that were created, outermost first. Dropping removes those that are empty.
+/// Parent directories that were created, outermost first. Dropping removes those that are empty: a result keeps its own.
 #[derive(Debug)]
 struct Parents(Vec<PathBuf>);
 
@@ -279,11 +317,6 @@ impl Parents {
         }
         Ok(made)
     }
-
-    /// Leaves them where they are.
-    fn keep(&mut self) {
-        self.0.clear();
-    }
 }
 
 impl Drop for Parents {
@@ -294,7 +327,7 @@ impl Drop for Parents {
     }
 }
 
-fn remove(directory: &Path) -> std::io::Result<()> {
+pub(crate) fn remove(directory: &Path) -> std::io::Result<()> {
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         other => other,

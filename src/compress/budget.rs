@@ -3,12 +3,13 @@
 //! A [`SpentBudget`] keeps the results of planning, so that compression need not repeat them. Above the effort "fast"
 //! these are the fits themselves; at "fast" they are the eigendecompositions, up to [`KEPT_SPECTRA`] bytes.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
-use std::sync::Mutex;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::fit_store::FitStore;
+use super::journal::Journal;
 use super::parallel::{Timed, in_order};
 use super::place::Place;
 use super::queue::largest_first;
@@ -21,7 +22,7 @@ use crate::progress::Progress;
 use crate::spec::{MatrixSpec, Usage};
 
 /// Bytes of eigendecompositions kept between planning and fitting. The rest is computed again.
-pub const KEPT_SPECTRA: usize = 768 << 20;
+pub const KEPT_SPECTRA: usize = 512 << 20;
 
 /// A matrix that a budget may compress.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,6 +68,18 @@ pub struct SpentBudget {
     planned: Vec<Planned>,
     work: Vec<Mutex<Work>>,
     fits: FitStore,
+    journal: Option<Arc<Journal>>,
+}
+
+/// What remains of planning for the fits that follow.
+#[derive(Clone, Debug)]
+pub enum Keep {
+    /// Nothing: there is only the plan.
+    Nothing,
+    /// Eigendecompositions and fits, in memory and in a temporary file.
+    Here,
+    /// Eigendecompositions in memory; energies and fits in the journal of a run, and those that are there already.
+    Journal(Arc<Journal>),
 }
 
 /// The work that remains on one matrix after planning.
@@ -84,32 +97,43 @@ impl SpentBudget {
     ///
     /// If some parts of a fused weight are compressed, a part that would stay dense gets its full rank less one, which
     /// has fewer parameters and loses almost nothing. MACs that the ranks leave below a cap are distributed in
-    /// proportion to the MACs of each choice, and limit the best approximation of each matrix. With `keep`,
-    /// [`fit_each`](Self::fit_each) can follow.
+    /// proportion to the MACs of each choice, and limit the best approximation of each matrix. Unless `keep` is
+    /// [`Keep::Nothing`], [`fit_each`](Self::fit_each) can follow.
     ///
     /// # Errors
     /// Those of `load`, of [`Spectrum::new`] and of [`fit_within`], in the matrix, and those of [`allocate`].
     ///
     /// # Cost
     /// Memory: one matrix per thread. With `keep`, also up to [`KEPT_SPECTRA`] bytes, or the bound of [`FitStore`].
-    pub fn spend<'a>(
+    pub fn spend<V: Deref<Target = [f32]>>(
         matrices: &[BudgetMatrix<'_>],
         options: BudgetOptions,
-        keep: bool,
+        keep: &Keep,
         progress: &Progress,
-        load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+        load: impl Fn(usize) -> Result<V> + Sync,
     ) -> Result<Self> {
+        let journal = if let Keep::Journal(journal) = keep { Some(Arc::clone(journal)) } else { None };
         let refine = options.effort != Effort::Fast;
         let sizes: Vec<_> = matrices.iter().map(|matrix| matrix.place.size()).collect();
         let all = sizes.iter().sum::<usize>() as u64;
         progress.expect(if refine { all * (1 + REFINEMENT) } else { all });
-        let kept = Kept::new(if keep || refine { KEPT_SPECTRA } else { 0 });
+        let kept = Kept::new(if refine || !matches!(keep, Keep::Nothing) { KEPT_SPECTRA } else { 0 });
         let results: Vec<Mutex<(Vec<f64>, Option<Spectrum>)>> = sizes.iter().map(|_| Mutex::default()).collect();
         largest_first(&sizes, progress, |i, _| {
-            let result = matrices[i].place.with(&load(i)?, |view, norm| {
-                let spectrum = Spectrum::new(view, norm, progress)?;
-                Ok((spectrum.energies(), kept.keep(spectrum)))
-            })?;
+            let place = &matrices[i].place;
+            let done = journal.as_ref().map_or(Ok(None), |journal| journal.energies(i, place))?;
+            let result = if let Some(energies) = done {
+                (energies, None)
+            } else {
+                let result = place.with(&load(i)?, |view, norm| {
+                    let spectrum = Spectrum::new(view, norm, progress)?;
+                    Ok((spectrum.energies(), kept.keep(spectrum)))
+                })?;
+                if let Some(journal) = &journal {
+                    journal.put_energies(i, &result.0)?;
+                }
+                result
+            };
             *results[i].lock().expect("no thread panicked") = result;
             progress.advance(sizes[i] as u64);
             Ok(())
@@ -146,7 +170,7 @@ impl SpentBudget {
             Some(rank) => Mutex::new(Work::LowRank(rank, spectrum.map(Box::new))),
             None => Mutex::new(Work::Nothing),
         });
-        let mut spent = Self { planned, work: work.collect(), fits: FitStore::new(matrices.len()) };
+        let mut spent = Self { planned, work: work.collect(), fits: FitStore::new(matrices.len()), journal };
         if refine {
             spent.refine(matrices, options.effort, &choices, shares.as_deref(), keep, progress, load)?;
         }
@@ -156,15 +180,15 @@ impl SpentBudget {
 
     /// Replaces each low rank by the best approximation of any kind within the same limits.
     #[allow(clippy::too_many_arguments)]
-    fn refine<'a>(
+    fn refine<V: Deref<Target = [f32]>>(
         &mut self,
         matrices: &[BudgetMatrix<'_>],
         effort: Effort,
         choices: &[Choice],
         shares: Option<&[usize]>,
-        keep: bool,
+        keep: &Keep,
         progress: &Progress,
-        load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+        load: impl Fn(usize) -> Result<V> + Sync,
     ) -> Result<()> {
         let sizes: Vec<_> = matrices.iter().map(|matrix| matrix.place.size()).collect();
         let planned: Vec<_> = std::mem::take(&mut self.planned).into_iter().map(Mutex::new).collect();
@@ -175,17 +199,26 @@ impl SpentBudget {
                 let start = Instant::now();
                 let limits =
                     Limits { parameters: choices[i].parameters, macs: shares.map(|shares| (shares[i], *usage)) };
-                let fit = place.with(&load(i)?, |view, norm| {
-                    let spectrum = spectrum.map_or_else(|| Spectrum::new(view, norm, progress), |kept| Ok(*kept))?;
-                    fit_within(view, limits, norm, &spectrum, effort, progress)
-                })?;
+                let made = || {
+                    let fit = place.with(&load(i)?, |view, norm| {
+                        let spectrum =
+                            spectrum.map_or_else(|| Spectrum::new(view, norm, progress), |kept| Ok(*kept))?;
+                        fit_within(view, limits, norm, &spectrum, effort, progress)
+                    })?;
+                    Ok(Timed { fit, seconds: start.elapsed().as_secs_f64() })
+                };
+                let timed = match &self.journal {
+                    Some(journal) => journal.fit_or(i, place, made)?,
+                    None => made()?,
+                };
                 let mut planned = planned[i].lock().expect("no thread panicked");
+                let fit = &timed.fit;
                 planned.parameters = fit.spec.parameters(place.rows, place.columns)?;
                 planned.macs = fit.spec.macs(place.rows, place.columns, *usage)?;
                 planned.lost_energy = fit.lost_energy;
                 planned.spec = Some(fit.spec.clone());
-                if keep {
-                    self.fits.put(i, Timed { fit, seconds: start.elapsed().as_secs_f64() })?;
+                if matches!(keep, Keep::Here) {
+                    self.fits.put(i, timed)?;
                 }
             }
             progress.advance(sizes[i] as u64 * REFINEMENT);
@@ -206,7 +239,7 @@ impl SpentBudget {
         matrices: &[&[f32]],
         progress: &Progress,
     ) -> Result<Vec<Timed>> {
-        let load = |at: usize| Ok(Cow::Borrowed(matrices[at]));
+        let load = |at: usize| Ok(matrices[at]);
         in_order(which.len(), |keep| self.fit_each(which, places, progress, load, keep))
     }
 
@@ -225,12 +258,12 @@ impl SpentBudget {
     ///
     /// # Panics
     /// If there are not as many places as indices, or a matrix stays dense or was already taken.
-    pub fn fit_each<'a>(
+    pub fn fit_each<V: Deref<Target = [f32]>>(
         &self,
         which: &[usize],
         places: &[Place<'_>],
         progress: &Progress,
-        load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+        load: impl Fn(usize) -> Result<V> + Sync,
         finish: impl Fn(usize, Timed) -> Result<()> + Sync,
     ) -> Result<()> {
         assert_eq!(which.len(), places.len());
@@ -238,15 +271,19 @@ impl SpentBudget {
         progress.expect(sizes.iter().sum::<usize>() as u64);
         largest_first(&sizes, progress, |at, _| {
             let work = std::mem::replace(&mut *self.work[which[at]].lock().expect("no thread panicked"), Work::Nothing);
-            let timed = match work {
-                Work::Nothing => self.fits.take(which[at])?,
+            let made = || match work {
+                Work::Nothing => self.fits.take(which[at]),
                 Work::LowRank(rank, spectrum) => {
                     let start = Instant::now();
                     let term = low_rank(&places[at], &load(at)?, rank, spectrum.map(|kept| *kept), progress)?;
                     let (spec, lost_energy) = (MatrixSpec::low_rank(rank), term.lost_energy);
                     let fit = Fit { spec, lost_energy, terms: vec![Term::LowRank(term)] };
-                    Timed { fit, seconds: start.elapsed().as_secs_f64() }
+                    Ok(Timed { fit, seconds: start.elapsed().as_secs_f64() })
                 }
+            };
+            let timed = match &self.journal {
+                Some(journal) => journal.fit_or(which[at], &places[at], made)?,
+                None => made()?,
             };
             progress.advance(sizes[at] as u64);
             finish(at, timed)
@@ -352,9 +389,9 @@ mod tests {
         let dense: usize = sizes.iter().map(|&(m, n, usage)| usage.dense_macs(m, n)).sum();
         let target = Target::Parameters(3400);
         let choose = |cap| {
-            let load = |i: usize| Ok(Cow::Borrowed(values[i].as_slice()));
+            let load = |i: usize| Ok(values[i].as_slice());
             let options = BudgetOptions { target, max_macs: cap, effort: Effort::Best };
-            SpentBudget::spend(&matrices, options, false, &Progress::default(), load)
+            SpentBudget::spend(&matrices, options, &Keep::Nothing, &Progress::default(), load)
                 .map(|spent| spent.planned().to_vec())
         };
         let sum = |planned: &[Planned]| planned.iter().map(|each| each.macs).sum::<usize>();

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::budget::{BudgetMatrix, BudgetOptions, SpentBudget};
+use super::budget::{BudgetMatrix, BudgetOptions, Keep, SpentBudget};
 use super::card;
+use super::journal::Journal;
 use super::parallel::{Task, Timed, decompose_each};
 use super::place::{Calibration, place};
 use super::report::{Report, UNCALIBRATED_BUDGET};
@@ -30,6 +31,9 @@ use crate::spec::{KroneckerShape, LowRankShape, TermSpec, Usage};
 
 /// Bytes copied between two checks for cancellation.
 pub(super) const COPIED: usize = 4 << 20;
+
+/// The phase of a compression after the fits; see [`Progress::begin`].
+const WRITING: &str = "write";
 
 /// Options of the written checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +71,7 @@ pub fn spend_budget(
     names: &[String],
     calibration: &Calibration<'_>,
     options: BudgetOptions,
-    keep: bool,
+    keep: &Keep,
     progress: &Progress,
 ) -> Result<SpentBudget> {
     let matrices = Model::of_checkpoint(checkpoint).matrices(Some(names))?;
@@ -157,32 +161,53 @@ pub fn compress_checkpoint(
     options: &Options,
     progress: &Progress,
 ) -> Result<Report> {
+    let plan = Plan::for_checkpoint(checkpoint, config)?;
+    let outputs = outputs(checkpoint, &plan, options.dtype)?;
+    let journal = Journal::open(Destination::check(destination, checkpoint, options.overwrite)?, &Map::new(), false)?;
+    compress_planned(checkpoint, &journal, plan, &outputs, fits, options, progress)
+}
+
+/// As [`compress_checkpoint`], into the destination of `journal`, with the fits that are in it. Those of a budget must
+/// have been planned with the same journal. `options.overwrite` is that of the journal's destination.
+///
+/// # Errors
+/// Those of [`compress_checkpoint`], but for the destination.
+pub fn compress_journaled(
+    checkpoint: &Checkpoint,
+    journal: &Journal,
+    config: &TQConfig,
+    fits: Fits<'_>,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Report> {
+    let plan = Plan::for_checkpoint(checkpoint, config)?;
+    let outputs = outputs(checkpoint, &plan, options.dtype)?;
+    compress_planned(checkpoint, journal, plan, &outputs, fits, options, progress)
+}
+
+/// Makes the fits of a plan, or takes them from the journal, and writes the destination.
+fn compress_planned(
+    checkpoint: &Checkpoint,
+    journal: &Journal,
+    plan: Plan,
+    outputs: &[Output<'_>],
+    fits: Fits<'_>,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Report> {
     let start = Instant::now();
     let source = checkpoint.directory();
-    let plan = Plan::for_checkpoint(checkpoint, config)?;
-    let dropped = dropped_head(checkpoint, &plan);
-    let outputs = outputs(checkpoint, &plan, dropped, options.dtype)?;
-    let destination = Destination::check(destination, checkpoint, options.overwrite)?;
     check_finite(checkpoint, &plan, progress)?;
 
-    let stage = StagingDirectory::begin(destination)?;
+    let stage = StagingDirectory::within(journal.claim())?;
     let slots: Vec<_> = outputs.iter().map(|output| output.slot.clone()).collect();
     let writer = Writer::create(stage.directory(), &slots, options.max_shard_bytes)?;
-    for output in &outputs {
-        match output.content {
-            Content::Copy(tensor) => copy(checkpoint, tensor, &output.slot, &writer, progress)?,
-            Content::Guard => writer.write(&output.slot.name, 0, &[0])?,
-            Content::Factor => {}
-        }
-    }
 
     let mut report = Report { calibrated: fits.calibrated(), note: fits.note(), ..Report::planned(&plan) };
     let matrices = Mutex::new(&mut report.matrices);
     let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
     let finish = |i: usize, Timed { fit, seconds }| {
-        let matrix = &plan.jobs[i].matrix;
-        checkpoint.release(&checkpoint.tensors()[&matrix.tensor]);
-        write_factors(&writer, matrix, &fit)?;
+        write_factors(&writer, &plan.jobs[i].matrix, &fit)?;
         let mut matrices = matrices.lock().expect("no thread panicked");
         matrices[i].lost_energy = Some(fit.lost_energy);
         matrices[i].seconds = Some(seconds);
@@ -190,9 +215,22 @@ pub fn compress_checkpoint(
     };
     match fits {
         Fits::Made(calibration) => {
-            let task = |job: &Job| Task { place: place(&job.matrix, calibration), spec: job.spec.clone() };
-            let tasks: Vec<_> = plan.jobs.iter().map(task).collect();
-            decompose_each(&tasks, plan.config.effort, plan.config.seed, progress, load, finish)?;
+            let (mut tasks, mut left) = (Vec::new(), Vec::new());
+            for (i, job) in plan.jobs.iter().enumerate() {
+                let task = Task { place: place(&job.matrix, calibration), spec: job.spec.clone() };
+                match journal.fit(i, &task.place)? {
+                    Some(done) => finish(i, done)?,
+                    None => {
+                        tasks.push(task);
+                        left.push(i);
+                    }
+                }
+            }
+            let finish = |at: usize, timed: Timed| {
+                journal.put_fit(left[at], &timed)?;
+                finish(left[at], timed)
+            };
+            decompose_each(&tasks, plan.config.effort, plan.config.seed, progress, |at| load(left[at]), finish)?;
         }
         Fits::Spent { budget, names, calibration, .. } => {
             let places: Vec<_> = plan.jobs.iter().map(|job| place(&job.matrix, calibration)).collect();
@@ -200,6 +238,18 @@ pub fn compress_checkpoint(
         }
     }
     progress.check()?;
+
+    progress.begin(WRITING);
+    let copied = |output: &Output<'_>| if let Content::Copy(tensor) = output.content { tensor.elements() } else { 0 };
+    progress.expect(outputs.iter().map(copied).sum::<usize>() as u64);
+    for output in outputs {
+        match output.content {
+            Content::Copy(tensor) => copy(checkpoint, tensor, &output.slot, &writer, progress)?,
+            Content::Guard => writer.write(&output.slot.name, 0, &[0])?,
+            Content::Factor => {}
+        }
+        progress.advance(copied(output) as u64);
+    }
 
     report.source = Some(card::source_name(source));
     report.dtype = options.dtype.map(Float::name);
@@ -218,6 +268,7 @@ pub fn compress_checkpoint(
     stage.write(REPORT_FILE, (report.to_json(true) + "\n").as_bytes())?;
     progress.check()?;
     stage.commit()?;
+    journal.succeed();
     Ok(report)
 }
 
@@ -247,12 +298,8 @@ fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Option<&'a Tenso
 }
 
 /// The tensors of the compressed checkpoint, in model order.
-fn outputs<'a>(
-    checkpoint: &'a Checkpoint,
-    plan: &Plan,
-    dropped: Option<&Tensor>,
-    dtype: Option<Float>,
-) -> Result<Vec<Output<'a>>> {
+fn outputs<'a>(checkpoint: &'a Checkpoint, plan: &Plan, dtype: Option<Float>) -> Result<Vec<Output<'a>>> {
+    let dropped = dropped_head(checkpoint, plan);
     let mut outputs = Vec::new();
     let mut jobs = plan.jobs.iter().peekable();
     let mut guarded = false;

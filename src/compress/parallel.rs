@@ -1,6 +1,6 @@
 //! Decomposition of many matrices in parallel, with at most one of them per thread in memory.
 
-use std::borrow::Cow;
+use std::ops::Deref;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -49,7 +49,7 @@ pub fn decompose_many(
     progress: &Progress,
 ) -> Result<Vec<Timed>> {
     assert_eq!(tasks.len(), matrices.len());
-    let load = |i: usize| Ok(Cow::Borrowed(matrices[i]));
+    let load = |i: usize| Ok(matrices[i]);
     in_order(tasks.len(), |keep| decompose_each(tasks, effort, seed, progress, load, keep))
 }
 
@@ -73,12 +73,12 @@ pub(super) fn in_order(
 /// # Errors
 /// Those of [`fit`] and `load`, in the matrix, and those of `finish`. After the first error, `progress` is cancelled
 /// and the other threads stop soon.
-pub fn decompose_each<'a>(
+pub fn decompose_each<V: Deref<Target = [f32]>>(
     tasks: &[Task<'_>],
     effort: Effort,
     seed: u64,
     progress: &Progress,
-    load: impl Fn(usize) -> Result<Cow<'a, [f32]>> + Sync,
+    load: impl Fn(usize) -> Result<V> + Sync,
     finish: impl Fn(usize, Timed) -> Result<()> + Sync,
 ) -> Result<()> {
     progress.expect(tasks.iter().map(|task| units(task, effort)).sum());

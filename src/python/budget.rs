@@ -1,7 +1,5 @@
 //! `MatrixInfo`, `Choice`, `spend_budget` and `SpentBudget`: one budget for the matrices of a model in memory.
 
-use std::borrow::Cow;
-
 use numpy::{PyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
@@ -9,7 +7,7 @@ use super::jobs;
 use super::moments::{MomentArrays, place, same_length};
 use super::specs::spec_to_python;
 use super::terms::Fitted;
-use crate::compress::{self, BudgetMatrix, BudgetOptions, Place};
+use crate::compress::{self, BudgetMatrix, BudgetOptions, Keep, Place};
 use crate::error::{Error, Result};
 use crate::family::Matrix;
 use crate::permute::Effort;
@@ -182,8 +180,9 @@ fn spend_budget<'py>(
     let budgeted = budgeted.collect::<Result<Vec<_>>>()?;
     let pool = jobs::rayon_pool(threads)?;
     let spent = jobs::run(py, progress, |progress| {
-        let load = |i: usize| Ok(Cow::Borrowed(data[i]));
-        pool.install(|| compress::SpentBudget::spend(&budgeted, options, keep, progress, load))
+        let load = |i: usize| Ok(data[i]);
+        let keep = if keep { Keep::Here } else { Keep::Nothing };
+        pool.install(|| compress::SpentBudget::spend(&budgeted, options, &keep, progress, load))
     })?;
     Ok(SpentBudget { spent })
 }

@@ -1,6 +1,7 @@
 //! `Checkpoint`, `plan` and `list_matrices`: configs and budgets for the matrices of a checkpoint or of a model in memory.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
@@ -16,16 +17,18 @@ use super::specs::{config_from_python, spec_to_python};
 use crate::checkpoint::read;
 use crate::checkpoint::staging::Destination;
 use crate::checkpoint::write::Slot;
-use crate::compress::{self, BudgetOptions, Calibration, Fits, Given, Options, Origin, Report};
+use crate::compress::{self, BudgetOptions, Calibration, Fits, Given, Keep, Options, Origin, Report};
 use crate::error::{Error, Result};
 use crate::family::{self, Kind};
 use crate::numeric::Float;
 use crate::permute::Effort;
 use crate::plan::{Input, Job, Model, Plan};
+use crate::progress::Progress;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("MODEL_TYPES", family::model_types().collect::<Vec<_>>())?;
     module.add_class::<Checkpoint>()?;
+    module.add_class::<Journal>()?;
     module.add_class::<ModelPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
     module.add_function(wrap_pyfunction!(expand_checkpoint, module)?)?;
@@ -172,6 +175,38 @@ fn write_checkpoint(
     })
 }
 
+/// The finished work of a run, beside its destination, with the claim on it.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct Journal {
+    kept: Arc<compress::Journal>,
+}
+
+#[pymethods]
+impl Journal {
+    /// Its directory, in which a caller may keep files of its own.
+    #[getter]
+    fn directory(&self) -> PathBuf {
+        self.kept.directory().to_owned()
+    }
+
+    /// The number of finished files that it took over.
+    #[getter]
+    fn found(&self) -> usize {
+        self.kept.found()
+    }
+
+    /// The number of finished files that it removed.
+    #[getter]
+    fn replaced(&self) -> usize {
+        self.kept.replaced()
+    }
+
+    /// Releases the destination, and removes the work unless it may be resumed. A second call does nothing.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.kept.close());
+    }
+}
+
 /// A dense checkpoint on disk, opened and validated once.
 #[pyclass(frozen, module = "tqcompressor._core")]
 struct Checkpoint {
@@ -230,8 +265,22 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Claims a destination, and opens the journal of a run whose result depends on `key`, a JSON object.
+    #[pyo3(signature = (out, key, *, resume, overwrite))]
+    fn journal(&self, out: PathBuf, key: &str, resume: bool, overwrite: bool) -> PyResult<Journal> {
+        let key = serde_json::from_str(key).map_err(|error| Error::Config(format!("key: {error}")))?;
+        let destination = Destination::check(&out, &self.opened, overwrite)?;
+        Ok(Journal { kept: Arc::new(compress::Journal::open(destination, &key, resume)?) })
+    }
+
+    /// The files of its weights.
+    #[getter]
+    fn weight_files(&self) -> Vec<PathBuf> {
+        self.opened.weight_files().map(Into::into).collect()
+    }
+
     #[pyo3(signature = (
-        names, moments, *, parameters, lost_energy, max_macs, effort, keep, threads, progress
+        names, moments, *, parameters, lost_energy, max_macs, effort, journal, threads, progress
     ))]
     #[allow(clippy::too_many_arguments)]
     fn spend_budget<'py>(
@@ -243,7 +292,7 @@ impl Checkpoint {
         lost_energy: Option<f64>,
         max_macs: Option<f64>,
         effort: &str,
-        keep: bool,
+        journal: Option<&Journal>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<SpentBudget> {
@@ -254,21 +303,23 @@ impl Checkpoint {
         let calibration = calibration(&moments)?;
         let pool = jobs::rayon_pool(threads)?;
         let spent = jobs::run(py, progress, |progress| {
-            pool.install(|| compress::spend_budget(&self.opened, &names, &calibration, options, keep, progress))
+            let keep = journal.map_or(Keep::Nothing, |journal| Keep::Journal(Arc::clone(&journal.kept)));
+            pool.install(|| compress::spend_budget(&self.opened, &names, &calibration, options, &keep, progress))
         })?;
         Ok(SpentBudget { spent })
     }
 
-    /// Writes the compressed checkpoint. Fits are computed in the norms of `moments`, or taken from a budget that was
-    /// planned for the matrices `names` with these moments.
+    /// Writes the compressed checkpoint to the destination of a journal. Fits are computed in the norms of `moments`, or
+    /// taken from a budget that was planned for the matrices `names` with these moments. `progress` is called with
+    /// `(done, total, phase)`.
     #[pyo3(signature = (
-        out, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, threads, progress
+        journal, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, threads, progress
     ))]
     #[allow(clippy::too_many_arguments)]
     fn compress<'py>(
         &self,
         py: Python<'py>,
-        out: PathBuf,
+        journal: &Journal,
         config: &Bound<'py, PyAny>,
         names: Vec<String>,
         moments: Vec<MomentArrays<'py>>,
@@ -289,8 +340,15 @@ impl Checkpoint {
             Some(SpentBudget { spent }) => Fits::Spent { budget: spent, names: &names, calibration: &calibration },
         };
         let pool = jobs::rayon_pool(threads)?;
-        let report = jobs::run(py, progress, |progress| {
-            pool.install(|| compress::compress_checkpoint(&self.opened, &out, &config, fits, &options, progress))
+        let tell = |py: Python<'_>, counts: &Progress| {
+            let Some(callback) = &progress else { return Ok(()) };
+            let (done, total) = counts.counts();
+            let phase = if counts.phase().is_empty() { "compress" } else { counts.phase() };
+            callback.call1(py, (done, total, phase)).map(|_| ())
+        };
+        let journal = &journal.kept;
+        let report = jobs::run_watched(py, tell, |progress| {
+            pool.install(|| compress::compress_journaled(&self.opened, journal, &config, fits, &options, progress))
         })?;
         Ok(report.to_json(false))
     }

@@ -74,9 +74,9 @@ def restart_peak() -> float:
     return resident("VmRSS")
 
 
-def resident(field: str) -> float:
-    """MB that this process holds (`VmRSS`), or held at most since the peak was restarted (`VmHWM`)."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+def resident(field: str, process: int | str = "self") -> float:
+    """MB that a process holds (`VmRSS`), or held at most since the peak was restarted (`VmHWM`)."""
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
     raise LookupError(field)

@@ -46,7 +46,7 @@ PYTHON = {
     "conversion": "errors _core utils config compression",
     "distillation": "errors _core utils losses config data evaluate models calibration compression",
     "verify": "errors _core utils config data evaluate models compression native distillation",
-    "integrations": "errors config modules models compression",
+    "integrations": "errors config modules models calibration compression",
     "plots": "errors config decomposition compression evaluate",
     "cli": "errors _core utils config data evaluate decomposition calibration compression conversion native "
     "distillation verify",

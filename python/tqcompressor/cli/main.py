@@ -23,9 +23,13 @@ from ..config.tq_config import TQConfig
 from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
 from ..utils.engines import is_native
+from ..utils.progress import announce
 from .options import parser
 
 if TYPE_CHECKING:
+    from ..compression.budget_plan import BudgetPlan
+    from ..compression.cost import CostEstimate
+    from ..compression.report import CompressionReport
     from ..evaluate.results import ModelScore
 
 
@@ -74,28 +78,34 @@ def _compress(options: argparse.Namespace) -> None:
 
     if options.text is not None:
         _quiet_torch_engine(options)
-    report = compress_checkpoint(
-        options.source,
-        options.out,
-        _config(options),
-        budget=options.budget,
-        calibration=options.calibration,
-        text=None if options.text is None else [Path(text) for text in options.text],
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        engine=options.engine,
-        device=options.device,
-        save_calibration=options.save_calibration,
-        objective=options.objective,
-        matrices=options.matrices,
-        max_macs=options.max_macs,
-        effort=options.effort,
-        seed=options.seed,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
-        threads=options.threads,
-        max_shard_size=options.max_shard_size,
-    )
+    try:
+        report = compress_checkpoint(
+            options.source,
+            options.out,
+            _config(options),
+            budget=options.budget,
+            calibration=options.calibration,
+            text=None if options.text is None else [Path(text) for text in options.text],
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+            engine=options.engine,
+            device=options.device,
+            save_calibration=options.save_calibration,
+            objective=options.objective,
+            matrices=options.matrices,
+            max_macs=options.max_macs,
+            effort=options.effort,
+            seed=options.seed,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            threads=options.threads,
+            max_shard_size=options.max_shard_size,
+        )
+    except KeyboardInterrupt:
+        if options.resume:
+            print(f"tqcompressor: the finished work for {options.out} is kept: go on with --resume", file=sys.stderr)
+        raise
     if options.json:
         print(report.to_json())
         return
@@ -213,6 +223,9 @@ def _inspect(options: argparse.Namespace) -> None:
         "--max-macs": options.max_macs,
     }
     if options.budget is not None:
+        estimate = _estimate(options)
+        # Planning reads the weights, which may take as long as half of it.
+        announce(None, f"compressing takes {estimate}")
         found = plan(
             options.source,
             options.budget,
@@ -224,13 +237,38 @@ def _inspect(options: argparse.Namespace) -> None:
             seed=options.seed,
             threads=options.threads,
         )
-        print(found.to_json() if options.json else found)
+        print(_with_estimate(found, estimate) if options.json else f"{found}\ncompressing takes {estimate}")
         return
     for name, value in only_plans.items():
         if value is not None:
             raise ConfigError(f"{name} needs --budget")
     report = inspect(options.source, _config(options))
-    print(report.to_json() if options.json else report)
+    if _config(options) is None:
+        says = "give --budget or --recipe, and inspect says about how long compressing takes, and how much memory"
+        print(report.to_json() if options.json else f"{report}\n{says}")
+        return
+    estimate = _estimate(options)
+    print(_with_estimate(report, estimate) if options.json else f"{report}\ncompressing takes {estimate}")
+
+
+def _estimate(options: argparse.Namespace) -> CostEstimate:
+    """About what `compress` takes with the options of `inspect`."""
+    from ..compression.cost import estimate_cost
+
+    return estimate_cost(
+        options.source,
+        _config(options),
+        budget=options.budget,
+        calibrated=options.calibration is not None,
+        matrices=options.matrices,
+        effort=options.effort if options.budget is not None else None,
+        threads=options.threads,
+    )
+
+
+def _with_estimate(found: BudgetPlan | CompressionReport, estimate: CostEstimate) -> str:
+    """The JSON of a plan, with the estimate."""
+    return json.dumps({**found.to_dict(), "estimate": estimate.to_dict()}, indent=2, ensure_ascii=False)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

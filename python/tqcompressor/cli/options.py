@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     _add_engine(group)
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
+    compress.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a killed run with the same options was, and keep what this one finishes if it is stopped",
+    )
     searched = "(default: the config's; with --budget"
     compress.add_argument("--effort", choices=EFFORTS, help=f"effort of the search {searched} {DEFAULT_EFFORT})")
     compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .. import _core
 from .._core import SpentBudget
@@ -14,18 +18,23 @@ from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Engine
 from ..config.recipes import ConfigOption, resolve_config
 from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
 from ..data.text import TextOption
+from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..decomposition.norm import Moments
 from ..errors import CheckpointError, ConfigError, DestinationError
 from ..utils import validate
 from ..utils.hub import StrPath, local_directory
-from ..utils.progress import ProgressOption, reporter
+from ..utils.progress import ProgressOption, announce, phase_reporter, reporter
 from ..utils.sizes import byte_count
 from ..utils.utf8 import read_json
 from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
 from .budget_plan import BudgetPlan, BudgetRequest
-from .measured import measure_and_save
+from .cost import cost_of
+from .measured import calibrate_checkpoint, sole_file
 from .report import REPORT_FILE, CompressionReport, MatrixReport, UntouchedTensor, read_report
+from .run_key import run_key
 
+# The calibration on a text, in the journal of a run.
+_CALIBRATION = "calibration.safetensors"
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 
@@ -49,6 +58,7 @@ def compress_checkpoint(
     seed: int | None = None,
     dtype: Dtype | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     progress: ProgressOption = None,
@@ -83,16 +93,19 @@ def compress_checkpoint(
         dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: each keeps its own.
         overwrite: Replace a checkpoint in `out`, all of it, in one step. A folder that holds anything else is refused:
             files that no compression or distillation writes, or folders other than `stages`.
+        resume: Go on where a run into `out` with the same arguments and source was killed; begin anew where there is
+            none. What this run finishes is kept beside `out` until it succeeds, also if it is interrupted or fails.
         max_shard_size: The size limit of a weight file, in bytes or as in "500MB" or "2GiB".
         threads: Worker threads. Default: one per core.
-        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
+        progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`, called
+            for each phase in turn: calibrate, plan, compress, write.
 
     Returns:
         The report, with for every matrix its shape, spec, parameters before and after, lost energy and seconds.
 
     Raises:
         ConfigError: Neither or both of `config` and `budget`; a pattern that matches nothing; a newer format; a budget
-            that cannot be met.
+            that cannot be met; `resume` finds a run with other arguments or another source, which the message names.
         CheckpointError: The source is missing, truncated, pickled, compressed already, or of a family without a
             description (the message lists those that have one): compress a live model of such a family.
         TextError, MissingDependencyError: As `calibrate_checkpoint`.
@@ -103,9 +116,12 @@ def compress_checkpoint(
             it holds a file that is none of a checkpoint. The message names the first.
         StorageError: The operating system reports an error: no permission, no space.
 
-    Nothing is written if anything is raised, `KeyboardInterrupt` included.
+    Nothing is written if anything is raised, `KeyboardInterrupt` included, except for the finished work of a run with
+    `resume`. A killed run leaves its work in `.OUT.tqcompressor-resume` beside `out`: a run with `resume` goes on with
+    it, and one without removes it and warns.
 
-    Cost: memory for one matrix a thread and its search. The source is memory-mapped.
+    Cost: memory for one matrix a thread and its search; `inspect` and `estimate_cost` say how much. The source is
+    memory-mapped. The disk holds the factors a second time, in float32, and the calibration on a `text`.
 
     Example:
         >>> report = compress_checkpoint("tests/data/tiny-gpt2", "tiny-gpt2-compressed", budget=0.65)
@@ -122,54 +138,110 @@ def compress_checkpoint(
     stored = dtype_name(dtype)
     source = local_directory(source)
     checkpoint = _core.Checkpoint.open(source)
-    if text is None:
-        known = load_calibration(calibration)
-    else:
-        # Before the longest part of the work.
-        checkpoint.check_destination(os.fspath(out), overwrite)
-        if budget is None:
-            checkpoint.plan(resolve_config(config, effort=effort, seed=seed))
-        else:
-            meaning(budget)
-            checkpoint.list_matrices(matrix_patterns(matrices))
-        known = measure_and_save(
-            source,
-            text,
-            save_calibration,
-            engine=engine,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            seed=DEFAULT_SEED if seed is None else seed,
-            device=device,
-            threads=threads,
-            progress=progress,
-        )
-    moments: list[tuple[str, Moments]] = []
-    spent = None
+    known = load_calibration(calibration)
+    # What would be refused is refused before the longest part of the work.
+    resolved, spending = None, None
     if budget is None:
         resolved = resolve_config(config, effort=effort, seed=seed)
-        if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
-            moments = moments_of(known, objective, checkpoint.plan(resolved).matrices)
+        seed = resolved.seed
+        planned = checkpoint.plan(resolved).matrices
+        if text is None:
+            _moments(known, objective, planned)
     else:
         seed = DEFAULT_SEED if seed is None else seed
-        spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed)
-        request, spent = _spend(checkpoint, spending, stored, keep=True, threads=threads, progress=progress)
-        resolved = request.plan(spent.choices).config
-        moments = list(zip(request.names, request.moments, strict=True))
-    with reporter(progress, "compress") as report_progress:
-        text = checkpoint.compress(
-            os.fspath(out),
+        effort = effort or DEFAULT_EFFORT
+        spending = Spending(budget, known, objective, matrices, max_macs, effort, seed)
+        meaning(budget)
+        checkpoint.list_matrices(matrix_patterns(matrices))
+    checkpoint.check_destination(os.fspath(out), overwrite)
+    sampling = {"num_samples": num_samples, "seq_len": seq_len, "engine": engine, "device": device}
+    facts = {
+        "config": None if resolved is None else resolved.to_dict(),
+        "budget": None if budget is None else str(budget),
+        "calibration": known,
+        "text": text,
+        **(sampling if text is not None else {}),
+        "objective": objective,
+        "matrices": matrix_patterns(matrices),
+        "max_macs": max_macs,
+        "effort": effort,
+        "seed": seed,
+        "dtype": stored,
+        "max_shard_size": most,
+    }
+    key = run_key(checkpoint, source, facts)
+    journaled = closing(checkpoint.journal(os.fspath(out), key, resume=resume, overwrite=overwrite))
+    with sole_file(save_calibration), journaled as journal:
+        if journal.replaced:
+            warnings.warn(
+                f"{os.fspath(out)}: an earlier run was killed, and its finished work is removed; resume would have "
+                "gone on with it",
+                stacklevel=2,
+            )
+        cost = cost_of(
+            checkpoint,
             resolved,
-            [name for name, _ in moments],
-            [pair for _, pair in moments],
-            spent=spent,
-            dtype=stored,
-            overwrite=overwrite,
-            max_shard_bytes=most,
+            budget,
+            calibrated=known is not None,
+            tokens=0 if text is None else num_samples * (seq_len or CALIBRATION_SEQ_LEN),
+            matrices=matrices,
+            effort=effort,
             threads=threads,
-            progress=report_progress,
         )
-    return CompressionReport.from_dict(json.loads(text))
+        announce(progress, f"compressing takes {cost}")
+        if text is not None:
+            known = _calibrated(
+                Path(journal.directory, _CALIBRATION),
+                source,
+                text,
+                seed=seed,
+                threads=threads,
+                progress=progress,
+                **sampling,
+            )
+            if save_calibration is not None:
+                known.save(save_calibration)
+        spent = None
+        if spending is not None:
+            spending = replace(spending, calibration=known)
+            request, spent = _spend(checkpoint, spending, stored, journal, threads=threads, progress=progress)
+            resolved = request.plan(spent.choices).config
+            moments = list(zip(request.names, request.moments, strict=True))
+        else:
+            moments = _moments(known, objective, planned)
+        # Either the config of the caller or that of the plan.
+        assert resolved is not None
+        with phase_reporter(progress) as report_progress:
+            written = checkpoint.compress(
+                journal,
+                resolved,
+                [name for name, _ in moments],
+                [pair for _, pair in moments],
+                spent=spent,
+                dtype=stored,
+                overwrite=overwrite,
+                max_shard_bytes=most,
+                threads=threads,
+                progress=report_progress,
+            )
+    return CompressionReport.from_dict(json.loads(written))
+
+
+def _calibrated(path: Path, source: str, text: TextOption, **options: Any) -> Calibration:
+    """The calibration of a run on its text, kept at `path`, where it is if the run was stopped after it."""
+    if not path.exists():
+        calibrate_checkpoint(source, text, **options).save(path)
+    # Mapped from the file, it takes no memory while it is not used.
+    return Calibration.load(path)
+
+
+def _moments(
+    known: Calibration | None, objective: Objective, planned: Sequence[_core.MatrixInfo]
+) -> list[tuple[str, Moments]]:
+    """The moments for the matrices of a config; none where errors are in the Frobenius norm."""
+    if (known is None and objective not in ("auto", "frobenius")) or calibrated(known, objective):
+        return moments_of(known, objective, planned)
+    return []
 
 
 def expand_checkpoint(
@@ -243,7 +315,7 @@ def plan_checkpoint(
     A budget in bytes depends on the `dtype` of the result; None keeps each tensor's own.
     """
     checkpoint = _core.Checkpoint.open(local_directory(source))
-    request, spent = _spend(checkpoint, spending, dtype, keep=False, threads=threads, progress=progress)
+    request, spent = _spend(checkpoint, spending, dtype, None, threads=threads, progress=progress)
     return request.plan(spent.choices)
 
 
@@ -251,19 +323,19 @@ def _spend(
     checkpoint: _core.Checkpoint,
     spending: Spending,
     dtype: str | None,
+    journal: _core.Journal | None,
     *,
-    keep: bool,
     threads: int | None,
     progress: ProgressOption,
 ) -> tuple[BudgetRequest, SpentBudget]:
-    """Spends a budget on a checkpoint; with `keep`, what was spent can be fitted and written."""
+    """Spends a budget on a checkpoint; with a journal, what was spent can be fitted and written."""
     listed = checkpoint.list_matrices(matrix_patterns(spending.matrices))
     before = checkpoint.parameters
     bytes_each = _BYTES.get(dtype or "", checkpoint.bytes / max(before, 1))
     request = BudgetRequest.of(listed, (before, bytes_each), spending)
     with reporter(progress, "plan") as report_progress:
         spent = checkpoint.spend_budget(
-            request.names, request.moments, **request.limits, keep=keep, threads=threads, progress=report_progress
+            request.names, request.moments, **request.limits, journal=journal, threads=threads, progress=report_progress
         )
     return request, spent
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +111,23 @@ def measure_and_save(source: StrPath, text: TextOption, out: StrPath | None, **o
 
     The file is checked and locked from the beginning: the second of two runs is refused before it reads a text.
     """
+    with sole_file(out):
+        found = calibrate_checkpoint(source, text, **options)
+        if out is not None:
+            found.save(out)
+    return found
+
+
+@contextmanager
+def sole_file(out: StrPath | None) -> Iterator[None]:
+    """Holds the lock of a run that writes the calibration `out`, which is no folder; nothing for None."""
     if out is None:
-        return calibrate_checkpoint(source, text, **options)
+        yield
+        return
     if Path(out).is_dir():
         raise DestinationError(f"{out} is a folder: expected the name of a file")
     with sole_run(Path(out)):
-        found = calibrate_checkpoint(source, text, **options)
-        found.save(out)
-    return found
+        yield
 
 
 def check_files(source: StrPath) -> None:

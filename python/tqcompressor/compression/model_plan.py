@@ -96,13 +96,7 @@ def spend_budget(
     progress: ProgressOption,
 ) -> tuple[BudgetRequest, SpentBudget]:
     """Spends a budget on a live model, without touching it; with `keep`, what was spent can be fitted."""
-    require_dense(model)
-    every = _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices))
-    reasons = _obstacles(model, every, spending)
-    listed = [matrix for matrix in every if matrix.name not in reasons]
-    before = model.num_parameters()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    request = BudgetRequest.of(listed, (before, size / max(before, 1)), spending, reasons)
+    request = budget_request(model, spending)
     with reporter(progress, "plan") as report_progress:
         spent = _core.spend_budget(
             [matrix_of(model, matrix) for matrix in request.matrices],
@@ -116,6 +110,20 @@ def spend_budget(
             progress=report_progress,
         )
     return request, spent
+
+
+def budget_request(model: PreTrainedModel, spending: Spending) -> BudgetRequest:
+    """The request for a budget on a live model, which need have no values yet; raises `ConfigError` where it cannot be.
+
+    That is where the budget is too small, or the calibration is of another model.
+    """
+    require_dense(model)
+    every = _core.list_matrices(*_listing(model), matrix_patterns(spending.matrices))
+    reasons = _obstacles(model, every, spending)
+    listed = [matrix for matrix in every if matrix.name not in reasons]
+    before = model.num_parameters()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return BudgetRequest.of(listed, (before, size / max(before, 1)), spending, reasons)
 
 
 def _obstacles(model: PreTrainedModel, listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, str]:

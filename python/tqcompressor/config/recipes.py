@@ -44,8 +44,19 @@ def resolve_config(config: ConfigOption | None, **changes: Any) -> TQConfig:
     """The `TQConfig` of a `config` argument: a recipe's name, the path of a JSON file, a dict or a `TQConfig`.
 
     `changes` (`effort`, `seed`) replace the config's own, unless they are None. Raises `ConfigError` for None, for
-    a name that is neither a recipe nor a file, and for contents that cannot be followed.
+    a name that is neither a recipe nor a file, for contents that cannot be followed, and for a budget or calibration.
     """
+    resolved = read_config(config)
+    if given := resolved.of_loading:
+        raise ConfigError(
+            f"config: {', '.join(given)} of a TQConfig count in from_pretrained(…, quantization_config=…) only: give "
+            "them here as arguments"
+        )
+    return resolved.replace(**changes)
+
+
+def read_config(config: ConfigOption | None) -> TQConfig:
+    """As `resolve_config`, also for a config with a budget or a calibration, which only loading takes."""
     if isinstance(config, TQConfig):
         resolved = config
     elif isinstance(config, Mapping):
@@ -54,7 +65,7 @@ def resolve_config(config: ConfigOption | None, **changes: Any) -> TQConfig:
         resolved = _named_config(config)
     else:
         raise ConfigError(f"config: expected {CONFIG_FORMS}, got {type(config).__name__}")
-    return resolved.replace(**changes)
+    return resolved
 
 
 def _named_config(name: str | os.PathLike[str]) -> TQConfig:

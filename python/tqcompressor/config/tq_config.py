@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
 from ..utils import validate
 from ..utils.atomic_io import WholeFile
 from ..utils.utf8 import parsed
-from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, Effort, one_of
+from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, one_of
 from .specs import KroneckerSpec, MatrixSpec, check_keys, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
@@ -35,7 +35,13 @@ class TQConfig:
     `[13579]` is one of these characters. The first pattern that matches a matrix decides. The
     result depends on the weights, the spec, the effort ("fast", "balanced" or "best") and the seed only.
 
-    Two configs are equal when their specs (in any order), effort and seed are.
+    In place of specs, `budget` is a budget as `compress` takes it, for `from_pretrained(dense,
+    quantization_config=TQConfig(budget=0.65, calibration="calibration.safetensors"))`. `calibration`, `objective`,
+    `matrices` and `max_macs` are the arguments of `compress` of these names. They say how a dense model is compressed
+    while it is loaded. The loaded model's own config has the specs that came of it, and none of these; every other
+    function takes them as its own arguments.
+
+    Two configs are equal when their specs (in any order), effort, seed and these arguments are.
 
     Raises `ConfigError` for invalid values.
 
@@ -44,9 +50,16 @@ class TQConfig:
     True
     """
 
-    specs: Mapping[str, MatrixSpec]
+    specs: Mapping[str, MatrixSpec] = field(default_factory=dict)
     effort: Effort = DEFAULT_EFFORT
     seed: int = DEFAULT_SEED
+    _: KW_ONLY
+    budget: float | int | str | None = None
+    calibration: Any = None
+    """A `Calibration` or the path of its file."""
+    objective: Objective = "auto"
+    matrices: Sequence[str] | None = None
+    max_macs: float | None = None
 
     # Read by transformers, which picks the quantizer by it.
     quant_method: ClassVar[str] = QUANT_METHOD
@@ -54,8 +67,10 @@ class TQConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.specs, Mapping):
             raise ConfigError(f"specs must map patterns to specs, got {type(self.specs).__name__}")
-        if not self.specs:
-            raise ConfigError("specs is empty: name at least one matrix to compress")
+        if not self.specs and self.budget is None:
+            raise ConfigError("specs is empty: name at least one matrix to compress, or give a budget")
+        if self.specs and self.budget is not None:
+            raise ConfigError("expected specs or a budget, got both")
         checked = {}
         for pattern, spec in self.specs.items():
             if not isinstance(pattern, str) or not pattern or not _is_utf8(pattern):
@@ -66,10 +81,17 @@ class TQConfig:
                 raise ConfigError(f"specs[{pattern!r}]: {error}") from None
         object.__setattr__(self, "specs", checked)
         one_of("effort", self.effort, EFFORTS)
+        one_of("objective", self.objective, OBJECTIVES)
         object.__setattr__(self, "seed", validate.seed(self.seed))
 
+    @property
+    def of_loading(self) -> dict[str, Any]:
+        """The arguments that `from_pretrained` alone takes from a config, those that are set."""
+        defaults = {field.name: field.default for field in fields(self) if field.kw_only}
+        return {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
+
     def replace(self, **changes: Any) -> TQConfig:
-        """A copy with other `specs`, `effort` or `seed`; an argument that is None changes nothing."""
+        """A copy with other values; an argument that is None changes nothing."""
         unknown = changes.keys() - {field.name for field in fields(self)}
         if unknown:
             raise ConfigError(f"a config has no {', '.join(sorted(unknown))}")
@@ -89,6 +111,7 @@ class TQConfig:
             "specs": {pattern: spec.to_dict() for pattern, spec in self.specs.items()},
             "effort": self.effort,
             "seed": self.seed,
+            **{name: _plain(value) for name, value in self.of_loading.items()},
         }
 
     @classmethod
@@ -109,7 +132,12 @@ class TQConfig:
                 f"written by a newer tqcompressor (format {version}), this one reads up to {FORMAT_VERSION}: upgrade"
             )
         own = tuple(field.name for field in fields(cls))
-        check_keys(data, "config", known=("quant_method", "format_version", *own), required=("specs",))
+        check_keys(
+            data,
+            "config",
+            known=("quant_method", "format_version", *own),
+            required=() if "budget" in data else ("specs",),
+        )
         return cls(**{name: data[name] for name in own if name in data})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -132,6 +160,10 @@ class TQConfig:
             raise ConfigError(str(error)) from None
         return cls.from_dict(data)
 
+    def __deepcopy__(self, memo: object) -> TQConfig:
+        # It is not changed after it was made, and a calibration may fill the memory.
+        return self
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of `to_dict`. transformers calls it, because a config may be a dict."""
         return self.to_dict().get(key, default)
@@ -139,6 +171,11 @@ class TQConfig:
     def update(self, **changes: Any) -> dict[str, Any]:
         """Returns all arguments as unused. transformers passes those of `from_pretrained`."""
         return changes
+
+
+def _plain(value: Any) -> Any:
+    """A JSON type for an argument: a path or a calibration becomes text."""
+    return value if isinstance(value, int | float | str | list | tuple) else str(value)
 
 
 def _is_utf8(text: str) -> bool:

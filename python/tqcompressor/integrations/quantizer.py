@@ -23,8 +23,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config.recipes import resolve_config
+from ..calibration.calibration import load_calibration
+from ..compression.budget import Spending, matrix_patterns, meaning, moments_of
+from ..config.recipes import read_config
 from ..config.tq_config import QUANT_METHOD, TQConfig
+from ..errors import ConfigError
 from ..models.quantization_state import attach, detach, guard_name, specs_of_model
 from ..models.stored import Shapes, check_loaded, check_tensors, needed_conversions, stored_apart, stored_shapes
 
@@ -57,7 +60,7 @@ class TQQuantizer(HfQuantizer):
     """Swaps in compressed modules before weights are loaded, or compresses a dense model afterwards.
 
     With `pre_quantized` the checkpoint has the factors that the config names. Without, it is a dense checkpoint that
-    `from_pretrained(..., quantization_config=TQConfig(...))` compresses on the fly.
+    `from_pretrained(..., quantization_config=TQConfig(...))` compresses as `compress` does, by specs or by a budget.
     """
 
     quantization_config: Any  # a TQConfig
@@ -65,8 +68,19 @@ class TQQuantizer(HfQuantizer):
     _unchecked: tuple[PreTrainedModel, Shapes] | None = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        config: Any = resolve_config(quantization_config)
+        config: Any = read_config(quantization_config)
         super().__init__(config, **kwargs)
+        if self.pre_quantized and config.of_loading:
+            given = ", ".join(config.of_loading)
+            raise ConfigError(
+                f"quantization_config: {given}: these compress a dense checkpoint on loading, this one is compressed"
+            )
+        if config.budget is not None:
+            meaning(config.budget)
+            matrix_patterns(config.matrices)
+        elif config.matrices is not None or config.max_macs is not None:
+            raise ConfigError("quantization_config: matrices and max_macs go with a budget")
+        self._calibration = load_calibration(config.calibration)
 
     def is_serializable(self) -> bool:
         """Compressed models can be saved."""
@@ -85,7 +99,7 @@ class TQQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        from ..compression.model_plan import plan_model
+        from ..compression.model_plan import budget_request, plan_model
         from ..models.matrices import require_transformers_model
         from ..models.surgery import empty_modules, swapped, tied_modules
         from ..models.ties import untie
@@ -97,10 +111,15 @@ class TQQuantizer(HfQuantizer):
             stored = stored_shapes(checkpoint_files)
             apart = stored_apart(model, stored)
         if not self.pre_quantized:
-            # Check the config before a large checkpoint is read. Whether a head that is stored beside its embedding has
-            # the same values shows only then.
-            if not apart:
-                plan_model(model, self.quantization_config)
+            # Check the config and the calibration before a large checkpoint is read. Whether a head that is stored
+            # beside its embedding has the same values shows only then.
+            if apart:
+                return
+            config: TQConfig = self.quantization_config
+            if config.budget is None:
+                moments_of(self._calibration, config.objective, plan_model(model, config).matrices)
+            else:
+                budget_request(model, Spending(config.budget, self._calibration, **self._spending()))
             return
         if apart:
             untie(model, apart)
@@ -136,15 +155,26 @@ class TQQuantizer(HfQuantizer):
         from ..models.surgery import tie_modules
 
         if not self.pre_quantized:
-            # `compress` starts from a model without a quantizer, and attaches this one.
+            config: TQConfig = self.quantization_config
+            # `compress` starts from a model without a quantizer, and attaches one with the specs of every matrix.
             detach(model)
-            compress(model, self.quantization_config)
+            if config.budget is None:
+                plain = TQConfig(config.specs, config.effort, config.seed)
+                compress(model, plain, calibration=self._calibration, objective=config.objective)
+            else:
+                compress(model, budget=config.budget, calibration=self._calibration, **self._spending())
+            self._calibration = None
             return
         # The permutations of tied modules are not in the checkpoint.
         tie_modules(model)
         check_loaded(model)
         specs = specs_of_model(model, self.quantization_config)
         attach(model, self.quantization_config.replace(specs=specs))
+
+    def _spending(self) -> dict[str, Any]:
+        """The options of a budget, as `compress` takes them."""
+        names = ("objective", "matrices", "max_macs", "effort", "seed")
+        return {name: getattr(self.quantization_config, name) for name in names}
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors to save: the model's and the guard. No metadata, so that equal models make equal files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 ProgressCallback: TypeAlias = Callable[[int, int], object]
@@ -51,6 +51,31 @@ def reporter(option: ProgressOption, description: str) -> Iterator[Report | None
                 bar.update(done - bar.n)
 
             yield show
+
+
+@contextmanager
+def phase_reporter(option: ProgressOption) -> Iterator[Callable[[int, int, str], object] | None]:
+    """As `reporter`, for a job that calls back with `(done, total, phase)`: each phase has a bar of its own."""
+    if option is False:
+        yield None
+        return
+    with ExitStack() as stack:
+        shown: dict[str, Report | None] = {}
+
+        def show(done: int, total: int, phase: str) -> None:
+            if phase not in shown:
+                stack.close()
+                shown[phase] = stack.enter_context(reporter(option, phase))
+            if (report := shown[phase]) is not None:
+                report(done, total)
+
+        yield show
+
+
+def announce(option: ProgressOption, words: str) -> None:
+    """Prints a line on standard error where `option` shows a bar."""
+    if option is True or (option is None and _is_watched()):
+        print(words, file=sys.stderr, flush=True)
 
 
 def _is_watched() -> bool:
