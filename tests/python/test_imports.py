@@ -44,7 +44,7 @@ PYTHON = {
     "native": "errors _core utils data evaluate calibration",
     "compression": "errors _core utils config data decomposition modules models calibration native",
     "distillation": "errors _core utils losses config data evaluate models compression",
-    "integrations": "errors config modules models compression",
+    "integrations": "errors config modules models calibration compression",
     "plots": "errors config decomposition compression evaluate",
     "cli": "errors _core utils config data evaluate decomposition calibration compression native distillation",
 }
