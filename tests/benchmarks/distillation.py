@@ -5,6 +5,8 @@ The teacher is the small GPT-2 of this repository; the students have about 65% o
 - staged, distilled: the stages of `tq-81m-staged`, with a milder last one, so that 65% are left and not 60%;
 - one-shot, distilled: the same shapes in one step, then the same training;
 - staged, labels alone: the same stages, trained on the next token without the teacher;
+- budget, one-shot and budget, staged: `--budget` of the parameters, calibrated on the text, in one stage or in three,
+  trained with the defaults of `distill`;
 - from scratch: a narrower dense GPT-2 of as many parameters, random weights, trained on the next token.
 
 Budgets are in tokens; 567,000 is 3.1% of what the teacher was trained on. The text is not in the repository: pass yours
@@ -63,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shares", type=float, nargs=3, default=[1, 1, 8], help="of the stages in the tokens")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="in the forward pass")
     parser.add_argument("--effort", default="balanced")
+    parser.add_argument("--budget", type=float, default=0.65, help="of the students that have one")
     parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, each on one thread")
 
 
@@ -151,6 +154,28 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
     return train
 
 
+def healed(stages: int) -> Callable:
+    """A calibrated budget, trained with the defaults, from 1 in equal steps down to the budget."""
+
+    def train(task: argparse.Namespace) -> PreTrainedModel:
+        budgets = [round(1 - (1 - task.budget) * stage / stages, 4) for stage in range(1, stages + 1)]
+        with tempfile.TemporaryDirectory() as folder:
+            report = distill(
+                TEACHER,
+                StagedRecipe.of_budgets(*budgets, seed=task.seed),
+                text=Path(task.text),
+                out=Path(folder) / "student",
+                tokens=task.tokens,
+                heldout=TEACHER / "evaluation.txt",
+                training=TrainingConfig(seed=task.seed),
+                device="cpu",
+            )
+            print(report, file=sys.stderr)
+            return AutoModelForCausalLM.from_pretrained(Path(folder) / "student")
+
+    return train
+
+
 def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
     settings = replace(training(task), learning_rate=task.learning_rate_from_scratch)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
@@ -186,12 +211,15 @@ STUDENTS: dict[str, Callable] = {
     "staged, distilled": distilled(STAGED, True),
     "one-shot, distilled": distilled(ONE_SHOT, True),
     "staged, labels alone": distilled(STAGED, False),
+    "budget, one-shot": healed(1),
+    "budget, staged": healed(3),
     "from scratch": from_scratch,
 }
 # Options that are passed to the process of a student.
 TRAINING = (
     "text",
     "heldout",
+    "budget",
     "learning_rate",
     "learning_rate_from_scratch",
     "batch_size",

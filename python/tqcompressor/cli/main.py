@@ -76,6 +76,9 @@ def _compress(options: argparse.Namespace) -> None:
     from ..compression.budget import meaning
     from ..compression.checkpoint import compress_checkpoint
 
+    if options.heal_tokens is not None:
+        _distill(parser().parse_args(_healing(options)))
+        return
     if options.text is not None:
         _quiet_torch_engine(options)
     try:
@@ -113,6 +116,35 @@ def _compress(options: argparse.Namespace) -> None:
     if options.budget is not None:
         print(f"budget {options.budget}: {meaning(options.budget)}")
     print(f"written to {options.out}")
+
+
+# Options of compress that its healing, a run of distill, has too.
+_HEALED = ("budget", "calibration", "num_samples", "effort", "seed", "dtype", "threads")
+_HEALED_FLAGS = ("resume", "json", "debug")
+
+
+def _healing(options: argparse.Namespace) -> list[str]:
+    """The command line of `distill` that compresses and heals as these options of `compress` say."""
+    if options.text is None:
+        raise ConfigError("--heal-tokens: expected with --text, which the result is trained on")
+    plain = vars(parser().parse_args(["compress", "SRC", "--out", "DST"]))
+    handled = {*_HEALED, *_HEALED_FLAGS, "heal_tokens", "source", "out", "text", "recipe", "config"}
+    for name, value in vars(options).items():
+        if name not in handled and value != plain.get(name):
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"--{option} cannot be combined with --heal-tokens: compress first, then distill --student"
+            )
+    # After "=", a value that begins with a dash is none of the options.
+    line = ["distill", f"--teacher={options.source}", f"--out={options.out}", f"--tokens={options.heal_tokens}"]
+    recipe_or_config = options.recipe or options.config
+    if recipe_or_config is not None:
+        line.append(f"--recipe={recipe_or_config}")
+    for name in _HEALED:
+        if (value := getattr(options, name)) != plain[name]:
+            line.append(f"--{name.replace('_', '-')}={value}")
+    line += [f"--{name}" for name in _HEALED_FLAGS if getattr(options, name)]
+    return [*line, "--text", *options.text]
 
 
 def _expand(options: argparse.Namespace) -> None:

@@ -35,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--save-calibration", metavar="FILE", help="keep the calibration in a safetensors file")
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     _add_engine(group)
+    compress.add_argument(
+        "--heal-tokens",
+        type=_count,
+        metavar="N",
+        help="train the result on so many tokens of --text, such as 2M; see distill, which has more options",
+    )
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
     compress.add_argument(
         "--resume",
@@ -359,6 +365,18 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="with --budget: a cap on the MACs of these matrices for one token, as a share of their MACs while dense",
     )
+
+
+def _count(text: str) -> int:
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    number = round(float(text[:-1] if scale > 1 else text) * scale)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+# The name of the type in argparse's error.
+_count.__name__ = "number of tokens"
 
 
 def _positive(text: str) -> int:

@@ -31,7 +31,7 @@ EVERYWHERE = {
 }
 # Options without an argument in Python.
 ONLY_ON_THE_COMMAND_LINE = {
-    "compress": {"recipe": "a config by its name"},
+    "compress": {"recipe": "a config by its name", "heal_tokens": "distill(tokens=…)"},
     "expand": {},
     "convert": {},
     "calibrate": {"out": "Calibration.save(path)"},

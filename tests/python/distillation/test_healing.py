@@ -12,6 +12,7 @@ from helpers.tokenizer import save_tokenizer
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from tqcompressor import calibrate, compress, distill
+from tqcompressor.cli import main as cli
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
 from tqcompressor.distillation.stages import StagedRecipe
 from tqcompressor.distillation.tasks import MaskedTask
@@ -207,3 +208,38 @@ def test_the_masks_of_a_text_are_fixed(data):
     assert torch.equal(one["input_ids"][masked], torch.full((int(masked.sum()),), tokenizer.mask_token_id))
     assert torch.equal(torch.where(masked, one["labels"], one["input_ids"])[1:-1], tokens)
     assert AutoModel.from_pretrained(data.folder / "encoder").config.model_type == "bert"
+
+
+def test_compress_heals_as_its_last_phase(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TQCOMPRESSOR_CACHE", str(data.cache))
+    command = [
+        "compress",
+        str(data.folder / "llama"),
+        "--budget",
+        "0.6",
+        "--text",
+        str(data.text),
+        "--num-samples",
+        "16",
+    ]
+    assert cli.main([*command, "--heal-tokens", "1.5k", "--out", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (
+        report["tokens"] <= 1500
+        and report["stages"][0]["trained"]["parameters"] <= 0.6 * report["teacher"]["parameters"]
+    )
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    for wrong, message in (
+        (["--matrices", "layers.*"], "--matrices cannot be combined with --heal-tokens"),
+        (["--heal-tokens", "none"], "invalid number of tokens"),
+    ):
+        try:
+            status = cli.main([*command, "--heal-tokens", "1k", "--out", str(tmp_path / "other"), *wrong])
+        except SystemExit as error:
+            status = error.code
+        assert status == 2
+        assert message in capsys.readouterr().err
+    assert (
+        cli.main(["compress", "SRC", "--budget", "0.6", "--heal-tokens", "1k", "--out", str(tmp_path / "other")]) == 2
+    )
+    assert "--heal-tokens: expected with --text" in capsys.readouterr().err
