@@ -114,7 +114,11 @@ def models(gpt2: Path, folder: Path, options: argparse.Namespace) -> Iterator[tu
         yield f"ours, {name}", out
     if options.text is not None and not options.no_healing:
         # What `distill` is called with, for each student that is healed.
-        for name, student in (("recipe", {"recipe": RECIPE, "effort": options.effort}),):
+        students: dict[str, dict[str, Any]] = {
+            "recipe": {"recipe": RECIPE, "effort": options.effort},
+            "budget": {"budget": size, "calibration": calibration},
+        }
+        for name, student in students.items():
             yield f"ours, {name}, healed", healed(gpt2, folder / f"{name}-healed", student, options)
 
 

@@ -67,7 +67,7 @@ def test_the_table(run, paper, sets, tmp_path, monkeypatch):
     options = ["--wikitext2", wikitext, "--lambada", lambada, "--tq", "tq.bin", "--distilgpt2", TINY]
     options += ["--text", TINY / "calibration.txt", "--num-samples", 2, "--tokens", 2048, "--batch-size", 4]
     rows = run(*options, "--out", tmp_path / "students")
-    ours = ["recipe", "recipe, calibrated", "budget, calibrated", "recipe, healed"]
+    ours = ["recipe", "recipe, calibrated", "budget, calibrated", "recipe, healed", "budget, healed"]
     measured = ["GPT-2", "DistilGPT-2", "TQCompressedGPT-2", *(f"ours, {name}" for name in ours)]
     assert list(rows) == [*measured, "Krony-PT", "KnGPT-2"]
     # One table: every row has the same columns.
