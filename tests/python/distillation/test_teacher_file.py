@@ -47,7 +47,7 @@ def test_safetensors_reads_the_file(cached):
     probabilities = np.exp(-32 / 65535 * tensors["log_probability_steps"][5].astype(np.float64))
     np.testing.assert_allclose(cached[5]["teacher_probabilities"], probabilities, rtol=RELATIVE)
     with safetensors.safe_open(cached._path, "np") as file:
-        assert file.metadata()["temperature"] == "2.0" and file.metadata()["fingerprint"] == cached.fingerprint
+        assert file.metadata()["temperature"] == "1.0" and file.metadata()["fingerprint"] == cached.fingerprint
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, 300, -1, "longer"])
@@ -65,7 +65,7 @@ def test_a_file_of_another_length(cached, tmp_path, length):
         ('"k": "8"', '"k": "7"', "damaged"),
         ('"k": "8"', '"k": "x"', "damaged"),
         ('"num_samples": "7"', '"num_samples": "0"', "damaged"),
-        ('"temperature": "2.0"', '"temperature": "2,0"', "damaged"),
+        ('"temperature": "1.0"', '"temperature": "2,0"', "damaged"),
         ('"vocab_size": "8192"', '"vocab_size": "81920"', "damaged"),
         ('"U16"', '"U32"', "damaged"),
         ('"U16"', '"I16"', "tokens: expected one of the dtypes F32, U32, U16, got I16"),

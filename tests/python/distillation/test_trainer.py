@@ -84,18 +84,22 @@ def oracle(student, teacher, batch, distill):
     )
     loss = distill.alpha * distill.temperature**2 * divergence
     loss = loss + (1 - distill.alpha) * functional.cross_entropy(s, labels[counted])
-    if distill.hidden_weight:
+    weight = distill.hidden_weight
+    # Student and teacher have equal widths and layers here.
+    weight = float(distill.alpha > 0) if weight is None else weight
+    if weight:
         attended = torch.ones_like(ids) if mask is None else mask
         distances = []
         for our, their in distill.hidden_layers or ((1, 1), (2, 2)):
             a = ours.hidden_states[our][attended.bool()].double()
             b = theirs.hidden_states[their][attended.bool()].double()
-            distances.append(
-                ((a - b) ** 2).mean()
-                if distill.hidden_kind == "mse"
-                else (1 - functional.cosine_similarity(a, b)).mean()
-            )
-        loss = loss + distill.hidden_weight * torch.stack(distances).mean()
+            kinds = {
+                "mse": ((a - b) ** 2).mean(),
+                "relative_mse": ((a - b) ** 2).mean() / (b**2).mean(),
+                "cosine": (1 - functional.cosine_similarity(a, b)).mean(),
+            }
+            distances.append(kinds[distill.hidden_kind])
+        loss = loss + weight * torch.stack(distances).mean()
     return loss
 
 
@@ -104,7 +108,8 @@ def oracle(student, teacher, batch, distill):
     [
         DistillConfig(),
         DistillConfig(temperature=3.0, alpha=1.0),
-        DistillConfig(alpha=0.0, hidden_weight=0.5),
+        DistillConfig(alpha=0.0, hidden_weight=0.5, hidden_kind="mse"),
+        DistillConfig(temperature=2.0, alpha=0.5, hidden_weight=0.0),
         DistillConfig(hidden_weight=2.0, hidden_kind="cosine", hidden_layers={0: 0, 2: 1}),
     ],
 )
@@ -155,6 +160,8 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
             tmp_path,
             student,
             tiny_model(),
+            # Relative distances of parts of a batch have no mean that is the whole's.
+            DistillConfig(hidden_weight=0.0),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulated,
             optim="sgd",
@@ -211,7 +218,7 @@ def test_a_cache_of_the_whole_vocabulary_gives_the_losses_of_the_teacher(corpus,
     dataset = CachedTeacherDataset(corpus, cached)
     curves, students = [], [make_student(), make_student()]
     for student, samples, live in zip(students, (corpus, dataset), (teacher, None), strict=True):
-        trainer = make_trainer(tmp_path, student, live, samples=samples)
+        trainer = make_trainer(tmp_path, student, live, DistillConfig(hidden_weight=0.0), samples)
         trainer.train()
         curves.append(losses(trainer))
     # The stored log-probabilities have an error of up to 2.5e-4.
@@ -228,7 +235,7 @@ def test_a_few_cached_tokens_lower_the_loss(corpus, tmp_path):
 
 def test_a_cache_of_another_temperature_or_vocabulary_is_refused(corpus, tmp_path):
     dataset = CachedTeacherDataset(corpus, cache_teacher(tiny_model(), corpus, tmp_path / "teacher.safetensors", k=8))
-    with pytest.raises(ConfigError, match="temperature: expected 2, that of the cached teacher, got 3"):
+    with pytest.raises(ConfigError, match="temperature: expected 1, that of the cached teacher, got 3"):
         make_trainer(tmp_path, make_student(), None, DistillConfig(temperature=3.0), dataset)
     with pytest.raises(ConfigError, match="cached teacher's 104"):
         make_trainer(tmp_path, tiny_model(vocab_size=120), None, samples=dataset)
