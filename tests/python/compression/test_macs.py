@@ -174,7 +174,9 @@ def test_the_commands_take_a_cap(tmp_path, capsys):
     found = plan(TINY, 0.8, max_macs=0.5)
     options = ["--budget", "0.8", "--max-macs", "0.5", "--json"]
     assert main(["inspect", str(TINY), *options]) == 0
-    assert json.loads(capsys.readouterr().out) == {**found.to_dict(), "budget": "0.8"}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("estimate")["threads"] >= 1
+    assert printed == {**found.to_dict(), "budget": "0.8"}
     assert main(["compress", str(TINY), *options, "--out", str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out)["parameters_after"] == found.parameters_after
     assert main(["inspect", str(TINY), "--max-macs", "0"]) == 2
