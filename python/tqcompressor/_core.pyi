@@ -15,6 +15,7 @@ from .config.specs import MatrixSpec
 from .config.tq_config import TQConfig
 
 __all__ = [
+    "KEPT_SPECTRA",
     "MODEL_TYPES",
     "TEXT_HEAD",
     "UNCALIBRATED_BUDGET",
@@ -62,6 +63,8 @@ MODEL_TYPES: list[str]
 TEXT_HEAD: int
 """How many bytes at the beginning of a file `foreign_text` looks at."""
 UNCALIBRATED_BUDGET: str
+KEPT_SPECTRA: int
+"""Bytes of eigendecompositions that a budget keeps between planning and fitting."""
 
 _Float32Array = NDArray[np.float32]
 _Int64Array = NDArray[np.int64]

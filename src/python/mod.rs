@@ -21,6 +21,7 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("UNCALIBRATED_BUDGET", crate::compress::UNCALIBRATED_BUDGET)?;
+    module.add("KEPT_SPECTRA", crate::compress::KEPT_SPECTRA)?;
     text::register(module)?;
     kernels::register(module)?;
     specs::register(module)?;

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError, NonFiniteError
+from ..utils.torch_utils import mean_embedding
 from .accumulators import Sums, Unit, outer_products, token_counts
 from .batches import Batch, is_encoder_decoder, mask_of
 
@@ -110,8 +111,7 @@ class ReadingPass:
         if isinstance(logits, torch.Tensor):
             target, samples = logits, self._samples or 1
         elif isinstance(hidden, torch.Tensor):
-            mask = self._mask.unsqueeze(-1).float()
-            pooled = (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+            pooled = mean_embedding(hidden, self._mask)
             target, samples = nn.functional.normalize(pooled, dim=-1), self._samples or _EMBEDDING_SAMPLES
         else:
             raise ConfigError(

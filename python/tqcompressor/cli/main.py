@@ -1,4 +1,4 @@
-"""The command line: `tqcompressor compress`, `expand`, `calibrate`, `distill`, `inspect`, `evaluate`,
+"""The command line: `tqcompressor compress`, `expand`, `convert`, `calibrate`, `distill`, `inspect`, `evaluate`,
 `verify` and `generate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
@@ -24,6 +24,7 @@ from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
 from ..utils.engines import is_native
 from ..utils.progress import announce
+from ..utils.torch_utils import silence_transformers
 from .options import parser
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _compress(options: argparse.Namespace) -> None:
     from ..compression.checkpoint import compress_checkpoint
 
     if options.heal_tokens is not None:
-        _distill(parser().parse_args(_healing(options)))
+        _distill(_healing(options))
         return
     if options.text is not None:
         _quiet_torch_engine(options)
@@ -119,32 +120,35 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 # Options of compress that its healing, a run of distill, has too.
-_HEALED = ("budget", "calibration", "num_samples", "effort", "seed", "dtype", "threads")
-_HEALED_FLAGS = ("resume", "json", "debug")
+_HEALED = (
+    "text",
+    "budget",
+    "calibration",
+    "num_samples",
+    "out",
+    "effort",
+    "seed",
+    "dtype",
+    "threads",
+    "resume",
+    "json",
+)
 
 
-def _healing(options: argparse.Namespace) -> list[str]:
-    """The command line of `distill` that compresses and heals as these options of `compress` say."""
+def _healing(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of the `distill` that compresses and heals as these options of `compress` say."""
     if options.text is None:
         raise ConfigError("--heal-tokens: expected with --text, which the result is trained on")
     plain = vars(parser().parse_args(["compress", "SRC", "--out", "DST"]))
-    handled = {*_HEALED, *_HEALED_FLAGS, "heal_tokens", "source", "out", "text", "recipe", "config"}
-    for name, value in vars(options).items():
-        if name not in handled and value != plain.get(name):
-            option = name.replace("_", "-")
-            raise ConfigError(
-                f"--{option} cannot be combined with --heal-tokens: compress first, then distill --student"
-            )
-    # After "=", a value that begins with a dash is none of the options.
-    line = ["distill", f"--teacher={options.source}", f"--out={options.out}", f"--tokens={options.heal_tokens}"]
-    recipe_or_config = options.recipe or options.config
-    if recipe_or_config is not None:
-        line.append(f"--recipe={recipe_or_config}")
-    for name in _HEALED:
-        if (value := getattr(options, name)) != plain[name]:
-            line.append(f"--{name.replace('_', '-')}={value}")
-    line += [f"--{name}" for name in _HEALED_FLAGS if getattr(options, name)]
-    return [*line, "--text", *options.text]
+    given = {name: value for name, value in vars(options).items() if value != plain[name]}
+    for name in given.keys() - {*_HEALED, "heal_tokens", "source", "recipe", "config", "debug"}:
+        option = name.replace("_", "-")
+        raise ConfigError(f"--{option} cannot be combined with --heal-tokens: compress first, then distill --student")
+    healing = parser().parse_args(["distill", "--teacher", "SRC", "--out", "DST", "--text", "FILE"])
+    vars(healing).update({name: given[name] for name in _HEALED if name in given})
+    healing.teacher, healing.tokens = options.source, options.heal_tokens
+    healing.recipe = options.recipe or options.config
+    return healing
 
 
 def _expand(options: argparse.Namespace) -> None:
@@ -274,22 +278,23 @@ def _inspect(options: argparse.Namespace) -> None:
     for name, value in only_plans.items():
         if value is not None:
             raise ConfigError(f"{name} needs --budget")
-    report = inspect(options.source, _config(options))
-    if _config(options) is None:
+    config = _config(options)
+    report = inspect(options.source, config)
+    if config is None:
         says = "give --budget or --recipe, and inspect says about how long compressing takes, and how much memory"
         print(report.to_json() if options.json else f"{report}\n{says}")
         return
-    estimate = _estimate(options)
+    estimate = _estimate(options, config)
     print(_with_estimate(report, estimate) if options.json else f"{report}\ncompressing takes {estimate}")
 
 
-def _estimate(options: argparse.Namespace) -> CostEstimate:
+def _estimate(options: argparse.Namespace, config: TQConfig | None = None) -> CostEstimate:
     """About what `compress` takes with the options of `inspect`."""
     from ..compression.cost import estimate_cost
 
     return estimate_cost(
         options.source,
-        _config(options),
+        config,
         budget=options.budget,
         calibrated=options.calibration is not None,
         matrices=options.matrices,
@@ -340,7 +345,7 @@ def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: 
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
-    _quiet_transformers()
+    silence_transformers()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     check_files(name)
@@ -398,15 +403,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _quiet_torch_engine(options: argparse.Namespace) -> None:
     """Quiets transformers where the torch engine may run; the native one does without the import."""
     if options.engine != "native" and find_spec("transformers") is not None:
-        _quiet_transformers()
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    # Warnings and bars of transformers are noise beside the table.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        silence_transformers()
 
 
 def _is_bad_input(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from ..config.specs import KroneckerSpec, MatrixSpec, MixedSpec
 from ..errors import ConfigError
 from ..utils import validate
 from ..utils.hub import StrPath, local_directory
+from ..utils.portable import processors
 from .budget import Budget, Spending, eligible, matrix_patterns, meaning
 
 # Seconds on one core of an AMD EPYC (Zen 4), measured on matrices of 256 to 4096 rows. For sides s ≤ l: an
@@ -28,8 +28,6 @@ _SEARCH: dict[str, float] = {"fast": 2.2e-7, "balanced": 9.7e-7, "best": 5e-6}
 _PASS = 2e-10
 # Bytes read, checked or written a second.
 _DISK = 4e8
-# Bytes of eigendecompositions that a budget keeps: KEPT_SPECTRA of src/compress/budget.rs.
-_KEPT = 512 << 20
 # Bytes of the interpreter and this package; of each value of a matrix that is being worked on, with its factors; and of
 # the copies of an s × s matrix in float64.
 _BASE, _VALUE, _SQUARE = 90 << 20, 6, 4 * 8
@@ -105,7 +103,7 @@ def cost_of(
     threads: int | None,
 ) -> CostEstimate:
     """`estimate_cost` for an open checkpoint, for either a config or a budget."""
-    count = threads or _cores()
+    count = threads or processors()
     if budget is None:
         resolved = resolve_config(config, effort=effort)
         listed: Sequence[MatrixInfo] = checkpoint.plan(resolved).matrices
@@ -120,7 +118,7 @@ def cost_of(
     calibrated = calibrated or tokens > 0
     planned = sum(_spectrum(matrix, calibrated) for matrix in listed)
     spectra = sum(_bytes_of_spectrum(matrix, calibrated) for matrix in listed)
-    kept = min(spectra, _KEPT) if budget is not None else 0
+    kept = min(spectra, _core.KEPT_SPECTRA) if budget is not None else 0
     if budget is None:
         work = sum(_fit(matrix, matrix.spec, effort, calibrated) for matrix in listed)
     else:
@@ -134,11 +132,6 @@ def cost_of(
         # The model in float32, its gradients at work, and the moments.
         peak = max(peak, _BASE + 8 * checkpoint.parameters)
     return CostEstimate(seconds, int(peak), count)
-
-
-def _cores() -> int:
-    # Not every system says on which cores this process may run.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sides(matrix: MatrixInfo) -> tuple[int, int]:

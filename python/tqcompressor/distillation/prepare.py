@@ -145,14 +145,14 @@ def prepare(
     model = _load(teacher)
     tokenizer = _load_tokenizer(teacher, tokenizer)
     task = task_of(model, tokenizer)
-    check_vocabulary("the tokenizer", len(tokenizer), model)
+    _check_vocabulary("the tokenizer", len(tokenizer), model)
     given = None if student is None else _load(student)
     if given is not None:
         _check_student(given, model)
     seq_len = _sequence_length(model, tokenizer, task, text, training)
     plans = [None if stage.config is None else plan_model(model, stage.config) for stage in staged.stages]
     if isinstance(text, TokenBlocks):
-        check_vocabulary("text: its tokenizer", text.vocab_size, model)
+        _check_vocabulary("text: its tokenizer", text.vocab_size, model)
         samples = text
     else:
         samples = token_blocks(text, tokenizer, seq_len, cache=cache, progress=progress)
@@ -271,8 +271,7 @@ def _load_tokenizer(
     return loaded
 
 
-def check_vocabulary(name: str, tokens: int, teacher: PreTrainedModel) -> None:
-    """Raises `ConfigError` for more tokens than the teacher has."""
+def _check_vocabulary(name: str, tokens: int, teacher: PreTrainedModel) -> None:
     if tokens > (vocab_size := teacher.config.get_text_config().vocab_size):
         raise ConfigError(
             f"{name} has {tokens} tokens, the teacher's vocabulary only {vocab_size}: it is another model's tokenizer"

@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -32,6 +31,7 @@ from ..calibration.calibration import Calibration
 from ..compression.budget import Budget
 from ..compression.model import compress, recompress_planned
 from ..compression.report import CompressionReport, MatrixReport
+from ..compression.run_key import calibration_digest
 from ..config.choices import Dtype
 from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks
@@ -200,8 +200,7 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
                     compress(student, prepared.one_shot, threads=prepared.threads, progress=prepared.progress)
                 else:
                     last = [stage.stage for stage in prepared.stages if stage.stage.budget is not None][-1]
-                    calibration = prepared.calibration or _calibrated(prepared, student, last.seed)
-                    _spend(prepared, student, last, calibration)
+                    _spend(prepared, student, last, _of_teacher(prepared, last.seed))
                 state["one_shot"] = asdict(_score(prepared, student, "score one-shot"))
             write_json(path, state)
     found: Mapping[str, Any] = read_json(path)
@@ -220,7 +219,7 @@ def _settings(prepared: Prepared) -> dict[str, Any]:
         "teacher": weights_digest(prepared.teacher),
         "recipe": prepared.recipe.to_dict(),
         "student": prepared.student and weights_digest(prepared.student),
-        "calibration": [prepared.num_samples, prepared.calibration and _digest(prepared.calibration)],
+        "calibration": [prepared.num_samples, prepared.calibration and calibration_digest(prepared.calibration)],
         "text": [stage.samples and stage.samples.fingerprint for stage in prepared.stages],
         "heldout": hashlib.sha256(str(list(prepared.heldout)).encode()).hexdigest(),
         "losses": asdict(prepared.losses),
@@ -303,8 +302,8 @@ def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
     elif stage.stage.budget is not None:
         if next(compressed_modules(student), None) is not None:
             student.dequantize()
-        given = prepared.calibration if stage.number == 1 else None
-        calibration = given or _calibrated(prepared, student, stage.stage.seed)
+        seed = stage.stage.seed
+        calibration = _of_teacher(prepared, seed) if stage.number == 1 else _calibrated(prepared, student, seed)
         matrices = _spend(prepared, student, stage.stage, calibration).matrices
     if calibration is None and stage.samples is not None and has_low_rank(student):
         calibration = _calibrated(prepared, student, stage.stage.seed)
@@ -339,20 +338,22 @@ def _calibrated(prepared: Prepared, student: PreTrainedModel, seed: int) -> Cali
         return calibrate(student, list(batches), seed=seed, progress=prepared.progress)
 
 
+def _of_teacher(prepared: Prepared, seed: int) -> Calibration:
+    """The calibration of the teacher: the one that was given, or one that is measured once in a run, also if killed."""
+    if prepared.calibration is not None:
+        return prepared.calibration
+    path = prepared.out / "stages" / f"{seed}.{_CALIBRATION}"
+    if not path.exists():
+        _calibrated(prepared, prepared.teacher, seed).save(path)
+    return Calibration.load(path)
+
+
 def _moments(compressed: Path) -> MomentsOf | None:
     """The norm of a stage's calibration; None for a student without low-rank factors."""
     if not (compressed / _CALIBRATION).exists():
         return None
     calibration = Calibration.load(compressed / _CALIBRATION)
     return lambda matrix: (calibration.input(matrix), calibration.output(matrix))
-
-
-def _digest(calibration: Calibration) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, moment in calibration.moments.items():
-        digest.update(f"{name} {moment.shape}\n".encode())
-        digest.update(np.ascontiguousarray(moment).data)
-    return digest.hexdigest()
 
 
 def _score(prepared: Prepared, model: PreTrainedModel, title: str) -> ModelResult:
@@ -398,6 +399,8 @@ def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageRes
             for path in final.iterdir():
                 path.replace(out / path.name)
             final.rmdir()
+            for path in (out / "stages").glob(f"*.{_CALIBRATION}"):
+                path.unlink()
             for stage in prepared.stages:
                 for done in ("compressed", "checkpoints"):
                     shutil.rmtree(stage.folder / done, ignore_errors=True)

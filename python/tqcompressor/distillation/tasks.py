@@ -17,7 +17,7 @@ from ..evaluate.results import exponential
 from ..evaluate.scoring import begin_tokens, checked_batch_size, negative_log_likelihood
 from ..losses.logits import cross_entropy
 from ..utils.progress import Report
-from ..utils.torch_utils import evaluating
+from ..utils.torch_utils import evaluating, mean_embedding
 
 Kind: TypeAlias = Literal["causal", "masked", "embedding"]
 # The share of tokens that are masked, as in BERT's training.
@@ -41,14 +41,6 @@ def kind_of(model: PreTrainedModel) -> Kind | None:
 
 def _as_tuple(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def mean_embedding(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean `(rows, width)` of the hidden states `(rows, positions, width)` where the mask is 1."""
-    if mask is None:
-        return hidden.mean(1)
-    weights = mask[..., None].to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 class Task(ABC):

@@ -25,10 +25,10 @@ from ..losses.topk import topk_distillation_loss
 from ..models.matrices import compressed_modules
 from ..models.quantization_state import guard_name
 from ..utils.atomic_io import free_space
-from ..utils.torch_utils import move, without_dropout
+from ..utils.torch_utils import mean_embedding, move, without_dropout
 from .artifacts import mark_complete
 from .config import DistillConfig
-from .tasks import kind_of, mean_embedding
+from .tasks import kind_of
 from .teacher_cache import CachedTeacher
 
 # Columns of a `CachedTeacherDataset` besides the tokens.

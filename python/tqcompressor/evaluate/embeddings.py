@@ -13,7 +13,7 @@ from ..data.text import open_text
 from ..errors import ConfigError, TextError
 from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
-from ..utils.torch_utils import evaluating
+from ..utils.torch_utils import evaluating, mean_embedding
 from .results import EmbeddingResult
 from .scoring import import_torch
 
@@ -134,6 +134,4 @@ def _pooled(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
         raise ConfigError(f"{type(encoder).__name__}: expected outputs with a .last_hidden_state")
-    weights = mask.to(hidden.device).unsqueeze(-1).float()
-    pooled: Tensor = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return pooled.cpu()
+    return mean_embedding(hidden, mask).cpu()

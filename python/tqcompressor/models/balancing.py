@@ -26,26 +26,14 @@ def balanced(model: PreTrainedModel, moments: MomentsOf) -> Iterator[None]:
 
     If the block raises, the modules have the values from before it. Low-rank terms of mixed sums stay as they are.
     """
-    tied = ties(model)
+    tied, found = ties(model), dict(compressed_modules(model))
     new: dict[str, Any] = {}
-    found = dict(compressed_modules(model))
-    for name, module in found.items():
-        if isinstance(module, Tied):
-            continue
-        if isinstance(module, FusedLinear):
-            parts = zip(module.part_names, module.parts, strict=True)
-            new |= {
-                f"{name}.{part}": BalancedLinear(inner, *moments(bare_name(model, f"{name}.{part}")))
-                for part, inner in parts
-                if type(inner) is LowRankLinear
-            }
-        elif type(module) is LowRankLinear:
-            new[name] = BalancedLinear(module, *moments(bare_name(model, name)))
-        elif type(module) is LowRankEmbedding:
-            new[name] = BalancedEmbedding(module, *moments(bare_name(model, name)))
+    for name, module in _low_rank(model):
+        kind: Any = BalancedEmbedding if isinstance(module, LowRankEmbedding) else BalancedLinear
+        new[name] = kind(module, *moments(bare_name(model, name)))
     for name, source in tied.items():
         if name in found and source in new:
-            kind: Any = BalancedHead if isinstance(found[name], LowRankHead) else BalancedTiedEmbedding
+            kind = BalancedHead if isinstance(found[name], LowRankHead) else BalancedTiedEmbedding
             new[name] = kind(found[name], new[source])
     try:
         _put(model, new)
@@ -59,11 +47,16 @@ def balanced(model: PreTrainedModel, moments: MomentsOf) -> Iterator[None]:
 
 def has_low_rank(model: PreTrainedModel) -> bool:
     """Whether `balanced` has something to do."""
-    inner = (part for _, module in compressed_modules(model) for part in module.children())
-    return any(
-        type(module) in (LowRankLinear, LowRankEmbedding)
-        for module in (*(module for _, module in compressed_modules(model)), *inner)
-    )
+    return any(True for _ in _low_rank(model))
+
+
+def _low_rank(model: PreTrainedModel) -> Iterator[tuple[str, LowRankLinear | LowRankEmbedding]]:
+    """`(full name, module)` of every low-rank module that owns its factors, those within fused ones too."""
+    for name, module in compressed_modules(model):
+        parts = module.named_children() if isinstance(module, FusedLinear) else [("", module)]
+        for part, inner in parts:
+            if isinstance(inner, LowRankLinear | LowRankEmbedding) and not isinstance(inner, Tied):
+                yield f"{name}.{part}".rstrip("."), inner
 
 
 def _put(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:

@@ -58,6 +58,16 @@ def evaluating(model: Module) -> Iterator[None]:
             module.training = training
 
 
+def mean_embedding(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean `(rows, width)`, in float32, of hidden states `(rows, positions, width)` where the mask is 1."""
+    hidden = hidden.float()
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask.to(hidden.device).unsqueeze(-1).float()
+    found: torch.Tensor = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return found
+
+
 @contextmanager
 def without_dropout(model: Module) -> Iterator[None]:
     """Training mode without dropout of any kind within the block: every rate of a module is 0, and restored after it.
@@ -103,6 +113,15 @@ def on_device(device: Any, *models: Module) -> Iterator[None]:
             move(model, "cpu")
 
 
+def silence_transformers() -> None:
+    """Silences the bars and messages of transformers, for good."""
+    from transformers.utils import logging
+
+    hub: Any = logging
+    hub.set_verbosity_error()
+    hub.disable_progress_bar()
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silences the bars and messages of transformers for the block."""
@@ -110,8 +129,7 @@ def quiet_transformers() -> Iterator[None]:
 
     hub: Any = logging
     verbosity, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()
-    hub.set_verbosity_error()
-    hub.disable_progress_bar()
+    silence_transformers()
     try:
         yield
     finally:

@@ -160,10 +160,9 @@ class Subject:
     @cached_property
     def is_causal(self) -> bool:
         """Whether the model predicts the next token of a text."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from ..distillation.tasks import kind_of
 
-        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        return any(type(self.model).__name__ in ([name] if isinstance(name, str) else name) for name in names)
+        return kind_of(self.model) == "causal"
 
     def _json(self, name: str) -> Any:
         path = self.directory / name
