@@ -19,6 +19,9 @@ use pyo3::prelude::*;
 /// The extension module `tqcompressor._core`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    // The first use of numpy's interface panics on a Ctrl-C that is pending then: it is here, and none is pending.
+    module.py().check_signals()?;
+    numpy::dtype::<f32>(module.py());
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("UNCALIBRATED_BUDGET", crate::compress::UNCALIBRATED_BUDGET)?;
     module.add("KEPT_SPECTRA", crate::compress::KEPT_SPECTRA)?;

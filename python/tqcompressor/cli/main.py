@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
-    options = parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], int | None] = {
+    commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "compress": _compress,
         "expand": _expand,
         "convert": _convert,
@@ -47,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "verify": _verify,
         "generate": _generate,
-    }[options.command]
+    }
     try:
-        status = run(options)
+        options = parser().parse_args(arguments)
+        status = commands[options.command](options)
         # Flush here: at interpreter exit, the error of a closed pipe could not be caught.
         sys.stdout.flush()
     except KeyboardInterrupt:

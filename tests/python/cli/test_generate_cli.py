@@ -146,11 +146,12 @@ def test_without_torch_what_needs_it_says_so(text):
     assert "--device cuda: expected cpu with the native engine: torch is not installed" in output
 
 
-def test_ctrl_c_is_status_130():
-    # The process signals itself; a long text at a stride of 1 is not finished by then.
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.14, 0.15, 0.16, 0.2, 0.4])
+def test_ctrl_c_is_status_130(seconds):
+    # The process signals itself, while it loads or later; a long text at a stride of 1 is not finished by then.
     code = (
         "import os, signal, sys, threading; from tqcompressor.cli.main import main; "
-        "threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main(sys.argv[1:]))"
+        f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start(); sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["evaluate", str(TINY), "--text", str(TINY / "heldout.txt"), "--stride", "1", "--engine", "native"]
     run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
