@@ -143,7 +143,7 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
                 out=Path(folder) / "student",
                 tokens=task.tokens,
                 heldout=glance,
-                losses=DistillConfig(task.temperature, task.alpha if learns_from_teacher else 0.0),
+                losses=DistillConfig(task.temperature, task.alpha if learns_from_teacher else 0.0, hidden_weight=0.0),
                 training=training(task),
                 effort=task.effort,
                 seed=task.seed,
