@@ -19,11 +19,16 @@ from .compression.measured import calibrate_checkpoint
 from .compression.plan import plan
 from .compression.report import CompressionReport
 from .config.recipes import RECIPES
-from .config.specs import KroneckerSpec, LowRankSpec, MixedSpec
+from .config.specs import GroupedSpec, KroneckerSpec, LowRankSpec, MixedSpec
 from .config.tq_config import TQConfig
 from .conversion.convert import convert_checkpoint
 from .decomposition.decompose import decompose, find_permutation, nearest_kronecker_sum
-from .decomposition.results import KroneckerDecomposition, LowRankDecomposition, MixedDecomposition
+from .decomposition.results import (
+    GroupedDecomposition,
+    KroneckerDecomposition,
+    LowRankDecomposition,
+    MixedDecomposition,
+)
 from .distillation.config import DistillConfig, TrainingConfig
 from .distillation.stages import STAGED_RECIPES, Stage, StagedRecipe
 from .errors import MissingDependencyError, TQError
@@ -55,6 +60,8 @@ __all__ = [
     "CostEstimate",
     "DistillConfig",
     "DistillTrainer",
+    "GroupedDecomposition",
+    "GroupedSpec",
     "KroneckerDecomposition",
     "KroneckerSpec",
     "LowRankDecomposition",

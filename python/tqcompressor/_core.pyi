@@ -23,6 +23,7 @@ __all__ = [
     "Choice",
     "DecodeStream",
     "Fitted",
+    "GroupedTerm",
     "Journal",
     "KroneckerTerm",
     "LowRankTerm",
@@ -127,11 +128,26 @@ class LowRankTerm:
     def __new__(cls, left: _Float32Array, right: _Float32Array, order: _Int64Array) -> LowRankTerm: ...
 
 @final
+class GroupedTerm:
+    """One table in groups of rows, each of low rank: `W[row_order]` is the groups one above the other."""
+
+    left: _Float32Array
+    """The `left` factors of all groups, row-major, one after the other."""
+    right: _Float32Array
+    row_order: _Int64Array
+    """Gather indices of the rows."""
+    column_order: _Int64Array
+    """Gather indices of the columns of all groups, those of group `g` from `g · columns` up."""
+    def __new__(
+        cls, left: _Float32Array, right: _Float32Array, row_order: _Int64Array, column_order: _Int64Array
+    ) -> GroupedTerm: ...
+
+@final
 class Fitted:
     """The fit of one matrix."""
 
     spec: MatrixSpec
-    terms: list[KroneckerTerm | LowRankTerm]
+    terms: list[KroneckerTerm | LowRankTerm | GroupedTerm]
     """Its terms, in the order of the spec."""
     lost_energy: float
     """The lost share of its energy, in the norm of the fit."""
@@ -204,7 +220,7 @@ class Choice:
     """MACs for one token after compression."""
     lost_energy: float
     energies: NDArray[np.float64]
-    """In descending order: rank `k` loses all but the first `k`."""
+    """In descending order, of all groups of rows together; without groups, rank `k` loses all but the first `k`."""
 
 @final
 class SpentBudget:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .compression.budget_plan import BudgetPlan
 from .compression.report import CompressionReport
-from .config.specs import KroneckerSpec, LowRankSpec, MatrixSpec
+from .config.specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec
 from .errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
@@ -305,6 +305,8 @@ def _kind(spec: MatrixSpec | None) -> str:
         return "stays dense"
     if isinstance(spec, LowRankSpec):
         return "low rank"
+    if isinstance(spec, GroupedSpec):
+        return "low rank by groups of rows"
     return "Kronecker sum" if isinstance(spec, KroneckerSpec) else "mixed sum"
 
 

@@ -14,12 +14,12 @@ use super::parallel::{Timed, in_order};
 use super::place::Place;
 use super::queue::largest_first;
 use crate::error::Result;
-use crate::fit::{Fit, Limits, LowRank, Spectrum, Term, fit_within};
+use crate::fit::{Fit, GroupedSpectrum, Limits, Moment, Norm, Spectrum, Term, fit_within};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
 use crate::plan::{Candidate, Choice, Target, Weighting, allocate};
 use crate::progress::Progress;
-use crate::spec::{MatrixSpec, Usage};
+use crate::spec::{GroupedShape, MatrixSpec, TermSpec, Usage};
 
 /// Bytes of eigendecompositions kept between planning and fitting. The rest is computed again.
 pub const KEPT_SPECTRA: usize = 512 << 20;
@@ -59,7 +59,8 @@ pub struct Planned {
     pub macs: usize,
     /// Its lost energy after compression, in its norm.
     pub lost_energy: f64,
-    /// Its energies in descending order. Rank `k` loses all but the first `k`.
+    /// Its energies in descending order, of all groups of rows together. Without groups, rank `k` loses all but the first
+    /// `k`.
     pub energies: Vec<f64>,
 }
 
@@ -86,8 +87,48 @@ pub enum Keep {
 enum Work {
     /// The matrix stays dense, its fit is in the store, or its fit was already taken.
     Nothing,
-    /// A low-rank fit to compute, with its eigendecomposition if that was kept.
-    LowRank(usize, Option<Box<Spectrum>>),
+    /// A low-rank fit to compute, with its eigendecompositions if they were kept.
+    LowRank(TermSpec, Option<Spectra>),
+}
+
+/// The eigendecompositions of a matrix: one, or one for each group of its rows.
+enum Spectra {
+    Whole(Box<Spectrum>),
+    Groups(GroupedSpectrum),
+}
+
+impl Spectra {
+    fn new(view: MatrixView<'_>, norm: &Norm, groups: &[usize], progress: &Progress) -> Result<Self> {
+        Ok(match groups {
+            [] => Self::Whole(Box::new(Spectrum::new(view, norm, progress)?)),
+            sizes => Self::Groups(GroupedSpectrum::new(view, norm, sizes, progress)?),
+        })
+    }
+
+    fn energies(&self) -> Vec<f64> {
+        match self {
+            Self::Whole(spectrum) => spectrum.energies(),
+            Self::Groups(spectrum) => spectrum.energies(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Whole(spectrum) => spectrum.bytes(),
+            Self::Groups(spectrum) => spectrum.bytes(),
+        }
+    }
+}
+
+impl BudgetMatrix<'_> {
+    /// The number of rows of each group of a table whose tokens have frequencies; none for any other matrix.
+    fn groups(&self) -> Vec<usize> {
+        let Place { rows, columns, moments, .. } = &self.place;
+        let counted =
+            matches!(moments.input, Some(Moment::Diagonal(counts)) if counts.iter().any(|&count| count > 0.0));
+        let cut = if self.usage == Usage::Map || !counted { None } else { GroupedShape::cut(*rows, *columns) };
+        cut.unwrap_or_default()
+    }
 }
 
 impl SpentBudget {
@@ -115,19 +156,21 @@ impl SpentBudget {
         let journal = if let Keep::Journal(journal) = keep { Some(Arc::clone(journal)) } else { None };
         let refine = options.effort != Effort::Fast;
         let sizes: Vec<_> = matrices.iter().map(|matrix| matrix.place.size()).collect();
+        let groups: Vec<_> = matrices.iter().map(BudgetMatrix::groups).collect();
         let all = sizes.iter().sum::<usize>() as u64;
         progress.expect(if refine { all * (1 + REFINEMENT) } else { all });
         let kept = Kept::new(if refine || !matches!(keep, Keep::Nothing) { KEPT_SPECTRA } else { 0 });
-        let results: Vec<Mutex<(Vec<f64>, Option<Spectrum>)>> = sizes.iter().map(|_| Mutex::default()).collect();
+        let results: Vec<Mutex<(Vec<f64>, Option<Spectra>)>> = sizes.iter().map(|_| Mutex::default()).collect();
         largest_first(&sizes, progress, |i, _| {
             let place = &matrices[i].place;
-            let done = journal.as_ref().map_or(Ok(None), |journal| journal.energies(i, place))?;
+            let length = place.rows.min(place.columns) * groups[i].len().max(1);
+            let done = journal.as_ref().map_or(Ok(None), |journal| journal.energies(i, length))?;
             let result = if let Some(energies) = done {
                 (energies, None)
             } else {
                 let result = place.with(&load(i)?, |view, norm| {
-                    let spectrum = Spectrum::new(view, norm, progress)?;
-                    Ok((spectrum.energies(), kept.keep(spectrum)))
+                    let spectra = Spectra::new(view, norm, &groups[i], progress)?;
+                    Ok((spectra.energies(), kept.keep(spectra)))
                 })?;
                 if let Some(journal) = &journal {
                     journal.put_energies(i, &result.0)?;
@@ -143,11 +186,13 @@ impl SpentBudget {
         let candidates: Vec<_> = matrices
             .iter()
             .zip(energies)
-            .map(|(BudgetMatrix { place, usage, .. }, energies)| Candidate {
+            .zip(groups)
+            .map(|((BudgetMatrix { place, usage, .. }, energies), groups)| Candidate {
                 rows: place.rows,
                 columns: place.columns,
                 usage: *usage,
                 energies,
+                groups,
             })
             .collect();
         let sensitive = matrices.iter().all(|matrix| matrix.place.moments.output.is_some());
@@ -161,13 +206,16 @@ impl SpentBudget {
             .into_iter()
             .zip(&choices)
             .map(|(candidate, choice)| {
-                let (spec, macs_before, energies) = (choice.spec(), candidate.dense_macs(), candidate.energies);
+                let (spec, macs_before, mut energies) = (choice.spec(), candidate.dense_macs(), candidate.energies);
+                if !candidate.groups.is_empty() {
+                    energies.sort_by(|left, right| right.total_cmp(left));
+                }
                 let &Choice { parameters, macs, lost_energy, .. } = choice;
                 Planned { spec, parameters, macs_before, macs, lost_energy, energies }
             })
             .collect();
-        let work = choices.iter().zip(spectra).map(|(choice, spectrum)| match choice.rank {
-            Some(rank) => Mutex::new(Work::LowRank(rank, spectrum.map(Box::new))),
+        let work = choices.iter().zip(spectra).map(|(choice, spectra)| match &choice.term {
+            Some(term) => Mutex::new(Work::LowRank(term.clone(), spectra)),
             None => Mutex::new(Work::Nothing),
         });
         let mut spent = Self { planned, work: work.collect(), fits: FitStore::new(matrices.len()), journal };
@@ -178,7 +226,7 @@ impl SpentBudget {
         Ok(spent)
     }
 
-    /// Replaces each low rank by the best approximation of any kind within the same limits.
+    /// Replaces each low rank by the best approximation of any kind within the same limits. Groups of rows stay.
     #[allow(clippy::too_many_arguments)]
     fn refine<V: Deref<Target = [f32]>>(
         &mut self,
@@ -194,15 +242,20 @@ impl SpentBudget {
         let planned: Vec<_> = std::mem::take(&mut self.planned).into_iter().map(Mutex::new).collect();
         let done = largest_first(&sizes, progress, |i, _| {
             let BudgetMatrix { place, usage, .. } = &matrices[i];
-            let work = std::mem::replace(&mut *self.work[i].lock().expect("no thread panicked"), Work::Nothing);
-            if let Work::LowRank(_, spectrum) = work {
+            let mut work = self.work[i].lock().expect("no thread panicked");
+            if let Work::LowRank(TermSpec::LowRank { .. }, spectra) = &mut *work {
+                let spectra = spectra.take();
+                *work = Work::Nothing;
+                drop(work);
                 let start = Instant::now();
                 let limits =
                     Limits { parameters: choices[i].parameters, macs: shares.map(|shares| (shares[i], *usage)) };
                 let made = || {
                     let fit = place.with(&load(i)?, |view, norm| {
-                        let spectrum =
-                            spectrum.map_or_else(|| Spectrum::new(view, norm, progress), |kept| Ok(*kept))?;
+                        let spectrum = match spectra {
+                            Some(Spectra::Whole(kept)) => *kept,
+                            _ => Spectrum::new(view, norm, progress)?,
+                        };
                         fit_within(view, limits, norm, &spectrum, effort, progress)
                     })?;
                     Ok(Timed { fit, seconds: start.elapsed().as_secs_f64() })
@@ -273,11 +326,9 @@ impl SpentBudget {
             let work = std::mem::replace(&mut *self.work[which[at]].lock().expect("no thread panicked"), Work::Nothing);
             let made = || match work {
                 Work::Nothing => self.fits.take(which[at]),
-                Work::LowRank(rank, spectrum) => {
+                Work::LowRank(term, spectra) => {
                     let start = Instant::now();
-                    let term = low_rank(&places[at], &load(at)?, rank, spectrum.map(|kept| *kept), progress)?;
-                    let (spec, lost_energy) = (MatrixSpec::low_rank(rank), term.lost_energy);
-                    let fit = Fit { spec, lost_energy, terms: vec![Term::LowRank(term)] };
+                    let fit = low_rank(&places[at], &load(at)?, term, spectra, progress)?;
                     Ok(Timed { fit, seconds: start.elapsed().as_secs_f64() })
                 }
             };
@@ -293,19 +344,41 @@ impl SpentBudget {
     }
 }
 
+/// The fit of a low-rank term, from eigendecompositions that were kept.
 fn low_rank(
     place: &Place<'_>,
     values: &[f32],
-    rank: usize,
-    spectrum: Option<Spectrum>,
+    term: TermSpec,
+    spectra: Option<Spectra>,
     progress: &Progress,
-) -> Result<LowRank> {
-    match spectrum {
-        // The norm is part of the spectrum: preparing it again would cost as much as the rest of the fit.
-        Some(spectrum) => MatrixView::new(values, place.rows, place.columns)
-            .and_then(|view| spectrum.low_rank(view, rank, progress))
+) -> Result<Fit> {
+    let fitted = |view: MatrixView<'_>, spectra: &Spectra| {
+        let (lost_energy, fitted) = match (&term, spectra) {
+            (TermSpec::LowRank { rank }, Spectra::Whole(spectrum)) => {
+                let fitted = spectrum.low_rank(view, *rank, progress)?;
+                (fitted.lost_energy, Term::LowRank(fitted))
+            }
+            (TermSpec::Grouped(groups), Spectra::Groups(spectrum)) => {
+                let shape = GroupedShape::new(place.rows, place.columns, groups)?;
+                let fitted = spectrum.low_rank(view, &shape, progress)?;
+                (fitted.lost_energy, Term::Grouped(fitted))
+            }
+            _ => unreachable!("the spectra are those of the choice"),
+        };
+        Ok(Fit { spec: term.clone().into(), lost_energy, terms: vec![fitted] })
+    };
+    match spectra {
+        // The norm is part of the spectra: preparing it again would cost as much as the rest of the fit.
+        Some(spectra) => MatrixView::new(values, place.rows, place.columns)
+            .and_then(|view| fitted(view, &spectra))
             .map_err(|error| error.in_tensor(&place.name)),
-        None => place.with(values, |view, norm| Spectrum::new(view, norm, progress)?.low_rank(view, rank, progress)),
+        None => place.with(values, |view, norm| {
+            let groups: Vec<_> = match &term {
+                TermSpec::Grouped(groups) => groups.iter().map(|group| group.rows).collect(),
+                _ => Vec::new(),
+            };
+            fitted(view, &Spectra::new(view, norm, &groups, progress)?)
+        }),
     }
 }
 
@@ -319,19 +392,19 @@ impl Kept {
         Self { room: Mutex::new(room) }
     }
 
-    fn keep(&self, spectrum: Spectrum) -> Option<Spectrum> {
+    fn keep(&self, spectra: Spectra) -> Option<Spectra> {
         let mut room = self.room.lock().expect("no thread panicked");
-        *room = room.checked_sub(spectrum.bytes())?;
-        Some(spectrum)
+        *room = room.checked_sub(spectra.bytes())?;
+        Some(spectra)
     }
 }
 
 /// Compresses the dense parts of fused weights that have compressed parts.
 fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [Choice]) -> Result<()> {
-    let fitted = matrices.iter().zip(&*choices).filter(|(_, choice)| choice.rank.is_some());
+    let fitted = matrices.iter().zip(&*choices).filter(|(_, choice)| choice.term.is_some());
     let compressed: HashSet<_> = fitted.map(|(matrix, _)| &matrix.module).collect();
     for ((matrix, candidate), choice) in matrices.iter().zip(candidates).zip(choices.iter_mut()) {
-        if choice.rank.is_none() && compressed.contains(&matrix.module) {
+        if choice.term.is_none() && compressed.contains(&matrix.module) {
             *choice = candidate.choice_of_rank(candidate.rows.min(candidate.columns) - 1)?;
         }
     }
@@ -342,7 +415,7 @@ fn fuse(matrices: &[BudgetMatrix<'_>], candidates: &[Candidate], choices: &mut [
 /// them. Dense matrices get no share.
 fn shared_out(most: usize, choices: &[Choice]) -> Vec<usize> {
     let left = most - choices.iter().map(|choice| choice.macs).sum::<usize>();
-    let used = |choice: &Choice| if choice.rank.is_some() { choice.macs } else { 0 };
+    let used = |choice: &Choice| if choice.term.is_some() { choice.macs } else { 0 };
     let all = choices.iter().map(used).sum::<usize>().max(1);
     // Rounded down. A product of two counts may exceed 64 bits.
     let part = |choice: &Choice| (left as u128 * used(choice) as u128 / all as u128) as usize;
@@ -366,14 +439,14 @@ mod tests {
             counts in prop::collection::vec((any::<bool>(), 0..1_usize << 40), 1..6), extra in 0..1_usize << 45,
         ) {
             let choice = |&(dense, macs): &(bool, usize)| {
-                Choice { rank: (!dense).then_some(1), parameters: macs, macs, lost_energy: 0.0 }
+                Choice { term: (!dense).then_some(TermSpec::LowRank { rank: 1 }), parameters: macs, macs, lost_energy: 0.0 }
             };
             let choices: Vec<_> = counts.iter().map(choice).collect();
             let used: usize = choices.iter().map(|choice| choice.macs).sum();
             let shares = shared_out(used + extra, &choices);
             prop_assert!(shares.iter().sum::<usize>() <= used + extra);
             for (share, choice) in shares.iter().zip(&choices) {
-                prop_assert!(*share >= choice.macs && (choice.rank.is_some() || *share == choice.macs));
+                prop_assert!(*share >= choice.macs && (choice.term.is_some() || *share == choice.macs));
             }
         }
     }

@@ -27,7 +27,7 @@ use crate::numeric::Float;
 use crate::permute::{Decomposition, Permutation};
 use crate::plan::{Job, Model, Plan, TQConfig};
 use crate::progress::Progress;
-use crate::spec::{KroneckerShape, LowRankShape, TermSpec, Usage};
+use crate::spec::{GroupedShape, KroneckerShape, LowRankShape, TermSpec, Usage};
 
 /// Bytes copied between two checks for cancellation.
 pub(super) const COPIED: usize = 4 << 20;
@@ -146,7 +146,9 @@ fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
 /// module `M` with `W[p][:, q] ≈ Σ A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the
 /// gather indices of the forward pass for each permuted side: `M.input_permutation` (`p`; its inverse in an embedding)
 /// and `M.output_permutation` (the inverse of `q`). A low-rank matrix has `M.left`, `M.right` and one permutation. A
-/// sum of several terms has the tensors of each term, under `M.terms.0`, `M.terms.1` and so on.
+/// table in groups of rows has the factors of all groups one after the other in `M.left` and `M.right`, the place of
+/// each row in `M.input_permutation`, and the inverse orders of all groups' columns in `M.output_permutation`, that of
+/// group `g` from `g·n` up. A sum of several terms has the tensors of each term, under `M.terms.0`, `M.terms.1` and so on.
 ///
 /// # Errors
 /// Any of [`Error`], naming the tensor or the path. After an error or a cancellation, no output remains.
@@ -373,6 +375,14 @@ fn factor_slots(job: &Job, dtype: Dtype) -> Result<Vec<Slot>> {
                 slot("right", dtype, vec![shape.right().0, shape.right().1]);
                 (shape.pivots_on_rows(), !shape.pivots_on_rows())
             }
+            TermSpec::Grouped(groups) => {
+                let shape = GroupedShape::new(matrix.rows, matrix.columns, groups)?;
+                slot("left", dtype, vec![shape.left()]);
+                slot("right", dtype, vec![shape.right()]);
+                slot("input_permutation", Dtype::I64, vec![matrix.rows]);
+                slot("output_permutation", Dtype::I64, vec![groups.len() * matrix.columns]);
+                (false, false)
+            }
         };
         if rows {
             slot("input_permutation", Dtype::I64, vec![matrix.rows]);
@@ -388,6 +398,7 @@ fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
     let stored = stored_matrix(matrix);
     for (t, term) in fit.terms.iter().enumerate() {
         let name = |which| factor_name(&stored, fit.terms.len(), t, which);
+        let of_groups;
         let (rows, columns) = match term {
             Term::Kronecker(Decomposition { sum, row_permutation: rows, column_permutation: columns }) => {
                 writer.write_floats(&name("A"), 0, &sum.a)?;
@@ -398,6 +409,13 @@ fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
                 writer.write_floats(&name("left"), 0, left)?;
                 writer.write_floats(&name("right"), 0, right)?;
                 if shape.pivots_on_rows() { (Some(order), None) } else { (None, Some(order)) }
+            }
+            Term::Grouped(grouped) => {
+                let (left, right) = grouped.factors();
+                writer.write_floats(&name("left"), 0, &left)?;
+                writer.write_floats(&name("right"), 0, &right)?;
+                of_groups = grouped.column_order();
+                (Some(&grouped.order), Some(&of_groups))
             }
         };
         if let Some(rows) = rows {

@@ -15,13 +15,14 @@ use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};
 use crate::family::{Kind, fused_parts, split_part};
+use crate::fit::GroupedLowRank;
 use crate::kron::expand;
 use crate::numeric::Float;
 use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::specs_of;
 use crate::progress::{Parallelism, Progress};
-use crate::spec::{KroneckerShape, LowRankShape, MatrixSpec, TermSpec};
+use crate::spec::{GroupedShape, KroneckerShape, LowRankShape, MatrixSpec, TermSpec};
 
 /// Writes the dense checkpoint of the compressed `checkpoint` into the directory `destination`, on the current rayon
 /// pool: what tools read that know nothing of factors. The bytes do not depend on the number of threads.
@@ -183,7 +184,7 @@ fn modules<'a>(
 fn first_factor(spec: &MatrixSpec) -> &'static str {
     match spec.terms() {
         [TermSpec::Kronecker(_)] => "A",
-        [TermSpec::LowRank { .. }] => "left",
+        [TermSpec::LowRank { .. } | TermSpec::Grouped(_)] => "left",
         [TermSpec::Kronecker(_), ..] => "terms.0.A",
         _ => "terms.0.left",
     }
@@ -202,7 +203,7 @@ fn size(checkpoint: &Checkpoint, matrix: &str, spec: &MatrixSpec) -> Result<(usi
         let error = Error::Shape { operation: "factor", expected, got: format!("{:?}", tensor.shape) };
         Err(error.in_tensor(&name))
     };
-    Ok(match terms[0] {
+    Ok(match &terms[0] {
         TermSpec::Kronecker(_) => {
             let (a, b) = (tensor("A", 3)?, tensor("B", 3)?);
             (a.shape[1].saturating_mul(b.shape[1]), a.shape[2].saturating_mul(b.shape[2]), a.dtype)
@@ -211,9 +212,19 @@ fn size(checkpoint: &Checkpoint, matrix: &str, spec: &MatrixSpec) -> Result<(usi
             let (left, right) = (tensor("left", 2)?, tensor("right", 2)?);
             let (height, width) = (left.shape[0], right.shape[1]);
             // The identity is on the columns only if there are more rows than columns.
-            let on_rows = height.saturating_add(rank) <= width;
-            let (rows, columns) = if on_rows { (height + rank, width) } else { (height, width.saturating_add(rank)) };
+            let on_rows = height.saturating_add(*rank) <= width;
+            let (rows, columns) = if on_rows { (height + rank, width) } else { (height, width.saturating_add(*rank)) };
             (rows, columns, left.dtype)
+        }
+        TermSpec::Grouped(groups) => {
+            let (left, orders) = (tensor("left", 1)?, tensor("output_permutation", 1)?);
+            if orders.shape[0] % groups.len() != 0 {
+                let expected = format!("as many columns in each of {} groups", groups.len());
+                let error = Error::Shape { operation: "factor", expected, got: format!("{:?}", orders.shape) };
+                return Err(error.in_tensor(&factor_name(matrix, 1, 0, "output_permutation")));
+            }
+            let rows = groups.iter().fold(0_usize, |sum, group| sum.saturating_add(group.rows));
+            (rows, orders.shape[0] / groups.len(), left.dtype)
         }
     })
 }
@@ -304,6 +315,17 @@ impl Part<'_> {
                     };
                     low_rank(&shape, &left, &right, order.as_slice())
                 }
+                TermSpec::Grouped(groups) => {
+                    let shape = GroupedShape::new(rows, self.columns, groups);
+                    let shape = shape.map_err(|error| error.in_tensor(&self.stored))?;
+                    let left = checkpoint.floats(&name("left"), &[shape.left()])?;
+                    let right = checkpoint.floats(&name("right"), &[shape.right()])?;
+                    let places = checkpoint.permutation(&name("input_permutation"), rows)?;
+                    let orders = checkpoint.permutation(&name("output_permutation"), groups.len() * self.columns)?;
+                    let orders = GroupedLowRank::split_columns(&orders, self.columns)
+                        .map_err(|error| error.in_tensor(&name("output_permutation")))?;
+                    grouped(&shape, &left, &right, &places, &orders)
+                }
             };
             match &mut sum {
                 None => sum = Some(made),
@@ -346,6 +368,29 @@ fn low_rank(shape: &LowRankShape, left: &[f32], right: &[f32], order: &[usize]) 
                 *value = if from < rank { left[from] } else { product[from - rank] };
             }
         }
+    }
+    dense
+}
+
+/// The groups one above the other, with their rows gathered by `places`.
+fn grouped(
+    shape: &GroupedShape,
+    mut left: &[f32],
+    mut right: &[f32],
+    places: &Permutation,
+    orders: &[Permutation],
+) -> Vec<f32> {
+    let columns = shape.columns();
+    let mut stacked = Vec::with_capacity(shape.rows() * columns);
+    for (group, order) in shape.groups().iter().zip(orders) {
+        let (own_left, own_right);
+        (own_left, left) = left.split_at(group.left().0 * group.left().1);
+        (own_right, right) = right.split_at(group.right().0 * group.right().1);
+        stacked.extend(low_rank(group, own_left, own_right, order.as_slice()));
+    }
+    let mut dense = zeros(stacked.len());
+    for (row, &from) in dense.chunks_exact_mut(columns).zip(places.as_slice()) {
+        row.copy_from_slice(&stacked[from * columns..][..columns]);
     }
     dense
 }

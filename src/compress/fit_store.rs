@@ -116,8 +116,9 @@ impl Shelf {
 /// The values of all factors of a fit, by term.
 fn factors(fit: &mut Fit) -> impl Iterator<Item = &mut Vec<f32>> {
     fit.terms.iter_mut().flat_map(|term| match term {
-        Term::Kronecker(Decomposition { sum, .. }) => [&mut sum.a, &mut sum.b],
-        Term::LowRank(LowRank { left, right, .. }) => [left, right],
+        Term::Kronecker(Decomposition { sum, .. }) => vec![&mut sum.a, &mut sum.b],
+        Term::LowRank(LowRank { left, right, .. }) => vec![left, right],
+        Term::Grouped(term) => term.groups.iter_mut().flat_map(|group| [&mut group.left, &mut group.right]).collect(),
     })
 }
 

@@ -18,10 +18,10 @@ use super::place::Place;
 use crate::checkpoint::files::read_object_if_any;
 use crate::checkpoint::staging::{Claim, Destination, remove};
 use crate::error::{Error, Result};
-use crate::fit::{Fit, LowRank, Term};
+use crate::fit::{Fit, GroupedLowRank, LowRank, Term};
 use crate::kron::KroneckerSum;
 use crate::permute::{Decomposition, Permutation};
-use crate::spec::{LowRankShape, TermSpec, matrix_spec, matrix_spec_json};
+use crate::spec::{GroupedShape, LowRankShape, TermSpec, matrix_spec, matrix_spec_json};
 
 /// The file with the facts that a resumed run must share.
 const RUN_FILE: &str = "run.json";
@@ -128,15 +128,15 @@ impl Journal {
         })
     }
 
-    /// The energies of matrix `i`, if they were kept.
+    /// The energies of matrix `i`, if as many as `expected` were kept.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub(super) fn energies(&self, i: usize, place: &Place<'_>) -> Result<Option<Vec<f64>>> {
+    pub(super) fn energies(&self, i: usize, expected: usize) -> Result<Option<Vec<f64>>> {
         self.get(&format!("energies-{i}"), |file| {
             let mut file = Summed::new(file);
             let length = file.read_one::<u64>()? as usize;
-            if length > place.rows.min(place.columns) {
+            if length != expected {
                 return Err(ErrorKind::InvalidData.into());
             }
             let energies = file.read_many::<f64>(length)?;
@@ -172,10 +172,13 @@ impl Journal {
                             file.write(permutation.as_slice())?;
                         }
                     }
-                    Term::LowRank(LowRank { left, right, order, .. }) => {
-                        file.write(left)?;
-                        file.write(right)?;
+                    Term::LowRank(low_rank) => write_low_rank(&mut file, low_rank)?,
+                    Term::Grouped(GroupedLowRank { order, groups, .. }) => {
                         file.write(order.as_slice())?;
+                        for group in groups {
+                            write_low_rank(&mut file, group)?;
+                            file.write(&[group.lost_energy])?;
+                        }
                     }
                 }
             }
@@ -263,7 +266,27 @@ fn term_energy(term: &Term) -> f64 {
     match term {
         Term::Kronecker(decomposition) => decomposition.sum.lost_energy,
         Term::LowRank(low_rank) => low_rank.lost_energy,
+        Term::Grouped(grouped) => grouped.lost_energy,
     }
+}
+
+fn write_low_rank<T: Write>(file: &mut Summed<T>, low_rank: &LowRank) -> std::io::Result<()> {
+    file.write(&low_rank.left)?;
+    file.write(&low_rank.right)?;
+    file.write(low_rank.order.as_slice())
+}
+
+fn read_low_rank<T: Read>(file: &mut Summed<T>, shape: LowRankShape, lost_energy: f64) -> std::io::Result<LowRank> {
+    let left = file.read_many(shape.left().0 * shape.left().1)?;
+    let right = file.read_many(shape.right().0 * shape.right().1)?;
+    let permuted = if shape.pivots_on_rows() { shape.rows } else { shape.columns };
+    let order = Permutation::new(file.read_many(permuted)?).map_err(damaged)?;
+    Ok(LowRank { shape, left, right, order, lost_energy })
+}
+
+/// The error of a file whose values do not fit their shape.
+fn damaged(_: Error) -> std::io::Error {
+    ErrorKind::InvalidData.into()
 }
 
 fn read_term(
@@ -272,14 +295,13 @@ fn read_term(
     place: &Place<'_>,
     lost_energy: f64,
 ) -> std::io::Result<Term> {
-    let fits = |_| std::io::Error::from(ErrorKind::InvalidData);
     Ok(match term {
         TermSpec::Kronecker(spec) => {
-            let shape = spec.shape(place.rows, place.columns).map_err(fits)?;
+            let shape = spec.shape(place.rows, place.columns).map_err(damaged)?;
             let a = file.read_many(shape.rank * shape.blocks())?;
             let b = file.read_many(shape.rank * shape.block_entries())?;
             let mut permutation = |wanted: bool, length| -> std::io::Result<Option<Permutation>> {
-                if wanted { Permutation::new(file.read_many(length)?).map(Some).map_err(fits) } else { Ok(None) }
+                if wanted { Permutation::new(file.read_many(length)?).map(Some).map_err(damaged) } else { Ok(None) }
             };
             let row_permutation = permutation(spec.permute.rows(), place.rows)?;
             let column_permutation = permutation(spec.permute.columns(), place.columns)?;
@@ -287,12 +309,19 @@ fn read_term(
             Term::Kronecker(Decomposition { sum, row_permutation, column_permutation })
         }
         TermSpec::LowRank { rank } => {
-            let shape = LowRankShape::new(place.rows, place.columns, *rank).map_err(fits)?;
-            let left = file.read_many(shape.left().0 * shape.left().1)?;
-            let right = file.read_many(shape.right().0 * shape.right().1)?;
-            let permuted = if shape.pivots_on_rows() { place.rows } else { place.columns };
-            let order = Permutation::new(file.read_many(permuted)?).map_err(fits)?;
-            Term::LowRank(LowRank { shape, left, right, order, lost_energy })
+            let shape = LowRankShape::new(place.rows, place.columns, *rank).map_err(damaged)?;
+            Term::LowRank(read_low_rank(file, shape, lost_energy)?)
+        }
+        TermSpec::Grouped(groups) => {
+            let shape = GroupedShape::new(place.rows, place.columns, groups).map_err(damaged)?;
+            let order = Permutation::new(file.read_many(place.rows)?).map_err(damaged)?;
+            let read = |shape: &LowRankShape| {
+                let mut group = read_low_rank(file, *shape, 0.0)?;
+                group.lost_energy = file.read_one()?;
+                Ok(group)
+            };
+            let groups = shape.groups().iter().map(read).collect::<std::io::Result<_>>()?;
+            Term::Grouped(GroupedLowRank { shape, order, groups, lost_energy })
         }
     })
 }
@@ -392,7 +421,7 @@ mod tests {
     use crate::numeric::Float;
     use crate::permute::Effort;
     use crate::progress::{Parallelism, Progress};
-    use crate::spec::{KroneckerSpec, MatrixSpec, Permute};
+    use crate::spec::{KroneckerSpec, MatrixSpec, Permute, RowGroup};
     use crate::testing::noise;
 
     fn key(seed: u64) -> Map<String, Value> {
@@ -420,6 +449,7 @@ mod tests {
     fn kinds() -> Vec<(Place<'static>, Timed)> {
         let kronecker = |permute| TermSpec::Kronecker(KroneckerSpec { block: (2, 4), rank: 2, permute });
         let mixed = MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker(Permute::Both)]).unwrap();
+        let group = |rows, rank| RowGroup { rows, rank };
         let specs = [
             MatrixSpec::low_rank(3),
             kronecker(Permute::None).into(),
@@ -427,7 +457,12 @@ mod tests {
             kronecker(Permute::Columns).into(),
             mixed,
         ];
-        specs.iter().flat_map(|spec| [fitted(spec, 12, 16), fitted(spec, 16, 12)]).collect()
+        let grouped = TermSpec::Grouped(vec![group(5, 3), group(9, 1)]).into();
+        specs
+            .iter()
+            .flat_map(|spec| [fitted(spec, 12, 16), fitted(spec, 16, 12)])
+            .chain([fitted(&grouped, 14, 4)])
+            .collect()
     }
 
     #[test]
@@ -447,7 +482,7 @@ mod tests {
         for (i, (place, timed)) in kinds().iter().enumerate() {
             assert_eq!(journal.fit(i, place).unwrap().as_ref(), Some(timed));
         }
-        assert_eq!(journal.energies(4, &kinds()[0].0).unwrap().as_deref(), Some(&energies[..]));
+        assert_eq!(journal.energies(4, 3).unwrap().as_deref(), Some(&energies[..]));
         journal.succeed();
         assert!(!journal.directory().exists() && open(root.path(), 1, true).is_ok());
     }
@@ -464,7 +499,7 @@ mod tests {
             let whole = fs::read(&path).unwrap();
             let there = || match name {
                 "fit-0" => journal.fit(0, place).unwrap().is_some(),
-                _ => journal.energies(0, place).unwrap().is_some(),
+                _ => journal.energies(0, 2).unwrap().is_some(),
             };
             for length in (0..whole.len()).step_by(7) {
                 fs::write(&path, &whole[..length]).unwrap();

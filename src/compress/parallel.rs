@@ -98,7 +98,7 @@ pub fn decompose_each<V: Deref<Target = [f32]>>(
 
 /// Approximate cost of the eigendecompositions of a low-rank term, in the units of the permutation search.
 fn low_rank_units(Task { place, spec }: &Task<'_>) -> u64 {
-    let terms = spec.terms().iter().filter(|term| matches!(term, TermSpec::LowRank { .. })).count();
+    let terms = spec.terms().iter().filter(|term| !matches!(term, TermSpec::Kronecker(_))).count();
     (terms * place.size()) as u64
 }
 
@@ -110,7 +110,7 @@ fn units(task: &Task<'_>, effort: Effort) -> u64 {
         TermSpec::Kronecker(spec) => {
             spec.shape(place.rows, place.columns).map_or(0, |shape| work(shape, spec.permute, effort))
         }
-        TermSpec::LowRank { .. } => 0,
+        TermSpec::LowRank { .. } | TermSpec::Grouped(_) => 0,
     };
     low_rank_units(task) + spec.terms().iter().map(term).sum::<u64>()
 }

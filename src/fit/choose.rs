@@ -1,5 +1,6 @@
 //! Approximation of one matrix by its spec, or as closely as a number of parameters allows.
 
+use super::grouped::GroupedSpectrum;
 use super::low_rank::{Spectrum, low_rank};
 use super::mixed::{Problem, Shared, mixed};
 use super::moment::Norm;
@@ -9,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::kron::MatrixView;
 use crate::permute::{Effort, decompose};
 use crate::progress::{Parallelism, Progress};
-use crate::spec::{KroneckerSpec, LowRankShape, MatrixSpec, Permute, TermSpec, Usage};
+use crate::spec::{GroupedShape, KroneckerSpec, LowRankShape, MatrixSpec, Permute, TermSpec, Usage};
 
 /// Approximates `view` by `spec` in `norm`.
 ///
@@ -46,6 +47,12 @@ fn fit_safely(
         [TermSpec::LowRank { rank }] => {
             let term = low_rank(view, *rank, norm, progress)?;
             Ok(Fit { spec: spec.clone(), lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] })
+        }
+        [TermSpec::Grouped(groups)] => {
+            let shape = GroupedShape::new(view.rows(), view.columns(), groups)?;
+            let sizes: Vec<_> = groups.iter().map(|group| group.rows).collect();
+            let term = GroupedSpectrum::new(view, norm, &sizes, progress)?.low_rank(view, &shape, progress)?;
+            Ok(Fit { spec: spec.clone(), lost_energy: term.lost_energy, terms: vec![Term::Grouped(term)] })
         }
         [TermSpec::Kronecker(kronecker)] if norm.is_frobenius() => {
             let term = in_own_order(view, |w| {

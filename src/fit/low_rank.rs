@@ -4,6 +4,8 @@
 //! = S⁻¹ U Uᵀ S W`. It loses the eigenvalues beyond the `k`-th (Eckart and Young, 1936, after whitening). Only the
 //! shorter side is whitened, so a wide matrix needs only one more eigendecomposition, of the size of its narrow side.
 
+use std::sync::Arc;
+
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::matmul::matmul;
 use faer::linalg::qr::col_pivoting::factor::{qr_in_place, qr_in_place_scratch};
@@ -53,7 +55,7 @@ pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progr
 /// The eigendecomposition of a matrix in a norm. The nearest matrices of every rank follow from it, so it is computed
 /// once for any number of ranks.
 pub struct Spectrum {
-    pub(super) roots: Roots,
+    pub(super) roots: Arc<Roots>,
     pub(super) whitened: Whitened,
     scale: f64,
 }
@@ -69,6 +71,16 @@ impl Spectrum {
     pub fn new(view: MatrixView<'_>, norm: &Norm, progress: &Progress) -> Result<Self> {
         view.check_finite()?;
         let roots = Roots::new((view.rows(), view.columns()), norm)?;
+        Self::with_roots(view, norm, Arc::new(roots), progress)
+    }
+
+    /// As [`new`](Self::new) for a finite matrix, with the roots of the weight of its shorter side.
+    pub(super) fn with_roots(
+        view: MatrixView<'_>,
+        norm: &Norm,
+        roots: Arc<Roots>,
+        progress: &Progress,
+    ) -> Result<Self> {
         let whitened = Sides::new(Operand::View(view)).whiten(norm, &roots, progress)?;
         Ok(Self { roots, whitened, scale: norm.scale })
     }
@@ -94,8 +106,14 @@ impl Spectrum {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let size = self.whitened.energies.len();
-        let matrices = 1 + [&self.roots.0, &self.roots.1].iter().filter(|root| matches!(root, Weight::Full(_))).count();
-        matrices * size * size * size_of::<f64>()
+        size * size * size_of::<f64>() + self.bytes_of_roots()
+    }
+
+    /// The part of [`bytes`](Self::bytes) that spectra in one norm share.
+    pub(super) fn bytes_of_roots(&self) -> usize {
+        let size = self.whitened.energies.len();
+        let full = [&self.roots.0, &self.roots.1].iter().filter(|root| matches!(root, Weight::Full(_))).count();
+        full * size * size * size_of::<f64>()
     }
 }
 

@@ -83,6 +83,9 @@ fn mixed_safely(
     problem.finish(factors)
 }
 
+/// What [`MatrixSpec`](crate::spec::MatrixSpec) makes sure of.
+const GROUPS_ALONE: &str = "groups of rows are the only term";
+
 /// Alternating assignments before a candidate is screened.
 const SCREENING_ASSIGNMENTS: usize = 2;
 
@@ -115,6 +118,7 @@ impl<'a> Problem<'a> {
         let zeros = |term: &TermSpec| match term {
             TermSpec::LowRank { rank } => Factors::low_rank(Mat::zeros(m, *rank), Mat::zeros(n, *rank)),
             TermSpec::Kronecker(spec) => Factors::zeros(spec.shape(m, n).expect("a term that was checked")),
+            TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
         };
         self.terms.iter().map(zeros).collect()
     }
@@ -130,6 +134,7 @@ impl<'a> Problem<'a> {
                 improve(slice::from_mut(&mut factors), &[spec.permute], *target, norm, turns, progress)?;
                 Ok(factors)
             }
+            TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
         }
     }
 
@@ -148,6 +153,7 @@ impl<'a> Problem<'a> {
                     balanced_low_rank(plain_factors(left.as_ref(), *rank, roots, &whitened))
                 }
                 TermSpec::Kronecker(spec) => start(left.as_ref(), spec, norm, assignments, progress)?,
+                TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
             };
         }
         Ok(())
@@ -165,6 +171,7 @@ impl<'a> Problem<'a> {
         let permute = |term: &TermSpec| match term {
             TermSpec::Kronecker(spec) => spec.permute,
             TermSpec::LowRank { .. } => Permute::None,
+            TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
         };
         let permutes: Vec<_> = self.terms.iter().map(permute).collect();
         improve(factors, &permutes, self.shared.target, self.shared.norm, turns, self.shared.progress)
@@ -187,6 +194,7 @@ impl<'a> Problem<'a> {
                     factors[which] = Factors::low_rank(a, b);
                     Term::LowRank(fitted)
                 }
+                TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
             });
         }
         let dense: Vec<Vec<f32>> = terms.iter().map(Term::to_dense).collect();

@@ -1,5 +1,6 @@
 //! The result of a fit: the terms of a sum, and the lost energy.
 
+use super::grouped::GroupedLowRank;
 use super::low_rank::LowRank;
 use crate::numeric::range::Rescale;
 use crate::permute::Decomposition;
@@ -12,6 +13,8 @@ pub enum Term {
     Kronecker(Decomposition),
     /// A low-rank matrix in interpolative form.
     LowRank(LowRank),
+    /// A table in groups of rows.
+    Grouped(GroupedLowRank),
 }
 
 impl Term {
@@ -21,6 +24,7 @@ impl Term {
         match self {
             Self::Kronecker(decomposition) => decomposition.to_dense(),
             Self::LowRank(low_rank) => low_rank.to_dense(),
+            Self::Grouped(grouped) => grouped.to_dense(),
         }
     }
 }
@@ -41,6 +45,7 @@ impl Rescale for Term {
         Some(match self {
             Self::Kronecker(term) => Self::Kronecker(term.rescaled(exponent)?),
             Self::LowRank(term) => Self::LowRank(term.rescaled(exponent)?),
+            Self::Grouped(term) => Self::Grouped(term.rescaled(exponent)?),
         })
     }
 }

@@ -184,8 +184,9 @@ proptest! {
         let norm = norm(kind, m, n, seed);
         let term = kronecker((3, 2), 2, Permute::None);
         let TermSpec::Kronecker(spec) = term else { unreachable!() };
-        let weighted = fitted(view, &term.into(), &norm).unwrap();
-        let plain = fitted(view, &term.into(), &Norm::frobenius()).unwrap();
+        let term = MatrixSpec::from(term);
+        let weighted = fitted(view, &term, &norm).unwrap();
+        let plain = fitted(view, &term, &Norm::frobenius()).unwrap();
         let target = upcast(view);
         let measured = lost(&norm, target.as_ref(), &weighted.terms);
         prop_assert!((weighted.lost_energy - measured).abs() < 1e-9);
@@ -193,7 +194,7 @@ proptest! {
         // A norm that is only called weighted has a closed form to compare with.
         let identity = Norm { input: Weight::Diagonal(vec![1.0; m]), output: Weight::Identity, scale: 1.0 };
         let nearest = nearest_kronecker_sum(view, spec.shape(m, n).unwrap(), &Progress::default()).unwrap();
-        let found = fitted(view, &term.into(), &identity).unwrap();
+        let found = fitted(view, &term, &identity).unwrap();
         prop_assert!((found.lost_energy - nearest.lost_energy).abs() < 1e-5);
     }
 
@@ -291,7 +292,7 @@ fn specs() -> [MatrixSpec; 3] {
     let kronecker = kronecker((2, 4), 2, Permute::Both);
     [
         MatrixSpec::low_rank(3),
-        kronecker.into(),
+        kronecker.clone().into(),
         MatrixSpec::new(vec![TermSpec::LowRank { rank: 2 }, kronecker]).unwrap(),
     ]
 }
@@ -379,6 +380,10 @@ fn terms_at(fit: &Fit, exponent: i32) -> Vec<Vec<f64>> {
         Term::Kronecker(term) => [scaled(&term.sum.a, exponent / 2), scaled(&term.sum.b, exponent / 2)],
         Term::LowRank(term) if term.shape.pivots_on_rows() => [scaled(&term.left, 0), scaled(&term.right, exponent)],
         Term::LowRank(term) => [scaled(&term.left, exponent), scaled(&term.right, 0)],
+        Term::Grouped(term) => {
+            let (left, right) = term.factors();
+            [scaled(&left, exponent), scaled(&right, 0)]
+        }
     };
     fit.terms.iter().flat_map(factors).collect()
 }

@@ -6,9 +6,11 @@
 //! quantizers", 1988). The result is optimal except for the last step, where the rest of the budget goes to any rank
 //! that still fits. A cap on MACs is enforced during the walk. MACs grow with the rank as parameters do, so the walk
 //! ends at whichever limit it meets first.
+//!
+//! A matrix in groups of rows has one curve too: its points are the ranks that the same walk over its groups passes.
 
 use crate::error::{Error, Result};
-use crate::spec::{MatrixSpec, TermSpec, Usage};
+use crate::spec::{GroupedShape, LowRankShape, MatrixSpec, RowGroup, TermSpec, Usage};
 
 /// A matrix that the budget may compress.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,8 +21,11 @@ pub struct Candidate {
     pub columns: usize,
     /// The operation in which the model uses it for every token.
     pub usage: Usage,
-    /// Its energies in descending order ([`crate::fit::spectrum`]). Rank `k` loses all but the first `k`.
+    /// Its energies in descending order ([`crate::fit::Spectrum::energies`]): rank `k` loses all but the first `k`. Of a
+    /// matrix in groups of rows, those of each group, one after the other, as many as there are columns.
     pub energies: Vec<f64>,
+    /// The number of rows of each group; empty for a matrix of one rank.
+    pub groups: Vec<usize>,
 }
 
 /// How energies of different matrices are compared.
@@ -44,10 +49,10 @@ pub enum Target {
 }
 
 /// The choice for one matrix.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
-    /// Its rank; `None` if it stays dense.
-    pub rank: Option<usize>,
+    /// Its low rank; `None` if it stays dense.
+    pub term: Option<TermSpec>,
     /// Its parameters.
     pub parameters: usize,
     /// Its MACs for one token.
@@ -72,10 +77,10 @@ impl Candidate {
         let total: f64 = self.energies.iter().sum();
         let lost: f64 = self.energies.iter().skip(rank).sum();
         Ok(Choice {
-            rank: Some(rank),
             parameters: term.parameters(self.rows, self.columns)?,
             macs: term.macs(self.rows, self.columns, self.usage)?,
             lost_energy: if total > 0.0 { lost / total } else { 0.0 },
+            term: Some(term),
         })
     }
 }
@@ -84,7 +89,7 @@ impl Choice {
     /// The spec of the choice; `None` if the matrix stays dense.
     #[must_use]
     pub fn spec(&self) -> Option<MatrixSpec> {
-        self.rank.map(MatrixSpec::low_rank)
+        self.term.clone().map(MatrixSpec::from)
     }
 }
 
@@ -100,12 +105,12 @@ impl Choice {
 ///
 /// ```
 /// use tqcompressor::plan::{Candidate, Target, Weighting, allocate};
-/// use tqcompressor::spec::Usage;
-/// let flat = Candidate { rows: 8, columns: 8, usage: Usage::Map, energies: vec![1.0; 8] };
+/// use tqcompressor::spec::{TermSpec, Usage};
+/// let flat = Candidate { rows: 8, columns: 8, usage: Usage::Map, energies: vec![1.0; 8], groups: vec![] };
 /// let steep = Candidate { energies: vec![8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..flat.clone() };
 /// let choices = allocate(&[flat, steep], Weighting::Absolute, Target::Parameters(79), None)?;
 /// // The second matrix needs rank 1 only, so the first one can stay dense.
-/// assert_eq!((choices[0].rank, choices[1].rank), (None, Some(1)));
+/// assert_eq!((&choices[0].term, &choices[1].term), (&None, &Some(TermSpec::LowRank { rank: 1 })));
 /// # Ok::<(), tqcompressor::Error>(())
 /// ```
 pub fn allocate(
@@ -184,14 +189,15 @@ fn too_few_macs(candidates: &[Candidate], cap: usize, what: &str, needed: usize)
 
 /// A point on a matrix's curve.
 struct Point {
-    /// `None` for dense.
-    rank: Option<usize>,
+    /// The rank, or that of each group; none for dense.
+    ranks: Vec<usize>,
     parameters: usize,
     macs: usize,
     lost: f64,
 }
 
-struct Curve {
+struct Curve<'a> {
+    candidate: &'a Candidate,
     /// Ascending in parameters, descending in lost energy.
     points: Vec<Point>,
     total: f64,
@@ -204,58 +210,119 @@ struct Step {
     slope: f64,
 }
 
-impl Curve {
-    fn new(candidate: &Candidate, weighting: Weighting) -> Result<Self> {
-        let Candidate { rows, columns, usage, ref energies } = *candidate;
+/// The energy that is lost at each rank from 0: the sums of all energies but the first.
+fn tails(energies: &[f64], scale: f64) -> Vec<f64> {
+    // Sum from the smallest energy up, so that the tail of a large spectrum is exact.
+    let mut tails = vec![0.0; energies.len() + 1];
+    for (k, energy) in energies.iter().enumerate().rev() {
+        tails[k] = tails[k + 1] + energy * scale;
+    }
+    tails
+}
+
+/// The points of the lower convex hull, with the slope of the segment that ends in each; that of the first is infinite.
+/// `at` is the parameters and the lost energy of a point.
+fn hull(points: usize, at: impl Fn(usize) -> (usize, f64)) -> Vec<(usize, f64)> {
+    let slope = |from: usize, to: usize| {
+        let (from, to) = (at(from), at(to));
+        (from.1 - to.1) / (to.0 - from.0) as f64
+    };
+    let mut hull: Vec<(usize, f64)> = vec![(0, f64::INFINITY)];
+    for to in 1..points {
+        // The first point stays.
+        while let [_, .., (last, before)] = hull[..] {
+            if before > slope(last, to) {
+                break;
+            }
+            hull.pop();
+        }
+        let from = hull[hull.len() - 1].0;
+        hull.push((to, slope(from, to)));
+    }
+    hull
+}
+
+impl<'a> Curve<'a> {
+    fn new(candidate: &'a Candidate, weighting: Weighting) -> Result<Self> {
+        let Candidate { rows, columns, ref energies, ref groups, .. } = *candidate;
         let sum: f64 = energies.iter().sum();
         let scale = match weighting {
             Weighting::Absolute => 1.0,
             Weighting::Relative if sum > 0.0 => (rows * columns) as f64 / sum,
             Weighting::Relative => 0.0,
         };
-        // Sum from the smallest energy up, so that the tail of a large spectrum is exact.
-        let mut tails = vec![0.0; energies.len() + 1];
-        for (k, energy) in energies.iter().enumerate().rev() {
-            tails[k] = tails[k + 1] + energy * scale;
-        }
         let mut points = Vec::with_capacity(energies.len());
-        for rank in 1..rows.min(columns) {
-            let term = TermSpec::LowRank { rank };
-            points.push(Point {
-                rank: Some(rank),
-                parameters: term.parameters(rows, columns)?,
-                macs: term.macs(rows, columns, usage)?,
-                lost: tails[rank.min(energies.len())],
-            });
-        }
+        let total = if groups.is_empty() {
+            let tails = tails(energies, scale);
+            for rank in 1..rows.min(columns) {
+                points.push(candidate.point(vec![rank], tails[rank.min(energies.len())])?);
+            }
+            tails[0]
+        } else {
+            candidate.by_groups(scale, &mut points)?
+        };
         let macs = candidate.dense_macs();
-        points.push(Point { rank: None, parameters: rows * columns, macs, lost: 0.0 });
-        Ok(Self { points, total: tails[0] })
+        points.push(Point { ranks: Vec::new(), parameters: rows * columns, macs, lost: 0.0 });
+        Ok(Self { candidate, points, total })
     }
 
     /// The segments of the lower convex hull, from left to right.
     fn steps(&self, candidate: usize) -> Vec<Step> {
-        let slope = |from: usize, to: usize| {
-            let (from, to) = (&self.points[from], &self.points[to]);
-            (from.lost - to.lost) / (to.parameters - from.parameters) as f64
-        };
-        let mut hull: Vec<usize> = vec![0];
-        for to in 1..self.points.len() {
-            while let [.., before, last] = hull[..] {
-                if slope(before, last) > slope(last, to) {
-                    break;
-                }
-                hull.pop();
-            }
-            hull.push(to);
-        }
-        hull.windows(2).map(|pair| Step { candidate, to: pair[1], slope: slope(pair[0], pair[1]) }).collect()
+        let at = |i: usize| (self.points[i].parameters, self.points[i].lost);
+        hull(self.points.len(), at).into_iter().skip(1).map(|(to, slope)| Step { candidate, to, slope }).collect()
     }
 
     fn choice(&self, at: usize) -> Choice {
-        let Point { rank, parameters, macs, lost } = self.points[at];
-        Choice { rank, parameters, macs, lost_energy: if self.total > 0.0 { lost / self.total } else { 0.0 } }
+        let Point { ref ranks, parameters, macs, lost } = self.points[at];
+        let term = (!ranks.is_empty()).then(|| self.candidate.term(ranks));
+        Choice { term, parameters, macs, lost_energy: if self.total > 0.0 { lost / self.total } else { 0.0 } }
     }
+}
+
+impl Candidate {
+    fn term(&self, ranks: &[usize]) -> TermSpec {
+        if self.groups.is_empty() {
+            return TermSpec::LowRank { rank: ranks[0] };
+        }
+        let group = |(&rows, &rank)| RowGroup { rows, rank };
+        TermSpec::Grouped(self.groups.iter().zip(ranks).map(group).collect())
+    }
+
+    fn point(&self, ranks: Vec<usize>, lost: f64) -> Result<Point> {
+        let term = self.term(&ranks);
+        let parameters = term.parameters(self.rows, self.columns)?;
+        Ok(Point { parameters, macs: term.macs(self.rows, self.columns, self.usage)?, lost, ranks })
+    }
+
+    /// Adds the points of a matrix in groups: from rank 1 of each group, one rank more at a time where that saves most
+    /// energy for its parameters. Returns its whole energy.
+    fn by_groups(&self, scale: f64, points: &mut Vec<Point>) -> Result<f64> {
+        let shapes = GroupedShape::new(self.rows, self.columns, &of_rank_1(&self.groups))?;
+        let tails: Vec<_> = self.energies.chunks(self.columns).map(|energies| tails(energies, scale)).collect();
+        let parameters = |shape: &LowRankShape, rank: usize| rank * (shape.rows + shape.columns - rank);
+        let mut steps: Vec<(f64, usize, usize)> = Vec::new();
+        for (g, (shape, tails)) in shapes.groups().iter().zip(&tails).enumerate() {
+            let at = |i: usize| (parameters(shape, i + 1), tails[i + 1]);
+            let hull = hull(self.columns - 1, at).into_iter().skip(1);
+            steps.extend(hull.map(|(to, slope)| (slope, g, to + 1)));
+        }
+        // The sort is stable: equal slopes stay in the order of the groups, and those of one group in theirs.
+        steps.sort_by(|left, right| right.0.total_cmp(&left.0));
+        let mut ranks = vec![1; self.groups.len()];
+        let lost = |ranks: &[usize]| ranks.iter().zip(&tails).map(|(&rank, tails)| tails[rank]).sum();
+        points.push(self.point(ranks.clone(), lost(&ranks))?);
+        for (_, g, to) in steps {
+            while ranks[g] < to {
+                ranks[g] += 1;
+                points.push(self.point(ranks.clone(), lost(&ranks))?);
+            }
+        }
+        Ok(tails.iter().map(|tails| tails[0]).sum())
+    }
+}
+
+fn of_rank_1(groups: &[usize]) -> Vec<RowGroup> {
+    groups.iter().map(|&rows| RowGroup { rows, rank: 1 }).collect()
 }
 
 #[cfg(test)]

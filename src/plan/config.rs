@@ -9,8 +9,8 @@ use crate::permute::Effort;
 use crate::spec::{MatrixSpec, given, matrix_spec, matrix_spec_json};
 
 /// The newest format that this version reads. Format 1 has Kronecker sums only; format 2 adds low rank and sums of
-/// several terms. A configuration is written in the oldest format that can express it.
-pub const FORMAT_VERSION: u64 = 2;
+/// several terms; format 3 adds groups of rows. A configuration is written in the oldest format that can express it.
+pub const FORMAT_VERSION: u64 = 3;
 
 /// A configuration: patterns, each with the spec of the matrices that it matches, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,10 +100,14 @@ impl TQConfig {
         })
     }
 
-    /// The oldest format that can express it: 1 for Kronecker sums only, 2 otherwise.
+    /// The oldest format that can express it: 1 for Kronecker sums only, 3 with groups of rows, 2 otherwise.
     #[must_use]
     pub fn format_version(&self) -> u64 {
-        if self.specs.values().all(|spec| spec.as_kronecker().is_some()) { 1 } else { FORMAT_VERSION }
+        let of = |spec: &MatrixSpec| match spec.as_kronecker() {
+            Some(_) => 1,
+            None => 2 + u64::from(spec.is_grouped()),
+        };
+        self.specs.values().map(of).max().unwrap_or(1)
     }
 
     /// Its JSON, with every key.
@@ -151,6 +155,14 @@ mod tests {
     }
 
     #[test]
+    fn groups_round_trip_in_format_3() {
+        let config = TQConfig::from_json(r#"{"specs":{"wte":{"groups":[[12,3],[20,1]]},"a":{"rank":2}}}"#).unwrap();
+        assert!(config.specs["wte"].is_grouped() && !config.specs["a"].is_grouped());
+        assert_eq!(config.format_version(), 3);
+        assert_eq!(TQConfig::from_json(&config.to_value().to_string()).unwrap(), config);
+    }
+
+    #[test]
     fn effort_seed_and_permute_have_defaults() {
         let config = TQConfig::from_json(r#"{"specs":{"wte":{"block":[1,4],"rank":1}}}"#).unwrap();
         let permute = config.specs["wte"].as_kronecker().unwrap().permute;
@@ -167,8 +179,8 @@ mod tests {
             (r#"{"specs":{}}"#, "at least one pattern"),
             (&format!("{{{spec},\"bits\":4}}"), "bits"),
             (
-                &format!("{{{spec},\"format_version\":3,\"new\":1}}"),
-                "newer tqcompressor (format 3), this one reads up to 2: upgrade",
+                &format!("{{{spec},\"format_version\":4,\"new\":1}}"),
+                "newer tqcompressor (format 4), this one reads up to 3: upgrade",
             ),
             (&format!("{{{spec},\"format_version\":0}}"), "format_version: expected 1"),
             (&format!("{{{spec},\"format_version\":\"1\"}}"), "format_version: expected 1"),
@@ -183,6 +195,11 @@ mod tests {
             (r#"{"specs":{"h.*":{"terms":[{"rank":1}]}}}"#, "at least two"),
             (r#"{"specs":{"h.*":{"terms":[{"rank":1},{"terms":[]}]}}}"#, "terms"),
             (r#"{"specs":{"h.*":{"terms":[{"rank":1},2]}}}"#, "expected a JSON object, got 2"),
+            (r#"{"specs":{"h.*":{"groups":[]}}}"#, "groups: expected at least one"),
+            (r#"{"specs":{"h.*":{"groups":[[8,0]]}}}"#, "groups: expected an integer from 1"),
+            (r#"{"specs":{"h.*":{"groups":[[8,2,1]]}}}"#, r#"pattern "h.*""#),
+            (r#"{"specs":{"h.*":{"groups":[[8,2]],"rank":1}}}"#, "rank"),
+            (r#"{"specs":{"h.*":{"terms":[{"rank":1},{"groups":[[8,2]]}]}}}"#, "groups"),
             (r#"{"specs":{"h.*":[[1,4],1,"both"]}}"#, "expected a JSON object"),
             (r#"["tqcompressor",1,{"h.*":{"rank":1}},"fast",0]"#, "expected a JSON object"),
             (r#"{"specs":{"h.*":{"rank":0}}}"#, "rank: expected an integer from 1, got 0"),

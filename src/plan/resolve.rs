@@ -148,6 +148,12 @@ impl Plan {
                 plan.untouched.push(Untouched { tensor, shape, parameters: input.parameters });
             }
             for (matrix, spec) in asked {
+                if spec.is_grouped() && matrix.kind != Kind::Embedding {
+                    return Err(Error::Config(format!(
+                        "specs: '{}' is no embedding, and only those have groups of rows",
+                        matrix.name
+                    )));
+                }
                 let parameters = spec.parameters(matrix.rows, matrix.columns);
                 let parameters = parameters.map_err(|error| error.in_tensor(&matrix.name))?;
                 plan.parameters_after += parameters;
@@ -340,6 +346,7 @@ mod tests {
             (r#"{"lm_head":{"block":[2,4],"rank":2}}"#, "lm_head is tied to wte"),
             (r#"{"[":{"block":[2,4],"rank":2}}"#, r#"pattern "[""#),
             (r#"{"h.0.*c_attn.q":{"block":[2,4],"rank":2}}"#, "compress all of its 3 parts or none"),
+            (r#"{"h.1.mlp.c_proj":{"groups":[[16,2],[16,1]]}}"#, "'h.1.mlp.c_proj' is no embedding"),
         ] {
             let error = resolve(specs, true).unwrap_err();
             assert!(matches!(error, Error::Config(_)) && error.to_string().contains(words), "{error}");

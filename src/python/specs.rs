@@ -8,7 +8,7 @@ use pyo3::types::{PyMapping, PyTuple};
 
 use crate::permute::Effort;
 use crate::plan::TQConfig;
-use crate::spec::{KroneckerSpec, MatrixSpec, Permute, TermSpec};
+use crate::spec::{KroneckerSpec, MatrixSpec, Permute, RowGroup, TermSpec};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_config, module)?)
@@ -28,8 +28,13 @@ fn read_config(py: Python<'_>, text: &str) -> PyResult<Config> {
 /// The module of the Python classes.
 const MODULE: &str = "tqcompressor.config.specs";
 
-/// Reads a `KroneckerSpec`, `LowRankSpec` or `MixedSpec`.
+/// Reads a `KroneckerSpec`, `LowRankSpec`, `GroupedSpec` or `MixedSpec`.
 pub(super) fn spec_from_python(spec: &Bound<'_, PyAny>) -> PyResult<MatrixSpec> {
+    if spec.hasattr("groups")? {
+        let groups: Vec<(usize, usize)> = spec.getattr("groups")?.extract()?;
+        let groups = groups.into_iter().map(|(rows, rank)| RowGroup { rows, rank }).collect();
+        return Ok(TermSpec::Grouped(groups).into());
+    }
     if spec.hasattr("terms")? {
         let terms = spec.getattr("terms")?.try_iter()?.map(|term| term_from_python(&term?));
         return Ok(MatrixSpec::new(terms.collect::<PyResult<Vec<_>>>()?)?);
@@ -62,6 +67,10 @@ fn term_to_python<'py>(py: Python<'py>, term: &TermSpec) -> PyResult<Bound<'py, 
     let module = py.import(MODULE)?;
     match term {
         TermSpec::LowRank { rank } => module.getattr("LowRankSpec")?.call1((rank,)),
+        TermSpec::Grouped(groups) => {
+            let groups = groups.iter().map(|group| (group.rows, group.rank));
+            module.getattr("GroupedSpec")?.call1((PyTuple::new(py, groups.collect::<Vec<_>>())?,))
+        }
         TermSpec::Kronecker(KroneckerSpec { block, rank, permute }) => {
             module.getattr("KroneckerSpec")?.call1((block, rank, permute.name()))
         }

@@ -12,6 +12,7 @@ use crate::permute::{Decomposition, Permutation};
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<KroneckerTerm>()?;
     module.add_class::<LowRankTerm>()?;
+    module.add_class::<GroupedTerm>()?;
     module.add_class::<Fitted>()
 }
 
@@ -61,6 +62,32 @@ impl LowRankTerm {
     }
 }
 
+/// One table in groups of rows, each of low rank: `W[row_order]` is the groups one above the other.
+#[pyclass(frozen, get_all, module = "tqcompressor._core")]
+pub(super) struct GroupedTerm {
+    /// The `left` factors of all groups, row-major, one after the other, float32.
+    left: Py<PyArray1<f32>>,
+    /// The `right` factors of all groups.
+    right: Py<PyArray1<f32>>,
+    /// int64 gather indices of the rows.
+    row_order: Py<PyArray1<i64>>,
+    /// int64 gather indices of the columns of all groups, those of group `g` from `g · columns` up.
+    column_order: Py<PyArray1<i64>>,
+}
+
+#[pymethods]
+impl GroupedTerm {
+    #[new]
+    fn new(
+        left: Py<PyArray1<f32>>,
+        right: Py<PyArray1<f32>>,
+        row_order: Py<PyArray1<i64>>,
+        column_order: Py<PyArray1<i64>>,
+    ) -> Self {
+        Self { left, right, row_order, column_order }
+    }
+}
+
 /// The fit of one matrix.
 #[pyclass(frozen, get_all, module = "tqcompressor._core")]
 pub(super) struct Fitted {
@@ -96,6 +123,13 @@ fn term_to_python(py: Python<'_>, term: Term) -> PyResult<Py<PyAny>> {
             let (left, right) = (shaped(py, shape.left(), left).unbind(), shaped(py, shape.right(), right).unbind());
             let order = indices(py, order.as_slice().iter().copied()).unbind();
             Py::new(py, LowRankTerm { left, right, order })?.into_any()
+        }
+        Term::Grouped(grouped) => {
+            let (left, right) = grouped.factors();
+            let of = |order: &Permutation| indices(py, order.as_slice().iter().copied()).unbind();
+            let (row_order, column_order) = (of(&grouped.order), of(&grouped.column_order()));
+            let (left, right) = (PyArray1::from_vec(py, left).unbind(), PyArray1::from_vec(py, right).unbind());
+            Py::new(py, GroupedTerm { left, right, row_order, column_order })?.into_any()
         }
     })
 }

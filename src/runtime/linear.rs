@@ -1,4 +1,4 @@
-//! Linear maps of a forward pass: dense, or a sum of factored terms, or several such side by side.
+//! Linear maps of a forward pass: dense, or a sum of factored terms, or several such side by side in some order.
 
 use std::borrow::Cow;
 
@@ -23,6 +23,8 @@ pub struct Linear {
     pub(super) columns: usize,
     /// Side by side, in the order of their columns.
     pub(super) parts: Vec<Part>,
+    /// Where each output is among the columns of the parts.
+    pub(super) outputs: Order,
     /// Empty without a bias.
     pub(super) bias: Vec<f32>,
 }
@@ -81,7 +83,13 @@ impl Linear {
     }
 
     fn of_term(rows: usize, columns: usize, term: StoredTerm) -> Self {
-        Self { rows, columns, parts: vec![Part { columns, terms: vec![term] }], bias: Vec::new() }
+        Self {
+            rows,
+            columns,
+            parts: vec![Part { columns, terms: vec![term] }],
+            outputs: Order::default(),
+            bias: Vec::new(),
+        }
     }
 
     /// `y : (count, columns)` for `x : (count, rows)`.
@@ -116,6 +124,7 @@ impl Linear {
             }
             first += columns;
         }
+        let mut y = self.outputs.gather(y, pool).into_owned();
         if !self.bias.is_empty() {
             pool.for_each(y.chunks_exact_mut(self.columns), |y| add_scaled(y, 1.0, &self.bias));
         }
@@ -124,6 +133,7 @@ impl Linear {
 
     /// Adds column `column` of `W` to `out`: what an embedding that is stored as the map to its logits looks up.
     pub(super) fn add_column(&self, column: usize, out: &mut [f32]) {
+        let column = self.outputs.at(column);
         let mut first = 0;
         for part in &self.parts {
             if (first..first + part.columns).contains(&column) {
@@ -218,7 +228,8 @@ impl Linear {
                 usize::from(!order.is_identity())
             }
         };
-        self.parts.iter().flat_map(|part| &part.terms).map(gathers).sum()
+        usize::from(!self.outputs.is_identity())
+            + self.parts.iter().flat_map(|part| &part.terms).map(gathers).sum::<usize>()
     }
 }
 

@@ -22,12 +22,13 @@ use crate::checkpoint::files::read_object_if_any;
 use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
 use crate::family::Gpt2Geometry;
+use crate::fit::GroupedLowRank;
 use crate::numeric::Float;
 use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::specs_of;
 use crate::progress::Progress;
-use crate::spec::{KroneckerShape, KroneckerSpec, LowRankShape, MatrixSpec, TermSpec};
+use crate::spec::{GroupedShape, KroneckerShape, KroneckerSpec, LowRankShape, MatrixSpec, RowGroup, TermSpec};
 
 impl Gpt2 {
     /// Reads the checkpoint in `directory` on the current rayon pool: `config.json` and safetensors files with a
@@ -186,17 +187,50 @@ impl<'a> Loader<'a> {
             };
             vec![Part { columns: n, terms }]
         };
-        Ok(Linear { rows: m, columns: n, parts: found, bias })
+        Ok(Linear { rows: m, columns: n, parts: found, outputs: Order::default(), bias })
     }
 
     /// An embedding `(entries, d)` as the map from `d` features to its entries.
     fn embedding(&self, module: &str, entries: usize, d: usize) -> Result<Linear> {
         self.progress.check()?;
-        let terms = match self.specs.get(module) {
+        let (rows, columns, bias) = (d, entries, Vec::new());
+        let spec = self.specs.get(module);
+        if let Some([TermSpec::Grouped(groups)]) = spec.map(MatrixSpec::terms) {
+            let (parts, outputs) = self.groups(module, groups, entries, d)?;
+            return Ok(Linear { rows, columns, parts, outputs, bias });
+        }
+        let terms = match spec {
             Some(spec) => self.terms(module, spec, entries, d, Orientation::Transposed)?,
             None => vec![StoredTerm::Dense(Rows::new(&self.tensor(&format!("{module}.weight"), &[entries, d])?)?)],
         };
-        Ok(Linear { rows: d, columns: entries, parts: vec![Part { columns: entries, terms }], bias: Vec::new() })
+        Ok(Linear { rows, columns, parts: vec![Part { columns, terms }], outputs: Order::default(), bias })
+    }
+
+    /// The groups of an embedding `(entries, d)` as parts of the map to its entries, and where each entry is among them.
+    fn groups(&self, name: &str, groups: &[RowGroup], entries: usize, d: usize) -> Result<(Vec<Part>, Order)> {
+        let shape = GroupedShape::new(entries, d, groups).map_err(|error| error.in_tensor(name))?;
+        let left = self.tensor(&format!("{name}.left"), &[shape.left()])?;
+        let right = self.tensor(&format!("{name}.right"), &[shape.right()])?;
+        let places = self.permutation(&format!("{name}.input_permutation"), entries)?;
+        let orders = format!("{name}.output_permutation");
+        let orders = GroupedLowRank::split_columns(&self.permutation(&orders, groups.len() * d)?, d)
+            .map_err(|error| error.in_tensor(&orders))?;
+        let (mut from_left, mut from_right) = (0, 0);
+        let piece = |tensor: &Tensor, from: &mut usize, (height, width): (usize, usize)| {
+            let values = tensor.narrow(0, *from, height * width).and_then(|values| values.reshape((height, width)));
+            *from += height * width;
+            Rows::new(&values.expect("as many values as in the shapes"))
+        };
+        let mut parts = Vec::with_capacity(groups.len());
+        for (group, order) in shape.groups().iter().zip(&orders) {
+            // Wᵀ[q] = [I; rightᵀ] leftᵀ; what is stored is inverse.
+            let input = Order::new(order.inverse().as_slice().iter().copied());
+            let (right, left) =
+                (piece(&left, &mut from_left, group.left())?, piece(&right, &mut from_right, group.right())?);
+            let terms = vec![StoredTerm::LowRank(LowRank::OnRows { left, right, input })];
+            parts.push(Part { columns: group.rows, terms });
+        }
+        Ok((parts, Order::new(places.as_slice().iter().copied())))
     }
 
     /// A head of its own: an `nn.Linear`, stored out × in.
@@ -206,7 +240,7 @@ impl<'a> Loader<'a> {
             None => vec![StoredTerm::Dense(Rows::new(&self.tensor("lm_head.weight", &[vocabulary, d])?)?)],
         };
         let parts = vec![Part { columns: vocabulary, terms }];
-        Ok(Some(Linear { rows: d, columns: vocabulary, parts, bias: Vec::new() }))
+        Ok(Some(Linear { rows: d, columns: vocabulary, parts, outputs: Order::default(), bias: Vec::new() }))
     }
 
     fn terms(
@@ -224,6 +258,9 @@ impl<'a> Loader<'a> {
             match term {
                 TermSpec::Kronecker(spec) => self.kronecker(&name, spec, m, n, orientation),
                 TermSpec::LowRank { rank } => self.low_rank(&name, *rank, m, n, orientation),
+                TermSpec::Grouped(_) => Err(self.problem(format!(
+                    "quantization_config: '{name}' is no embedding, and only those have groups of rows"
+                ))),
             }
             .map_err(|error| match error {
                 Error::Shape { .. } => error.in_tensor(&name),

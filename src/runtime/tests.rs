@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::linear::{Linear, Part, StoredTerm};
+use super::order::Order;
 use super::rows::Rows;
 use super::*;
 use crate::checkpoint::read::Checkpoint;
@@ -334,7 +335,13 @@ proptest! {
         let values: Vec<Vec<f32>> = weights.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
         let x = noise(count * length, seed ^ 1);
         let part = Part { columns: rows, terms: vec![StoredTerm::Dense(Rows::new(&weights).unwrap())] };
-        let mut linear = Linear { rows: length, columns: rows, parts: vec![part], bias: noise(rows, seed ^ 2) };
+        let mut linear = Linear {
+            rows: length,
+            columns: rows,
+            parts: vec![part],
+            outputs: Order::default(),
+            bias: noise(rows, seed ^ 2),
+        };
         let order = order::Order::new((0..rows).rev());
         linear.put_outputs_in(&order);
         let y = linear.forward(&x, count, &pool());

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::grouped::RowGroup;
 use super::kronecker::{KroneckerSpec, Permute};
 use super::matrix::{MatrixSpec, TermSpec};
 
@@ -23,6 +24,12 @@ struct LowRankFields {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct GroupedFields {
+    groups: Vec<(usize, usize)>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct MixedFields {
     terms: Vec<Value>,
 }
@@ -32,11 +39,23 @@ pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer
     T::deserialize(deserializer).map(Some)
 }
 
-/// Reads a matrix's spec: `{"block", "rank", "permute"}`, `{"rank"}` for low rank, or `{"terms"}` for a sum.
+/// Reads a matrix's spec: `{"block", "rank", "permute"}`, `{"rank"}` for low rank, `{"groups"}` for low rank by
+/// groups of rows, or `{"terms"}` for a sum.
 ///
 /// # Errors
 /// A message that names the wrong key.
 pub fn matrix_spec(value: Value) -> Result<MatrixSpec, String> {
+    if value.get("groups").is_some() {
+        let GroupedFields { groups } = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        if groups.is_empty() {
+            return Err("groups: expected at least one, got none".into());
+        }
+        for (rows, rank) in &groups {
+            positive("groups", *rows.min(rank))?;
+        }
+        let groups = groups.into_iter().map(|(rows, rank)| RowGroup { rows, rank }).collect();
+        return Ok(TermSpec::Grouped(groups).into());
+    }
     if value.get("terms").is_none() {
         return Ok(term_spec(value)?.into());
     }
@@ -77,6 +96,9 @@ pub fn matrix_spec_json(spec: &MatrixSpec) -> Map<String, Value> {
             json!({"block": [m2, n2], "rank": rank, "permute": permute.name()})
         }
         TermSpec::LowRank { rank } => json!({"rank": rank}),
+        TermSpec::Grouped(groups) => {
+            json!({"groups": groups.iter().map(|group| [group.rows, group.rank]).collect::<Vec<_>>()})
+        }
     };
     let value = match spec.terms() {
         [one] => term(one),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::grouped::{GroupedShape, RowGroup};
 use super::kronecker::KroneckerSpec;
 use super::low_rank::LowRankShape;
 use crate::error::{Error, Result};
@@ -40,7 +41,7 @@ impl Usage {
 }
 
 /// One term of a sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum TermSpec {
     /// A permuted Kronecker sum.
     Kronecker(KroneckerSpec),
@@ -49,6 +50,8 @@ pub enum TermSpec {
         /// Its rank.
         rank: usize,
     },
+    /// An embedding whose rows are in groups of different ranks. It is the only term.
+    Grouped(Vec<RowGroup>),
 }
 
 impl TermSpec {
@@ -60,6 +63,7 @@ impl TermSpec {
         match self {
             Self::Kronecker(spec) => Ok(spec.shape(m, n)?.parameters()),
             Self::LowRank { rank } => Ok(LowRankShape::new(m, n, *rank)?.parameters()),
+            Self::Grouped(groups) => Ok(GroupedShape::new(m, n, groups)?.parameters()),
         }
     }
 
@@ -75,6 +79,10 @@ impl TermSpec {
             Self::LowRank { rank } => {
                 let shape = LowRankShape::new(m, n, *rank)?;
                 (shape.parameters(), rank * shape.right().1)
+            }
+            Self::Grouped(groups) => {
+                let shape = GroupedShape::new(m, n, groups)?;
+                (shape.parameters(), shape.row_macs())
             }
         };
         Ok(match usage {
@@ -113,12 +121,16 @@ impl MatrixSpec {
     /// A sum of terms.
     ///
     /// # Errors
-    /// [`Error::Config`] if there are none.
+    /// [`Error::Config`] if there are none, or groups of rows beside other terms.
     pub fn new(terms: Vec<TermSpec>) -> Result<Self> {
         if terms.is_empty() {
             return Err(Error::Config("terms: expected at least one, got none".into()));
         }
-        Ok(Self { terms })
+        let spec = Self { terms };
+        if spec.is_grouped() && spec.terms.len() > 1 {
+            return Err(Error::Config("terms: expected Kronecker sums and low rank, got groups of rows".into()));
+        }
+        Ok(spec)
     }
 
     /// The terms, at least one.
@@ -134,6 +146,12 @@ impl MatrixSpec {
             [TermSpec::Kronecker(spec)] => Some(spec),
             _ => None,
         }
+    }
+
+    /// Whether it is a table of groups of rows, which only an embedding can be.
+    #[must_use]
+    pub fn is_grouped(&self) -> bool {
+        self.terms.iter().any(|term| matches!(term, TermSpec::Grouped(_)))
     }
 
     /// The parameters of an `(m, n)` matrix of this spec.
@@ -161,6 +179,10 @@ impl fmt::Display for TermSpec {
                 write!(formatter, "block {m2} × {n2}, rank {rank}, permuted {}", permute.name())
             }
             Self::LowRank { rank } => write!(formatter, "low rank {rank}"),
+            Self::Grouped(groups) => {
+                let ranks: Vec<_> = groups.iter().map(|group| group.rank.to_string()).collect();
+                write!(formatter, "low rank {} by groups", ranks.join("/"))
+            }
         }
     }
 }
@@ -180,8 +202,11 @@ mod tests {
     use crate::spec::Permute;
 
     #[test]
-    fn a_sum_without_terms_is_refused() {
+    fn a_sum_without_terms_or_of_groups_is_refused() {
         assert!(MatrixSpec::new(Vec::new()).is_err());
+        let grouped = TermSpec::Grouped(vec![RowGroup { rows: 8, rank: 1 }]);
+        assert!(MatrixSpec::new(vec![grouped.clone(), TermSpec::LowRank { rank: 1 }]).is_err());
+        assert_eq!(MatrixSpec::new(vec![grouped]).unwrap().to_string(), "low rank 1 by groups");
     }
 
     #[test]
@@ -190,11 +215,16 @@ mod tests {
         let low_rank = TermSpec::LowRank { rank: 5 };
         // B first would take 6·2·4 + 6·8·4 = 240; A first takes 6·8·2 + 8·2·4 = 160 for each of the three.
         let of = |term: &TermSpec, usage| term.macs(12, 32, usage).unwrap();
+        let of_table = |term: &TermSpec, usage| term.macs(32, 12, usage).unwrap();
         assert_eq!((of(&kronecker, Usage::Map), of(&kronecker, Usage::Lookup)), (480, 96));
         // Pivots on rows, so that a row takes all columns of `right`: `[I; T] R`.
         assert_eq!((of(&low_rank, Usage::Map), of(&low_rank, Usage::Lookup)), (5 * 39, 5 * 32));
         // A table is higher than wide: a row of `L [I T]`.
         assert_eq!(low_rank.macs(32, 12, Usage::Lookup).unwrap(), 5 * 7);
+        let grouped = TermSpec::Grouped(vec![RowGroup { rows: 14, rank: 5 }, RowGroup { rows: 18, rank: 2 }]);
+        assert_eq!(of_table(&grouped, Usage::Map), 5 * (14 + 12 - 5) + 2 * (18 + 12 - 2));
+        // (14 · 5 · 7 + 18 · 2 · 10) / 32 is 26.6.
+        assert_eq!(of_table(&grouped, Usage::Lookup), 27);
         let both = MatrixSpec::new(vec![low_rank, kronecker]).unwrap();
         assert_eq!(both.macs(12, 32, Usage::TiedLookup).unwrap(), 480 + 96 + 5 * 39 + 5 * 32);
         assert_eq!([Usage::Map, Usage::Lookup, Usage::TiedLookup].map(|usage| usage.dense_macs(12, 32)), [384, 0, 384]);

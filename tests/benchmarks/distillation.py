@@ -66,6 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="in the forward pass")
     parser.add_argument("--effort", default="balanced")
     parser.add_argument("--budget", type=float, default=0.65, help="of the students that have one")
+    parser.add_argument("--device", default="cpu", help="on which students are trained")
     parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, each on one thread")
 
 
@@ -122,6 +123,7 @@ def one_student(task: argparse.Namespace) -> dict:
         if task.student != "teacher":
             compress(model, ONE_SHOT, effort=task.effort, seed=task.seed)
     seconds = time.perf_counter() - start
+    model.to(task.device)
     score = perplexity(model, AutoTokenizer.from_pretrained(TEACHER), read_text(task.heldout))
     result = {"student": task.student, "tokens": task.tokens, "seed": task.seed, "parameters": model.num_parameters()}
     return {**result, "perplexity": score.perplexity, "seconds": seconds}
@@ -147,7 +149,7 @@ def distilled(recipe: StagedRecipe | TQConfig, learns_from_teacher: bool) -> Cal
                 training=training(task),
                 effort=task.effort,
                 seed=task.seed,
-                device="cpu",
+                device=task.device,
             )
             return AutoModelForCausalLM.from_pretrained(Path(folder) / "student")
 
@@ -168,7 +170,7 @@ def healed(stages: int) -> Callable:
                 tokens=task.tokens,
                 heldout=TEACHER / "evaluation.txt",
                 training=TrainingConfig(seed=task.seed),
-                device="cpu",
+                device=task.device,
             )
             print(report, file=sys.stderr)
             return AutoModelForCausalLM.from_pretrained(Path(folder) / "student")
@@ -186,7 +188,7 @@ def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
     student = GPT2LMHeadModel(config)
     samples = token_blocks(Path(task.text), tokenizer, config.n_positions).take(task.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(settings, Path(folder), len(samples) // settings.batch_size, "cpu")
+        arguments = training_arguments(settings, Path(folder), len(samples) // settings.batch_size, task.device)
         # This run is not resumed.
         arguments.set_save("no")
         trainer = DistillTrainer(student, arguments, distill=DistillConfig(alpha=0.0), train_dataset=samples)
@@ -228,6 +230,7 @@ TRAINING = (
     "shares",
     "bf16",
     "effort",
+    "device",
 )
 
 if __name__ == "__main__":

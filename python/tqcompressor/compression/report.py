@@ -42,11 +42,14 @@ class MatrixReport:
     """Which sides of a Kronecker sum may be permuted."""
     terms: tuple[Mapping[str, Any], ...] | None = None
     """The specs of the terms, as in a config, where there are several."""
+    groups: tuple[tuple[int, int], ...] | None = None
+    """The rows and the rank of each group of rows of an embedding."""
 
     @property
     def spec(self) -> MatrixSpec | None:
         """The spec, as in a config; None in a list of the matrices of a dense model."""
-        return None if self.rank is None and self.terms is None else planned_spec(vars(self))
+        given = (self.rank, self.terms, self.groups)
+        return None if all(each is None for each in given) else planned_spec(vars(self))
 
     @classmethod
     def of(cls, matrix: MatrixInfo, fitted: Fitted | None = None) -> MatrixReport:

@@ -5,7 +5,7 @@ May import `errors`, `utils`.
 
 from .choices import DTYPES, EFFORTS, ENGINES, OBJECTIVES, PERMUTES, Dtype, Effort, Engine, Objective, Permute
 from .recipes import RECIPES, resolve_config
-from .specs import KroneckerSpec, LowRankSpec, MatrixSpec, MixedSpec
+from .specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec, MixedSpec
 from .tq_config import FORMAT_VERSION, QUANT_METHOD, TQConfig
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Dtype",
     "Effort",
     "Engine",
+    "GroupedSpec",
     "KroneckerSpec",
     "LowRankSpec",
     "MatrixSpec",

@@ -1,4 +1,4 @@
-"""The spec of one matrix: a Kronecker sum, a low-rank product, or a sum of several.
+"""The spec of one matrix: a Kronecker sum, a low-rank product, one by groups of rows, or a sum of several.
 
 Specs are plain values: the same in a config, in JSON and as an argument.
 """
@@ -157,6 +157,70 @@ class LowRankSpec:
 
 
 @dataclass(frozen=True)
+class GroupedSpec:
+    """An embedding whose rows are sorted by importance and cut into groups, each of low rank by itself.
+
+    `groups` are pairs of a number of rows `n_g` and their rank `k_g`, the most important rows first. Group `g` is
+    `W_g[:, q_g] = left_g [I right_g]`, with `k_g · (n_g + d − k_g)` parameters for `d` columns. `left` and `right` hold
+    the factors of all groups one after the other. A budget makes the groups itself, by the frequencies of the tokens.
+
+    Source: Chen, Si, Li, Chelba and Hsieh, "GroupReduce", arXiv 1806.06950, which has groups of different ranks.
+
+    >>> GroupedSpec(((384, 200), (7808, 40))).parameters(8192, 256)
+    408960
+    """
+
+    groups: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        try:
+            pairs = [(rows, rank) for rows, rank in self.groups]
+        except (TypeError, ValueError):
+            raise ConfigError(f"groups must be pairs of rows and a rank, got {self.groups!r}") from None
+        if not pairs:
+            raise ConfigError("groups must be at least one pair of rows and a rank, got none")
+        whole = [tuple(integer("groups", value, 1, LARGEST_INTEGER) for value in pair) for pair in pairs]
+        object.__setattr__(self, "groups", tuple(whole))
+
+    def factor_shapes(self, rows: int, columns: int) -> tuple[tuple[int], tuple[int]]:
+        """The shapes of `left` and `right` for a `(rows, columns)` matrix.
+
+        Raises `ShapeError` unless the groups have all rows together, and each has more rows than there are columns and
+        a rank below that.
+        """
+        total = sum(group for group, _ in self.groups)
+        if total != rows:
+            raise ShapeError(f"groups of {total} rows together do not fit a {rows} × {columns} matrix")
+        for group, rank in self.groups:
+            if group <= columns or rank >= columns:
+                raise ShapeError(
+                    f"a group of {group} rows and rank {rank} does not fit a {rows} × {columns} matrix: it must have "
+                    f"more than {columns} rows and a rank below {columns}"
+                )
+        left = sum(group * rank for group, rank in self.groups)
+        return (left,), (sum(rank * (columns - rank) for _, rank in self.groups),)
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raises `ShapeError` unless a `(rows, columns)` matrix can have this spec."""
+        self.factor_shapes(rows, columns)
+
+    def parameters(self, rows: int, columns: int) -> int:
+        """The number of elements in the factors of a `(rows, columns)` matrix: `Σ k_g · (n_g + columns − k_g)`."""
+        (left,), (right,) = self.factor_shapes(rows, columns)
+        return left + right
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {"groups": [list(group) for group in self.groups]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GroupedSpec:
+        """The inverse of `to_dict`; raises `ConfigError` for unknown or missing keys."""
+        check_keys(data, "spec", known=("groups",), required=("groups",))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
 class MixedSpec:
     """One matrix as a sum of several terms: `W ≈ Σ_t W_t`.
 
@@ -212,11 +276,13 @@ class MixedSpec:
         return cls(**data)
 
 
-MatrixSpec: TypeAlias = KroneckerSpec | LowRankSpec | MixedSpec
+MatrixSpec: TypeAlias = KroneckerSpec | LowRankSpec | GroupedSpec | MixedSpec
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
-    """The spec of a JSON object: with "terms" a sum of terms, with "block" a Kronecker sum, else low rank.
+    """The spec of a JSON object: by its key "terms" a sum, by "groups" groups of rows, by "block" a Kronecker sum.
+
+    Any other is low rank.
 
     Raises `ConfigError` for unknown or missing keys.
 
@@ -225,6 +291,8 @@ def spec_from_dict(data: Mapping[str, Any]) -> MatrixSpec:
     """
     if isinstance(data, Mapping) and "terms" in data:
         return MixedSpec.from_dict(data)
+    if isinstance(data, Mapping) and "groups" in data:
+        return GroupedSpec.from_dict(data)
     # A Kronecker spec without its block is recognised by its other key.
     if isinstance(data, Mapping) and {"block", "permute"} & data.keys():
         return KroneckerSpec.from_dict(data)
@@ -237,14 +305,16 @@ def planned_spec(entry: Mapping[str, Any]) -> MatrixSpec:
     >>> planned_spec({"name": "wte", "rank": 3, "block": None, "lost_energy": 0.1})
     LowRankSpec(rank=3)
     """
-    keys = ("block", "rank", "permute", "terms")
+    keys = ("block", "rank", "permute", "terms", "groups")
     return spec_from_dict({key: entry[key] for key in keys if entry.get(key) is not None})
 
 
 def describe(spec: MatrixSpec) -> str:
-    """A spec in a table: "block 2×4, rank 4", "low rank 224"."""
+    """A spec in a table: "block 2×4, rank 4", "low rank 224", "low rank 213/120/40 by groups"."""
     if isinstance(spec, MixedSpec):
         return " + ".join(describe(term) for term in spec.terms)
     if isinstance(spec, LowRankSpec):
         return f"low rank {spec.rank}"
+    if isinstance(spec, GroupedSpec):
+        return f"low rank {'/'.join(str(rank) for _, rank in spec.groups)} by groups"
     return f"block {spec.block[0]}×{spec.block[1]}, rank {spec.rank}, permute {spec.permute}"

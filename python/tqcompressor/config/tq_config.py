@@ -17,23 +17,23 @@ from ..utils import validate
 from ..utils.atomic_io import WholeFile
 from ..utils.utf8 import parsed
 from .choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, one_of
-from .specs import KroneckerSpec, MatrixSpec, check_keys, spec_from_dict
+from .specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec, MixedSpec, check_keys, spec_from_dict
 
 QUANT_METHOD = "tqcompressor"
 # The newest format that is read. Configs are written in the oldest format that can hold them.
-FORMAT_VERSION = 2
-_KRONECKER_ONLY = 1
+FORMAT_VERSION = 3
+_FORMATS: dict[type[MatrixSpec], int] = {KroneckerSpec: 1, LowRankSpec: 2, MixedSpec: 2, GroupedSpec: 3}
 
 
 @dataclass(frozen=True)
 class TQConfig:
     """The specs of a model's matrices, and the effort and seed of the search for permutations.
 
-    `specs` maps a glob pattern to a [`KroneckerSpec`], [`LowRankSpec`] or [`MixedSpec`]. A pattern is matched against
-    the name of a matrix ("wte", "h.1.mlp.c_fc", "h.0.attn.c_attn.q", "encoder.layer.0.output.dense") or of its module,
-    with or without the base model's prefix ("transformer.", "bert.") before and ".weight" behind it; `*` crosses dots,
-    `[13579]` is one of these characters. The first pattern that matches a matrix decides. The
-    result depends on the weights, the spec, the effort ("fast", "balanced" or "best") and the seed only.
+    `specs` maps a glob pattern to a [`KroneckerSpec`], [`LowRankSpec`], [`GroupedSpec`] or [`MixedSpec`]. A pattern is
+    matched against the name of a matrix ("wte", "h.1.mlp.c_fc", "h.0.attn.c_attn.q", "encoder.layer.0.output.dense") or
+    of its module, with or without the base model's prefix ("transformer.", "bert.") before and ".weight" behind it; `*`
+    crosses dots, `[13579]` is one of these characters. The first pattern that matches a matrix decides. The result
+    depends on the weights, the spec, the effort ("fast", "balanced" or "best") and the seed only.
 
     In place of specs, `budget` is a budget as `compress` takes it, for `from_pretrained(dense,
     quantization_config=TQConfig(budget=0.65, calibration="calibration.safetensors"))`. `calibration`, `objective`,
@@ -99,9 +99,8 @@ class TQConfig:
 
     @property
     def format_version(self) -> int:
-        """The oldest format that can hold it: 1 where every spec is a Kronecker sum, else 2."""
-        only = all(isinstance(spec, KroneckerSpec) for spec in self.specs.values())
-        return _KRONECKER_ONLY if only else FORMAT_VERSION
+        """The oldest format that can hold it: 1 for Kronecker sums, 3 with groups of rows, else 2."""
+        return max(_FORMATS[type(spec)] for spec in self.specs.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types, as stored under `quantization_config` in `config.json`."""

@@ -74,7 +74,7 @@ def decompose(
     Args:
         w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed
             in float32 with float64 sums. A torch tensor may be bfloat16, too, on any device and with a gradient.
-        spec: A `KroneckerSpec`, `LowRankSpec` or `MixedSpec`. Either this or `budget`.
+        spec: A `KroneckerSpec`, `LowRankSpec`, `GroupedSpec` or `MixedSpec`. Either this or `budget`.
         budget: The share of its `m·n` parameters to keep, such as 0.5, or their number as an integer.
         moment: The second moment of the inputs, `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it
             and the second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,). Either of a pair

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from ..config.specs import KroneckerSpec, LowRankSpec, MixedSpec
+from ..config.specs import GroupedSpec, KroneckerSpec, LowRankSpec, MixedSpec
 from ..errors import DtypeError, ShapeError
 from ..utils.torch_utils import as_array
 
@@ -148,6 +148,56 @@ class LowRankDecomposition:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class GroupedDecomposition:
+    """A table in groups of rows, each of low rank: `Ŵ[row_order]` is the groups one above the other."""
+
+    spec: GroupedSpec
+    groups: tuple[LowRankDecomposition, ...]
+    """The groups, the most important rows first."""
+    row_order: NDArray[np.int64]
+    """Gather indices of the rows."""
+    lost_energy: float
+    """`‖W − Ŵ‖² / ‖W‖²` in the norm of the objective, between 0 and 1; 0 for a zero matrix."""
+
+    @property
+    def terms(self) -> tuple[GroupedDecomposition, ...]:
+        """The terms of the sum: this one."""
+        return (self,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape `(m, n)` of the matrix."""
+        return len(self.row_order), self.groups[0].shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers of all groups."""
+        return sum(group.parameters for group in self.groups)
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        ranks = "/".join(str(rank) for _, rank in self.spec.groups)
+        return f"GroupedDecomposition({m} × {n}, rank {ranks}, {self.parameters} parameters{_losing(self.lost_energy)})"
+
+    def reconstruct(self) -> NDArray[np.float32]:
+        """The dense matrix Ŵ of shape (m, n)."""
+        dense = np.empty(self.shape, np.float32)
+        dense[self.row_order] = np.concatenate([group.reconstruct() for group in self.groups])
+        return dense
+
+    def apply(self, x: ArrayLike) -> NDArray[np.float32]:
+        """`x @ Ŵ` for `x` of shape (..., m), group by group. Raises `ShapeError` if the last dimension is not m."""
+        rows, columns = self.shape
+        values = _inputs(x, rows)[..., self.row_order]
+        y = np.zeros((*values.shape[:-1], columns), np.float32)
+        first = 0
+        for group in self.groups:
+            y += group.apply(values[..., first : first + group.shape[0]])
+            first += group.shape[0]
+        return y
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class MixedDecomposition:
     """`W ≈ Σ_t Ŵ_t`: a sum of Kronecker sums of different blocks and of low-rank matrices."""
 
@@ -189,7 +239,10 @@ class MixedDecomposition:
 
 
 Term: TypeAlias = KroneckerDecomposition | LowRankDecomposition
-Decomposition: TypeAlias = KroneckerDecomposition | LowRankDecomposition | MixedDecomposition
+Decomposition: TypeAlias = KroneckerDecomposition | LowRankDecomposition | GroupedDecomposition | MixedDecomposition
+
+# A term as the boundary gives it.
+_FittedTerm: TypeAlias = _core.KroneckerTerm | _core.LowRankTerm | _core.GroupedTerm
 
 
 def from_fit(fitted: _core.Fitted) -> Decomposition:
@@ -198,16 +251,29 @@ def from_fit(fitted: _core.Fitted) -> Decomposition:
     if isinstance(spec, MixedSpec):
         parts = [_term(part, term, None) for part, term in zip(spec.terms, terms, strict=True)]
         return MixedDecomposition(spec, tuple(parts), lost_energy)
+    if isinstance(spec, GroupedSpec):
+        return _grouped(spec, terms[0], lost_energy)
     return _term(spec, terms[0], lost_energy)
 
 
-def _term(
-    spec: KroneckerSpec | LowRankSpec, term: _core.KroneckerTerm | _core.LowRankTerm, lost_energy: float | None
-) -> Term:
+def _grouped(spec: GroupedSpec, term: _FittedTerm, lost_energy: float) -> GroupedDecomposition:
+    assert isinstance(term, _core.GroupedTerm)
+    columns = len(term.column_order) // len(spec.groups)
+    groups, left, right = [], term.left, term.right
+    for number, (rows, rank) in enumerate(spec.groups):
+        own_left, left = np.split(left, [rows * rank])
+        own_right, right = np.split(right, [rank * (columns - rank)])
+        order = term.column_order[number * columns : (number + 1) * columns] - number * columns
+        factors = (own_left.reshape(rows, rank), own_right.reshape(rank, columns - rank))
+        groups.append(LowRankDecomposition(LowRankSpec(rank), *factors, order, None))
+    return GroupedDecomposition(spec, tuple(groups), term.row_order, lost_energy)
+
+
+def _term(spec: KroneckerSpec | LowRankSpec, term: _FittedTerm, lost_energy: float | None) -> Term:
     if isinstance(term, _core.KroneckerTerm):
         assert isinstance(spec, KroneckerSpec)
         return KroneckerDecomposition(spec, term.a, term.b, term.row_permutation, term.column_permutation, lost_energy)
-    assert isinstance(spec, LowRankSpec)
+    assert isinstance(spec, LowRankSpec) and isinstance(term, _core.LowRankTerm)
     return LowRankDecomposition(spec, term.left, term.right, term.order, lost_energy)
 
 

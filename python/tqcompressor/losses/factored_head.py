@@ -44,6 +44,11 @@ def dense_head(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Ten
 
         pairs = [dense_head(hidden, term) for term in head.terms]
         return torch.cat([states for states, _ in pairs], dim=-1), torch.cat([weight for _, weight in pairs], dim=1)
+    if hasattr(head, "groups"):
+        weight = head.dense_weight()
+        weight = weight if hasattr(head, "num_embeddings") else weight.transpose(0, 1)
+        _check_width(hidden.shape, weight.shape[1])
+        return hidden, weight
     if hasattr(head, "num_embeddings"):
         columns, rows = head.output_permutation, head.input_permutation
         columns = None if columns is None else columns.argsort()

@@ -9,15 +9,25 @@ from typing import Any, TypeAlias
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modules.balanced import BalancedEmbedding, BalancedHead, BalancedLinear, BalancedTiedEmbedding, Moment
+from ..modules.balanced import (
+    BalancedEmbedding,
+    BalancedGroups,
+    BalancedHead,
+    BalancedLinear,
+    BalancedTiedEmbedding,
+    Moment,
+)
 from ..modules.base import Tied
+from ..modules.dense_weight import Lookup
 from ..modules.fused import FusedLinear
-from ..modules.low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
+from ..modules.grouped import GroupedEmbedding
+from ..modules.low_rank import LowRankEmbedding, LowRankLinear
 from .matrices import bare_name, compressed_modules
 from .ties import ties
 
 # The moments of a matrix's input and of the gradient at its output, by its name.
 MomentsOf: TypeAlias = Callable[[str], tuple[Moment, Moment]]
+_KINDS = {LowRankLinear: BalancedLinear, LowRankEmbedding: BalancedEmbedding, GroupedEmbedding: BalancedGroups}
 
 
 @contextmanager
@@ -29,11 +39,11 @@ def balanced(model: PreTrainedModel, moments: MomentsOf) -> Iterator[None]:
     tied, found = ties(model), dict(compressed_modules(model))
     new: dict[str, Any] = {}
     for name, module in _low_rank(model):
-        kind: Any = BalancedEmbedding if isinstance(module, LowRankEmbedding) else BalancedLinear
+        kind: Any = next(balanced for replaced, balanced in _KINDS.items() if isinstance(module, replaced))
         new[name] = kind(module, *moments(bare_name(model, name)))
     for name, source in tied.items():
         if name in found and source in new:
-            kind = BalancedHead if isinstance(found[name], LowRankHead) else BalancedTiedEmbedding
+            kind = BalancedTiedEmbedding if isinstance(found[name], Lookup) else BalancedHead
             new[name] = kind(found[name], new[source])
     try:
         _put(model, new)
@@ -50,12 +60,12 @@ def has_low_rank(model: PreTrainedModel) -> bool:
     return any(True for _ in _low_rank(model))
 
 
-def _low_rank(model: PreTrainedModel) -> Iterator[tuple[str, LowRankLinear | LowRankEmbedding]]:
+def _low_rank(model: PreTrainedModel) -> Iterator[tuple[str, LowRankLinear | LowRankEmbedding | GroupedEmbedding]]:
     """`(full name, module)` of every low-rank module that owns its factors, those within fused ones too."""
     for name, module in compressed_modules(model):
         parts = module.named_children() if isinstance(module, FusedLinear) else [("", module)]
         for part, inner in parts:
-            if isinstance(inner, LowRankLinear | LowRankEmbedding) and not isinstance(inner, Tied):
+            if isinstance(inner, LowRankLinear | LowRankEmbedding | GroupedEmbedding) and not isinstance(inner, Tied):
                 yield f"{name}.{part}".rstrip("."), inner
 
 

@@ -8,12 +8,15 @@ May import torch, `errors`, `_core`, `utils` and `config`; never transformers.
 """
 
 from .fused import FusedLinear
+from .grouped import GroupedEmbedding, GroupedHead
 from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear
 from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear
 from .mixed import MixedEmbedding, MixedHead, MixedLinear
 
 __all__ = [
     "FusedLinear",
+    "GroupedEmbedding",
+    "GroupedHead",
     "KroneckerEmbedding",
     "KroneckerHead",
     "KroneckerLinear",

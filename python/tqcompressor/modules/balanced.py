@@ -16,7 +16,8 @@ from torch import nn
 
 from .base import add_bias, inverse
 from .dense_weight import CompressedBase, Lookup
-from .low_rank import LowRankEmbedding, LowRankFactors, LowRankHead, LowRankLinear, TiedLowRankEmbedding
+from .grouped import GroupedEmbedding, rows_in_groups
+from .low_rank import LowRankEmbedding, LowRankFactors, LowRankLinear
 
 # A moment as `Calibration` has it: a matrix, its diagonal, or none.
 Moment = NDArray[Any] | None
@@ -57,7 +58,8 @@ class BalancedFactors(CompressedBase):
         module = self.replaced
         rank = self.P.shape[1]
         with torch.no_grad():
-            p, q = self.P.double(), self.Q.double()
+            # Training may have moved the factors, and not the module that they stand for.
+            p, q = (factor.to(module.left.device, torch.float64) for factor in (self.P, self.Q))
             if module.input_permutation is not None:
                 order = _row_order(module)
                 p = p.index_select(0, order)
@@ -96,11 +98,68 @@ class BalancedEmbedding(Lookup, BalancedFactors):
         """`(...)` token ids to `(..., embedding_dim)`."""
         return nn.functional.embedding(ids, self.P) @ self.Q
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`h Wᵀ`, `(..., embedding_dim)` to `(..., num_embeddings)`."""
+        return _logits(hidden, self.P, self.Q)
+
+
+class BalancedGroups(Lookup):
+    """Rows of `P_g Q_g` in place of a `GroupedEmbedding`: each group is a `BalancedEmbedding` by itself."""
+
+    places: torch.Tensor
+
+    def __init__(self, module: GroupedEmbedding, input_moment: Moment, output_moment: Moment) -> None:
+        super().__init__()
+        self._replaced, self._parts = (module,), tuple(module.split())
+        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
+        self.padding_idx = module.padding_idx
+        self.sizes = [size for size, _ in module.groups]
+        assert module.input_permutation is not None
+        # A copy, which moves with this module; the replaced one stays where it is.
+        self.register_buffer("places", module.input_permutation.clone(), persistent=False)
+        rows = np.split(np.argsort(module.input_permutation.cpu().numpy()), np.cumsum(self.sizes)[:-1])
+        moments = [None if input_moment is None else input_moment[own] for own in rows]
+        parts = zip(self._parts, moments, strict=True)
+        self.groups = nn.ModuleList(BalancedEmbedding(part, moment, output_moment) for part, moment in parts)
+
+    @property
+    def replaced(self) -> Any:
+        """The module that this one stands for."""
+        return self._replaced[0]
+
+    def _a_factor(self) -> torch.Tensor:
+        first: Any = self.groups[0]
+        factor: torch.Tensor = first.P
+        return factor
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`(...)` token ids to `(..., embedding_dim)`."""
+        places = self.places.index_select(0, ids.reshape(-1))
+        return rows_in_groups(places, self.sizes, list(self.groups)).reshape(*ids.shape, self.embedding_dim)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`h Wᵀ`, `(..., embedding_dim)` to `(..., num_embeddings)`."""
+        each: Any = self.groups
+        logits = [_logits(hidden, group.P, group.Q) for group in each]
+        return torch.cat(logits, dim=-1).index_select(-1, self.places)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The dense matrix `W (rows, columns)`."""
+        each: Any = self.groups
+        return torch.cat([group.dense_weight() for group in each]).index_select(0, self.places)
+
+    def restore(self) -> None:
+        """Gives the replaced module the factors of all groups, in their interpolative form."""
+        each: Any = self.groups
+        for group in each:
+            group.restore()
+        self.replaced.join(self._parts)
+
 
 class _Tied(CompressedBase):
-    """A module that uses the factors of a `BalancedEmbedding`, which alone has them as parameters."""
+    """A module that uses the factors of an embedding, which alone has them as parameters."""
 
-    def __init__(self, module: Any, embedding: BalancedEmbedding) -> None:
+    def __init__(self, module: Any, embedding: BalancedEmbedding | BalancedGroups) -> None:
         super().__init__()
         self._replaced, self._embedding = (module,), (embedding,)
 
@@ -110,18 +169,18 @@ class _Tied(CompressedBase):
         return self._replaced[0]
 
     @property
-    def embedding(self) -> BalancedEmbedding:
+    def embedding(self) -> BalancedEmbedding | BalancedGroups:
         """The owner of the factors."""
         return self._embedding[0]
 
     def _a_factor(self) -> torch.Tensor:
-        return self.embedding.P
+        return self.embedding._a_factor()
 
 
 class BalancedTiedEmbedding(Lookup, _Tied):
-    """A second embedding with the factors of a `BalancedEmbedding`."""
+    """A second embedding with the factors of a `BalancedEmbedding` or `BalancedGroups`."""
 
-    def __init__(self, module: TiedLowRankEmbedding, embedding: BalancedEmbedding) -> None:
+    def __init__(self, module: Any, embedding: BalancedEmbedding | BalancedGroups) -> None:
         super().__init__(module, embedding)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
 
@@ -136,21 +195,24 @@ class BalancedTiedEmbedding(Lookup, _Tied):
 
 
 class BalancedHead(_Tied):
-    """`logits = h Qᵀ Pᵀ + bias` from the factors of a `BalancedEmbedding`, in place of a `LowRankHead`."""
+    """`logits = h Qᵀ Pᵀ + bias` from the factors of a balanced embedding, in place of its tied head."""
 
-    def __init__(self, module: LowRankHead, embedding: BalancedEmbedding) -> None:
+    def __init__(self, module: Any, embedding: BalancedEmbedding | BalancedGroups) -> None:
         super().__init__(module, embedding)
         self.in_features, self.out_features = module.in_features, module.out_features
         self.bias = module.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
-        p, q = self.embedding.P.to(hidden.dtype), self.embedding.Q.to(hidden.dtype)
-        return add_bias((hidden @ q.transpose(0, 1)) @ p.transpose(0, 1), self.bias)
+        return add_bias(self.embedding.logits(hidden), self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix `(embedding_dim, num_embeddings)`, in × out."""
         return self.embedding.dense_weight().transpose(0, 1)
+
+
+def _logits(hidden: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (hidden @ q.to(hidden.dtype).transpose(0, 1)) @ p.to(hidden.dtype).transpose(0, 1)
 
 
 def balanced_factors(

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .._core import KroneckerTerm, LowRankTerm
+from .._core import GroupedTerm, KroneckerTerm, LowRankTerm
 from ..errors import ShapeError
 from .dense_weight import CompressedBase, Lookup
 
 # One term of the fit of a matrix.
-Term: TypeAlias = KroneckerTerm | LowRankTerm
-_Term = TypeVar("_Term", KroneckerTerm, LowRankTerm)
+Term: TypeAlias = KroneckerTerm | LowRankTerm | GroupedTerm
+_Term = TypeVar("_Term", KroneckerTerm, LowRankTerm, GroupedTerm)
 
 
 def the_one_term(terms: Sequence[Term], kind: type[_Term]) -> _Term:

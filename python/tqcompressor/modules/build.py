@@ -6,8 +6,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..config.specs import KroneckerSpec, LowRankSpec, MatrixSpec
+from ..config.specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec
+from ..errors import ShapeError
 from .fused import FusedLinear
+from .grouped import GroupedEmbedding
 from .kronecker import KroneckerEmbedding, KroneckerLinear
 from .low_rank import LowRankEmbedding, LowRankLinear
 from .mixed import FactoredEmbedding, FactoredHead, FactoredLinear, MixedEmbedding, MixedLinear
@@ -28,6 +30,8 @@ def empty_linear(
         return KroneckerLinear(rows, columns, spec.block, spec.rank, bias, *sides, device="meta", dtype=dtype)
     if isinstance(spec, LowRankSpec):
         return LowRankLinear(rows, columns, spec.rank, bias, device="meta", dtype=dtype)
+    if isinstance(spec, GroupedSpec):
+        raise ShapeError("a linear layer cannot be in groups of rows: only an embedding can")
     terms: list[Any] = [empty_linear(rows, columns, term, False, dtype) for term in spec.terms]
     return MixedLinear(terms, bias)
 
@@ -40,5 +44,7 @@ def empty_embedding(rows: int, columns: int, spec: MatrixSpec, dtype: torch.dtyp
         return KroneckerEmbedding(rows, columns, spec.block, spec.rank, *sides, device="meta", dtype=dtype)
     if isinstance(spec, LowRankSpec):
         return LowRankEmbedding(rows, columns, spec.rank, device="meta", dtype=dtype)
+    if isinstance(spec, GroupedSpec):
+        return GroupedEmbedding(rows, columns, spec.groups, device="meta", dtype=dtype)
     terms: list[Any] = [empty_embedding(rows, columns, term, dtype) for term in spec.terms]
     return MixedEmbedding(terms)

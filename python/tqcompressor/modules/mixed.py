@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import ShapeError
 from .base import Term, Tied, add_bias, new_bias
 from .dense_weight import CompressedBase, Lookup
+from .grouped import GroupedEmbedding, GroupedHead, TiedGroupedEmbedding
 from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear, TiedKroneckerEmbedding
 from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, TiedLowRankEmbedding
 
@@ -149,8 +150,8 @@ class MixedHead(_TiedTerms):
 
 
 FactoredLinear: TypeAlias = KroneckerLinear | LowRankLinear | MixedLinear
-FactoredEmbedding: TypeAlias = KroneckerEmbedding | LowRankEmbedding | MixedEmbedding
-FactoredHead: TypeAlias = KroneckerHead | LowRankHead | MixedHead
+FactoredEmbedding: TypeAlias = KroneckerEmbedding | LowRankEmbedding | GroupedEmbedding | MixedEmbedding
+FactoredHead: TypeAlias = KroneckerHead | LowRankHead | GroupedHead | MixedHead
 
 
 def tied_embedding(embedding: Any) -> Any:
@@ -159,6 +160,8 @@ def tied_embedding(embedding: Any) -> Any:
         return TiedMixedEmbedding(embedding)
     if isinstance(embedding, LowRankEmbedding):
         return TiedLowRankEmbedding(embedding)
+    if isinstance(embedding, GroupedEmbedding):
+        return TiedGroupedEmbedding(embedding)
     return TiedKroneckerEmbedding(embedding)
 
 
@@ -168,4 +171,6 @@ def tied_head(embedding: Any, bias: nn.Parameter | None = None) -> FactoredHead:
         return MixedHead(embedding, bias)
     if isinstance(embedding, LowRankEmbedding):
         return LowRankHead(embedding, bias)
+    if isinstance(embedding, GroupedEmbedding):
+        return GroupedHead(embedding, bias)
     return KroneckerHead(embedding, bias)

@@ -3,15 +3,36 @@
 use super::*;
 use proptest::prelude::*;
 
+/// Matrices of one rank each, and tables in groups.
 fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
-    let candidate = (2..40_usize, 2..40_usize, 0..3_usize, 0.1..3.0_f64, 0.0..9.0_f64).prop_map(
+    prop::collection::vec(prop_oneof![matrix(), table()], 1..6)
+}
+
+fn table() -> impl Strategy<Value = Candidate> {
+    (2..8_usize, prop::collection::vec((0..20_usize, 0.0..9.0_f64, 0.1..3.0_f64), 2..4)).prop_map(
+        |(columns, groups)| {
+            let sizes: Vec<usize> = groups.iter().map(|(more, ..)| columns + 1 + more).collect();
+            let of =
+                |&(_, size, decay): &(usize, f64, f64)| (0..columns).map(move |k| size * (-decay * k as f64).exp());
+            Candidate {
+                rows: sizes.iter().sum(),
+                columns,
+                usage: Usage::TiedLookup,
+                energies: groups.iter().flat_map(of).collect(),
+                groups: sizes,
+            }
+        },
+    )
+}
+
+fn matrix() -> impl Strategy<Value = Candidate> {
+    (2..40_usize, 2..40_usize, 0..3_usize, 0.1..3.0_f64, 0.0..9.0_f64).prop_map(
         |(rows, columns, usage, decay, size)| {
             let energies = (0..rows.min(columns)).map(|k| size * (-decay * k as f64).exp()).collect();
             let usage = [Usage::Map, Usage::Lookup, Usage::TiedLookup][usage];
-            Candidate { rows, columns, usage, energies }
+            Candidate { rows, columns, usage, energies, groups: Vec::new() }
         },
-    );
-    prop::collection::vec(candidate, 1..6)
+    )
 }
 
 fn least(candidates: &[Candidate]) -> usize {
@@ -77,13 +98,13 @@ proptest! {
     fn no_exchange_of_single_ranks_between_two_matrices_does_better(seed in 0..1000_u64) {
         // Two curves of equal shape, so that every exchange of ranks is feasible.
         let energies = |start: u64| (0..12).map(|k| ((start + 3) as f64 / (k + 1) as f64).powi(2)).collect();
-        let pair = [1, 7].map(|start| Candidate { rows: 12, columns: 12, usage: Usage::Map, energies: energies(start * seed % 11) });
+        let pair = [1, 7].map(|start| Candidate { rows: 12, columns: 12, usage: Usage::Map, energies: energies(start * seed % 11), groups: Vec::new() });
         let choices = allocate(&pair, Weighting::Absolute, Target::Parameters(150), None).unwrap();
         let loss = |ranks: [usize; 2]| -> f64 {
             pair.iter().zip(ranks).map(|(each, rank)| each.energies[rank..].iter().sum::<f64>()).sum()
         };
         let size = |rank: usize| rank * (24 - rank);
-        let ranks = [0, 1].map(|i| choices[i].rank.unwrap_or(12));
+        let ranks = [0, 1].map(|i| match choices[i].term { Some(TermSpec::LowRank { rank }) => rank, _ => 12 });
         for first in 1..12 {
             for second in 1..12 {
                 if size(first) + size(second) <= size(ranks[0]) + size(ranks[1]) {
@@ -92,6 +113,25 @@ proptest! {
                     prop_assert!(loss(ranks) <= loss([first, second]) + slack);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_table_s_ranks_are_the_best_for_its_parameters(table in table(), at in 0.0..1.0_f64) {
+        let curve = Curve::new(&table, Weighting::Absolute).unwrap();
+        let corners = curve.steps(0);
+        let corner = &curve.points[corners[((corners.len() - 1) as f64 * at) as usize].to];
+        // No ranks of the groups with as many parameters lose less than a corner of the hull.
+        let loss = |ranks: &[usize]| -> f64 {
+            table.energies.chunks(table.columns).zip(ranks).map(|(all, &rank)| all[rank..].iter().sum::<f64>()).sum()
+        };
+        let mut ranks = vec![1; table.groups.len()];
+        loop {
+            let parameters = table.term(&ranks).parameters(table.rows, table.columns).unwrap();
+            prop_assert!(parameters > corner.parameters || loss(&ranks) >= corner.lost - 1e-9, "{:?}", ranks);
+            let Some(g) = (0..ranks.len()).find(|&g| ranks[g] + 1 < table.columns) else { break };
+            ranks[g] += 1;
+            ranks[..g].fill(1);
         }
     }
 
@@ -110,7 +150,7 @@ proptest! {
 
 #[test]
 fn too_small_a_budget_says_what_would_do() {
-    let one = Candidate { rows: 8, columns: 8, usage: Usage::Map, energies: vec![1.0; 8] };
+    let one = Candidate { rows: 8, columns: 8, usage: Usage::Map, energies: vec![1.0; 8], groups: Vec::new() };
     let pair = [one.clone(), one];
     let spend = |target, cap| allocate(&pair, Weighting::Absolute, target, cap);
     let refused = |target, cap, words: &str| {

@@ -9,13 +9,26 @@ import torch
 import transformers
 from helpers.families import FAMILIES, family_config, family_model
 from safetensors.torch import load_file, save_file
-from tqcompressor import KroneckerSpec, LowRankSpec, TQConfig, compress, compress_checkpoint, expand_checkpoint
+from tqcompressor import (
+    GroupedSpec,
+    KroneckerSpec,
+    LowRankSpec,
+    TQConfig,
+    compress,
+    compress_checkpoint,
+    expand_checkpoint,
+)
 from tqcompressor.cli import main as cli
 from tqcompressor.errors import CheckpointError, DestinationError, NonFiniteError, TQError
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 EVERY_KIND = TQConfig(
-    {"wte": LowRankSpec(40), "h.0.attn.c_attn": KroneckerSpec((2, 4), 2), "h.1.mlp.*": LowRankSpec(8)}
+    {
+        "wte": GroupedSpec(((384, 90), (7808, 30))),
+        "wpe": LowRankSpec(40),
+        "h.0.attn.c_attn": KroneckerSpec((2, 4), 2),
+        "h.1.mlp.*": LowRankSpec(8),
+    }
 )
 
 
@@ -91,7 +104,7 @@ def spoilt(folder, change):
             "wte.output_permutation",
         ),
         (
-            lambda t: t.update({"transformer.wte.output_permutation": torch.zeros(256)}),
+            lambda t: t.update({"transformer.wte.output_permutation": torch.zeros(255)}),
             TQError,
             "wte.output_permutation",
         ),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqcompressor import KroneckerSpec, LowRankSpec, MixedSpec, TQConfig, compress_checkpoint
+from tqcompressor import GroupedSpec, KroneckerSpec, LowRankSpec, MixedSpec, TQConfig, compress_checkpoint
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 TEXT = (TINY / "heldout.txt").read_text(encoding="utf-8")
@@ -38,6 +38,7 @@ SPECS = {
         "h.*.attn.c_attn.*": LowRankSpec(15),
         "h.*.attn.c_proj": LowRankSpec(11),
     },
+    "groups": {"wte": GroupedSpec(((40, 20), (64, 7))), "h.*.mlp.c_proj": LowRankSpec(13)},
     "mixed": {
         "wte": MixedSpec((LowRankSpec(4), KroneckerSpec((2, 4), 1))),
         "h.0.mlp.*": _MIXED,
