@@ -37,7 +37,8 @@ class PlannedMatrix:
     lost_energy: float
     """The share of its energy that it then loses, in the norm of the objective."""
     energies: NDArray[np.float64]
-    """Its energies in descending order: rank `k` loses all but the first `k`, as a share of their sum."""
+    """Its energies in descending order, as shares of their sum, those of all groups of its rows together. A matrix
+    without groups loses all but the first `k` at rank `k`."""
 
 
 @dataclass(frozen=True, eq=False)

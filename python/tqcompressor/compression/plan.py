@@ -38,7 +38,8 @@ def plan(
     matrix where they save the most energy. Beyond the effort "fast", each matrix then gets the best approximation of
     any kind (low rank, Kronecker sums, sums of both) with no more parameters. With a calibration that has gradients,
     energies are second-order losses of the model and are compared as they are. Without, a matrix counts by its share of
-    lost energy times its size.
+    lost energy times its size. With one, the rows of an embedding are cut into groups by the frequencies of its tokens,
+    and each group gets a rank of its own.
 
     Args:
         source: A live model of transformers, or a checkpoint: a directory, or its name on the hub.
@@ -55,8 +56,9 @@ def plan(
             1.5 for half as many again. A dense matrix has `m · n`, a low-rank one as many as parameters, and a row
             that is looked up none. Ranks grow until the budget or the cap is reached. What is left of the cap then is
             divided in proportion, and the best approximation of a matrix stays within its part.
-        effort: "fast" (low rank), "balanced" or "best" (also sums of low rank and Kronecker terms, which lose less with
-            as many parameters, take seconds to a minute a matrix to find, and have more MACs).
+        effort: "fast" (low rank), "balanced" or "best" (for all but embeddings in groups also sums of low rank and
+            Kronecker terms, which lose less with as many parameters, take seconds to a minute a matrix to find, and
+            have more MACs).
         seed: Of the search. The plan depends on the weights, the budget, the effort and the seed alone.
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
