@@ -158,7 +158,7 @@ SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {
     "tiny-gpt2": lambda options: tiny_gpt2(Path(options.books), options.num_samples),
 }
 # What a seed's own process is told.
-PASSED_ON = ("budgets", "blocks", "wikitext", "books", "methods", "no_peers", "no_ours")
+PASSED_ON = ("budgets", "num_samples", "wikitext", "books", "methods", "no_peers", "no_ours")
 
 if __name__ == "__main__":
     disable_progress_bar()
