@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
-from .batches import Batch, batches_of, mask_of
+from .batches import Batch, batches_and_texts, mask_of
 from .calibration import Calibration, merge_tied
 from .hooks import ReadingPass, run
 from .nonfinite import first_nonfinite, hint
@@ -71,7 +71,9 @@ def calibrate(
             mapping with `input_ids` and other inputs of the model. `attention_mask` is 0 at padding. An
             encoder-decoder such as T5 takes `labels` or `decoder_input_ids`.
         text: With a tokenizer: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
-            either, and a `datasets.Dataset` has a column `"text"`.
+            either, and a `datasets.Dataset` has a column `"text"`. Each path of a list, and its strings together, give
+            as many sequences as any other, whatever their lengths, where they have so many; one that stands twice in
+            the list gives twice as many. Texts too short for a sequence are joined.
         num_samples: How many sequences are drawn from a text; ignored with batches, all of which are read.
         seq_len: Tokens of a sequence, with the special tokens that the tokenizer adds. Default: 128, or the model's
             longest input if that is shorter.
@@ -117,7 +119,9 @@ def calibrate(
     seed = validate.seed(seed)
     if samples is not None:
         samples = validate.integer("samples", samples, 1)
-    batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
+    batches, texts = batches_and_texts(
+        model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed
+    )
     with reporter(progress, "calibrate") as report:
         found = measure(
             model,
@@ -129,16 +133,22 @@ def calibrate(
             max_memory=max_memory,
             report=report,
         )
-    return calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed)
+    return calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed, texts=texts)
 
 
 def calibration_of(
-    model: nn.Module, moments: Moments, batches: Sequence[Batch], *, sensitivity: bool, seed: int
+    model: nn.Module,
+    moments: Moments,
+    batches: Sequence[Batch],
+    *,
+    sensitivity: bool,
+    seed: int,
+    texts: Mapping[str, int] | None = None,
 ) -> Calibration:
     """The `Calibration` of moments that `measure` found on `batches`."""
     config: Any = getattr(model, "config", None)
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
-    return Calibration(moments, tokens, seed, sensitivity, getattr(config, "model_type", None))
+    return Calibration(moments, tokens, seed, sensitivity, getattr(config, "model_type", None), texts)
 
 
 def measure(

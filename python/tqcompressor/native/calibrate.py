@@ -7,9 +7,8 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration, merge_tied
-from ..data.cut import documents
-from ..data.text import TextOption, open_texts
-from ..data.tokenize import CALIBRATION_SEQ_LEN, collected, drawn_sequences
+from ..data.text import TextOption, sources
+from ..data.tokenize import CALIBRATION_SEQ_LEN, drawn_evenly
 from ..errors import ConfigError, TextError
 from ..utils.batching import measured_together
 from ..utils.progress import ProgressOption, reporter
@@ -26,20 +25,30 @@ def draw_sequences(
     num_samples: int,
     seq_len: int | None,
     seed: int,
-) -> NDArray[np.int64]:
-    """The sequences `(num_samples, seq_len)` that `calibrate` draws from the same text with the same seed."""
+) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """The sequences `(num_samples, seq_len)` that `calibrate` draws from the same text with the same seed.
+
+    Behind them stands how many tokens each text gave, by its name.
+    """
     longest = runtime.context
     length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     if not 2 <= length <= longest:
         raise ConfigError(f"seq_len: expected 2 to {longest} (the model's positions), got {length}")
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     end_text = None if end is None else tokenizer.decode([end], False)
-    tokens = collected(documents(open_texts(text), end_text), NativeEncoder(tokenizer), end)
-    return drawn_sequences(tokens, length, num_samples, seed)
+    return drawn_evenly(
+        sources(text), NativeEncoder(tokenizer), end_text, end, length=length, wanted=num_samples, seed=seed
+    )
 
 
 def measure(
-    runtime: _core.Runtime, sequences: NDArray[np.int64], *, seed: int, max_memory: int, progress: ProgressOption
+    runtime: _core.Runtime,
+    sequences: NDArray[np.int64],
+    texts: dict[str, int],
+    *,
+    seed: int,
+    max_memory: int,
+    progress: ProgressOption,
 ) -> Calibration:
     """The `Calibration` of the inputs of the layers while the model reads `sequences`."""
     tokens = sequences.size
@@ -70,4 +79,4 @@ def measure(
     if runtime.tied:
         # A tied head and its embedding share one matrix. Without a head there is nothing to merge.
         merge_tied(moments, "wte", "lm_head")
-    return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2")
+    return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2", texts=texts)

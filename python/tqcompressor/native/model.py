@@ -359,7 +359,7 @@ class NativeModel:
 
         Args:
             text: A str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds either, and a
-                `datasets.Dataset` has a column `"text"`.
+                `datasets.Dataset` has a column `"text"`. Each path of a list gives as many sequences as any other.
             num_samples: How many sequences are drawn from the text.
             seq_len: Tokens of a sequence. Default: 128, or the model's context if that is shorter.
             seed: The seed of the sequences that are drawn.
@@ -383,8 +383,8 @@ class NativeModel:
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
         seed = validate.seed(seed)
-        drawn = draw_sequences(self._runtime, self._tokenizer, text, num_samples, seq_len, seed)
-        return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
+        drawn, texts = draw_sequences(self._runtime, self._tokenizer, text, num_samples, seq_len, seed)
+        return measure(self._runtime, drawn, texts, seed=seed, max_memory=max_memory, progress=progress)
 
     def score(
         self,
