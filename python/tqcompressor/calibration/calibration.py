@@ -85,7 +85,16 @@ class Calibration:
         """
         if tokens < 1:
             raise MomentError(f"tokens: expected at least 1, got {tokens}")
-        self.moments = {name: _checked(name, moments[name]) for name in sorted(moments)}
+        self.moments = {}
+        # Layers that read one tensor share an array, which is checked once.
+        known: dict[int, Moment] = {}
+        for name in sorted(moments):
+            given = moments[name]
+            if not name.startswith(("input.", "output.")):
+                raise MomentError(f'{name}: expected a name that begins with "input." or "output."')
+            if id(given) not in known:
+                known[id(given)] = _checked(name, given)
+            self.moments[name] = known[id(given)]
         self.tokens, self.seed, self.sensitivity, self.model_type = tokens, seed, sensitivity, model_type
         self.texts = dict(texts or {})
 
@@ -172,8 +181,6 @@ class Calibration:
 
 
 def _checked(name: str, moment: NDArray[Any]) -> Moment:
-    if not name.startswith(("input.", "output.")):
-        raise MomentError(f'{name}: expected a name that begins with "input." or "output."')
     moment = as_array(moment, name)
     if moment.size == 0 or moment.ndim not in (1, 2) or (moment.ndim == 2 and moment.shape[0] != moment.shape[1]):
         raise ShapeError(f"{name}: expected a square matrix or its diagonal, got the shape {moment.shape}")
