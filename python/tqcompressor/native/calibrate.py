@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,12 +12,9 @@ from ..calibration.calibration import Calibration, merge_tied
 from ..data.text import TextOption, sources
 from ..data.tokenize import CALIBRATION_SEQ_LEN, drawn_evenly
 from ..errors import ConfigError, TextError
-from ..utils.batching import measured_together
+from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from .tokens import NativeEncoder
-
-# float64 sums, and float32 means of them.
-_BYTES_PER_ENTRY = 12
 
 
 def draw_sequences(
@@ -55,21 +54,12 @@ def measure(
     if tokens == 0:
         raise TextError("sequences: expected at least one token, got none")
     rows = sequences.tolist()
-    layers = runtime.linear_layers()
-    groups = measured_together(
-        layers, lambda layer: _BYTES_PER_ENTRY * layer[1] ** 2, lambda layer: layer[0], max_memory
-    )
-    moments: dict[str, NDArray[np.float32]] = {}
+    names = [name for name, _ in runtime.linear_layers()]
+    # What no machine has is as good as no bound.
+    max_memory = min(validate.integer("max_memory", max_memory, 0), sys.maxsize)
     with reporter(progress, "calibrate") as report:
-        for index, group in enumerate(groups):
-            names = [name for name, _ in group]
-
-            def tell(done: int, total: int, index: int = index) -> None:
-                if report is not None:
-                    report(index * total + done, len(groups) * total)
-
-            found = runtime.input_moments(rows, names, None if report is None else tell)
-            moments |= {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
+        found = runtime.input_moments(rows, names, max_memory, report)
+    moments = {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
     for name, ids, size in (
         ("wte", sequences, runtime.vocab_size),
         ("wpe", np.broadcast_to(np.arange(sequences.shape[1]), sequences.shape), runtime.context),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.measured import batches, bert, gpt2, llama, same
+from torch.utils.flop_counter import FlopCounterMode
 from tqcompressor.calibration import sums as sums_module
 from tqcompressor.calibration.calibrate import calibrate
 from tqcompressor.calibration.sums import Diagonal, SumStore, Triangle
@@ -33,6 +34,14 @@ def test_a_triangle_is_the_product(size, room):
     assert np.abs((found - expected / 10) / scale).max() < 1e-5
     assert np.array_equal(found, found.T) and found.dtype == np.float32
     assert isinstance(found, np.memmap) == (room == 0)
+
+
+@pytest.mark.parametrize("size", [576, 1024, 1536, 3072])
+def test_a_triangle_takes_little_more_than_half_of_the_products(size):
+    triangle = Triangle(size, SumStore(torch.device("cpu"), 1 << 30))
+    with FlopCounterMode(display=False) as counter:
+        triangle.add(torch.ones(2, size))
+    assert size**2 / 2 < counter.get_total_flops() / 4 < size**2 * 0.63
 
 
 def test_a_sum_of_many_batches_is_as_exact_as_of_one():
