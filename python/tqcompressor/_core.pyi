@@ -549,9 +549,13 @@ class Runtime:
         """The linear layers by their names in configs, and the inputs of each; the head is "lm_head"."""
 
     def input_moments(
-        self, sequences: Sequence[Sequence[int]], names: Sequence[str], progress: _ProgressCallback | None
+        self,
+        sequences: Sequence[Sequence[int]],
+        names: Sequence[str],
+        max_memory: int,
+        progress: _ProgressCallback | None,
     ) -> list[_Float32Array]:
-        """`E[xᵀx]` of the inputs of the named layers, over all tokens."""
+        """`E[xᵀx]` of the inputs of the named layers, over all tokens; sums beyond `max_memory` bytes are in a file."""
 
 @final
 class Tokenizer:

@@ -1,15 +1,12 @@
 //! Storage for fits between planning and compression: in memory up to a bound, the rest in an unnamed temporary file,
 //! which the system removes when the process ends.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::sync::Mutex;
 
-use bytemuck::{cast_slice, cast_slice_mut};
-
 use super::parallel::Timed;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fit::{Fit, LowRank, Term};
+use crate::numeric::spill::Spill;
 use crate::permute::Decomposition;
 
 /// Bytes of factors kept in memory.
@@ -21,17 +18,16 @@ pub(super) struct FitStore {
     shelf: Mutex<Shelf>,
 }
 
-/// A fit. If its factors are in the file, the vectors here are empty and their lengths are kept.
+/// A fit. If its factors are in the file, the vectors here are empty, and their places and lengths are kept.
 struct Stored {
     timed: Timed,
-    spilled: Option<(u64, Vec<usize>)>,
+    spilled: Option<Vec<(u64, usize)>>,
 }
 
 struct Shelf {
     /// Bytes that may still be kept in memory.
     room: usize,
-    file: Option<File>,
-    end: u64,
+    spill: Spill,
 }
 
 impl FitStore {
@@ -42,7 +38,7 @@ impl FitStore {
 
     fn with_room(matrices: usize, room: usize) -> Self {
         let slots = (0..matrices).map(|_| Mutex::new(None)).collect();
-        Self { slots, shelf: Mutex::new(Shelf { room, file: None, end: 0 }) }
+        Self { slots, shelf: Mutex::new(Shelf { room, spill: Spill::default() }) }
     }
 
     /// Stores the fit of matrix `i`.
@@ -50,16 +46,17 @@ impl FitStore {
     /// # Errors
     /// [`Error::Io`] if the temporary file cannot be written.
     pub fn put(&self, i: usize, mut timed: Timed) -> Result<()> {
-        let lengths: Vec<usize> = factors(&mut timed.fit).map(|values| values.len()).collect();
-        let bytes = lengths.iter().sum::<usize>() * size_of::<f32>();
+        let bytes = factors(&mut timed.fit).map(|values| size_of_val(&values[..])).sum();
         let mut shelf = self.shelf.lock().expect("no thread panicked");
         let spilled = if let Some(room) = shelf.room.checked_sub(bytes) {
             shelf.room = room;
             None
         } else {
-            let start = shelf.end;
-            shelf.append(factors(&mut timed.fit).map(std::mem::take)).map_err(Error::io(&std::env::temp_dir()))?;
-            Some((start, lengths))
+            let spill = |values: &mut Vec<f32>| {
+                let values = std::mem::take(values);
+                Ok((shelf.spill.append(&values)?, values.len()))
+            };
+            Some(factors(&mut timed.fit).map(spill).collect::<Result<_>>()?)
         };
         drop(shelf);
         *self.slots[i].lock().expect("no thread panicked") = Some(Stored { timed, spilled });
@@ -78,38 +75,15 @@ impl FitStore {
         let Stored { mut timed, spilled } = stored.expect("a fit is taken once, after it was put");
         let mut shelf = self.shelf.lock().expect("no thread panicked");
         match spilled {
-            None => shelf.room += factors(&mut timed.fit).map(|values| values.len() * size_of::<f32>()).sum::<usize>(),
-            Some((start, lengths)) => {
-                let read = shelf.read(start, factors(&mut timed.fit).zip(lengths));
-                read.map_err(Error::io(&std::env::temp_dir()))?;
+            None => shelf.room += factors(&mut timed.fit).map(|values| size_of_val(&values[..])).sum::<usize>(),
+            Some(places) => {
+                for (values, (place, length)) in factors(&mut timed.fit).zip(places) {
+                    values.resize(length, 0.0);
+                    shelf.spill.read(place, values)?;
+                }
             }
         }
         Ok(timed)
-    }
-}
-
-impl Shelf {
-    fn append(&mut self, values: impl Iterator<Item = Vec<f32>>) -> std::io::Result<()> {
-        let file = match &mut self.file {
-            Some(file) => file,
-            none => none.insert(tempfile::tempfile()?),
-        };
-        file.seek(SeekFrom::Start(self.end))?;
-        for values in values {
-            file.write_all(cast_slice(&values))?;
-            self.end += (values.len() * size_of::<f32>()) as u64;
-        }
-        Ok(())
-    }
-
-    fn read<'a>(&mut self, start: u64, values: impl Iterator<Item = (&'a mut Vec<f32>, usize)>) -> std::io::Result<()> {
-        let file = self.file.as_mut().expect("what was spilled is in the file");
-        file.seek(SeekFrom::Start(start))?;
-        for (values, length) in values {
-            values.resize(length, 0.0);
-            file.read_exact(cast_slice_mut(values))?;
-        }
-        Ok(())
     }
 }
 
@@ -157,7 +131,7 @@ mod tests {
                 assert_eq!(store.take(i).unwrap(), fits[i]);
             }
             assert_eq!(store.shelf.lock().unwrap().room, room);
-            assert_eq!(store.shelf.lock().unwrap().file.is_some(), room < 2000);
+            assert_eq!(store.shelf.lock().unwrap().spill.is_used(), room < 2000);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What all numeric code shares: dtypes, large buffers, instruction sets, exponentials.
+//! What all numeric code shares: dtypes, large buffers, instruction sets, exponentials, a temporary file.
 //!
 //! * [`float`]: f32, f16 and bf16, and conversion between them.
 //! * [`values`]: rows of values whose dtype is known at run time.
@@ -6,12 +6,14 @@
 //! * `range`: scaling by powers of two.
 //! * [`simd`]: kernels compiled for several instruction sets.
 //! * `exponential`: powers of two.
+//! * `spill`: numbers in a temporary file.
 
 pub(crate) mod exponential;
 pub mod float;
 pub mod memory;
 pub(crate) mod range;
 pub mod simd;
+pub(crate) mod spill;
 pub mod values;
 
 pub use float::{Element, Float};

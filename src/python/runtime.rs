@@ -159,10 +159,11 @@ impl Runtime {
         py: Python<'py>,
         sequences: Vec<Vec<u32>>,
         names: Vec<String>,
+        max_memory: usize,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
         let moments = self.run(py, progress, |pool, progress| {
-            self.model.input_moments(&slices(&sequences), &names, pool, progress)
+            self.model.input_moments(&slices(&sequences), &names, max_memory, pool, progress)
         })?;
         let square = |moment: Vec<f32>| {
             let size = moment.len().isqrt();

@@ -148,7 +148,7 @@ fn results_do_not_depend_on_threads() {
             .unwrap();
         let scores = model.score(&[&[1, 2, 3, 4], &[5, 6]], &[3, 1], &pool, &progress).unwrap();
         let names = ["h.0.mlp.c_proj".to_owned(), "lm_head".to_owned()];
-        let moments = model.input_moments(&[&[1, 2, 3], &[4]], &names, &pool, &progress).unwrap();
+        let moments = model.input_moments(&[&[1, 2, 3], &[4]], &names, usize::MAX, &pool, &progress).unwrap();
         (generated, scores, moments)
     });
     assert!(results[0] == results[1] && results[0] == results[2]);
@@ -168,12 +168,16 @@ fn moments_are_means_of_outer_products_in_the_layers_own_order() {
     let sequences: [&[u32]; 2] = [&[1, 2, 3, 4], &[5, 6, 7]];
     let (pool, progress) = (pool(), Progress::default());
     // The first c_fc has full rank, so both models compute the same.
-    let [ours, dense] = [&to, &from]
-        .map(|directory| load(directory).unwrap().input_moments(&sequences, &names, &pool, &progress).unwrap());
+    let [ours, dense] = [&to, &from].map(|directory| {
+        load(directory).unwrap().input_moments(&sequences, &names, usize::MAX, &pool, &progress).unwrap()
+    });
     for (ours, dense) in ours.iter().zip(&dense) {
         assert!(largest_difference(ours, dense) < 1e-4);
     }
     let model = load(&from).unwrap();
+    for room in [0, 8 * 8 * 8, 8 * 8 * 9] {
+        assert_eq!(model.input_moments(&sequences, &names, room, &pool, &progress).unwrap(), dense, "in a file or not");
+    }
     let mut exact = vec![0.0_f64; 64];
     let mut observe = |name: &str, x: &[f32]| {
         for x in x.chunks_exact(8).filter(|_| name == "h.0.attn.c_proj") {
@@ -239,7 +243,7 @@ fn what_cannot_be_is_refused() {
         (model.score(&[&[1, 2]], &[2], &pool, &progress).unwrap_err(), "scored"),
         (model.score(&[&[1, 20]], &[1], &pool, &progress).unwrap_err(), "0 to 19"),
         (model.score(&[&[1; 8]], &[1], &pool, &progress).unwrap_err(), "at most 6"),
-        (model.input_moments(&[&[1]], &["wte".into()], &pool, &progress).unwrap_err(), "wte"),
+        (model.input_moments(&[&[1]], &["wte".into()], 0, &pool, &progress).unwrap_err(), "wte"),
     ] {
         assert!(matches!(error, Error::Config(_)) && error.to_string().contains(words), "{words}: {error}");
     }

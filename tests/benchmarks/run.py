@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import calibration
 import distillation
 import import_time
 import inference
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "losses": losses,
     "checkpoint": whole_checkpoint,
     "inference": inference,
+    "calibration": calibration,
     "distillation": distillation,
     "quality": quality,
     "paper": paper,

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.cut import documents
-from ..data.text import open_texts
+from ..data.text import sources
 from ..data.token_blocks import TokenBlocks, token_blocks
-from ..data.tokenize import (
-    CALIBRATION_SEQ_LEN,
-    Encoder,
-    collected,
-    drawn_indices,
-    drawn_sequences,
-    special_tokens,
-)
+from ..data.tokenize import CALIBRATION_SEQ_LEN, Encoder, drawn_evenly, drawn_indices, special_tokens
 from ..errors import ConfigError, TextError
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -32,15 +24,29 @@ _LOGITS_PER_BATCH = 1 << 25
 def batches_of(
     model: nn.Module, source: Any, text: Any, *, num_samples: int, seq_len: int | None, seed: int
 ) -> list[Batch]:
+    """The batches of `batches_and_texts`."""
+    return batches_and_texts(model, source, text, num_samples=num_samples, seq_len=seq_len, seed=seed)[0]
+
+
+def batches_and_texts(
+    model: nn.Module, source: Any, text: Any, *, num_samples: int, seq_len: int | None, seed: int
+) -> tuple[list[Batch], dict[str, int]]:
     """The batches that `calibrate` describes, on the CPU: each has `input_ids` and may have `attention_mask`.
+
+    Behind them stand the names of the texts that they were drawn from, each with its number of tokens.
 
     Raises `TextError` and `ConfigError` as `calibrate` says.
     """
     if isinstance(source, PreTrainedTokenizerBase):
         if text is None:
             raise ConfigError("text: a tokenizer needs a text to tokenise, got None")
-        rows = _from_text(model, source, text, num_samples, seq_len, seed)
-        return _batched(model, rows)
+        rows, read = _from_text(model, source, text, num_samples, seq_len, seed)
+        return _batched(model, rows), read
+    return _given(model, source, text, num_samples, seed), {}
+
+
+def _given(model: nn.Module, source: Any, text: Any, num_samples: int, seed: int) -> list[Batch]:
+    """The batches of a source that is not a tokenizer."""
     if text is not None:
         raise ConfigError(f"text: expected with a tokenizer, got it with {type(source).__name__}")
     if isinstance(source, TokenBlocks):
@@ -67,8 +73,11 @@ def mask_of(batch: Batch) -> torch.Tensor:
 
 def _from_text(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Any, num_samples: int, seq_len: int | None, seed: int
-) -> torch.Tensor:
-    """Sequences drawn from a text, each between the special tokens that the tokenizer adds to an input."""
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Sequences drawn from a text, each between the special tokens that the tokenizer adds to an input.
+
+    Behind them stands how many tokens each text gave, by its name.
+    """
     longest = min(_positions(model), tokenizer.model_max_length)
     length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     before, after = special_tokens(tokenizer)
@@ -76,15 +85,22 @@ def _from_text(
     if inner < 2 or length > longest:
         least = 2 + len(before) + len(after)
         raise ConfigError(f"seq_len: expected {least} to {longest} (the model's positions), got {length}")
-    given = text if isinstance(text, list | tuple) else [text]
-    if all(isinstance(document, str) for document in given):
-        encoder = Encoder(tokenizer)
-        tokens = collected(documents(open_texts(text), encoder.end_text), encoder, encoder.end)
-        drawn = torch.from_numpy(drawn_sequences(tokens, inner, num_samples, seed))
-    else:
+    texts = sources(text)
+    if len(texts) == 1 and not isinstance(text, str) and not _are_strings(text):
         drawn = _drawn(token_blocks(text, tokenizer, inner, progress=False), num_samples, seed)
+        read = {texts[0][0]: drawn.numel()}
+    else:
+        encoder = Encoder(tokenizer)
+        found, read = drawn_evenly(
+            texts, encoder, encoder.end_text, encoder.end, length=inner, wanted=num_samples, seed=seed
+        )
+        drawn = torch.from_numpy(found)
     edges = [torch.tensor(ids, dtype=torch.int64).expand(len(drawn), -1) for ids in (before, after)]
-    return torch.cat([edges[0], drawn, edges[1]], dim=1)
+    return torch.cat([edges[0], drawn, edges[1]], dim=1), read
+
+
+def _are_strings(text: Any) -> bool:
+    return isinstance(text, list | tuple) and all(isinstance(entry, str) for entry in text)
 
 
 def _drawn(blocks: TokenBlocks, count: int, seed: int) -> torch.Tensor:

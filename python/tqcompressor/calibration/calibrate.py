@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from ..data.token_blocks import TokenBlocks
 from ..errors import NonFiniteError, TextError
 from ..models.matrices import require_transformers_model
 from ..utils import validate
-from ..utils.batching import measured_together
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
-from .accumulators import Unit, units
-from .batches import Batch, batches_of, mask_of
+from .batches import Batch, batches_and_texts, mask_of
 from .calibration import Calibration, merge_tied
 from .hooks import ReadingPass, run
 from .nonfinite import first_nonfinite, hint
+from .sharing import NotShared
+from .units import Unit, units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +71,9 @@ def calibrate(
             mapping with `input_ids` and other inputs of the model. `attention_mask` is 0 at padding. An
             encoder-decoder such as T5 takes `labels` or `decoder_input_ids`.
         text: With a tokenizer: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
-            either, and a `datasets.Dataset` has a column `"text"`.
+            either, and a `datasets.Dataset` has a column `"text"`. Each path of a list, and its strings together, give
+            as many sequences as any other, whatever their lengths, where they have so many; one that stands twice in
+            the list gives twice as many. Texts too short for a sequence are joined.
         num_samples: How many sequences are drawn from a text; ignored with batches, all of which are read.
         seq_len: Tokens of a sequence, with the special tokens that the tokenizer adds. Default: 128, or the model's
             longest input if that is shorter.
@@ -80,21 +82,24 @@ def calibrate(
             pass each and reduce the noise of `E[gᵀg]`.
         seed: The seed of the sequences that are drawn, and of labels and random vectors. Equal seeds give equal results
             on one machine.
-        max_memory: Bytes that the sums may take, beside the model and the result. Larger ones are measured in
-            several passes over the text, with the same result.
+        max_memory: Bytes that the sums may take, beside the model, its activations and the result. What exceeds it is
+            kept in an unnamed file in the folder for temporary files, `$TMPDIR`, with the moments computed from it, and
+            one moment at a time is in memory. The text is read once, and the result is the same.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in
             batches.
 
     Raises:
         TextError: The text has fewer sequences than asked for, or all tokens are padding.
-        ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, returns neither
-            `.logits` nor `.last_hidden_state`, or one layer alone needs more than `max_memory`.
+        ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, or returns neither
+            `.logits` nor `.last_hidden_state`.
+        StorageError: The temporary file has no room.
         NonFiniteError: The model computes NaN or an infinity; the message names the first moment and the first layer
             that have it.
 
-    Cost: a forward pass, with `sensitivity` a backward pass without the weights' gradients, and `m²` and `n²`
-    MACs a token and layer. The GPT-2 of `tests/data` takes 8 seconds of processor time for 128 sequences of 128
-    tokens, and 4 without gradients.
+    Cost: a forward pass, with `sensitivity` a backward pass without the weights' gradients, and little more than `m²/2`
+    and `n²/2` MACs a token and layer, where layers that read one tensor, such as query, key and value, count its `m²`
+    once. The sums take somewhat more than `4·m²` and `4·n²` bytes, and the moments as much. The GPT-2 of `tests/data`
+    takes 8 seconds of processor time for 128 sequences of 128 tokens, and 4 without gradients.
 
     Example:
         >>> from pathlib import Path
@@ -114,7 +119,9 @@ def calibrate(
     seed = validate.seed(seed)
     if samples is not None:
         samples = validate.integer("samples", samples, 1)
-    batches = batches_of(model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed)
+    batches, texts = batches_and_texts(
+        model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed
+    )
     with reporter(progress, "calibrate") as report:
         found = measure(
             model,
@@ -126,16 +133,22 @@ def calibrate(
             max_memory=max_memory,
             report=report,
         )
-    return calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed)
+    return calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed, texts=texts)
 
 
 def calibration_of(
-    model: nn.Module, moments: Moments, batches: Sequence[Batch], *, sensitivity: bool, seed: int
+    model: nn.Module,
+    moments: Moments,
+    batches: Sequence[Batch],
+    *,
+    sensitivity: bool,
+    seed: int,
+    texts: Mapping[str, int] | None = None,
 ) -> Calibration:
     """The `Calibration` of moments that `measure` found on `batches`."""
     config: Any = getattr(model, "config", None)
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
-    return Calibration(moments, tokens, seed, sensitivity, getattr(config, "model_type", None))
+    return Calibration(moments, tokens, seed, sensitivity, getattr(config, "model_type", None), texts)
 
 
 def measure(
@@ -157,27 +170,28 @@ def measure(
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
         raise TextError("all tokens are padding")
-    groups = measured_together(wanted, lambda unit: unit.bytes(sensitivity), lambda unit: unit.name, max_memory)
+    max_memory = validate.integer("max_memory", max_memory, 0)
     scale = _HALF_SCALE if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
-    moments: Moments = {}
-    done, total = 0, len(groups) * len(batches)
+    apart: set[str] = set()
     with _frozen(model, sensitivity):
-        for group in groups:
-            # A new generator for every group: the result does not depend on the number of passes.
+        while True:
+            reading = ReadingPass(model, wanted, sensitivity, samples, stop_behind, max_memory, apart)
             generator = torch.Generator().manual_seed(seed)
-            with ReadingPass(model, group, sensitivity, samples, stop_behind) as reading:
-                try:
-                    for batch in batches:
+            try:
+                with reading:
+                    for done, batch in enumerate(batches, 1):
                         reading.read(batch, generator, scale)
-                        done += 1
                         if report is not None:
-                            report(done, total)
-                    for sums in reading.sums.values():
-                        moments.update(sums.moments(tokens, scale))
-                except NonFiniteError as error:
-                    first = first_nonfinite(model, batches, partial(run, model))
-                    place = "" if first is None else f"; {first} is the first to have it"
-                    raise NonFiniteError(f"{error}{place} ({hint(model)})") from None
+                            report(done, len(batches))
+                moments = dict(reading.moments(tokens, scale))
+                break
+            except NotShared as different:
+                # Rare, and mostly found in the first batch: the text is read again.
+                apart |= different.units
+            except NonFiniteError as error:
+                first = first_nonfinite(model, batches, partial(run, model))
+                place = "" if first is None else f"; {first} is the first to have it"
+                raise NonFiniteError(f"{error}{place} ({hint(model)})") from None
     for unit in wanted:
         if unit.tied_to is not None:
             merge_tied(moments, unit.tied_to, unit.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..errors import CheckpointError, MomentError, NonFiniteError, ShapeError
 from ..utils.atomic_io import WholeFile
 from ..utils.tensor_file import TensorSpec, TensorWriter, read_tensor_file
 from ..utils.torch_utils import as_array
+from ..utils.utf8 import parsed
 
 Moment: TypeAlias = NDArray[np.float32]
 _FORMAT = 1
@@ -58,6 +60,9 @@ class Calibration:
     """Whether gradients were measured as well."""
     model_type: str | None
     """The `model_type` of the model's config."""
+    texts: dict[str, int]
+    """The names of the texts that were read, each with its number of tokens without special ones; empty where unknown.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Calibration:
         seed: int = 0,
         sensitivity: bool = True,
         model_type: str | None = None,
+        texts: Mapping[str, int] | None = None,
     ) -> None:
         """Converts `moments` to float32; arrays that are float32 already are not copied.
 
@@ -79,8 +85,18 @@ class Calibration:
         """
         if tokens < 1:
             raise MomentError(f"tokens: expected at least 1, got {tokens}")
-        self.moments = {name: _checked(name, moments[name]) for name in sorted(moments)}
+        self.moments = {}
+        # Layers that read one tensor share an array, which is checked once.
+        known: dict[int, Moment] = {}
+        for name in sorted(moments):
+            given = moments[name]
+            if not name.startswith(("input.", "output.")):
+                raise MomentError(f'{name}: expected a name that begins with "input." or "output."')
+            if id(given) not in known:
+                known[id(given)] = _checked(name, given)
+            self.moments[name] = known[id(given)]
         self.tokens, self.seed, self.sensitivity, self.model_type = tokens, seed, sensitivity, model_type
+        self.texts = dict(texts or {})
 
     def input(self, matrix: str) -> Moment | None:
         """The moment of the input of `matrix`, or None. The parts of a fused matrix share it."""
@@ -117,6 +133,8 @@ class Calibration:
         }
         if self.model_type is not None:
             metadata["model_type"] = self.model_type
+        if self.texts:
+            metadata["texts"] = json.dumps(self.texts)
         specs = {name: TensorSpec(np.dtype("<f4"), moment.shape) for name, moment in self.moments.items()}
         with WholeFile(path) as file:
             writer = TensorWriter(file, specs, metadata)
@@ -142,8 +160,9 @@ class Calibration:
                 "seed": int(metadata["seed"]),
                 "sensitivity": {"true": True, "false": False}[metadata["sensitivity"]],
                 "model_type": metadata.get("model_type"),
+                "texts": {str(name): int(count) for name, count in parsed(metadata.get("texts", "{}")).items()},
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: the metadata of the calibration is damaged: {metadata}") from error
         for name, moment in moments.items():
             if moment.dtype != np.float32:
@@ -156,12 +175,12 @@ class Calibration:
     def __repr__(self) -> str:
         sides = "inputs and output gradients" if self.sensitivity else "inputs"
         of = "" if self.model_type is None else f" of a {self.model_type}"
-        return f"Calibration({len(self.moments)} moments of {sides}{of}, over {self.tokens:,} tokens)"
+        several = ", ".join(f"{tokens:,} of {name}" for name, tokens in self.texts.items())
+        texts = f": {several}" if len(self.texts) > 1 else ""
+        return f"Calibration({len(self.moments)} moments of {sides}{of}, over {self.tokens:,} tokens{texts})"
 
 
 def _checked(name: str, moment: NDArray[Any]) -> Moment:
-    if not name.startswith(("input.", "output.")):
-        raise MomentError(f'{name}: expected a name that begins with "input." or "output."')
     moment = as_array(moment, name)
     if moment.size == 0 or moment.ndim not in (1, 2) or (moment.ndim == 2 and moment.shape[0] != moment.shape[1]):
         raise ShapeError(f"{name}: expected a square matrix or its diagonal, got the shape {moment.shape}")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError, NonFiniteError
 from ..utils.torch_utils import mean_embedding
-from .accumulators import Sums, Unit, outer_products, token_counts
 from .batches import Batch, is_encoder_decoder, mask_of
+from .sharing import SharedSums
+from .sums import Diagonal, SumStore, checked_mean
+from .units import Unit
 
 # Random vectors for each text of a model that returns embeddings.
 _EMBEDDING_SAMPLES = 8
+# Rows of a softmax that labels are drawn from at a time.
+_ROWS_DRAWN = 64
 
 
 class _Stop(Exception):
@@ -48,7 +53,8 @@ def run(model: nn.Module, batch: Batch) -> Any:
 class ReadingPass:
     """Hooks on some units of a model, and the sums that they collect.
 
-    `samples` random gradients are drawn for each text; None stands for 1 for logits and 8 for embeddings.
+    `samples` random gradients are drawn for each text; None stands for 1 for logits and 8 for embeddings. The sums take
+    `max_memory` bytes and, beyond that, a temporary file. The units `apart` share no sums with others.
     """
 
     def __init__(
@@ -58,13 +64,15 @@ class ReadingPass:
         sensitivity: bool,
         samples: int | None,
         stop_behind: nn.Module | None,
+        max_memory: int,
+        apart: Collection[str] = (),
     ) -> None:
         self._model, self._group, self._sensitivity, self._stop = model, group, sensitivity, stop_behind
         self._samples = samples
         self._device = next(model.parameters()).device
-        self.sums: dict[str, Sums] = {}
-        # Layers that share an input are called consecutively: compute its product once.
-        self._last: tuple[torch.Tensor, int, list[tuple[torch.Tensor, int]]] | None = None
+        self._store = SumStore(self._device, max_memory)
+        self._inputs, self._gradients = SharedSums(self._store, apart), SharedSums(self._store, apart)
+        self._counts: dict[str, Diagonal] = {}
         self._mask = torch.empty(0)
 
     def __enter__(self) -> ReadingPass:
@@ -90,18 +98,18 @@ class ReadingPass:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._last = None
 
     def read(self, batch: Batch, generator: torch.Generator, scale: float) -> None:
-        """Runs the model on a batch, forward and, where gradients are measured, backward."""
+        """Runs the model on a batch, forward and, where gradients are measured, backward.
+
+        Raises `NotShared` where units must be kept apart.
+        """
         self._mask = mask_of(batch).to(self._device)
-        try:
-            with self._lookups:
-                outputs = run(self._model, batch)
-        except _Stop:
-            return
-        finally:
-            self._last = None
+        outputs = None
+        # The end of a forward pass that ends early.
+        with suppress(_Stop), self._lookups:
+            outputs = run(self._model, batch)
+        self._inputs.end_pass()
         if self._sensitivity:
             self._backward(outputs, generator, scale)
 
@@ -125,6 +133,7 @@ class ReadingPass:
             gradient = gradient if scale == 1 else gradient * scale
             more = sample < samples - 1
             target.backward(gradient.to(target.dtype), retain_graph=more)  # type: ignore[no-untyped-call]
+            self._gradients.end_pass()
 
     def _gradient(self, target: torch.Tensor, logits: bool, generator: torch.Generator) -> torch.Tensor:
         """A random gradient of the model's output, which must be finite; a single logit is a regression output."""
@@ -147,24 +156,39 @@ class ReadingPass:
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
             if unit.embedding:
                 return self._looked_up(unit, x, output)
-            weights = self._weights(tuple(x.shape[:-1]))
-            if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-                with torch.no_grad():
-                    self._last = x, x._version, outer_products(x, weights)
-            self._sums_of(unit).add_inputs(self._last[2])
+            with torch.no_grad():
+                self._inputs.add(unit.name, ((unit.inputs, False),), x, self._weights(tuple(x.shape[:-1])))
             return self._watched(unit, output)
 
         return hook
 
     def _looked_up(self, unit: Unit, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         weights = self._weights(tuple(ids.shape))
-        self._sums_of(unit).add_inputs(token_counts(ids, weights, unit.inputs))
+        if unit.name not in self._counts:
+            self._counts[unit.name] = Diagonal(unit.inputs, self._store)
+        # Counts are integers, hence exact.
+        self._counts[unit.name].add_sums(torch.bincount(ids.reshape(-1), weights.double(), minlength=unit.inputs))
         return self._watched(unit, rows)
 
-    def _sums_of(self, unit: Unit) -> Sums:
-        if unit.name not in self.sums:
-            self.sums[unit.name] = Sums(unit, self._device, self._sensitivity)
-        return self.sums[unit.name]
+    def moments(self, tokens: int, scale: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows with one.
+
+        With these denominators the product of both is right for a layer that sees only some tokens, such as a pooler.
+        The gradients were computed `scale` times larger. A unit that was never called has no moments. Units that share
+        a sum share an array. A sum is gone when its mean is there.
+
+        Raises `NonFiniteError`, which names the moment.
+        """
+        while self._counts:
+            name, counts = self._counts.popitem()
+            yield f"input.{name}", checked_mean(f"input.{name}", counts, tokens)
+        for units, sums in self._inputs.taken():
+            for _, mean in sums.means([f"input.{units[0]}"], tokens):
+                yield from ((f"input.{unit}", mean) for unit in units)
+        outputs = {unit.name: [f"output.{name}" for name, _ in unit.outputs] for unit in self._group}
+        for units, sums in self._gradients.taken():
+            for part, (_, mean) in enumerate(sums.means(outputs[units[0]], sums.tokens * scale**2)):
+                yield from ((outputs[unit][part], mean) for unit in units)
 
     def _watched(self, unit: Unit, output: torch.Tensor) -> torch.Tensor:
         """The output of a unit, with a hook on its gradient."""
@@ -175,10 +199,11 @@ class ReadingPass:
             # The graph begins here. A clone, because the model may change it in place, which a leaf does not allow.
             output = output.requires_grad_().clone()
         weights = self._weights(tuple(output.shape[:-1]))
+        parts = tuple((count, unit.is_diagonal(count)) for _, count in unit.outputs)
 
         def seen(gradient: torch.Tensor) -> None:
             with torch.no_grad():
-                self._sums_of(unit).add_gradient(gradient, weights)
+                self._gradients.add(unit.name, parts, gradient, weights)
 
         output.register_hook(seen)  # type: ignore[no-untyped-call]
         return output
@@ -218,8 +243,16 @@ def _sampled_gradient(logits: torch.Tensor, generator: torch.Generator) -> torch
     classes = logits.shape[-1]
     probabilities = logits.float().softmax(-1).reshape(-1, classes)
     # By the inverse of the distribution function: one random number a token, the same on every device.
-    cumulative = probabilities.cumsum(-1)
-    levels = torch.rand((len(probabilities), 1), generator=generator).to(logits.device) * cumulative[:, -1:]
-    labels = torch.searchsorted(cumulative, levels, right=True).clamp_(max=classes - 1)
+    levels = torch.rand((len(probabilities), 1), generator=generator).to(logits.device)
+    # Few rows at a time, because each takes a copy of its probabilities.
+    parts = zip(torch.split(probabilities, _ROWS_DRAWN), torch.split(levels, _ROWS_DRAWN), strict=True)
+    labels = torch.cat([_drawn(rows, level) for rows, level in parts])
     probabilities.scatter_add_(1, labels, torch.full_like(levels, -1.0))
     return probabilities.view(logits.shape)
+
+
+def _drawn(probabilities: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The class `(rows, 1)` of each row at which the sum of its probabilities passes its level."""
+    cumulative = probabilities.cumsum(-1)
+    found = torch.searchsorted(cumulative, levels * cumulative[:, -1:], right=True)
+    return found.clamp_(max=probabilities.shape[-1] - 1)

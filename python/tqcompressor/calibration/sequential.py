@@ -18,11 +18,11 @@ from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
 from ..utils.torch_utils import evaluating
-from .accumulators import Unit, units
 from .batches import Batch, batches_of
 from .calibrate import Moments, calibration_of, measure
 from .calibration import Calibration
 from .hooks import run
+from .units import Unit, units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +148,6 @@ def _kept(original: Calibration, wanted: Sequence[Unit]) -> Moments:
 def _share(report: Report | None, index: int, groups: int, batches: int) -> Report | None:
     if report is None:
         return None
-    # A group counts once, whatever its number of passes.
     return lambda done, total: report(index * batches + done * batches // total, groups * batches)
 
 

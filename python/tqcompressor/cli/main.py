@@ -200,7 +200,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.json:
         fields_of = {"tokens": found.tokens, "seed": found.seed, "sensitivity": found.sensitivity}
         shapes = {name: list(moment.shape) for name, moment in found.moments.items()}
-        print(json.dumps({**fields_of, "model_type": found.model_type, "moments": shapes}, indent=2))
+        about = {"model_type": found.model_type, "texts": found.texts}
+        print(json.dumps({**fields_of, **about, "moments": shapes}, indent=2))
     else:
         print(f"{found}\nwritten to {options.out}")
 

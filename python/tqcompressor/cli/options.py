@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     _add_config(compress)
     _add_calibration(compress)
     group = compress.add_argument_group("calibrating on a text, in place of --calibration")
-    group.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 files or globs to calibrate on")
+    group.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 files or globs to calibrate on; see calibrate")
     _add_sequences(group)
     group.add_argument("--save-calibration", metavar="FILE", help="keep the calibration in a safetensors file")
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
@@ -199,7 +199,13 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Measure the second moments of a model's activations, and of its gradients, on a text.",
     )
     calibrate.add_argument("source", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
-    calibrate.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs")
+    calibrate.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        required=True,
+        help="UTF-8 files or globs; each gives as many sequences, whatever its length, twice as many if named twice",
+    )
     calibrate.add_argument("--out", metavar="FILE", required=True, help="the safetensors file to write")
     _add_sequences(calibrate)
     calibrate.add_argument(

@@ -65,6 +65,20 @@ def open_texts(text: TextOption) -> Texts:
     return _Entries(entries)
 
 
+def sources(text: TextOption) -> list[tuple[str, TextOption]]:
+    """What a calibration draws from evenly, by name: every path of a list, and its strings together.
+
+    A path that stands twice in a list is two sources. Anything but a list is one source.
+    """
+    if not isinstance(text, list | tuple):
+        return [(os.path.basename(text) if isinstance(text, PathLike) else "text", text)]
+    strings = [entry for entry in text if not isinstance(entry, PathLike)]
+    paths: list[tuple[str, TextOption]] = [
+        (os.path.basename(path), path) for path in text if isinstance(path, PathLike)
+    ]
+    return ([("text", strings)] if strings or not paths else []) + paths
+
+
 def open_text(text: str | PathLike[str]) -> Texts:
     """The text that an argument stands for which cannot be several; raises as `open_texts`."""
     texts = open_texts(text)

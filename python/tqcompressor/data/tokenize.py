@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import chain
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, TextError
 from ..utils import validate
 from ..utils.portable import processors
-from .cut import Piece, cut
-from .text import utf8
+from .cut import Piece, cut, documents
+from .text import TextOption, open_texts, utf8
 from .token_spool import Tokens, TokenSpool
 
 if TYPE_CHECKING:
@@ -245,3 +245,58 @@ def drawn_sequences(tokens: TokenSpool, length: int, wanted: int, seed: int) -> 
     """Sequences `(wanted, length)` drawn from `tokens`; a last sequence that is not full is left out."""
     chosen = drawn_indices(len(tokens) // length, wanted, length, len(tokens), seed)
     return np.stack([tokens[index * length : (index + 1) * length] for index in chosen]).astype(np.int64)
+
+
+def even_shares(available: Sequence[int], wanted: int, seed: int) -> list[int]:
+    """How many of `wanted` sequences each of several texts gives: equal numbers, where it has as many.
+
+    What a short text lacks is shared by the others, and what cannot be divided goes to texts drawn with `seed`.
+    """
+    shares = [0] * len(available)
+    # The shortest first, so that the others share what it lacks.
+    order = sorted(np.random.default_rng(seed).permutation(len(available)).tolist(), key=available.__getitem__)
+    for done, text in enumerate(order):
+        shares[text] = min(available[text], (wanted - sum(shares)) // (len(order) - done))
+    return shares
+
+
+def drawn_evenly(
+    texts: Sequence[tuple[str, TextOption]],
+    encoder: TextEncoder,
+    end_text: str | None,
+    end: int | None,
+    *,
+    length: int,
+    wanted: int,
+    seed: int,
+) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """Sequences `(wanted, length)` drawn from `texts` evenly, and how many tokens of each text they have, by its name.
+
+    Texts that are too short for a sequence are joined to one. Raises as `open_texts`, and `TextError` where all of them
+    together are too short.
+    """
+    names: list[str] = []
+    spools: list[TokenSpool] = []
+    short: TokenSpool | None = None
+    for name, text in texts:
+        spool = collected(documents(open_texts(text), end_text), encoder, end)
+        if len(texts) == 1 or len(spool) >= length:
+            names.append(name)
+            spools.append(spool)
+        elif short is None:
+            short = spool
+        else:
+            short.append(spool[:])
+    if short is not None:
+        names.append("short texts")
+        spools.append(short)
+    available = [len(spool) // length for spool in spools]
+    # Checks and words of an error are those of one text.
+    drawn_indices(sum(available), wanted, length, sum(map(len, spools)), seed)
+    read: dict[str, int] = {}
+    rows = []
+    for name, spool, share in zip(names, spools, even_shares(available, wanted, seed), strict=True):
+        if share:
+            rows.append(drawn_sequences(spool, length, share, seed))
+            read[name] = read.get(name, 0) + share * length
+    return np.concatenate(rows), read

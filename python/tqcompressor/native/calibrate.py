@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
 from ..calibration.calibration import Calibration, merge_tied
-from ..data.cut import documents
-from ..data.text import TextOption, open_texts
-from ..data.tokenize import CALIBRATION_SEQ_LEN, collected, drawn_sequences
+from ..data.text import TextOption, sources
+from ..data.tokenize import CALIBRATION_SEQ_LEN, drawn_evenly
 from ..errors import ConfigError, TextError
-from ..utils.batching import measured_together
+from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from .tokens import NativeEncoder
-
-# float64 sums, and float32 means of them.
-_BYTES_PER_ENTRY = 12
 
 
 def draw_sequences(
@@ -26,41 +24,42 @@ def draw_sequences(
     num_samples: int,
     seq_len: int | None,
     seed: int,
-) -> NDArray[np.int64]:
-    """The sequences `(num_samples, seq_len)` that `calibrate` draws from the same text with the same seed."""
+) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """The sequences `(num_samples, seq_len)` that `calibrate` draws from the same text with the same seed.
+
+    Behind them stands how many tokens each text gave, by its name.
+    """
     longest = runtime.context
     length = min(longest, CALIBRATION_SEQ_LEN) if seq_len is None else seq_len
     if not 2 <= length <= longest:
         raise ConfigError(f"seq_len: expected 2 to {longest} (the model's positions), got {length}")
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     end_text = None if end is None else tokenizer.decode([end], False)
-    tokens = collected(documents(open_texts(text), end_text), NativeEncoder(tokenizer), end)
-    return drawn_sequences(tokens, length, num_samples, seed)
+    return drawn_evenly(
+        sources(text), NativeEncoder(tokenizer), end_text, end, length=length, wanted=num_samples, seed=seed
+    )
 
 
 def measure(
-    runtime: _core.Runtime, sequences: NDArray[np.int64], *, seed: int, max_memory: int, progress: ProgressOption
+    runtime: _core.Runtime,
+    sequences: NDArray[np.int64],
+    texts: dict[str, int],
+    *,
+    seed: int,
+    max_memory: int,
+    progress: ProgressOption,
 ) -> Calibration:
     """The `Calibration` of the inputs of the layers while the model reads `sequences`."""
     tokens = sequences.size
     if tokens == 0:
         raise TextError("sequences: expected at least one token, got none")
     rows = sequences.tolist()
-    layers = runtime.linear_layers()
-    groups = measured_together(
-        layers, lambda layer: _BYTES_PER_ENTRY * layer[1] ** 2, lambda layer: layer[0], max_memory
-    )
-    moments: dict[str, NDArray[np.float32]] = {}
+    names = [name for name, _ in runtime.linear_layers()]
+    # What no machine has is as good as no bound.
+    max_memory = min(validate.integer("max_memory", max_memory, 0), sys.maxsize)
     with reporter(progress, "calibrate") as report:
-        for index, group in enumerate(groups):
-            names = [name for name, _ in group]
-
-            def tell(done: int, total: int, index: int = index) -> None:
-                if report is not None:
-                    report(index * total + done, len(groups) * total)
-
-            found = runtime.input_moments(rows, names, None if report is None else tell)
-            moments |= {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
+        found = runtime.input_moments(rows, names, max_memory, report)
+    moments = {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
     for name, ids, size in (
         ("wte", sequences, runtime.vocab_size),
         ("wpe", np.broadcast_to(np.arange(sequences.shape[1]), sequences.shape), runtime.context),
@@ -70,4 +69,4 @@ def measure(
     if runtime.tied:
         # A tied head and its embedding share one matrix. Without a head there is nothing to merge.
         merge_tied(moments, "wte", "lm_head")
-    return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2")
+    return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2", texts=texts)

@@ -359,20 +359,22 @@ class NativeModel:
 
         Args:
             text: A str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds either, and a
-                `datasets.Dataset` has a column `"text"`.
+                `datasets.Dataset` has a column `"text"`. Each path of a list gives as many sequences as any other.
             num_samples: How many sequences are drawn from the text.
             seq_len: Tokens of a sequence. Default: 128, or the model's context if that is shorter.
             seed: The seed of the sequences that are drawn.
-            max_memory: Bytes that the sums may take. Larger ones are measured in several passes over the text.
+            max_memory: Bytes that the sums may take, beside that of one layer. What exceeds it is kept in an unnamed
+                file in the system's folder for temporary files.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
         Raises:
             TextError: The text has fewer than `num_samples` sequences, or a file is not text.
-            ConfigError: An argument is out of its range, or one layer alone needs more than `max_memory`.
+            ConfigError: An argument is out of its range.
             NonFiniteError: The model computes NaN or an infinity.
+            StorageError: The temporary file cannot be written.
             CheckpointError: As `encode`.
 
-        Cost: a forward pass over the sequences, and `m²` MACs a token and layer of `m` inputs.
+        Cost: a forward pass over the sequences, and little more than `m²/2` MACs a token and layer of `m` inputs.
 
         Example:
             >>> from pathlib import Path
@@ -383,8 +385,8 @@ class NativeModel:
         Source: Wang et al., *SVD-LLM*, arXiv 2403.07378.
         """
         seed = validate.seed(seed)
-        drawn = draw_sequences(self._runtime, self._tokenizer, text, num_samples, seq_len, seed)
-        return measure(self._runtime, drawn, seed=seed, max_memory=max_memory, progress=progress)
+        drawn, texts = draw_sequences(self._runtime, self._tokenizer, text, num_samples, seq_len, seed)
+        return measure(self._runtime, drawn, texts, seed=seed, max_memory=max_memory, progress=progress)
 
     def score(
         self,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,9 +10,10 @@ from helpers.measured import gpt2
 from helpers.models import tiny_model
 from helpers.tokenizer import save_tokenizer
 from tokenizers import processors
-from tqcompressor import token_blocks
-from tqcompressor.calibration.batches import batches_of
+from tqcompressor import Calibration, NativeModel, token_blocks
+from tqcompressor.calibration.batches import batches_and_texts, batches_of
 from tqcompressor.calibration.calibrate import calibrate
+from tqcompressor.data.tokenize import even_shares
 from tqcompressor.errors import ConfigError, TextError
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
@@ -91,3 +93,64 @@ def test_errors_of_batches():
     ):
         with pytest.raises(error, match=message):
             calibrate(gpt2(), source)
+
+
+def test_shares_are_even_where_a_text_has_enough():
+    for available, wanted, expected in (
+        ([100, 100], 8, [4, 4]),
+        ([2, 100], 10, [2, 8]),
+        ([5, 100, 100], 25, [5, 10, 10]),
+        ([0, 5], 3, [0, 3]),
+        ([3, 3, 3], 100, [3, 3, 3]),
+        ([7], 4, [4]),
+    ):
+        assert even_shares(available, wanted, 0) == expected
+    # More texts than sequences: which ones are read depends on the seed.
+    chosen = [even_shares([9] * 50, 5, seed) for seed in (0, 1)]
+    assert all(sorted(shares) == [0] * 45 + [1] * 5 for shares in chosen) and chosen[0] != chosen[1]
+
+
+def test_paths_of_a_list_are_drawn_from_evenly(tmp_path):
+    model, tokenizer = tiny_gpt2()
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")
+    (tmp_path / "long.txt").write_text(text[:60_000], encoding="utf-8")
+    (tmp_path / "short.txt").write_text(text[60_000:64_000], encoding="utf-8")
+    for number in (1, 2, 3):
+        (tmp_path / f"tiny{number}.md").write_text("of so many words", encoding="utf-8")
+    long, short, tiny = tmp_path / "long.txt", tmp_path / "short.txt", [tmp_path / f"tiny{n}.md" for n in (1, 2, 3)]
+
+    def read(given, num_samples=20):
+        rows, texts = batches_and_texts(model, tokenizer, given, num_samples=num_samples, seq_len=8, seed=1)
+        assert sum(len(batch["input_ids"]) for batch in rows) == num_samples
+        return texts
+
+    assert read([long, short]) == {"long.txt": 80, "short.txt": 80}
+    assert read([long, short, long], 30) == {"long.txt": 160, "short.txt": 80}
+    # A pattern is one text, and so are all strings.
+    assert read([tmp_path / "*.txt", text[-4000:], text[-5000:-4000]]) == {"*.txt": 80, "text": 80}
+    assert read(long) == read([long]) == {"long.txt": 160} and read(text) == {"text": 160}
+    few = read([long, *tiny])
+    assert few.pop("short texts") in (8, 16) and list(few) == ["long.txt"]
+    assert read([tiny[0], *tiny], 1) == {"short texts": 8}
+    everything = read([short, long], 1000)
+    assert everything["short.txt"] < 0.2 * everything["long.txt"]
+    with pytest.raises(TextError, match=r"expected 99999 sequences of 8 tokens, got a text of [\d,]+ tokens"):
+        read([long, short], 99_999)
+
+
+def test_a_calibration_says_what_was_read(tmp_path):
+    model, tokenizer = tiny_gpt2()
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")
+    for name in ("wiki.txt", "books.txt"):
+        (tmp_path / name).write_text(text[:4000], encoding="utf-8")
+    texts = [tmp_path / "wiki.txt", tmp_path / "books.txt"]
+    options = {"num_samples": 4, "seq_len": 16}
+    found = calibrate(model, tokenizer, texts, sensitivity=False, **options)
+    native = NativeModel.from_pretrained(TINY).calibrate(texts, **options)
+    assert found.texts == native.texts == {"wiki.txt": 32, "books.txt": 32}
+    assert "over 64 tokens: 32 of wiki.txt, 32 of books.txt)" in repr(found)
+    np.testing.assert_array_equal(found.input("wpe"), native.input("wpe"))
+    np.testing.assert_allclose(found.input("wte"), native.input("wte"), rtol=1e-5)
+    found.save(tmp_path / "file")
+    assert Calibration.load(tmp_path / "file").texts == found.texts
+    assert calibrate(model, [torch.ones(1, 4, dtype=torch.long)], sensitivity=False).texts == {}

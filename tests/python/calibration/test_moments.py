@@ -9,8 +9,8 @@ from helpers.measured import FAMILIES, batches, bert, gpt2, llama, opt, same, st
 from helpers.models import CONFIG, tiny_model
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import compress
-from tqcompressor.calibration.accumulators import units
 from tqcompressor.calibration.calibrate import calibrate
+from tqcompressor.calibration.units import units
 from tqcompressor.errors import ConfigError, NonFiniteError
 
 
@@ -208,28 +208,6 @@ def test_a_seed_gives_one_file(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         calibrate(model, tokenizer, "some letters, " * 30, num_samples=3, seq_len=8, seed=seed).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
-
-
-@pytest.mark.parametrize("sensitivity", [False, True])
-def test_little_memory_takes_more_passes_and_gives_the_same(sensitivity):
-    model, data = gpt2(), batches()
-    largest = max(unit.bytes(sensitivity) for unit in units(model))
-    done = {}
-    found = {}
-    for room in (1 << 30, largest):
-        calls = done[room] = []
-        found[room] = calibrate(
-            model,
-            data,
-            sensitivity=sensitivity,
-            max_memory=room,
-            progress=lambda *state, calls=calls: calls.append(state),
-        )
-    assert done[1 << 30] == [(1, 2), (2, 2)]
-    assert len(done[largest]) >= 8 and done[largest][-1] == (len(done[largest]),) * 2
-    assert same(*found.values())
-    with pytest.raises(ConfigError, match=rf"max_memory: expected at least {largest:,} bytes, for h\.0"):
-        calibrate(model, data, sensitivity=sensitivity, max_memory=largest - 1)
 
 
 def test_a_generator_of_batches_will_do():

@@ -12,11 +12,11 @@ from helpers.models import agree, first_output, some_ids, tiny_model
 from helpers.snapshots import assert_untouched, snapshot
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import Calibration, compress, token_blocks
-from tqcompressor.calibration.accumulators import units
 from tqcompressor.calibration.batches import batches_of
 from tqcompressor.calibration.calibrate import calibrate
 from tqcompressor.calibration.hooks import ReadingPass
 from tqcompressor.calibration.sequential import calibrate_layers, layer_groups
+from tqcompressor.calibration.units import units
 from tqcompressor.compression import model as in_place
 from tqcompressor.errors import ConfigError, ShapeError, TextError
 from tqcompressor.modules import KroneckerLinear, LowRankLinear

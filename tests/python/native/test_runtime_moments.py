@@ -12,7 +12,7 @@ from helpers.native import HEAD_SPECS, SPECS, compressed
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import Calibration, NativeModel
 from tqcompressor.cli import main as cli
-from tqcompressor.errors import ConfigError, TextError
+from tqcompressor.errors import ConfigError, StorageError, TextError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
@@ -52,10 +52,10 @@ def test_moments_of_compressed_models_are_those_of_torch(tmp_path, tied):
         same(NativeModel.from_pretrained(folder).calibrate(words, **options), in_torch(folder, words, **options))
 
 
-def test_passes_and_threads_make_no_difference():
+def test_memory_and_threads_make_no_difference():
     found = [
         NativeModel.from_pretrained(TINY, threads=threads).calibrate(TEXT, num_samples=5, max_memory=memory)
-        for threads, memory in ((1, 2 << 30), (3, 12 * 1024**2), (2, 13 * 1024**2))
+        for threads, memory in ((1, 2 << 30), (3, 0), (2, 3_000_000), (2, 1 << 80))
     ]
     for other in found[1:]:
         for name, moment in found[0].moments.items():
@@ -63,12 +63,18 @@ def test_passes_and_threads_make_no_difference():
 
 
 def test_progress_ends_at_its_total():
-    seen = []
-    model = NativeModel.from_pretrained(TINY)
-    model.calibrate(
-        TEXT, num_samples=4, max_memory=12 * 1024**2, progress=lambda done, total: seen.append((done, total))
-    )
-    assert seen[-1][0] == seen[-1][1] > 0 and seen == sorted(seen)
+    for memory in (0, 1 << 30):
+        seen = []
+        model = NativeModel.from_pretrained(TINY)
+        model.calibrate(TEXT, num_samples=4, max_memory=memory, progress=lambda *state, seen=seen: seen.append(state))
+        # One pass over the text.
+        assert seen[-1] == (4 * 128, 4 * 128) and seen == sorted(seen)
+
+
+def test_a_file_without_room_is_refused(monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(TINY / "none"))
+    with pytest.raises(StorageError, match="none"):
+        NativeModel.from_pretrained(TINY).calibrate(TEXT, num_samples=4, max_memory=0)
 
 
 def test_what_cannot_be_is_refused():
@@ -77,7 +83,7 @@ def test_what_cannot_be_is_refused():
         ({"seq_len": 129}, ConfigError, "2 to 128"),
         ({"num_samples": 0}, ConfigError, "num_samples"),
         ({"num_samples": 100_000}, TextError, "100000 sequences"),
-        ({"max_memory": 1000}, ConfigError, "max_memory"),
+        ({"max_memory": -1}, ConfigError, "max_memory"),
     ):
         with pytest.raises(error, match=words):
             model.calibrate(TEXT, **options)
