@@ -222,8 +222,9 @@ def predicts_next_token(source: str | PathLike[str]) -> bool:
     if kind != "embedding":
         return kind == "causal"
     try:
-        _, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
     except ValueError:
         # No causal language model has this config.
         return False
+    _, info = loaded
     return not info["missing_keys"]
