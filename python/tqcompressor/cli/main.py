@@ -24,6 +24,7 @@ from ..distillation.config import DistillConfig, TrainingConfig
 from ..errors import ConfigError, ConvergenceError, MissingDependencyError, StorageError, TQError
 from ..utils.engines import is_native
 from ..utils.progress import announce
+from ..utils.tables import format_table
 from ..utils.torch_utils import silence_transformers
 from .options import parser
 
@@ -324,6 +325,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     check_text(text)
     passages = None if options.passages is None else read_passages(options.passages)
     models = [name for name in (options.model, options.teacher) if name is not None]
+    if not native and not _is_causal(options.model):
+        _evaluate_embeddings(text, options)
+        return
     # One model in memory at a time.
     score = _score_native if native else _score_in_torch
     table = Comparison(tuple(score(name, text, passages, options) for name in models))
@@ -337,18 +341,77 @@ def _score_native(name: str, text: Path, passages: list[str] | None, options: ar
     return model.score(text, name=name, passages=passages, context=options.context, stride=options.stride)
 
 
+def _is_causal(source: str) -> bool:
+    """Whether the model predicts the next token, so that it has a perplexity."""
+    from ..compression.measured import check_files
+    from ..verify.subject import predicts_next_token
+
+    _require_torch()
+    silence_transformers()
+    check_files(source)
+    return predicts_next_token(source)
+
+
+def _evaluate_embeddings(text: Path, options: argparse.Namespace) -> None:
+    """Prints how near the embeddings of an encoder are to its teacher's."""
+    from transformers import AutoTokenizer
+
+    from ..evaluate.comparison import model_size
+    from ..evaluate.embeddings import embedding_cosine
+    from ..verify.subject import load_whole
+
+    only_perplexity = {"--passages": options.passages, "--context": options.context, "--stride": options.stride}
+    for name, value in only_perplexity.items():
+        if value is not None:
+            raise ConfigError(f"{name}: expected a causal language model, {options.model} is none")
+    if options.teacher is None:
+        raise ConfigError(
+            f"{options.model} is no causal language model, so it has no perplexity: give --teacher, the checkpoint "
+            "that it was made from, to compare their embeddings"
+        )
+    _set_threads(options.threads)
+    student, teacher = (
+        load_whole(name, options.dtype or "auto", options.device) for name in (options.model, options.teacher)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    found = embedding_cosine(student, teacher, tokenizer, text, batch_size=options.batch_size)
+    (parameters, size), (before, size_before) = model_size(student), model_size(teacher)
+    if options.json:
+        models = [
+            {"name": options.model, "parameters": parameters, "bytes": size},
+            {"name": options.teacher, "parameters": before, "bytes": size_before},
+        ]
+        print(json.dumps({"models": models, "embeddings": found.to_dict()}, indent=2, allow_nan=False))
+        return
+    quality = [f"{found.cosine:.4f}", f"{found.smallest:.4f}", str(found.texts), f"{found.seconds:.1f}"]
+    rows = [
+        ["model", "parameters", "bytes", "cosine", "the smallest", "texts", "seconds"],
+        [options.model, f"{parameters:,}", f"{size:,}", *quality],
+        [options.teacher, f"{before:,}", f"{size_before:,}", "", "", "", ""],
+    ]
+    print(format_table(rows))
+
+
+def _require_torch() -> None:
+    for name in ("torch", "transformers"):
+        if find_spec(name) is None:
+            raise MissingDependencyError(f'engine torch needs {name}: pip install "tqcompressor[hf]"')
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
 def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: argparse.Namespace) -> ModelScore:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from ..compression.measured import check_files
     from ..evaluate.comparison import score
 
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
-    silence_transformers()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    _set_threads(options.threads)
     check_files(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)

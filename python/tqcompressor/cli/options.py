@@ -240,7 +240,13 @@ def _add_sequences(parser: Any) -> None:
 
 
 def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
-    evaluate = commands.add_parser("evaluate", parents=[common], help="measure perplexity, of a teacher too if given")
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[common],
+        help="measure perplexity, of a teacher too if given; of encoders, the cosine of embeddings",
+        description="Measure the perplexity of a causal language model, and of its teacher if given. Any other model "
+        "of text has none: its embeddings of the lines of the text are compared with the teacher's.",
+    )
     evaluate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not")
     evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")

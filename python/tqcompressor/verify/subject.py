@@ -145,11 +145,7 @@ class Subject:
         """The teacher, loaded as the model is, and not kept: few need it, and none for long."""
         source = self.settings.teacher
         assert source is not None
-        loaded = load(source, self.settings.dtype, self.settings.device)
-        faults = [*loaded.missing, *loaded.mismatched]
-        if faults:
-            raise CheckpointError(f"{source}: missing or of another shape: {', '.join(faults)}")
-        return loaded.model
+        return load_whole(source, self.settings.dtype, self.settings.device)
 
     @cached_property
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -198,3 +194,37 @@ def load(source: str | PathLike[str], dtype: str, device: str) -> Loaded:
     return Loaded(
         model.to(device).eval(), sorted(info["missing_keys"]), sorted(mismatched), sorted(info["unexpected_keys"])
     )
+
+
+def load_whole(source: str | PathLike[str], dtype: str, device: str) -> PreTrainedModel:
+    """The model of `load`; raises `CheckpointError` where the files lack a part of it."""
+    loaded = load(source, dtype, device)
+    faults = [*loaded.missing, *loaded.mismatched]
+    if faults:
+        raise CheckpointError(f"{source}: missing or of another shape: {', '.join(faults)}")
+    return loaded.model
+
+
+def predicts_next_token(source: str | PathLike[str]) -> bool:
+    """Whether a checkpoint is of a causal language model, so that its perplexity means something.
+
+    A base model that was saved without its head is one if the head is its embedding.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..distillation.tasks import kind_of
+    from ..models.loading import model_class
+
+    # The class says most. Without values, making a model takes no time.
+    with torch.device("meta"):
+        kind = kind_of(model_class(source)._from_config(AutoConfig.from_pretrained(source)))
+    if kind != "embedding":
+        return kind == "causal"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    except ValueError:
+        # No causal language model has this config.
+        return False
+    _, info = loaded
+    return not info["missing_keys"]

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.foreign import dense, krony, out_by_in, prefixed, tq
+from helpers.processes import run_script
 from tqcompressor import NativeModel, convert_checkpoint, expand_checkpoint, inspect
 from tqcompressor.cli import main as cli
 from tqcompressor.conversion.convert import report_of
@@ -110,8 +109,8 @@ def test_a_fresh_process_loads_it(tmp_path):
         tensors, model = LAYOUTS[layout]()
         convert_checkpoint(saved(tmp_path / f"{layout} source", tensors, model), tmp_path / layout, progress=False)
         models[layout] = model
-    folders = [str(tmp_path / layout) for layout in models]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "ids.npy"), *folders], check=True, env=os.environ)
+    folders = [tmp_path / layout for layout in models]
+    run_script(code, tmp_path / "ids.npy", *folders, warm=True)
     for layout, model in models.items():
         expected = expected_of(model)
         assert np.allclose(np.load(tmp_path / layout / "logits.npy"), expected, atol=1e-4 * np.abs(expected).max())

@@ -45,7 +45,12 @@ ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machin
 
 
 @pytest.mark.parametrize(
-    ("launcher", "processes"), [(TORCHRUN, 2), (f"{ACCELERATE} --dynamo_backend no", 1)], ids=["torchrun", "accelerate"]
+    ("launcher", "processes"),
+    [
+        pytest.param(TORCHRUN, 2, id="torchrun"),
+        # The same script under a launcher that imports torch once more.
+        pytest.param(f"{ACCELERATE} --dynamo_backend no", 1, id="accelerate", marks=pytest.mark.long),
+    ],
 )
 def test_the_losses_equal_those_of_one_process_with_the_same_total_batch(launcher, processes, one_process, tmp_path):
     folder, expected = one_process

@@ -1,10 +1,13 @@
 """Running a script in a separate process, where the script controls all imports and their order."""
 
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
@@ -24,18 +27,49 @@ def environment(**more):
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
 
-def run_script(script, *arguments, fails=False):
-    """Runs `script` (dedented) and returns what it printed; `fails` says that a non-zero exit is expected."""
+def run_script(script, *arguments, fails=False, warm=False):
+    """Runs `script` (dedented) and returns what it printed; `fails` says that a non-zero exit is expected.
+
+    `warm` says that other packages, torch among them, may be imported before: see `helpers.warm`.
+    """
+    script, arguments = textwrap.dedent(script), [*map(str, arguments)]
+    status, printed = (_run_warm if warm else _run_cold)(script, arguments)
+    assert (status != 0) == fails, f"exit status {status}\n{printed}"
+    return printed
+
+
+def _run_cold(script, arguments):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        [sys.executable, "-c", script, *arguments],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert (done.returncode != 0) == fails, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def _run_warm(script, arguments):
+    server = _warm_server()
+    with tempfile.NamedTemporaryFile() as output:
+        request = {"script": script, "arguments": arguments, "environment": environment(), "folder": os.getcwd()}
+        server.stdin.write(json.dumps({**request, "output": output.name}) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return status, output.read().decode("utf-8")
+
+
+@cache
+def _warm_server():
+    # It ends with this process, which holds the other end of its standard input.
+    return subprocess.Popen(
+        [sys.executable, "-m", "helpers.warm"],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def forked(target, *arguments):

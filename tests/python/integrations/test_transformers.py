@@ -4,6 +4,7 @@ Numbers in names are those of the pitfalls that a naive integration falls into. 
 on memory, runs in a process of its own.
 """
 
+import pytest
 import torch
 import transformers
 from helpers.models import agree, first_output, some_ids, tiny_model
@@ -14,32 +15,29 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 
-def test_loading_works_whichever_is_imported_first(checkpoints):
-    """Each import order in a separate process, forked from one that has only imported torch."""
-    output = run_script(
-        """
-import os, sys, torch
-
-for imports in (
-    "import tqcompressor, transformers",
-    "import transformers, tqcompressor",
-    "import transformers.modeling_utils, tqcompressor",
-    "import tqcompressor.integrations.quantizer as integration; integration.register()",
-):
-    assert not {"tqcompressor", "transformers"} & sys.modules.keys()
-    if (child := os.fork()) == 0:
-        exec(imports)
-        from transformers import AutoModelForCausalLM
-        from helpers.models import agree, first_output, some_ids
-        model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/compressed")
-        assert agree(first_output(model, some_ids()), torch.load(f"{sys.argv[1]}/compressed.pt"))
-        break
-    assert os.waitpid(child, 0)[1] == 0, imports
-    print("loaded", flush=True)
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tqcompressor, transformers",
+        "import transformers, tqcompressor",
+        "import transformers.modeling_utils, tqcompressor",
+        "import tqcompressor.integrations.quantizer as integration; integration.register()",
+    ],
+)
+def test_loading_works_whichever_is_imported_first(checkpoints, imports):
+    run_script(
+        f"""
+import sys, torch
+assert not {{"tqcompressor", "transformers"}} & sys.modules.keys()
+{imports}
+from transformers import AutoModelForCausalLM
+from helpers.models import agree, first_output, some_ids
+model = AutoModelForCausalLM.from_pretrained(f"{{sys.argv[1]}}/compressed")
+assert agree(first_output(model, some_ids()), torch.load(f"{{sys.argv[1]}}/compressed.pt"))
 """,
         checkpoints,
+        warm=True,
     )
-    assert output.count("loaded") == 4
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
@@ -82,6 +80,7 @@ for cls, name in [("AutoModelForCausalLM", "compressed"), ("AutoModel", "compres
 assert "tqcompressor" not in sys.modules
 """,
         checkpoints,
+        warm=True,
     )
     assert output.count("raised") == output.count("MISMATCH   |") == 3
     assert "wte.weight" in output and "Unknown quantization type, got tqcompressor" in output
