@@ -46,17 +46,20 @@ pub fn is_weight_file(name: &str) -> bool {
 pub const REPORT_FILE: &str = "compression_report.json";
 
 /// Other files of a checkpoint, as transformers and this package write them.
-const KNOWN_FILES: [&str; 22] = [
+const KNOWN_FILES: [&str; 25] = [
     "README.md",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     REPORT_FILE,
     "config.json",
+    "config_sentence_transformers.json",
     "generation_config.json",
     "merges.txt",
+    "modules.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "sentence_bert_config.json",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
@@ -146,6 +149,7 @@ fn foreign_in(directory: &Path, place: Place) -> Result<Option<PathBuf>> {
     paths.sort_unstable();
     // A file that is no report lists nothing.
     let report = read_object_if_any(&directory.join(REPORT_FILE)).ok().flatten().unwrap_or_default();
+    let modules = if matches!(place, Place::Checkpoint) { module_folders(directory)? } else { Vec::new() };
     let carried = report.get("carried").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     for path in paths {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return Ok(Some(path)) };
@@ -155,6 +159,7 @@ fn foreign_in(directory: &Path, place: Place) -> Result<Option<PathBuf>> {
         let foreign = if path.is_dir() {
             match place.directory(name) {
                 Some(inside) => foreign_in(&path, inside)?,
+                None if modules.iter().any(|module| module == name) => first_folder(&path)?,
                 None => Some(path),
             }
         } else {
@@ -166,6 +171,41 @@ fn foreign_in(directory: &Path, place: Place) -> Result<Option<PathBuf>> {
         }
     }
     Ok(None)
+}
+
+/// A folder within another.
+fn first_folder(directory: &Path) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
+        let path = entry.map_err(Error::io(directory))?.path();
+        if path.is_dir() {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// The folders beside the weights that belong to the checkpoint: those that the `modules.json` of sentence-transformers
+/// names, such as `1_Pooling`. A file that is no such list names none.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn module_folders(directory: &Path) -> Result<Vec<String>> {
+    let path = directory.join("modules.json");
+    let text = match fs::read(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(Error::io(path))?,
+    };
+    let modules: Vec<Map<String, Value>> = serde_json::from_slice(&text).unwrap_or_default();
+    let mut names: Vec<String> = modules
+        .iter()
+        .filter_map(|module| module.get("path").and_then(Value::as_str))
+        // A name of one component, which cannot lead out of the directory.
+        .filter(|name| Path::new(name).file_name().is_some_and(|last| last == *name) && directory.join(name).is_dir())
+        .map(str::to_owned)
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    Ok(names)
 }
 
 pub(super) fn problem(path: &Path, problem: impl Into<String>) -> Error {
@@ -310,6 +350,8 @@ mod tests {
             "stages/final/tokenizer.json",
             ".training_state.json.partial",
             "licence.txt",
+            "1_Pooling/config.json",
+            "2_Dense/model.safetensors",
         ];
         let write = |name: &str| {
             let path = root.path().join(name);
@@ -318,8 +360,15 @@ mod tests {
         };
         ours.iter().for_each(|name| write(name));
         fs::write(root.path().join(REPORT_FILE), r#"{"carried": ["licence.txt"]}"#).unwrap();
+        // Paths that lead elsewhere name no folder of the checkpoint.
+        let modules =
+            r#"[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "a/b"}, {"path": ".."}, {}]"#;
+        fs::write(root.path().join("modules.json"), modules).unwrap();
+        assert_eq!(module_folders(root.path()).unwrap(), ["1_Pooling", "2_Dense"]);
         assert_eq!(first_foreign(root.path()).unwrap(), None);
         for name in [
+            "1_Pooling/notes/thesis.tex",
+            "3_Other/config.json",
             ".git/HEAD",
             ".env",
             "a folder/config.json",

@@ -176,13 +176,18 @@ impl StagingDirectory {
         fs::write(&path, contents).and_then(|()| File::open(&path)?.sync_all()).map_err(Error::io(path))
     }
 
-    /// Copies a file under its own name and makes the copy durable.
+    /// Copies the file `name` of a directory, or of a folder in it, and makes the copy durable.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn copy(&self, from: &Path) -> Result<()> {
-        let path = self.directory.join(from.file_name().unwrap_or_default());
-        fs::copy(from, &path).and_then(|_| File::open(&path)?.sync_all()).map_err(Error::io(path))
+    pub fn copy(&self, from: &Path, name: &Path) -> Result<()> {
+        let path = self.directory.join(name);
+        let folder = path.parent().unwrap_or(&self.directory);
+        let copied = fs::create_dir_all(folder)
+            .and_then(|()| fs::copy(from.join(name), &path))
+            .and_then(|_| File::open(&path)?.sync_all());
+        copied.map_err(Error::io(&path))?;
+        if folder == self.directory { Ok(()) } else { sync_directory(folder) }
     }
 
     /// Makes the hidden directory the destination, in one step where the file system can.

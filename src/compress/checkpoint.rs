@@ -16,7 +16,7 @@ use super::journal::Journal;
 use super::parallel::{Task, Timed, decompose_each};
 use super::place::{Calibration, place};
 use super::report::{Report, UNCALIBRATED_BUDGET};
-use crate::checkpoint::files::{REPORT_FILE, is_weight_file};
+use crate::checkpoint::files::{REPORT_FILE, is_weight_file, module_folders};
 use crate::checkpoint::read::{Checkpoint, Tensor};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
@@ -258,10 +258,10 @@ fn compress_planned(
     report.bytes_before = Some(checkpoint.weight_bytes());
     report.bytes_after = Some(writer.bytes());
     writer.finish()?;
-    for path in carried(source)? {
+    for name in carried(source)? {
         progress.check()?;
-        stage.copy(&path)?;
-        report.carried.extend(path.file_name().map(|name| name.to_string_lossy().into_owned()));
+        stage.copy(source, &name)?;
+        report.carried.push(name.to_string_lossy().into_owned());
     }
     stage.write("config.json", config_json(checkpoint, &plan.config, options.dtype).as_bytes())?;
     let directory = source.canonicalize().map_err(Error::io(source))?;
@@ -475,21 +475,36 @@ pub(super) fn copy(
     Ok(())
 }
 
-/// The files of `source` to copy: all but weights, pickles, hidden files, and files that are written anew.
+/// The files of `source` to copy, by their names in it: all but weights, pickles, hidden files, and files that are
+/// written anew; and those in the folders of a sentence-transformers model.
 pub(super) fn carried(source: &Path) -> Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(source).map_err(Error::io(source))? {
-        let path = entry.map_err(Error::io(source))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let written = ["config.json", "README.md", REPORT_FILE].contains(&&*name);
-        let skipped = written || name.starts_with('.') || name.ends_with(".index.json") || is_weight_file(&name);
-        // Follow links: huggingface_hub's cache consists of them.
-        if !skipped && path.is_file() {
-            paths.push(path);
+    let mut names = Vec::new();
+    for name in files_in(source)? {
+        let text = name.to_string_lossy();
+        let written = ["config.json", "README.md", REPORT_FILE].contains(&&*text);
+        let skipped = written || text.starts_with('.') || text.ends_with(".index.json") || is_weight_file(&text);
+        if !skipped {
+            names.push(name);
         }
     }
-    paths.sort_unstable();
-    Ok(paths)
+    for folder in module_folders(source)? {
+        // A module's own weights stay with it.
+        names.extend(files_in(&source.join(&folder))?.into_iter().map(|name| Path::new(&folder).join(name)));
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn files_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(Error::io(directory))? {
+        let entry = entry.map_err(Error::io(directory))?;
+        // Follow links: huggingface_hub's cache consists of them.
+        if entry.path().is_file() {
+            names.push(entry.file_name().into());
+        }
+    }
+    Ok(names)
 }
 
 /// The source's `config.json` with the resolved configuration and the dtype of the result. It says that the head is not

@@ -69,9 +69,9 @@ pub fn expand_checkpoint(
     // Collect first, so that the first error in model order is reported.
     written.collect::<Vec<_>>().into_iter().collect::<Result<()>>()?;
     writer.finish()?;
-    for path in carried(source)? {
+    for name in carried(source)? {
         progress.check()?;
-        stage.copy(&path)?;
+        stage.copy(source, &name)?;
     }
     stage.write("config.json", config_json(checkpoint.config(), options.dtype).as_bytes())?;
     progress.finish();

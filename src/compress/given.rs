@@ -80,9 +80,9 @@ pub fn write_checkpoint(
     let mut copied = Vec::new();
     for path in carried(&origin.directory)? {
         progress.check()?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = path.to_string_lossy();
         if origin.whole || is_checkpoint_file(&name) {
-            stage.copy(&path)?;
+            stage.copy(&origin.directory, &path)?;
             copied.push(Value::from(name.into_owned()));
         }
     }

@@ -173,6 +173,29 @@ def test_other_files_go_along_and_weights_do_not(tmp_path):
     assert json.loads(header[8 : 8 + length])["__metadata__"] == {"format": "pt"}
 
 
+def test_the_folders_of_a_sentence_transformers_model_go_along(tmp_path):
+    source = Checkpoint().write(tmp_path / "in")
+    files = {"1_Pooling/config.json": "{}", "2_Dense/model.safetensors": "its own weights", "other/notes.txt": "mine"}
+    for name, text in files.items():
+        (source / name).parent.mkdir()
+        (source / name).write_text(text)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3_Normalize"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    kept = {"1_Pooling/config.json", "2_Dense/model.safetensors"}
+    # Twice: what was carried may be overwritten.
+    for _ in range(2):
+        report = compress_checkpoint(source, tmp_path / "out", CONFIG, overwrite=True)
+        assert kept | {"modules.json"} <= set(report.carried) and not (tmp_path / "out" / "other").exists()
+        assert all((tmp_path / "out" / name).read_text() == files[name] for name in kept)
+    for _ in range(2):
+        tqcompressor.expand_checkpoint(tmp_path / "out", tmp_path / "dense", overwrite=True)
+        assert all((tmp_path / "dense" / name).read_text() == files[name] for name in kept)
+    # Someone else's file among them is not removed.
+    (tmp_path / "out" / "1_Pooling" / "mine").mkdir()
+    with pytest.raises(errors.DestinationError, match="mine"):
+        compress_checkpoint(source, tmp_path / "out", CONFIG, overwrite=True)
+
+
 def test_the_report_is_what_is_written_and_prints_as_a_table(tmp_path):
     source = Checkpoint().write(tmp_path / "in")
     report = compress_checkpoint(source, tmp_path / "out", CONFIG, seed=3)

@@ -128,8 +128,14 @@ def test_spoiled_tensors(spoiled, change, check, words):
     assert failure.name == check and words in failure.detail
 
 
+def another_rank(spec):
+    """Gives the first group of an embedding another rank."""
+    (rows, rank), *others = spec["groups"]
+    spec["groups"] = [[rows, rank - 1], *others]
+
+
 CONFIGS = {
-    "another rank": (lambda config: config["quantization_config"]["specs"]["wte"].update(rank=9), "wte.left: expected"),
+    "another rank": (lambda config: another_rank(config["quantization_config"]["specs"]["wte"]), "wte.left: expected"),
     "fewer positions": (lambda config: config.update(n_positions=64), "transformer.wpe.weight: expected (64, 256)"),
     "one more layer": (lambda config: config.update(n_layer=5), "transformer.h.4."),
     "another width": (lambda config: config.update(n_embd=128), "rank"),
@@ -147,7 +153,7 @@ REPORTS = {
     "parameters": (lambda report: report.update(parameters_after=1234), "parameters_after: expected 4,"),
     "bytes": (lambda report: report.update(bytes_after=1234), "got 1,234"),
     "a row": (lambda report: report["matrices"][2].update(parameters_after=1), "the parameters of all rows"),
-    "a rank": (lambda report: report["matrices"][0].update(rank=7), "wte: expected"),
+    "a rank": (lambda report: another_rank(report["matrices"][0]), "wte: expected"),
     "no report": (lambda report: report.pop("matrices"), "not a compression report"),
 }
 
