@@ -25,7 +25,13 @@ __all__ = ["plot_block_energy", "plot_frontier", "plot_lost_energy", "plot_plan"
 LostEnergies: TypeAlias = Mapping[str, float] | CompressionReport | BudgetPlan
 _MARKERS = "osD^vP*X"
 # The colours of the kinds of fits, distinct for the colour-blind too (Okabe and Ito).
-_KINDS = {"stays dense": "#999999", "low rank": "#0072B2", "Kronecker sum": "#E69F00", "mixed sum": "#009E73"}
+_KINDS = {
+    "stays dense": "#999999",
+    "low rank": "#0072B2",
+    "low rank by groups of rows": "#56B4E9",
+    "Kronecker sum": "#E69F00",
+    "mixed sum": "#009E73",
+}
 # In larger blocks the numbers of a heat map would overlap.
 _MOST_NUMBERS = 64
 

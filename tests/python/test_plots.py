@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tqcompressor import KroneckerSpec, LowRankSpec, MixedSpec, TQConfig, decompose, plots
+from tqcompressor import GroupedSpec, KroneckerSpec, LowRankSpec, MixedSpec, TQConfig, decompose, plots
 from tqcompressor.compression.budget_plan import BudgetPlan, PlannedMatrix
 from tqcompressor.compression.report import CompressionReport
 from tqcompressor.errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
@@ -14,13 +14,20 @@ from tqcompressor.errors import ConfigError, DtypeError, MissingDependencyError,
 pytest.importorskip("matplotlib")
 
 SPECS = {
+    "wte_2": GroupedSpec(((64, 20), (448, 6))),
     "wte": LowRankSpec(8),
     "h.0.mlp.c_fc": KroneckerSpec((2, 4), 2),
     "h.0.mlp.c_proj": MixedSpec((LowRankSpec(2), KroneckerSpec((4, 2), 1))),
     "h.1.mlp.c_fc": None,
 }
-SHAPES = {"wte": (512, 32), "h.0.mlp.c_fc": (32, 128), "h.0.mlp.c_proj": (128, 32), "h.1.mlp.c_fc": (32, 128)}
-LOST = {"wte": 0.25, "h.0.mlp.c_fc": 0.125, "h.0.mlp.c_proj": 0.0625, "h.1.mlp.c_fc": 0.0}
+SHAPES = {
+    "wte": (512, 32),
+    "wte_2": (512, 32),
+    "h.0.mlp.c_fc": (32, 128),
+    "h.0.mlp.c_proj": (128, 32),
+    "h.1.mlp.c_fc": (32, 128),
+}
+LOST = {"wte": 0.25, "wte_2": 0.1875, "h.0.mlp.c_fc": 0.125, "h.0.mlp.c_proj": 0.0625, "h.1.mlp.c_fc": 0.0}
 
 
 @pytest.fixture
@@ -192,11 +199,11 @@ def test_a_plan_shows_what_each_matrix_keeps_and_loses(plan):
     assert [text.get_text() for text in kept.texts] == [f"{a / b:.0%}" for a, b in zip(after, before, strict=True)]
     (bars,) = lost.containers
     assert [bar.get_width() for bar in bars] == list(LOST.values())
-    # Four kinds, four colours, and a legend that names them.
-    assert len({bar.get_facecolor() for bar in bars}) == 4
+    # Five kinds, five colours, and a legend that names them.
+    assert len({bar.get_facecolor() for bar in bars}) == 5
     (legend,) = plan_legends(kept.figure)
     colors = {text.get_text(): patch.get_facecolor() for text, patch in legend}
-    kinds = ["low rank", "Kronecker sum", "mixed sum", "stays dense"]
+    kinds = ["low rank", "low rank by groups of rows", "Kronecker sum", "mixed sum", "stays dense"]
     assert [colors[kind] for kind in kinds] == [bar.get_facecolor() for bar in bars]
     assert lost.get_xlabel() == "lost energy (objective sensitivity)"
     assert f"{plan.parameters_after:,}" in kept.figure.get_suptitle()

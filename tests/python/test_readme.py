@@ -96,7 +96,17 @@ def test_the_first_commands_run_in_their_order_on_the_compressed_model(clone, ca
 @pytest.mark.parametrize("words", of_the_product(EVERYWHERE), ids=" ".join)
 def test_the_commands_parse(words, monkeypatch):
     parsed = []
-    for command in ("compress", "expand", "calibrate", "distill", "inspect", "evaluate", "generate"):
+    for command in (
+        "compress",
+        "expand",
+        "calibrate",
+        "distill",
+        "inspect",
+        "evaluate",
+        "generate",
+        "verify",
+        "convert",
+    ):
         monkeypatch.setattr(cli, f"_{command}", parsed.append)
     assert cli.main(words) == 0
     assert len(parsed) == 1

@@ -133,7 +133,9 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     distill.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 files or globs to train on")
     distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
     distill.add_argument("--resume", action="store_true", help="resume a killed run that had the same options")
-    distill.add_argument("--tokens", type=_positive, metavar="N", help="to train on in all (default: all of the text)")
+    distill.add_argument(
+        "--tokens", type=_count, metavar="N", help="to train on in all, such as 2M (default: all of the text)"
+    )
     distill.add_argument("--heldout", metavar="FILE", help="text to score on (default: the end of --text)")
     group = distill.add_argument_group("training")
     group.add_argument("--seq-len", type=_positive, metavar="N", help="tokens of a sample (default: the context)")

@@ -100,7 +100,7 @@ class TQConfig:
     @property
     def format_version(self) -> int:
         """The oldest format that can hold it: 1 for Kronecker sums, 3 with groups of rows, else 2."""
-        return max(_FORMATS[type(spec)] for spec in self.specs.values())
+        return max((_FORMATS[type(spec)] for spec in self.specs.values()), default=1)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON types, as stored under `quantization_config` in `config.json`."""
