@@ -92,7 +92,7 @@ impl GroupedShape {
     }
 
     /// The numbers of rows into which a table of shape `(m, n)` is cut: pairs of groups, each twice as high as the pair
-    /// before, from `1.5·n` rows up. `None` for a table that is too small for two groups.
+    /// before, from `1.5·n` rows up. `None` for a table that is too small for two groups, or has one column.
     ///
     /// ```
     /// use tqcompressor::spec::GroupedShape;
@@ -101,8 +101,11 @@ impl GroupedShape {
     /// ```
     #[must_use]
     pub fn cut(m: usize, n: usize) -> Option<Vec<usize>> {
+        if n < 2 {
+            return None;
+        }
         let mut sizes = Vec::new();
-        let (mut left, mut size) = (m, n.checked_mul(3)?.div_ceil(2).max(2));
+        let (mut left, mut size) = (m, n.checked_mul(3)?.div_ceil(2));
         // What is left over is at least as high as the group before.
         while left >= 2 * size {
             sizes.push(size);
@@ -126,13 +129,11 @@ mod tests {
             if let Some(sizes) = GroupedShape::cut(m, n) {
                 prop_assert!(sizes.len() > 1 && sizes.iter().sum::<usize>() == m);
                 let groups: Vec<_> = sizes.iter().map(|&rows| RowGroup { rows, rank: 1 }).collect();
-                if n > 1 {
-                    let shape = GroupedShape::new(m, n, &groups).unwrap();
-                    prop_assert_eq!(shape.left() + shape.right(), shape.parameters());
-                    prop_assert_eq!((shape.rows(), shape.columns()), (m, n));
-                }
+                let shape = GroupedShape::new(m, n, &groups).unwrap();
+                prop_assert_eq!(shape.left() + shape.right(), shape.parameters());
+                prop_assert_eq!((shape.rows(), shape.columns()), (m, n));
             } else {
-                prop_assert!(m < 4 * n + 4);
+                prop_assert!(n == 1 || m < 3 * n + 2);
             }
         }
     }
