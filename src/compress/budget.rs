@@ -14,11 +14,11 @@ use super::parallel::{Timed, in_order};
 use super::place::Place;
 use super::queue::largest_first;
 use crate::error::Result;
-use crate::fit::{Fit, GroupedSpectrum, Limits, Moment, Norm, Spectrum, Term, fit_within};
+use crate::fit::{Fit, GroupedSpectrum, Limits, Moment, Norm, Spectrum, Term, fit, fit_within};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
 use crate::plan::{Candidate, Choice, Target, Weighting, allocate};
-use crate::progress::Progress;
+use crate::progress::{Parallelism, Progress};
 use crate::spec::{GroupedShape, MatrixSpec, TermSpec, Usage};
 
 /// Bytes of eigendecompositions kept between planning and fitting. The rest is computed again.
@@ -344,7 +344,7 @@ impl SpentBudget {
     }
 }
 
-/// The fit of a low-rank term, from eigendecompositions that were kept.
+/// The fit of a low-rank term, from eigendecompositions where they were kept.
 fn low_rank(
     place: &Place<'_>,
     values: &[f32],
@@ -352,34 +352,26 @@ fn low_rank(
     spectra: Option<Spectra>,
     progress: &Progress,
 ) -> Result<Fit> {
-    let fitted = |view: MatrixView<'_>, spectra: &Spectra| {
-        let (lost_energy, fitted) = match (&term, spectra) {
-            (TermSpec::LowRank { rank }, Spectra::Whole(spectrum)) => {
-                let fitted = spectrum.low_rank(view, *rank, progress)?;
-                (fitted.lost_energy, Term::LowRank(fitted))
-            }
-            (TermSpec::Grouped(groups), Spectra::Groups(spectrum)) => {
-                let shape = GroupedShape::new(place.rows, place.columns, groups)?;
-                let fitted = spectrum.low_rank(view, &shape, progress)?;
-                (fitted.lost_energy, Term::Grouped(fitted))
-            }
-            _ => unreachable!("the spectra are those of the choice"),
+    let Some(spectra) = spectra else {
+        let spec = term.into();
+        // The effort and the seed are those of Kronecker terms.
+        let made = |view: MatrixView<'_>, norm: &Norm| {
+            fit(view, &spec, norm, Effort::Fast, 0, Parallelism::Sequential, progress)
         };
-        Ok(Fit { spec: term.clone().into(), lost_energy, terms: vec![fitted] })
+        return place.with(values, made);
     };
-    match spectra {
-        // The norm is part of the spectra: preparing it again would cost as much as the rest of the fit.
-        Some(spectra) => MatrixView::new(values, place.rows, place.columns)
-            .and_then(|view| fitted(view, &spectra))
-            .map_err(|error| error.in_tensor(&place.name)),
-        None => place.with(values, |view, norm| {
-            let groups: Vec<_> = match &term {
-                TermSpec::Grouped(groups) => groups.iter().map(|group| group.rows).collect(),
-                _ => Vec::new(),
-            };
-            fitted(view, &Spectra::new(view, norm, &groups, progress)?)
-        }),
-    }
+    // The norm is part of the spectra: preparing it again would cost as much as the rest of the fit.
+    let fitted = MatrixView::new(values, place.rows, place.columns).and_then(|view| match (&term, &spectra) {
+        (TermSpec::LowRank { rank }, Spectra::Whole(spectrum)) => {
+            spectrum.low_rank(view, *rank, progress).map(Term::LowRank)
+        }
+        (TermSpec::Grouped(groups), Spectra::Groups(spectrum)) => {
+            let shape = GroupedShape::new(place.rows, place.columns, groups)?;
+            spectrum.low_rank(view, &shape, progress).map(Term::Grouped)
+        }
+        _ => unreachable!("the spectra are those of the choice"),
+    });
+    Ok(Fit::of_term(term.into(), fitted.map_err(|error| error.in_tensor(&place.name))?))
 }
 
 /// Eigendecompositions kept up to a limit of memory.

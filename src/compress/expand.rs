@@ -375,18 +375,15 @@ fn low_rank(shape: &LowRankShape, left: &[f32], right: &[f32], order: &[usize]) 
 /// The groups one above the other, with their rows gathered by `places`.
 fn grouped(
     shape: &GroupedShape,
-    mut left: &[f32],
-    mut right: &[f32],
+    left: &[f32],
+    right: &[f32],
     places: &Permutation,
     orders: &[Permutation],
 ) -> Vec<f32> {
     let columns = shape.columns();
     let mut stacked = Vec::with_capacity(shape.rows() * columns);
-    for (group, order) in shape.groups().iter().zip(orders) {
-        let (own_left, own_right);
-        (own_left, left) = left.split_at(group.left().0 * group.left().1);
-        (own_right, right) = right.split_at(group.right().0 * group.right().1);
-        stacked.extend(low_rank(group, own_left, own_right, order.as_slice()));
+    for ((group, of_left, of_right), order) in shape.pieces().zip(orders) {
+        stacked.extend(low_rank(group, &left[of_left], &right[of_right], order.as_slice()));
     }
     let mut dense = zeros(stacked.len());
     for (row, &from) in dense.chunks_exact_mut(columns).zip(places.as_slice()) {

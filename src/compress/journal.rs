@@ -156,7 +156,7 @@ impl Journal {
             "seconds": seconds,
             // JSON would round some numbers.
             "lost_energy": fit.lost_energy.to_bits(),
-            "of_terms": fit.terms.iter().map(|term| term_energy(term).to_bits()).collect::<Vec<_>>(),
+            "of_terms": fit.terms.iter().map(|term| term.lost_energy().to_bits()).collect::<Vec<_>>(),
         });
         let head = head.to_string().into_bytes();
         self.put(&format!("fit-{i}"), |file| {
@@ -260,14 +260,6 @@ struct Head {
     seconds: f64,
     lost_energy: u64,
     of_terms: Vec<u64>,
-}
-
-fn term_energy(term: &Term) -> f64 {
-    match term {
-        Term::Kronecker(decomposition) => decomposition.sum.lost_energy,
-        Term::LowRank(low_rank) => low_rank.lost_energy,
-        Term::Grouped(grouped) => grouped.lost_energy,
-    }
 }
 
 fn write_low_rank<T: Write>(file: &mut Summed<T>, low_rank: &LowRank) -> std::io::Result<()> {

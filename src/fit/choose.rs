@@ -43,32 +43,25 @@ fn fit_safely(
     parallelism: Parallelism,
     progress: &Progress,
 ) -> Result<Fit> {
-    match spec.terms() {
-        [TermSpec::LowRank { rank }] => {
-            let term = low_rank(view, *rank, norm, progress)?;
-            Ok(Fit { spec: spec.clone(), lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] })
-        }
+    let term = match spec.terms() {
+        [TermSpec::LowRank { rank }] => Term::LowRank(low_rank(view, *rank, norm, progress)?),
         [TermSpec::Grouped(groups)] => {
             let shape = GroupedShape::new(view.rows(), view.columns(), groups)?;
             let sizes: Vec<_> = groups.iter().map(|group| group.rows).collect();
-            let term = GroupedSpectrum::new(view, norm, &sizes, progress)?.low_rank(view, &shape, progress)?;
-            Ok(Fit { spec: spec.clone(), lost_energy: term.lost_energy, terms: vec![Term::Grouped(term)] })
+            Term::Grouped(GroupedSpectrum::new(view, norm, &sizes, progress)?.low_rank(view, &shape, progress)?)
         }
-        [TermSpec::Kronecker(kronecker)] if norm.is_frobenius() => {
-            let term = in_own_order(view, |w| {
-                decompose(w, (view.rows(), view.columns()), kronecker, effort, seed, parallelism, progress)
-            })?;
-            Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
-        }
+        [TermSpec::Kronecker(kronecker)] if norm.is_frobenius() => Term::Kronecker(in_own_order(view, |w| {
+            decompose(w, (view.rows(), view.columns()), kronecker, effort, seed, parallelism, progress)
+        })?),
         [TermSpec::Kronecker(kronecker)] => {
-            let term = weighted_kronecker(view, *kronecker, norm, effort, progress)?;
-            Ok(Fit { spec: spec.clone(), lost_energy: term.sum.lost_energy, terms: vec![Term::Kronecker(term)] })
+            Term::Kronecker(weighted_kronecker(view, *kronecker, norm, effort, progress)?)
         }
         terms => {
             let (terms, lost_energy) = mixed(view, terms, norm, effort, seed, parallelism, progress)?;
-            Ok(Fit { spec: spec.clone(), terms, lost_energy })
+            return Ok(Fit { spec: spec.clone(), terms, lost_energy });
         }
-    }
+    };
+    Ok(Fit::of_term(spec.clone(), term))
 }
 
 /// The longest side for which more than low rank is tried. For a vocabulary, it would take gigabytes and minutes.
@@ -134,7 +127,7 @@ fn fit_within_safely(
     let (m, n) = (view.rows(), view.columns());
     let low_rank = MatrixSpec::low_rank(rank);
     let term = spectrum.low_rank(view, rank, progress)?;
-    let mut best = Fit { spec: low_rank, lost_energy: term.lost_energy, terms: vec![Term::LowRank(term)] };
+    let mut best = Fit::of_term(low_rank, Term::LowRank(term));
     let mut candidates = candidates(m, n, limits.parameters, effort);
     let affordable = candidates.iter().map(|spec| limits.affords(spec, m, n)).collect::<Result<Vec<_>>>()?;
     let mut affordable = affordable.into_iter();

@@ -27,6 +27,16 @@ impl Term {
             Self::Grouped(grouped) => grouped.to_dense(),
         }
     }
+
+    /// The share of the energy that this term alone loses.
+    #[must_use]
+    pub fn lost_energy(&self) -> f64 {
+        match self {
+            Self::Kronecker(decomposition) => decomposition.sum.lost_energy,
+            Self::LowRank(low_rank) => low_rank.lost_energy,
+            Self::Grouped(grouped) => grouped.lost_energy,
+        }
+    }
 }
 
 /// `W ≈ Σ_t Ŵ_t`.
@@ -38,6 +48,14 @@ pub struct Fit {
     pub terms: Vec<Term>,
     /// `‖W − Σ_t Ŵ_t‖² / ‖W‖²` in the norm of the fit, which is the Frobenius norm without moments.
     pub lost_energy: f64,
+}
+
+impl Fit {
+    /// The fit of one term, which is all of `spec`.
+    #[must_use]
+    pub fn of_term(spec: MatrixSpec, term: Term) -> Self {
+        Self { spec, lost_energy: term.lost_energy(), terms: vec![term] }
+    }
 }
 
 impl Rescale for Term {

@@ -10,7 +10,7 @@
 //! A matrix in groups of rows has one curve too: its points are the ranks that the same walk over its groups passes.
 
 use crate::error::{Error, Result};
-use crate::spec::{GroupedShape, LowRankShape, MatrixSpec, RowGroup, TermSpec, Usage};
+use crate::spec::{LowRankShape, MatrixSpec, RowGroup, TermSpec, Usage};
 
 /// A matrix that the budget may compress.
 #[derive(Clone, Debug, PartialEq)]
@@ -297,12 +297,13 @@ impl Candidate {
     /// Adds the points of a matrix in groups: from rank 1 of each group, one rank more at a time where that saves most
     /// energy for its parameters. Returns its whole energy.
     fn by_groups(&self, scale: f64, points: &mut Vec<Point>) -> Result<f64> {
-        let shapes = GroupedShape::new(self.rows, self.columns, &of_rank_1(&self.groups))?;
         let tails: Vec<_> = self.energies.chunks(self.columns).map(|energies| tails(energies, scale)).collect();
-        let parameters = |shape: &LowRankShape, rank: usize| rank * (shape.rows + shape.columns - rank);
         let mut steps: Vec<(f64, usize, usize)> = Vec::new();
-        for (g, (shape, tails)) in shapes.groups().iter().zip(&tails).enumerate() {
-            let at = |i: usize| (parameters(shape, i + 1), tails[i + 1]);
+        for (g, (&rows, tails)) in self.groups.iter().zip(&tails).enumerate() {
+            let at = |i: usize| {
+                let shape = LowRankShape { rows, columns: self.columns, rank: i + 1 };
+                (shape.parameters(), tails[i + 1])
+            };
             let hull = hull(self.columns - 1, at).into_iter().skip(1);
             steps.extend(hull.map(|(to, slope)| (slope, g, to + 1)));
         }
@@ -319,10 +320,6 @@ impl Candidate {
         }
         Ok(tails.iter().map(|tails| tails[0]).sum())
     }
-}
-
-fn of_rank_1(groups: &[usize]) -> Vec<RowGroup> {
-    groups.iter().map(|&rows| RowGroup { rows, rank: 1 }).collect()
 }
 
 #[cfg(test)]

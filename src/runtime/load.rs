@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -215,18 +216,15 @@ impl<'a> Loader<'a> {
         let orders = format!("{name}.output_permutation");
         let orders = GroupedLowRank::split_columns(&self.permutation(&orders, groups.len() * d)?, d)
             .map_err(|error| error.in_tensor(&orders))?;
-        let (mut from_left, mut from_right) = (0, 0);
-        let piece = |tensor: &Tensor, from: &mut usize, (height, width): (usize, usize)| {
-            let values = tensor.narrow(0, *from, height * width).and_then(|values| values.reshape((height, width)));
-            *from += height * width;
+        let piece = |tensor: &Tensor, at: Range<usize>, shape: (usize, usize)| {
+            let values = tensor.narrow(0, at.start, at.len()).and_then(|values| values.reshape(shape));
             Rows::new(&values.expect("as many values as in the shapes"))
         };
         let mut parts = Vec::with_capacity(groups.len());
-        for (group, order) in shape.groups().iter().zip(&orders) {
+        for ((group, of_left, of_right), order) in shape.pieces().zip(&orders) {
             // Wᵀ[q] = [I; rightᵀ] leftᵀ; what is stored is inverse.
             let input = Order::new(order.inverse().as_slice().iter().copied());
-            let (right, left) =
-                (piece(&left, &mut from_left, group.left())?, piece(&right, &mut from_right, group.right())?);
+            let (right, left) = (piece(&left, of_left, group.left())?, piece(&right, of_right, group.right())?);
             let terms = vec![StoredTerm::LowRank(LowRank::OnRows { left, right, input })];
             parts.push(Part { columns: group.rows, terms });
         }

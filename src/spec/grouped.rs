@@ -1,5 +1,7 @@
 //! Low rank with a rank of its own for each group of rows.
 
+use std::ops::Range;
+
 use super::low_rank::LowRankShape;
 use crate::error::{Error, Result};
 
@@ -78,6 +80,19 @@ impl GroupedShape {
         self.groups.iter().map(|group| group.right().0 * group.right().1).sum()
     }
 
+    /// Each group with the places of its numbers in all `left` and in all `right` factors.
+    pub fn pieces(&self) -> impl Iterator<Item = (&LowRankShape, Range<usize>, Range<usize>)> {
+        let (mut left, mut right) = (0, 0);
+        self.groups.iter().map(move |group| {
+            let next = |end: &mut usize, (height, width): (usize, usize)| {
+                let start = *end;
+                *end += height * width;
+                start..*end
+            };
+            (group, next(&mut left, group.left()), next(&mut right, group.right()))
+        })
+    }
+
     /// Stored parameters, `Σ_g k_g·(n_g + n − k_g)`: also the MACs of a product with one vector.
     #[must_use]
     pub fn parameters(&self) -> usize {
@@ -132,6 +147,8 @@ mod tests {
                 let shape = GroupedShape::new(m, n, &groups).unwrap();
                 prop_assert_eq!(shape.left() + shape.right(), shape.parameters());
                 prop_assert_eq!((shape.rows(), shape.columns()), (m, n));
+                let (_, left, right) = shape.pieces().last().unwrap();
+                prop_assert_eq!((left.end, right.end), (shape.left(), shape.right()));
             } else {
                 prop_assert!(n == 1 || m < 3 * n + 2);
             }

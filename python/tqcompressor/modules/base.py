@@ -71,14 +71,22 @@ def gathered(matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Ten
 class Factors(CompressedBase):
     """Two factors of a matrix, and the gather indices of its permuted sides."""
 
-    # The names of the factors' parameters.
+    # The names of the factors' parameters, and of the sizes that a tied module has too.
     factors: ClassVar[tuple[str, str]]
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
     input_permutation: torch.Tensor | None
     output_permutation: torch.Tensor | None
 
     def _a_factor(self) -> torch.Tensor:
         factor: torch.Tensor = getattr(self, self.factors[0])
         return factor
+
+    def _new_factors(
+        self, shapes: Sequence[tuple[int, ...]], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """Registers the factors, without values."""
+        for name, shape in zip(self.factors, shapes, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def _copy(
         self, tensors: Mapping[str, NDArray[Any]], dtype: torch.dtype | None, device: torch.device | str | None
@@ -190,7 +198,8 @@ class TiedFactors(Tied, Factors):
     def __init__(self, embedding: Any) -> None:
         # The constructor of the factors would create new ones.
         nn.Module.__init__(self)
-        self.rank = embedding.rank
+        for name in self.sizes:
+            setattr(self, name, getattr(embedding, name))
         self._copy_sizes(embedding)
         self.register_buffer("input_permutation", None, persistent=False)
         self.register_buffer("output_permutation", None, persistent=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from .._core import GroupedTerm
 from ..config.specs import GroupedSpec
 from ..utils.torch_utils import without_autocast
-from .base import EmbeddingFactors, Factors, Term, TiedFactors, TiedHeadFactors, add_bias, the_one_term
+from .base import EmbeddingFactors, Factors, Term, TiedFactors, TiedHeadFactors, add_bias, gathered, the_one_term
 from .functional import expand, low_rank_matmul
 from .low_rank import LowRankEmbedding
 
@@ -44,6 +43,8 @@ class GroupedFactors(Factors):
     """The base of the modules: the factors of all groups and the order of the rows of a `(rows, columns)` table."""
 
     factors = ("left", "right")
+    sizes = ("groups",)
+    groups: tuple[tuple[int, int], ...]
     left: nn.Parameter
     right: nn.Parameter
 
@@ -57,11 +58,8 @@ class GroupedFactors(Factors):
     ) -> None:
         super().__init__()
         spec = GroupedSpec(tuple(groups))
-        left, right = spec.factor_shapes(rows, columns)
+        self._new_factors(spec.factor_shapes(rows, columns), device, dtype)
         self.groups = spec.groups
-        self.rank = max(rank for _, rank in spec.groups)
-        self.left = nn.Parameter(torch.empty(left, device=device, dtype=dtype))
-        self.right = nn.Parameter(torch.empty(right, device=device, dtype=dtype))
         self.register_buffer("input_permutation", torch.arange(rows, device=device))
         self.register_buffer("output_permutation", torch.arange(len(spec.groups) * columns, device=device))
 
@@ -113,6 +111,13 @@ class GroupedFactors(Factors):
         for (of_left, of_right), own_left, own_right, order in zip(shapes, lefts, rights, own, strict=True):
             yield own_left.view(of_left), own_right.view(of_right), order
 
+    def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+        """The groups one above the other, with their columns and all rows gathered, in the dtype of the factors."""
+        groups = [
+            expand(left, right, False)[:, order] for left, right, order in self._each(self.left, self.right, columns)
+        ]
+        return gathered(torch.cat(groups), rows, None).to(self.left.dtype)
+
 
 class GroupedEmbedding(EmbeddingFactors, GroupedFactors):
     """Rows of a table in groups of different ranks, computed at lookup.
@@ -158,12 +163,6 @@ class GroupedEmbedding(EmbeddingFactors, GroupedFactors):
             table = rows_in_groups(self._permuted(ids.reshape(-1)), [size for size, _ in self.groups], groups)
         return table.reshape(*ids.shape, self.embedding_dim)
 
-    def dense_weight(self) -> torch.Tensor:
-        """The dense matrix `W (num_embeddings, embedding_dim)`, in the dtype of the factors."""
-        assert self.input_permutation is not None
-        groups = [expand(left, right, False)[:, order] for left, right, order in self._each(self.left, self.right)]
-        return torch.cat(groups).index_select(0, self.input_permutation).to(self.left.dtype)
-
     def split(self) -> list[LowRankEmbedding]:
         """A `LowRankEmbedding` with a copy of the factors of each group."""
         parts = []
@@ -189,10 +188,6 @@ class GroupedEmbedding(EmbeddingFactors, GroupedFactors):
 class TiedGroupedEmbedding(TiedFactors, GroupedEmbedding):
     """A second embedding with the factors of a `GroupedEmbedding`, such as that of a decoder."""
 
-    def _copy_sizes(self, embedding: Any) -> None:
-        super()._copy_sizes(embedding)
-        self.groups = embedding.groups
-
 
 class GroupedHead(TiedHeadFactors, GroupedFactors):
     """The output layer tied to a `GroupedEmbedding`: `logits = h Wᵀ + bias` from the embedding's factors.
@@ -200,10 +195,6 @@ class GroupedHead(TiedHeadFactors, GroupedFactors):
     Shapes: `h (..., embedding_dim)` to `(..., num_embeddings)`. A row costs `Σ k_g · (n_g + d − k_g)` MACs. The
     permutations are derived from the embedding's and not saved.
     """
-
-    def _copy_sizes(self, embedding: Any) -> None:
-        super()._copy_sizes(embedding)
-        self.groups = embedding.groups
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
@@ -213,15 +204,6 @@ class GroupedHead(TiedHeadFactors, GroupedFactors):
             for left, right, columns in self._each(self.left, self.right, self.input_permutation)
         ]
         return add_bias(torch.cat(logits, dim=-1).index_select(-1, self.output_permutation), self.bias)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The matrix `(embedding_dim, num_embeddings)`, in × out, in the dtype of the factors."""
-        assert self.input_permutation is not None and self.output_permutation is not None
-        orders = torch.argsort(self.input_permutation)
-        groups = [
-            expand(left, right, False)[:, order] for left, right, order in self._each(self.left, self.right, orders)
-        ]
-        return torch.cat(groups).index_select(0, self.output_permutation).to(self.left.dtype).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

@@ -27,6 +27,7 @@ class KroneckerFactors(Factors):
     """The base of the modules: the factors and permutations of a `(rows, columns)` matrix."""
 
     factors = ("A", "B")
+    sizes = ("block", "rank")
     A: nn.Parameter
     B: nn.Parameter
 
@@ -43,11 +44,9 @@ class KroneckerFactors(Factors):
     ) -> None:
         super().__init__()
         spec = KroneckerSpec(block, rank)
-        a_shape, b_shape = spec.factor_shapes(rows, columns)
+        self._new_factors(spec.factor_shapes(rows, columns), device, dtype)
         self.block = spec.block
         self.rank = spec.rank
-        self.A = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
         for name, size in (("input_permutation", input_size), ("output_permutation", output_size)):
             self.register_buffer(name, None if size is None else torch.arange(size, device=device))
 
@@ -280,10 +279,6 @@ class KroneckerEmbedding(EmbeddingFactors, KroneckerFactors):
 class TiedKroneckerEmbedding(TiedFactors, KroneckerEmbedding):
     """A second embedding with the factors of a `KroneckerEmbedding`, such as that of a decoder."""
 
-    def _copy_sizes(self, embedding: Any) -> None:
-        super()._copy_sizes(embedding)
-        self.block = embedding.block
-
 
 class KroneckerHead(TiedHeadFactors, KroneckerFactors):
     """The output layer tied to a `KroneckerEmbedding`: `logits = h Wᵀ` from the embedding's A and B.
@@ -295,10 +290,6 @@ class KroneckerHead(TiedHeadFactors, KroneckerFactors):
     Transformers ties parameters by name, so the head registers the same tensors `A` and `B`. Its permutations are
     derived from the embedding's: they are not saved, and are derived again when the embedding's change.
     """
-
-    def _copy_sizes(self, embedding: Any) -> None:
-        super()._copy_sizes(embedding)
-        self.block = embedding.block
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""

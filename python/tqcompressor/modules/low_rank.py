@@ -53,10 +53,8 @@ class LowRankFactors(Factors):
     ) -> None:
         super().__init__()
         spec = LowRankSpec(rank)
-        left, right = spec.factor_shapes(rows, columns)
+        self._new_factors(spec.factor_shapes(rows, columns), device, dtype)
         self.rank = spec.rank
-        self.left = nn.Parameter(torch.empty(left, device=device, dtype=dtype))
-        self.right = nn.Parameter(torch.empty(right, device=device, dtype=dtype))
         order = torch.arange(min(rows, columns), device=device)
         self.register_buffer("input_permutation", order if rows <= columns else None)
         self.register_buffer("output_permutation", None if rows <= columns else order)
