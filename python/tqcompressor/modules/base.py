@@ -73,7 +73,7 @@ class Factors(CompressedBase):
 
     # The names of the factors' parameters, and of the sizes that a tied module has too.
     factors: ClassVar[tuple[str, str]]
-    sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    _sizes: ClassVar[tuple[str, ...]] = ("rank",)
     input_permutation: torch.Tensor | None
     output_permutation: torch.Tensor | None
 
@@ -198,7 +198,7 @@ class TiedFactors(Tied, Factors):
     def __init__(self, embedding: Any) -> None:
         # The constructor of the factors would create new ones.
         nn.Module.__init__(self)
-        for name in self.sizes:
+        for name in self._sizes:
             setattr(self, name, getattr(embedding, name))
         self._copy_sizes(embedding)
         self.register_buffer("input_permutation", None, persistent=False)

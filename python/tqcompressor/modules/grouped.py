@@ -43,7 +43,7 @@ class GroupedFactors(Factors):
     """The base of the modules: the factors of all groups and the order of the rows of a `(rows, columns)` table."""
 
     factors = ("left", "right")
-    sizes = ("groups",)
+    _sizes = ("groups",)
     groups: tuple[tuple[int, int], ...]
     left: nn.Parameter
     right: nn.Parameter

@@ -27,7 +27,7 @@ class KroneckerFactors(Factors):
     """The base of the modules: the factors and permutations of a `(rows, columns)` matrix."""
 
     factors = ("A", "B")
-    sizes = ("block", "rank")
+    _sizes = ("block", "rank")
     A: nn.Parameter
     B: nn.Parameter
 
