@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ from ..utils.torch_utils import silence_transformers
 from .options import parser
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..compression.budget_plan import BudgetPlan
     from ..compression.cost import CostEstimate
     from ..compression.report import CompressionReport
@@ -370,12 +372,11 @@ def _evaluate_embeddings(text: Path, options: argparse.Namespace) -> None:
             "that it was made from, to compare their embeddings"
         )
     _set_threads(options.threads)
-    student, teacher = (
-        load_whole(name, options.dtype or "auto", options.device) for name in (options.model, options.teacher)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    found = embedding_cosine(student, teacher, tokenizer, text, batch_size=options.batch_size)
+    student, teacher = (load_whole(name, "auto", "cpu") for name in (options.model, options.teacher))
     (parameters, size), (before, size_before) = model_size(student), model_size(teacher)
+    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    student, teacher = (_to_compute(model, options) for model in (student, teacher))
+    found = embedding_cosine(student, teacher, tokenizer, text, batch_size=options.batch_size)
     if options.json:
         models = [
             {"name": options.model, "parameters": parameters, "bytes": size},
@@ -409,14 +410,15 @@ def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..compression.measured import check_files
-    from ..evaluate.comparison import score
+    from ..evaluate.comparison import model_size, score
 
     _set_threads(options.threads)
     check_files(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype or "auto").to(options.device)
-    return score(
-        model,
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    _, size = model_size(model)
+    row = score(
+        _to_compute(model, options),
         tokenizer,
         text,
         name=name,
@@ -425,6 +427,16 @@ def _score_in_torch(name: str, text: Path, passages: list[str] | None, options: 
         stride=options.stride,
         batch_size=options.batch_size,
     )
+    return replace(row, bytes=size)
+
+
+def _to_compute(model: PreTrainedModel, options: argparse.Namespace) -> PreTrainedModel:
+    """A loaded model where and as it computes: by default in float32 on the CPU, which is slow in half precision."""
+    import torch
+
+    dtype = options.dtype or ("float32" if torch.device(options.device).type == "cpu" else None)
+    moved: PreTrainedModel = model.to(options.device, None if dtype is None else getattr(torch, dtype))
+    return moved
 
 
 def _verify(options: argparse.Namespace) -> int:

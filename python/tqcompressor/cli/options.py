@@ -259,7 +259,9 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     _add_threads(evaluate)
     group = evaluate.add_argument_group("engine torch")
     group.add_argument("--batch-size", type=_positive, metavar="N", help="windows at a time")
-    group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: that of the checkpoint)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="dtype to compute in (default: float32 on the CPU, else the checkpoint's)"
+    )
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 

@@ -108,3 +108,32 @@ def test_what_has_no_perplexity_is_refused_without_a_teacher(tmp_path, text, cap
     for option, value in (("--stride", "8"), ("--context", "8"), ("--passages", str(text))):
         assert cli.main([*command, "--teacher", str(tmp_path), option, value]) == 2
         assert f"{option}: expected a causal language model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_halves_are_scored_in_float32_on_the_cpu(name, tmp_path, text, capsys):
+    model = saved(CAUSAL[name], tmp_path / "single").half()
+    model.save_pretrained(tmp_path / "half")
+    save_tokenizer(tmp_path / "half")
+    model.float().save_pretrained(tmp_path / "rounded")
+    save_tokenizer(tmp_path / "rounded")
+
+    def score(folder, *options):
+        command = ["evaluate", str(tmp_path / folder), "--text", str(text), "--engine", "torch", "--context", "16"]
+        assert cli.main([*command, "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)["models"][0]
+
+    half, rounded = score("half"), score("rounded")
+    assert half["text"]["perplexity"] == rounded["text"]["perplexity"]
+    assert half["text"]["perplexity"] != score("half", "--dtype", "float16")["text"]["perplexity"]
+    # The size is that of the checkpoint.
+    assert half["bytes"] < 0.6 * rounded["bytes"]
+
+
+def test_halves_of_an_encoder_are_compared_in_float32_on_the_cpu(tmp_path, text, capsys):
+    saved(bert, tmp_path).half().save_pretrained(tmp_path)
+    command = ["evaluate", str(tmp_path), "--teacher", str(tmp_path), "--text", str(text), "--json"]
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["embeddings"]["smallest"] > 1 - 1e-6
+    assert found["models"][0]["bytes"] < 3 * found["models"][0]["parameters"]
