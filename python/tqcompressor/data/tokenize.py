@@ -236,7 +236,10 @@ def drawn_indices(available: int, wanted: int, length: int, tokens: int, seed: i
     """The indices of `wanted` different sequences, drawn with `seed`, in ascending order."""
     wanted = validate.integer("num_samples", wanted, 1)
     if available < wanted:
-        raise TextError(f"expected {wanted} sequences of {length} tokens, got a text of {tokens:,} tokens: {available}")
+        raise TextError(
+            f"expected {wanted} sequences of {length} tokens, got a text of {tokens:,} tokens: {available}. Give a "
+            "longer text, or a smaller num_samples or seq_len"
+        )
     chosen = np.random.default_rng(seed).choice(available, wanted, replace=False)
     return [int(index) for index in np.sort(chosen)]
 

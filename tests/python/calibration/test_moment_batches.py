@@ -134,7 +134,9 @@ def test_paths_of_a_list_are_drawn_from_evenly(tmp_path):
     assert read([tiny[0], *tiny], 1) == {"short texts": 8}
     everything = read([short, long], 1000)
     assert everything["short.txt"] < 0.2 * everything["long.txt"]
-    with pytest.raises(TextError, match=r"expected 99999 sequences of 8 tokens, got a text of [\d,]+ tokens"):
+    with pytest.raises(
+        TextError, match=r"expected 99999 sequences of 8 tokens, got a text of [\d,]+ tokens: \d+\. Give a longer text"
+    ):
         read([long, short], 99_999)
 
 
