@@ -24,11 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import quality_layers
 from measuring import fresh_process
-from quality_data import DATA, Subject, minilm, tiny_gpt2
+from quality_data import DATA, Subject, minilm, smollm2, tiny_gpt2
 from quality_methods import METHODS, OURS, WHOLE_METHODS, Method, Study, matrices_parameters
 from transformers.utils.logging import disable_progress_bar
 
@@ -36,13 +37,16 @@ SCOPES = {"blocks": "the blocks' linear layers", "whole": "the whole model"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.65, 0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--scopes", nargs="+", choices=SCOPES, default=list(SCOPES), help="what a budget is counted over"
     )
     parser.add_argument("--num-samples", type=int, default=128, help="calibration texts of at most 128 tokens")
+    parser.add_argument("--smollm2", type=Path, metavar="DIR", help="a checkpoint of SmolLM2-135M")
+    parser.add_argument("--smollm2-samples", type=int, default=128, help="calibration sequences of 512 tokens")
+    parser.add_argument("--smollm2-reads", nargs="+", choices=SMOLLM2_READS, default=list(SMOLLM2_READS))
     parser.add_argument("--wikitext", type=Path, default=DATA / "wikitext-2", metavar="FOLDER")
     parser.add_argument("--books", type=Path, default=DATA / "books" / "train.txt", metavar="FILE")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *WHOLE_METHODS], help="by default all")
@@ -59,7 +63,8 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         yield from quality_layers.run(options)
         return
     models = []
-    for name in options.models:
+    of_smollm2 = [f"smollm2-{reads}" for reads in options.smollm2_reads]
+    for name in [each for model in options.models for each in (of_smollm2 if model == "smollm2" else [model])]:
         try:
             subject = SUBJECTS[name](options)
         except FileNotFoundError as missing:
@@ -71,7 +76,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
     if not models:
         raise SystemExit("nothing to measure: see above what is missing")
     common = {name: value for name, value in vars(options).items() if name in PASSED_ON}
-    common |= {name: str(common[name]) for name in ("wikitext", "books")}
+    common |= {name: str(common[name]) for name in ("wikitext", "books", "smollm2")}
     tasks = [
         common | {"scope": scope, "seed": seed, "first": seed == options.seeds[0], "model": name}
         for scope in options.scopes
@@ -105,7 +110,7 @@ def of_one_seed(task: argparse.Namespace) -> Iterator[dict]:
     subject = SUBJECTS[task.model](task)
     study = Study(subject, task.seed)
     size = sizes(subject)[task.scope]
-    for name, method in chosen(task).items():
+    for name, method in chosen(task, subject).items():
         for budget in task.budgets:
             start = time.perf_counter()
             model, parameters = method.compress(study, budget)
@@ -116,12 +121,12 @@ def of_one_seed(task: argparse.Namespace) -> Iterator[dict]:
             yield result | {"kept": parameters / size, **subject.score(model), "seconds": seconds}
 
 
-def chosen(task: argparse.Namespace) -> dict[str, Method]:
+def chosen(task: argparse.Namespace, subject: Subject) -> dict[str, Method]:
     methods = METHODS if task.scope == "blocks" else WHOLE_METHODS
     return {
         name: method
         for name, method in methods.items()
-        if (not task.methods or name in task.methods)
+        if name in (task.methods or subject.methods or methods)
         and not (task.no_ours if name in OURS else task.no_peers)
         and (task.first or method.seeded)
     }
@@ -152,13 +157,37 @@ def means(results: list[dict]) -> Iterator[dict]:
         yield row
 
 
-LARGER_IS_BETTER = {"cosine": True, "Spearman": True, "perplexity": False}
+def smollm2_of(options: argparse.Namespace, reads: str) -> Subject:
+    folder = None if options.smollm2 in (None, "None") else Path(options.smollm2)
+    return smollm2(folder, Path(options.wikitext), Path(options.books), options.smollm2_samples, reads)
+
+
+LARGER_IS_BETTER = {
+    "cosine": True,
+    "Spearman": True,
+    "perplexity": False,
+    "perplexity, WikiText-2": False,
+    "perplexity, books": False,
+}
+MODELS = ("minilm", "tiny-gpt2", "smollm2")
+SMOLLM2_READS = {"wikitext": "WikiText-2", "books": "books", "both": "both"}
 SUBJECTS: dict[str, Callable[[argparse.Namespace], Subject]] = {
     "minilm": lambda options: minilm(Path(options.wikitext), options.num_samples),
     "tiny-gpt2": lambda options: tiny_gpt2(Path(options.books), options.num_samples),
+    **{f"smollm2-{reads}": partial(smollm2_of, reads=text) for reads, text in SMOLLM2_READS.items()},
 }
 # What a seed's own process is told.
-PASSED_ON = ("budgets", "num_samples", "wikitext", "books", "methods", "no_peers", "no_ours")
+PASSED_ON = (
+    "budgets",
+    "num_samples",
+    "smollm2",
+    "smollm2_samples",
+    "wikitext",
+    "books",
+    "methods",
+    "no_peers",
+    "no_ours",
+)
 
 if __name__ == "__main__":
     disable_progress_bar()

@@ -26,6 +26,20 @@ HELDOUT_PARAGRAPHS = 300
 # Of the books, in characters: enough for any seed's calibration.
 BOOKS_READ = 3_000_000
 
+# The other peers are far behind on smaller models already, and some know nothing of grouped queries.
+SMOLLM2_METHODS = (
+    "SVD-LLM",
+    "SVD-LLM V2",
+    "PIFA on SVD-LLM",
+    "two-sided",
+    "two-sided, global ranks",
+    "AA-SVD",
+    "MoDeGPT",
+    "SVD-LLM, embedding by frequencies",
+    "PIFA on SVD-LLM, embedding by frequencies",
+    "tqcompressor",
+)
+
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -37,10 +51,12 @@ class Block:
     attention_output: str
     up: str
     down: str
+    gate: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return (*self.attention, self.attention_output, self.up, self.down)
+        gate = () if self.gate is None else (self.gate,)
+        return (*self.attention, self.attention_output, *gate, self.up, self.down)
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,13 @@ class Subject:
     calibration: Callable[[int], list[Batch]]
     """From a seed."""
     score: Callable[[nn.Module], dict[str, float]]
+    key_heads: int | None = None
+    """Fewer than `heads` where several query heads read one key; None is as many."""
+    rotary: bool = False
+    large: bool = False
+    """Whether peers take the moments of our calibration, instead of measuring them in float64."""
+    methods: tuple[str, ...] | None = None
+    """Those that are run by default; None is all."""
 
     @property
     def layers(self) -> list[str]:
@@ -161,6 +184,72 @@ def tiny_gpt2(books: Path, blocks: int) -> Subject:
     )
 
 
+def smollm2(folder: Path | None, wikitext: Path, books: Path, samples: int, reads: str) -> Subject:
+    """SmolLM2-135M, calibrated on WikiText-2, on books or on both, and scored by its perplexity on both.
+
+    `samples` sequences of 512 tokens; 16 windows of 512 of WikiText-2 test, 8 of the held-out books.
+    """
+    if folder is None or not (folder / "config.json").exists():
+        raise FileNotFoundError("SmolLM2: --smollm2 DIR, a checkpoint of SmolLM2-135M")
+    length = 512
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def rows(path: Path, characters: int | None = None) -> torch.Tensor:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"SmolLM2: no text at {path}; --wikitext FOLDER with valid.txt and test.txt, --books"
+            )
+        text = path.read_text(encoding="utf-8")[:characters]
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        return ids[: len(ids) // length * length].reshape(-1, length)
+
+    paths = {"WikiText-2": wikitext / "valid.txt", "books": books}
+    names = [name for name in paths if reads in (name, "both")]
+    train = {name: rows(paths[name], BOOKS_READ) for name in names}
+    heldout = {
+        "WikiText-2": rows(wikitext / "test.txt", 100_000)[:16],
+        "books": rows(books.with_name("heldout.txt"), 100_000)[:8],
+    }
+
+    def calibration(seed: int) -> list[Batch]:
+        generator = np.random.default_rng(seed)
+        parts = [part[generator.choice(len(part), samples // len(train), replace=False)] for part in train.values()]
+        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.cat(parts).split(2)]
+
+    @torch.inference_mode()
+    def score(of: nn.Module) -> dict[str, float]:
+        found = {}
+        for name, windows in heldout.items():
+            total = 0.0
+            for ids in windows.split(2):
+                logits = of(input_ids=ids, use_cache=False).logits[:, :-1]
+                targets = ids[:, 1:].flatten()
+                total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
+            found[f"perplexity, {name}"] = float(np.exp(total / windows[:, 1:].numel()))
+        return found
+
+    blocks = []
+    for index in range(model.config.num_hidden_layers):
+        attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+        queries = tuple(f"{attention}{kind}_proj" for kind in "qkv")
+        blocks.append(Block(queries, f"{attention}o_proj", f"{mlp}up_proj", f"{mlp}down_proj", f"{mlp}gate_proj"))
+    return Subject(
+        f"SmolLM2, calibrated on {reads}",
+        model,
+        blocks,
+        model.config.num_attention_heads,
+        "model.layers",
+        "model.embed_tokens",
+        calibration,
+        score,
+        key_heads=model.config.num_key_value_heads,
+        rotary=True,
+        large=True,
+        methods=SMOLLM2_METHODS,
+    )
+
+
 def paragraphs(path: Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"MiniLM: no text at {path}; --wikitext FOLDER with valid.txt and test.txt")
@@ -187,13 +276,20 @@ class Inputs:
     """What the calibration tokens show a layer: `Σ x xᵀ` over all of them, and the mean of |x|."""
 
     moment: NDArray[np.float64]
-    mean_absolute: NDArray[np.float64]
+    mean_absolute: NDArray[np.float64] | None
     tokens: int
 
 
+def token_counts(subject: Subject, batches: Sequence[Batch]) -> NDArray[np.int64]:
+    """How often each token of the vocabulary came, without padding."""
+    vocabulary = subject.model.get_submodule(subject.word_embedding).num_embeddings
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    return np.bincount(ids.numpy(), minlength=vocabulary)
+
+
 @torch.inference_mode()
-def collect_inputs(subject: Subject, batches: Sequence[Batch]) -> tuple[dict[str, Inputs], NDArray[np.float64]]:
-    """Of every linear layer of the blocks, in float64; and how often each token of the vocabulary came. No padding.
+def collect_inputs(subject: Subject, batches: Sequence[Batch]) -> dict[str, Inputs]:
+    """Of every linear layer of the blocks, in float64, without padding.
 
     Independent of the package's own calibration, which it serves to check.
     """
@@ -210,16 +306,14 @@ def collect_inputs(subject: Subject, batches: Sequence[Batch]) -> tuple[dict[str
         return gather
 
     handles = [subject.model.get_submodule(name).register_forward_hook(hook(name)) for name in subject.layers]
-    counts = np.zeros(subject.model.get_submodule(subject.word_embedding).num_embeddings)
+    tokens = 0
     for batch in batches:
         kept = batch["attention_mask"].bool()
-        counts += np.bincount(batch["input_ids"][kept].numpy(), minlength=len(counts))
+        tokens += int(kept.sum())
         subject.model(**batch)
     for handle in handles:
         handle.remove()
-    tokens = int(counts.sum())
-    inputs = {name: Inputs(moments[name].numpy(), sums[name].numpy() / tokens, tokens) for name in subject.layers}
-    return inputs, counts
+    return {name: Inputs(moments[name].numpy(), sums[name].numpy() / tokens, tokens) for name in subject.layers}
 
 
 def every_matrix(model: nn.Module) -> list[str]:

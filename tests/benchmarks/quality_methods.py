@@ -1,15 +1,17 @@
 """Whole models compressed to a budget, by ours and by every peer: what `quality` compares."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 import peers
+import scipy.linalg
+import torch
 import tqcompressor
 from numpy.typing import NDArray
 from peers import Spectrum
-from quality_data import Subject, collect_inputs, every_matrix, matrix, set_matrix
+from quality_data import Batch, Block, Inputs, Subject, collect_inputs, every_matrix, matrix, set_matrix, token_counts
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,12 +29,28 @@ class Study:
         self._spectra: dict[tuple[str, str], Spectrum] = {}
 
     @cached_property
-    def _collected(self):
-        return collect_inputs(self.subject, self.batches)
+    def inputs(self) -> dict[str, Inputs]:
+        if not self.subject.large:
+            return collect_inputs(self.subject, self.batches)
+        calibration = self.our_calibration
+        tokens = calibration.tokens
+        moments = {name: calibration.input(self.bare(name)) for name in self.subject.layers}
+        return {name: Inputs(moment.astype(float) * tokens, None, tokens) for name, moment in moments.items()}
 
-    @property
-    def inputs(self):
-        return self._collected[0]
+    def bare(self, name: str) -> str:
+        """The name of a layer in a calibration."""
+        return name.removeprefix(f"{self.subject.model.base_model_prefix}.")
+
+    def gradients(self, name: str) -> NDArray[np.float64]:
+        """The second moment of the gradients at the outputs of a layer, of our calibration.
+
+        Ours has one for each of the fused query, key and value, without those between them.
+        """
+        bare, calibration = self.bare(name), self.our_calibration
+        parts = [calibration.output(bare)]
+        if parts[0] is None:
+            parts = [calibration.output(f"{bare}.{part}") for part in "qkv"]
+        return scipy.linalg.block_diag(*parts).astype(float)
 
     @cached_property
     def our_calibration(self):
@@ -49,7 +67,7 @@ class Study:
             if kind == "frequencies" and name == self.subject.word_embedding:
                 # The inputs of an embedding are one-hot: their second moment is the tokens' frequencies. Add-one
                 # smoothing, because few tokens of the vocabulary occur in a calibration text.
-                root = np.sqrt(self._collected[1] + 1)[:, None]
+                root = np.sqrt(token_counts(self.subject, self.batches) + 1)[:, None]
                 scaled = peers.svd(root * w)
                 return Spectrum(scaled.left / root, scaled.values, scaled.right)
             # Positions, and layers beside the blocks, of whose inputs SVD-LLM knows nothing.
@@ -58,6 +76,8 @@ class Study:
             return peers.svd(w)
         if kind == "ASVD":
             return peers.asvd(w, self.inputs[name].mean_absolute)
+        if kind == "two-sided":
+            return peers.two_sided(w, self.inputs[name].moment, self.gradients(name))
         decompose = peers.svd_llm_v2 if kind == "SVD-LLM V2" else peers.svd_llm
         return decompose(w, self.inputs[name].moment)
 
@@ -141,6 +161,112 @@ def cut_to_shares(model: nn.Module, study: Study, kind: str, shares: Mapping[str
     return kept
 
 
+def two_sided_globally(study: Study, share: float) -> Compressed:
+    """Plain factors, with the ranks that lose the least over all matrices."""
+    names = study.subject.layers
+    spectra = {name: study.spectrum("two-sided", name) for name in names}
+    model, kept = study.subject.copy(), 0
+    parameters = share * matrices_parameters(model, names)
+    for name, rank in peers.global_ranks(spectra, parameters).items():
+        rows, columns = spectra[name].shape
+        if rank is not None:
+            set_matrix(model, name, spectra[name].truncated(rank))
+        kept += rows * columns if rank is None else rank * (rows + columns)
+    return model, kept
+
+
+# Smaller inner dimensions.
+
+
+def modegpt(study: Study, share: float) -> Compressed:
+    """Every block keeps a share by its influence, the same in its queries and keys, its values, and its MLP."""
+    subject = study.subject
+    model, kept = subject.copy(), 0
+    shares = peers.modegpt_shares(influences(subject, study.batches), share, temperature=0.1)
+    for block, own in zip(subject.blocks, shares, strict=True):
+        kept += smaller_attention(model, study, block, own) + smaller_mlp(model, study, block, own)
+    return model, kept
+
+
+def smaller_mlp(model: nn.Module, study: Study, block: Block, share: float) -> int:
+    down = matrix(model, block.down)
+    units = max(1, int(share * len(down)))
+    set_matrix(model, block.down, peers.nystrom(study.inputs[block.down].moment, down, units))
+    return units * down.shape[1] * (2 if block.gate is None else 3)
+
+
+def smaller_attention(model: nn.Module, study: Study, block: Block, share: float) -> int:
+    subject = study.subject
+    heads, key_heads = subject.heads, subject.key_heads or subject.heads
+    readers = heads // key_heads
+    moment = study.inputs[block.attention[0]].moment
+    width = len(moment)
+    weights = np.concatenate([matrix(model, name) for name in block.attention], axis=1)
+    size = weights.shape[1] // (heads + 2 * key_heads)
+    biases = [model.get_submodule(name).bias for name in block.attention]
+    bias = None if biases[0] is None else torch.cat([each.detach() for each in biases]).double().numpy()
+    # One row for each head: of queries, then of keys, then of values.
+    by_head = weights.reshape(width, -1, size).transpose(1, 0, 2).copy()
+    bias_by_head = None if bias is None else bias.reshape(-1, size).copy()
+    output = matrix(model, block.attention_output).copy().reshape(heads, size, width)
+    kept = max(2, int(share * size) // 2 * 2) if subject.rotary else max(1, int(share * size))
+    constant = np.zeros(width)
+    for key in range(key_heads):
+        queries = slice(key * readers, (key + 1) * readers)
+        at_key, at_value = heads + key, heads + key_heads + key
+        chosen = peers.kept_of_head(moment, list(by_head[queries]), by_head[at_key], kept, subject.rotary)
+        dropped = np.setdiff1d(np.arange(size), chosen)
+        for index in (*range(*queries.indices(heads)), at_key):
+            by_head[index][:, dropped] = 0
+            if bias_by_head is not None:
+                bias_by_head[index, dropped] = 0
+        if bias_by_head is not None:
+            # The weights of an attention sum to 1, so the values' bias reaches the output as it is.
+            constant += np.einsum("i,hij->j", bias_by_head[at_value], output[queries])
+            bias_by_head[at_value] = 0
+        side_by_side = output[queries].transpose(1, 0, 2).reshape(size, -1)
+        by_head[at_value], fitted = peers.value_and_output(moment, by_head[at_value], side_by_side, kept)
+        output[queries] = fitted.reshape(size, readers, width).transpose(1, 0, 2)
+    start = 0
+    weights = by_head.transpose(1, 0, 2).reshape(width, -1)
+    for name, old in zip(block.attention, biases, strict=True):
+        stop = start + matrix(model, name).shape[1]
+        set_matrix(model, name, weights[:, start:stop])
+        if old is not None:
+            old.data.copy_(torch.from_numpy(bias_by_head.reshape(-1)[start:stop]))
+        start = stop
+    set_matrix(model, block.attention_output, output.reshape(-1, width))
+    if bias is not None:
+        model.get_submodule(block.attention_output).bias.data += torch.from_numpy(constant)
+    # A query and the rows of the output for each head, a key and a value for each key head.
+    return 2 * (heads + key_heads) * width * kept
+
+
+@torch.inference_mode()
+def influences(subject: Subject, batches: Sequence[Batch]) -> NDArray[np.float64]:
+    """`1 − cos(x, y)` between a block's inputs and outputs, the mean over the tokens."""
+    blocks = subject.model.get_submodule(subject.block_list)
+    sums, tokens = np.zeros(len(blocks)), 0
+    mask: torch.Tensor
+
+    def measure(index: int) -> Callable:
+        def hook(_module: nn.Module, arguments: tuple, keywords: dict, output: object) -> None:
+            x = (arguments[0] if arguments else keywords["hidden_states"])[mask]
+            y = (output[0] if isinstance(output, tuple) else output)[mask]
+            sums[index] += float((1 - nn.functional.cosine_similarity(x, y, dim=-1)).sum())
+
+        return hook
+
+    handles = [block.register_forward_hook(measure(index), with_kwargs=True) for index, block in enumerate(blocks)]
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        tokens += int(mask.sum())
+        subject.model(**batch)
+    for handle in handles:
+        handle.remove()
+    return sums / tokens
+
+
 # Kronecker sums.
 
 
@@ -218,6 +344,9 @@ METHODS = {
     "SVD-LLM V2": Method(partial(low_rank, kind="SVD-LLM V2", allocated=True)),
     "PIFA on SVD-LLM": Method(partial(low_rank, kind="SVD-LLM", pivoting=True)),
     "PIFA on SVD-LLM V2": Method(partial(low_rank, kind="SVD-LLM V2", pivoting=True, allocated=True)),
+    "two-sided": Method(partial(low_rank, kind="two-sided")),
+    "two-sided, global ranks": Method(two_sided_globally),
+    "MoDeGPT": Method(modegpt),
     OURS[0]: Method(partial(ours, whole=False)),
     OURS[1]: Method(partial(ours, whole=False, sequential=True)),
 }

@@ -1,5 +1,6 @@
 """The benchmark's peers follow their papers, and none exceeds a budget."""
 
+import itertools
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from helpers.families import bert_config
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHARES = (0.5, 0.65, 0.8)
@@ -79,6 +80,138 @@ def test_a_singular_moment_is_fitted_where_there_are_inputs(peers, method):
         approximation = spectrum.truncated(rank)
         assert np.isfinite(approximation).all()
         assert loss(x, w, approximation) == pytest.approx((best[rank:] ** 2).sum(), rel=1e-3)
+
+
+def two_sided_loss(w, approximation, inputs, gradients):
+    error = w - approximation
+    return np.trace(inputs @ error @ gradients @ error.T)
+
+
+def test_two_sided_loses_the_tail_of_its_spectrum(peers):
+    w, _, inputs = example()
+    _, _, gradients = example(16, 24, seed=3)
+    spectrum = peers.two_sided(w, inputs, gradients)
+    for rank in range(16):
+        lost = two_sided_loss(w, spectrum.truncated(rank), inputs, gradients)
+        assert lost == pytest.approx(spectrum.tail(rank), rel=1e-6)
+        one_sided = peers.svd_llm(w, inputs).truncated(rank)
+        assert two_sided_loss(w, one_sided, inputs, gradients) >= lost * (1 - 1e-9)
+
+
+def test_anchored_fits_the_original_outputs_from_shifted_inputs(peers):
+    w, x, _ = example()
+    shifted = x + np.random.default_rng(1).standard_normal(x.shape) * 0.3
+    spectrum = peers.anchored(w, shifted.T @ shifted, shifted.T @ x)
+
+    def lost(approximation):
+        return ((x @ w - shifted @ approximation) ** 2).sum()
+
+    best = np.linalg.lstsq(shifted, x @ w, rcond=None)[0]
+    for rank in (4, 9, 15):
+        assert lost(spectrum.truncated(rank)) == pytest.approx(lost(best) + spectrum.tail(rank), rel=1e-6)
+        for other in (peers.svd_llm(w, x.T @ x), peers.svd_llm(w, shifted.T @ shifted)):
+            assert lost(spectrum.truncated(rank)) < lost(other.truncated(rank))
+
+
+def test_global_ranks_lose_the_least_within_the_parameters(peers):
+    spectra = {name: peers.svd(example(rows, columns, seed=seed)[0] * scale) for name, rows, columns, seed, scale in (
+        ("wide", 12, 20, 0, 1.0), ("square", 12, 12, 1, 3.0), ("small", 6, 12, 2, 0.1)
+    )}  # fmt: skip
+
+    def parameters(ranks):
+        shapes = {name: spectrum.shape for name, spectrum in spectra.items()}
+        return sum(np.prod(shapes[name]) if rank is None else rank * sum(shapes[name]) for name, rank in ranks.items())
+
+    def lost(ranks):
+        return sum(0.0 if rank is None else spectra[name].tail(rank) for name, rank in ranks.items())
+
+    for budget in (60, 150, 260, 400):
+        chosen = peers.global_ranks(spectra, budget)
+        assert parameters(chosen) <= budget
+        every = itertools.product(*([*range(8), None] for _ in spectra))
+        within = [
+            ranks for each in every if parameters(ranks := dict(zip(spectra, each, strict=True))) <= parameters(chosen)
+        ]
+        assert lost(chosen) <= min(map(lost, within)) * (1 + 1e-9)
+    assert set(peers.global_ranks(spectra, 12 * 20 + 12 * 12 + 6 * 12).values()) == {None}
+
+
+def test_nystrom_fits_the_units_that_stay(peers):
+    w, x, moment = example()
+    fitted = peers.nystrom(moment, w, 10)
+    kept = np.flatnonzero(fitted.any(1))
+    assert len(kept) == 10
+    np.testing.assert_allclose(fitted[kept], np.linalg.lstsq(x[:, kept], x @ w, rcond=None)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_heads_of_modegpt(peers):
+    query, x, moment = example(24, 8)
+    key, _, _ = example(24, 8, seed=5)
+    scores = np.linalg.norm(x @ query, axis=0) * np.linalg.norm(x @ key, axis=0)
+    np.testing.assert_array_equal(peers.kept_of_head(moment, [query], key, 3, False), np.sort(np.argsort(-scores)[:3]))
+    pairs = peers.kept_of_head(moment, [query], key, 4, True)
+    assert set(pairs) == {*pairs[:2], *(pairs[:2] + 4)}
+    outputs = np.random.default_rng(2).standard_normal((8, 30))
+    value, fitted = peers.value_and_output(moment, query, outputs, 5)
+    tail = np.linalg.svd(x @ query @ outputs, compute_uv=False)[5:]
+    assert loss(x, query @ outputs, value @ fitted) == pytest.approx((tail**2).sum(), rel=1e-6)
+    assert not value[:, 5:].any() and not fitted[5:].any()
+
+
+def test_modegpt_with_all_dimensions_is_the_model(benchmark):
+    """Queries that share a key, rotary embeddings, a gate, and biases."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    data, methods = benchmark("quality_data"), benchmark("quality_methods")
+    names = [f"model.layers.{index}." for index in range(2)]
+    blocks = [
+        data.Block(
+            tuple(f"{name}self_attn.{kind}_proj" for kind in "qkv"),
+            f"{name}self_attn.o_proj",
+            f"{name}mlp.up_proj",
+            f"{name}mlp.down_proj",
+            f"{name}mlp.gate_proj",
+        )
+        for name in names
+    ]
+    ids = torch.randint(60, (20, 16))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    subject = data.Subject(
+        "", model, blocks, 4, "model.layers", "model.embed_tokens", lambda _: batches, dict, key_heads=2, rotary=True
+    )
+    study = methods.Study(subject, 0)
+    before = model(ids).logits
+    for share, nearest, furthest in ((1.0, 0.0, 1e-4), (0.5, 1e-3, 1.0)):
+        smaller, kept = subject.copy(), 0
+        for block in blocks:
+            kept += methods.smaller_attention(smaller, study, block, share)
+            kept += methods.smaller_mlp(smaller, study, block, share)
+        assert kept == share * methods.matrices_parameters(model, subject.layers)
+        distance = (smaller(ids).logits - before).norm() / before.norm()
+        assert nearest <= distance < furthest
+
+
+def test_shares_of_modegpt_are_the_budget_on_average(peers):
+    influences = np.array([0.5, 0.1, 0.05, 0.3])
+    for share in SHARES:
+        shares = peers.modegpt_shares(influences, share, 0.1)
+        assert shares.mean() == pytest.approx(share)
+        np.testing.assert_array_equal(np.argsort(shares), np.argsort(influences))
+        assert shares.min() > 0 and shares.max() < 1
 
 
 def test_asvd_is_the_svd_of_the_scaled_matrix(peers):
@@ -215,7 +348,7 @@ def study(benchmark, request):
 
 def test_inputs_are_those_of_real_tokens_only(benchmark, study):
     data, subject, name = benchmark("quality_data"), study.subject, study.subject.blocks[1].down
-    inputs, counts = data.collect_inputs(subject, study.batches)
+    inputs, counts = data.collect_inputs(subject, study.batches), data.token_counts(subject, study.batches)
     seen = []
     handle = subject.model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     with torch.no_grad():
