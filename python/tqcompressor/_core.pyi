@@ -6,7 +6,7 @@ The public functions in `tqcompressor` wrap these and document them; nothing els
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,20 @@ _Float32Array = NDArray[np.float32]
 _Int64Array = NDArray[np.int64]
 # Called with (done, total) from the calling thread, about every 50 ms and once at the end.
 _ProgressCallback = Callable[[int, int], object]
+
 # The second moments of a matrix's inputs and of the gradients at its outputs: `(d, d)`, or `(d,)` for a diagonal.
+class _Measured(Protocol):
+    """What a report says of a calibration: a `Calibration` has it."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def sensitivity(self) -> bool: ...
+    @property
+    def texts(self) -> dict[str, int]: ...
+
 _Moments = tuple[_Float32Array | None, _Float32Array | None]
 # `(folder, weight files, whether every file of the folder belongs to the model)`.
 _Origin = tuple[str | PathLike[str], Sequence[str | PathLike[str]], bool]
@@ -403,6 +416,7 @@ class Checkpoint:
         dtype: str | None,
         overwrite: bool,
         max_shard_bytes: int,
+        measured: _Measured | None,
         threads: int | None,
         progress: Callable[[int, int, str], object] | None,
     ) -> str:
@@ -411,7 +425,7 @@ class Checkpoint:
         `progress` is called with `(done, total, phase)`.
 
         Fits are made in the norms of the `moments` of the matrices `names`, or are those of a budget that was `spent`
-        on these matrices with these moments.
+        on these matrices with these moments. The report and the model card say what the moments were `measured` on.
         """
 
 def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:

@@ -6,20 +6,17 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::report::Report;
+use super::report::{CalibrationRecord, Report};
 
 /// Writes the card of a checkpoint compressed from `source` by `config`.
 #[must_use]
 pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -> String {
-    let hub = hub_id(source);
-    let name = hub.clone().unwrap_or_else(|| {
-        source.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
-    });
+    let name = source_name(source);
     let architecture =
         config.get("architectures").and_then(|all| all.get(0)).and_then(Value::as_str).unwrap_or_default();
     let class = auto_class(architecture);
     let license = license(source).map_or(String::new(), |license| format!("license: {license}\n"));
-    let base = hub.map_or(String::new(), |id| format!("base_model: {id}\n"));
+    let base = hub_id(source).map_or(String::new(), |id| format!("base_model: {id}\n"));
     let pipeline = if class == "AutoModelForCausalLM" { "pipeline_tag: text-generation\n" } else { "" };
     let Report { parameters_before: before, parameters_after: after, effort, seed, tqcompressor: version, .. } = report;
     let dtype = report.dtype.map_or(String::new(), |dtype| format!(", stored as {dtype}"));
@@ -38,13 +35,14 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
          Without `import tqcompressor`, transformers refuses to load it.\n\n{note}\
          ## What was done\n\n\
          A matrix `W` (in × out) with a *block* became `W[p][:, q] ≈ Σ A_k ⊗ B_k`, every `B_k` of the block's shape. Lost \
-         energy is `‖W − Ŵ‖² / ‖W‖²`{norm}. Everything else is unchanged.\n\n\
+         energy is `‖W − Ŵ‖² / ‖W‖²`{norm}.{texts} Everything else is unchanged.\n\n\
          | matrix | shape | became | parameters | lost energy |\n\
          |---|---|---|---|---|\n",
         model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown"),
         count = report.matrices.len(),
         note = report.note.map_or(String::new(), |note| format!("> {note}\n\n")),
         norm = if report.calibrated { ", in the norm of the calibration" } else { "" },
+        texts = report.calibration.as_ref().map_or(String::new(), read_texts),
         before = grouped(*before),
         after = grouped(*after),
         share = 100.0 * *after as f64 / (*before).max(1) as f64,
@@ -57,6 +55,15 @@ pub fn model_card(source: &Path, config: &Map<String, Value>, report: &Report) -
         let _ = writeln!(card, "| `{}` | {m} × {n} | {} | {before} → {after} | {lost} |", matrix.name, matrix.spec);
     }
     card
+}
+
+/// What a calibration was measured on, as a sentence.
+fn read_texts(calibration: &CalibrationRecord) -> String {
+    let texts: Vec<_> =
+        calibration.texts.iter().map(|(name, tokens)| format!("{} of `{name}`", grouped(*tokens as usize))).collect();
+    let texts = if texts.is_empty() { String::new() } else { format!(": {}", texts.join(", ")) };
+    let gradients = if calibration.sensitivity { " and gradients" } else { "" };
+    format!(" Inputs{gradients} were measured on {} tokens{texts}.", grouped(calibration.tokens as usize))
 }
 
 /// The class that loads a model of this architecture.
@@ -82,11 +89,14 @@ fn auto_class(architecture: &str) -> &str {
     }
 }
 
-/// The source's name in a report: its hub id if it is in the hub's cache, otherwise the path as given.
+/// The source's name in a report and a card: its hub id if it is in the hub's cache, otherwise that of its folder. A
+/// path would tell the readers of a published model of its maker's machine.
 #[must_use]
 pub fn source_name(source: &Path) -> String {
-    let absolute = std::path::absolute(source);
-    absolute.ok().and_then(|path| hub_id(&path)).unwrap_or_else(|| source.display().to_string())
+    let absolute = std::path::absolute(source).unwrap_or_else(|_| source.to_owned());
+    hub_id(&absolute).unwrap_or_else(|| {
+        absolute.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    })
 }
 
 /// The hub id of a model in huggingface_hub's cache: `models--ORG--NAME/snapshots/REVISION`.

@@ -15,7 +15,7 @@ use super::card;
 use super::journal::Journal;
 use super::parallel::{Task, Timed, decompose_each};
 use super::place::{Calibration, place};
-use super::report::{Report, UNCALIBRATED_BUDGET};
+use super::report::{CalibrationRecord, Report, UNCALIBRATED_BUDGET};
 use crate::checkpoint::files::{REPORT_FILE, is_weight_file, module_folders};
 use crate::checkpoint::read::{Checkpoint, Tensor};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
@@ -44,11 +44,13 @@ pub struct Options {
     pub overwrite: bool,
     /// The largest weight file, in bytes. Larger ones are split into shards.
     pub max_shard_bytes: u64,
+    /// What the moments were measured on, for the report and the card.
+    pub calibration: Option<CalibrationRecord>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { dtype: None, overwrite: false, max_shard_bytes: 5_000_000_000 }
+        Self { dtype: None, overwrite: false, max_shard_bytes: 5_000_000_000, calibration: None }
     }
 }
 
@@ -205,7 +207,9 @@ fn compress_planned(
     let slots: Vec<_> = outputs.iter().map(|output| output.slot.clone()).collect();
     let writer = Writer::create(stage.directory(), &slots, options.max_shard_bytes)?;
 
-    let mut report = Report { calibrated: fits.calibrated(), note: fits.note(), ..Report::planned(&plan) };
+    let calibrated = fits.calibrated();
+    let calibration = options.calibration.clone().filter(|_| calibrated);
+    let mut report = Report { calibrated, calibration, note: fits.note(), ..Report::planned(&plan) };
     let matrices = Mutex::new(&mut report.matrices);
     let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
     let finish = |i: usize, Timed { fit, seconds }| {

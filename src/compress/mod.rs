@@ -19,4 +19,4 @@ pub use given::{Given, Origin, write_checkpoint};
 pub use journal::Journal;
 pub use parallel::{Task, Timed, decompose_each, decompose_many};
 pub use place::{Calibration, Place};
-pub use report::{MatrixReport, Report, UNCALIBRATED_BUDGET};
+pub use report::{CalibrationRecord, MatrixReport, Report, UNCALIBRATED_BUDGET};

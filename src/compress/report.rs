@@ -1,5 +1,7 @@
 //! The report of a compression or of a plan: the JSON shared by Python, the command line and `compression_report.json`.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::plan::{Job, Plan, Untouched};
@@ -9,6 +11,19 @@ use crate::spec::MatrixSpec;
 pub const UNCALIBRATED_BUDGET: &str = "This budget is spent without a calibration: the model will be far worse than a \
     calibrated one of the same size. To calibrate, run `tqcompressor calibrate MODEL --text FILE --out \
     calibration.safetensors`, and give that file to --calibration (in Python: calibration=).";
+
+/// What the moments of a calibration were measured on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CalibrationRecord {
+    /// How many tokens were read.
+    pub tokens: u64,
+    /// The seed that drew them from the texts.
+    pub seed: u64,
+    /// Whether gradients were measured, too.
+    pub sensitivity: bool,
+    /// The names of the texts, each with its tokens; empty where unknown.
+    pub texts: BTreeMap<String, u64>,
+}
 
 /// One matrix of a [`Report`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -41,7 +56,7 @@ pub struct Report {
     pub tqcompressor: &'static str,
     /// The version of the format.
     pub format_version: u64,
-    /// The source directory, or its hub id; `None` for a model in memory.
+    /// The name of the source directory, or its hub id; `None` for a model in memory.
     pub source: Option<String>,
     /// The effort of the permutation search.
     pub effort: &'static str,
@@ -52,6 +67,9 @@ pub struct Report {
     /// Whether lost energies are in the norm of a calibration instead of the Frobenius norm.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub calibrated: bool,
+    /// That calibration, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationRecord>,
     /// What a reader must know of the result: [`UNCALIBRATED_BUDGET`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<&'static str>,
@@ -89,6 +107,7 @@ impl Report {
             seed: plan.config.seed,
             dtype: None,
             calibrated: false,
+            calibration: None,
             note: None,
             carried: Vec::new(),
             matrices: plan.jobs.iter().map(MatrixReport::planned).collect(),

@@ -1,5 +1,6 @@
 //! `Checkpoint`, `plan` and `list_matrices`: configs and budgets for the matrices of a checkpoint or of a model in memory.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -17,7 +18,9 @@ use super::specs::{config_from_python, spec_to_python};
 use crate::checkpoint::read;
 use crate::checkpoint::staging::Destination;
 use crate::checkpoint::write::Slot;
-use crate::compress::{self, BudgetOptions, Calibration, Fits, Given, Keep, Options, Origin, Report};
+use crate::compress::{
+    self, BudgetOptions, Calibration, CalibrationRecord, Fits, Given, Keep, Options, Origin, Report,
+};
 use crate::error::{Error, Result};
 use crate::family::{self, Kind};
 use crate::numeric::Float;
@@ -37,6 +40,22 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(list_matrices, module)?)?;
     module.add_function(wrap_pyfunction!(split_part, module)?)?;
     module.add_function(wrap_pyfunction!(fused_parts, module)?)
+}
+
+/// The attributes of a Python `Calibration` that a report has.
+#[derive(FromPyObject)]
+struct Measured {
+    tokens: u64,
+    seed: u64,
+    sensitivity: bool,
+    texts: BTreeMap<String, u64>,
+}
+
+impl From<Measured> for CalibrationRecord {
+    fn from(measured: Measured) -> Self {
+        let Measured { tokens, seed, sensitivity, texts } = measured;
+        Self { tokens, seed, sensitivity, texts }
+    }
 }
 
 /// A config resolved against the matrices of a model.
@@ -118,7 +137,8 @@ fn expand_checkpoint(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<()> {
-    let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+    let dtype = dtype.map(Float::from_name).transpose()?;
+    let options = Options { dtype, overwrite, max_shard_bytes, ..Options::default() };
     let pool = jobs::rayon_pool(threads)?;
     jobs::run(py, progress, |progress| {
         let opened = read::Checkpoint::open_any(&source)?;
@@ -313,7 +333,7 @@ impl Checkpoint {
     /// taken from a budget that was planned for the matrices `names` with these moments. `progress` is called with
     /// `(done, total, phase)`.
     #[pyo3(signature = (
-        journal, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, threads, progress
+        journal, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, measured, threads, progress
     ))]
     #[allow(clippy::too_many_arguments)]
     fn compress<'py>(
@@ -327,11 +347,13 @@ impl Checkpoint {
         dtype: Option<&str>,
         overwrite: bool,
         max_shard_bytes: u64,
+        measured: Option<Measured>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<String> {
         let config = config_from_python(config)?;
-        let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+        let dtype = dtype.map(Float::from_name).transpose()?;
+        let options = Options { dtype, overwrite, max_shard_bytes, calibration: measured.map(Into::into) };
         same_length(names.len(), &[moments.len()])?;
         let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
         let calibration: Calibration<'_> = calibration(&moments)?;

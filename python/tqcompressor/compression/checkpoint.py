@@ -221,6 +221,7 @@ def compress_checkpoint(
                 dtype=stored,
                 overwrite=overwrite,
                 max_shard_bytes=most,
+                measured=known,
                 threads=threads,
                 progress=report_progress,
             )

@@ -41,7 +41,7 @@ from ..utils.progress import ProgressOption, Report, reporter
 from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of
 from .budget_plan import BudgetRequest
 from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
-from .report import CompressionReport, MatrixReport, UntouchedTensor
+from .report import CalibrationRecord, CompressionReport, MatrixReport, UntouchedTensor
 
 # The texts that `calibrate` reads: sequences, batches, or a tokenizer and a text.
 Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, Any]
@@ -295,8 +295,8 @@ def _compress_planned(
     except BaseException:
         restore(model, before)
         raise
-    in_its_norm = calibrated(norm.calibration, norm.objective)
-    return _report(model, plan, results, parameters, time.perf_counter() - started, in_its_norm)
+    used = norm.calibration if calibrated(norm.calibration, norm.objective) else None
+    return _report(model, plan, results, parameters, time.perf_counter() - started, used)
 
 
 def _groups(
@@ -381,7 +381,7 @@ def _report(
     results: Mapping[str, Fitted],
     parameters: int,
     seconds: float,
-    calibrated: bool,
+    calibration: Calibration | None,
 ) -> CompressionReport:
     config: TQConfig = model.config.quantization_config
     factors = {id(factor) for _, module in compressed_modules(model) for factor in factor_parameters(module)}
@@ -401,5 +401,6 @@ def _report(
         parameters_before=parameters,
         parameters_after=model.num_parameters(),
         seconds=seconds,
-        calibrated=calibrated or None,
+        calibrated=True if calibration else None,
+        calibration=CalibrationRecord.of(calibration) if calibration else None,
     )

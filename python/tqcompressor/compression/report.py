@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._core import Fitted, MatrixInfo
+from ..calibration.calibration import Calibration
 from ..config.specs import MatrixSpec, describe, planned_spec
 from ..errors import CheckpointError
 from ..utils.tables import format_table
@@ -73,6 +74,25 @@ class UntouchedTensor:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """What the moments of a calibration were measured on."""
+
+    tokens: int
+    """How many tokens were read."""
+    seed: int
+    """The seed that drew them from the texts."""
+    sensitivity: bool
+    """Whether gradients were measured, too."""
+    texts: dict[str, int]
+    """The names of the texts, each with its tokens; empty where unknown."""
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> CalibrationRecord:
+        """The record of a calibration."""
+        return cls(calibration.tokens, calibration.seed, calibration.sensitivity, calibration.texts)
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """The report of a compression that was done, or that a config would do.
 
@@ -83,7 +103,7 @@ class CompressionReport:
     """The version of tqcompressor."""
     format_version: int
     source: str | None
-    """The path or hub id of the checkpoint; None for a model in memory."""
+    """The checkpoint's hub id, or the name of its folder; None for a model in memory."""
     effort: str | None
     """How long permutations and factors were searched; None where nothing is compressed."""
     seed: int | None
@@ -104,6 +124,8 @@ class CompressionReport:
     """Wall-clock time in all; None in a plan."""
     calibrated: bool | None = None
     """Whether lost energies are in the norm of a calibration, and not in the Frobenius norm."""
+    calibration: CalibrationRecord | None = None
+    """That calibration, where it is known."""
     note: str | None = None
     """What a reader must know of the result: that a budget was spent without a calibration, what had to stay dense."""
     carried: tuple[str, ...] | None = None
@@ -114,12 +136,13 @@ class CompressionReport:
         """The inverse of `to_dict`. Keys that a report does not have are left out, so it reads plans too."""
         if not isinstance(data["tqcompressor"], str):
             raise ValueError(f"tqcompressor: expected a version, got {data['tqcompressor']!r}")
-        names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched", "carried"}
+        names = set(cls.__dataclass_fields__) - {"version", "matrices", "untouched", "carried", "calibration"}
         return cls(
             version=data["tqcompressor"],
             matrices=tuple(_read(MatrixReport, matrix) for matrix in data["matrices"]),
             untouched=tuple(_read(UntouchedTensor, tensor) for tensor in data["untouched"]),
             carried=tuple(data["carried"]) if "carried" in data else None,
+            calibration=CalibrationRecord(**data["calibration"]) if "calibration" in data else None,
             **{name: data[name] for name in names if name in data},
         )
 

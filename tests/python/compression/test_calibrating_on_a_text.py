@@ -44,6 +44,28 @@ def test_on_disk_it_is_both_steps_in_one(tmp_path, by_hand):
     assert (weights(tmp_path / "out"), kept.read_bytes()) == by_hand
 
 
+@pytest.mark.parametrize("sensitivity", [True, False])
+def test_the_report_and_the_card_say_what_was_read(tmp_path, sensitivity):
+    other = tmp_path / "other.txt"
+    other.write_bytes(TEXT.read_bytes())
+    found = tqcompressor.calibrate_checkpoint(TINY, [TEXT, other], **READING, sensitivity=sensitivity, progress=False)
+    report = tqcompressor.compress_checkpoint(TINY, tmp_path / "out", calibration=found, **BUDGET)
+    record = report.calibration
+    assert (record.tokens, record.seed, record.sensitivity) == (512, 0, sensitivity)
+    assert record.texts == {"heldout.txt": 256, "other.txt": 256}
+    gradients = " and gradients" * sensitivity
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Inputs{gradients} were measured on 512 tokens: 256 of `heldout.txt`, 256 of `other.txt`." in card
+    assert tqcompressor.inspect(tmp_path / "out") == report
+    live = tqcompressor.compress(AutoModelForCausalLM.from_pretrained(TINY), calibration=found, **BUDGET)
+    assert live.calibration == record
+
+    plain = tqcompressor.compress_checkpoint(
+        TINY, tmp_path / "plain", calibration=found, objective="frobenius", **BUDGET
+    )
+    assert plain.calibration is None and "were measured" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_on_the_command_line_too(tmp_path, by_hand):
     options = ["--budget", "0.65", "--text", str(TEXT), "--num-samples", "8", "--seq-len", "64"]
     assert cli.main(["compress", str(TINY), "--out", str(tmp_path / "out"), *options]) == 0
