@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial as bound
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from .batches import Batch, batches_and_texts, mask_of
 from .calibration import Calibration, merge_tied
 from .hooks import ReadingPass, run
 from .nonfinite import first_nonfinite, hint
+from .partial import PartialSums, key_of
 from .sharing import NotShared
 from .units import Unit, units
 
@@ -46,6 +49,7 @@ def calibrate(
     samples: int | None = None,
     seed: int = DEFAULT_SEED,
     max_memory: int = 2 << 30,
+    partial: str | os.PathLike[str] | None = None,
     progress: ProgressOption = None,
 ) -> Calibration:
     """Measures the second moments of a model's activations and gradients on a text, for compressing in their norm.
@@ -85,6 +89,8 @@ def calibrate(
         max_memory: Bytes that the sums may take, beside the model, its activations and the result. What exceeds it is
             kept in an unnamed file in the folder for temporary files, `$TMPDIR`, with the moments computed from it, and
             one moment at a time is in memory. The text is read once, and the result is the same.
+        partial: A file for the sums so far. They are saved about once a minute; if the run is stopped, a call with
+            equal arguments goes on with them, to the same result. The file is removed at the end.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)` in
             batches.
 
@@ -92,7 +98,9 @@ def calibrate(
         TextError: The text has fewer sequences than asked for, or all tokens are padding.
         ConfigError: An argument is out of its range, the model knows fewer tokens than the text has, or returns neither
             `.logits` nor `.last_hidden_state`.
-        StorageError: The temporary file has no room.
+        CheckpointError: `partial` has the sums of another model or text, or of other options.
+        DestinationError: `partial` is in no folder.
+        StorageError: The temporary file or `partial` has no room.
         NonFiniteError: The model computes NaN or an infinity; the message names the first moment and the first layer
             that have it.
 
@@ -122,6 +130,10 @@ def calibrate(
     batches, texts = batches_and_texts(
         model, tokenizer_or_batches, text, num_samples=num_samples, seq_len=seq_len, seed=seed
     )
+    kept = None
+    if partial is not None:
+        key = key_of(model, batches, sensitivity=sensitivity, samples=samples, seed=seed)
+        kept = PartialSums(Path(partial), key)
     with reporter(progress, "calibrate") as report:
         found = measure(
             model,
@@ -132,8 +144,12 @@ def calibrate(
             seed=seed,
             max_memory=max_memory,
             report=report,
+            partial_sums=kept,
         )
-    return calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed, texts=texts)
+    calibration = calibration_of(model, found, batches, sensitivity=sensitivity, seed=seed, texts=texts)
+    if kept is not None:
+        kept.remove()
+    return calibration
 
 
 def calibration_of(
@@ -162,25 +178,30 @@ def measure(
     samples: int | None = None,
     report: Report | None = None,
     stop_behind: nn.Module | None = None,
+    partial_sums: PartialSums | None = None,
 ) -> Moments:
     """The moments of the units `wanted`, by their names in a `Calibration`; a tied head's are in its embedding's.
 
-    Without gradients, a forward pass ends after the module `stop_behind`. Raises as `calibrate`.
+    Without gradients, a forward pass ends after the module `stop_behind`. With `partial_sums`, the sums are saved now
+    and then, and those of a run that was stopped are taken. Raises as `calibrate`.
     """
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
         raise TextError("all tokens are padding")
     max_memory = validate.integer("max_memory", max_memory, 0)
     scale = _HALF_SCALE if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
-    apart: set[str] = set()
+    apart = set() if partial_sums is None else partial_sums.apart()
     with _frozen(model, sensitivity):
         while True:
             reading = ReadingPass(model, wanted, sensitivity, samples, stop_behind, max_memory, apart)
             generator = torch.Generator().manual_seed(seed)
             try:
                 with reading:
-                    for done, batch in enumerate(batches, 1):
+                    begun = 0 if partial_sums is None else partial_sums.restore(reading, generator)
+                    for done, batch in enumerate(batches[begun:], begun + 1):
                         reading.read(batch, generator, scale)
+                        if partial_sums is not None:
+                            partial_sums.keep(reading, generator, done, apart)
                         if report is not None:
                             report(done, len(batches))
                 moments = dict(reading.moments(tokens, scale))
@@ -188,8 +209,10 @@ def measure(
             except NotShared as different:
                 # Rare, and mostly found in the first batch: the text is read again.
                 apart |= different.units
+                if partial_sums is not None:
+                    partial_sums.remove()
             except NonFiniteError as error:
-                first = first_nonfinite(model, batches, partial(run, model))
+                first = first_nonfinite(model, batches, bound(run, model))
                 place = "" if first is None else f"; {first} is the first to have it"
                 raise NonFiniteError(f"{error}{place} ({hint(model)})") from None
     for unit in wanted:

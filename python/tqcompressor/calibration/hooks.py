@@ -71,8 +71,9 @@ class ReadingPass:
         self._samples = samples
         self._device = next(model.parameters()).device
         self._store = SumStore(self._device, max_memory)
-        self._inputs, self._gradients = SharedSums(self._store, apart), SharedSums(self._store, apart)
-        self._counts: dict[str, Diagonal] = {}
+        self.inputs, self.gradients = SharedSums(self._store, apart), SharedSums(self._store, apart)
+        self.counts: dict[str, Diagonal] = {}
+        """How often each row of an embedding was looked up."""
         self._mask = torch.empty(0)
 
     def __enter__(self) -> ReadingPass:
@@ -109,7 +110,7 @@ class ReadingPass:
         # The end of a forward pass that ends early.
         with suppress(_Stop), self._lookups:
             outputs = run(self._model, batch)
-        self._inputs.end_pass()
+        self.inputs.end_pass()
         if self._sensitivity:
             self._backward(outputs, generator, scale)
 
@@ -133,7 +134,7 @@ class ReadingPass:
             gradient = gradient if scale == 1 else gradient * scale
             more = sample < samples - 1
             target.backward(gradient.to(target.dtype), retain_graph=more)  # type: ignore[no-untyped-call]
-            self._gradients.end_pass()
+            self.gradients.end_pass()
 
     def _gradient(self, target: torch.Tensor, logits: bool, generator: torch.Generator) -> torch.Tensor:
         """A random gradient of the model's output, which must be finite; a single logit is a regression output."""
@@ -157,18 +158,22 @@ class ReadingPass:
             if unit.embedding:
                 return self._looked_up(unit, x, output)
             with torch.no_grad():
-                self._inputs.add(unit.name, ((unit.inputs, False),), x, self._weights(tuple(x.shape[:-1])))
+                self.inputs.add(unit.name, ((unit.inputs, False),), x, self._weights(tuple(x.shape[:-1])))
             return self._watched(unit, output)
 
         return hook
 
     def _looked_up(self, unit: Unit, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         weights = self._weights(tuple(ids.shape))
-        if unit.name not in self._counts:
-            self._counts[unit.name] = Diagonal(unit.inputs, self._store)
+        if unit.name not in self.counts:
+            self.counts[unit.name] = self.new_counts(unit.inputs)
         # Counts are integers, hence exact.
-        self._counts[unit.name].add_sums(torch.bincount(ids.reshape(-1), weights.double(), minlength=unit.inputs))
+        self.counts[unit.name].add_sums(torch.bincount(ids.reshape(-1), weights.double(), minlength=unit.inputs))
         return self._watched(unit, rows)
+
+    def new_counts(self, rows: int) -> Diagonal:
+        """The counts of an embedding of so many rows, all 0."""
+        return Diagonal(rows, self._store)
 
     def moments(self, tokens: int, scale: float) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """The means as float32: of inputs over all `tokens` of the text, of gradients over the rows with one.
@@ -179,14 +184,14 @@ class ReadingPass:
 
         Raises `NonFiniteError`, which names the moment.
         """
-        while self._counts:
-            name, counts = self._counts.popitem()
+        while self.counts:
+            name, counts = self.counts.popitem()
             yield f"input.{name}", checked_mean(f"input.{name}", counts, tokens)
-        for units, sums in self._inputs.taken():
+        for units, sums in self.inputs.taken():
             for _, mean in sums.means([f"input.{units[0]}"], tokens):
                 yield from ((f"input.{unit}", mean) for unit in units)
         outputs = {unit.name: [f"output.{name}" for name, _ in unit.outputs] for unit in self._group}
-        for units, sums in self._gradients.taken():
+        for units, sums in self.gradients.taken():
             for part, (_, mean) in enumerate(sums.means(outputs[units[0]], sums.tokens * scale**2)):
                 yield from ((outputs[unit][part], mean) for unit in units)
 
@@ -203,7 +208,7 @@ class ReadingPass:
 
         def seen(gradient: torch.Tensor) -> None:
             with torch.no_grad():
-                self._gradients.add(unit.name, parts, gradient, weights)
+                self.gradients.add(unit.name, parts, gradient, weights)
 
         output.register_hook(seen)  # type: ignore[no-untyped-call]
         return output

@@ -107,6 +107,17 @@ class SharedSums:
         if different:
             raise NotShared(different)
 
+    def groups(self) -> Iterator[tuple[list[str], Parts, Sums]]:
+        """The units that share a sum, its parts, and the sum, in the order in which they were first read."""
+        for group in {id(group): group for group in self._groups.values()}.values():
+            yield sorted(group.members), group.parts, group.sums
+
+    def begin(self, units: Collection[str], parts: Parts) -> Sums:
+        """A new sum, shared by `units` as in an earlier run."""
+        group = _Group(Sums(parts, self._store), parts, set(units), None)
+        self._groups.update(dict.fromkeys(units, group))
+        return group.sums
+
     def taken(self) -> Iterator[tuple[list[str], Sums]]:
         """The sums, each with the units that share it; a sum is gone when the next one is asked for."""
         while self._groups:

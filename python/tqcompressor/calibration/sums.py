@@ -25,7 +25,7 @@ _ROWS = 4096
 _PANEL_ROWS, _PANELS = 128, 8
 
 
-class _Numbers(Protocol):
+class Numbers(Protocol):
     """float64 numbers that are added to, somewhere."""
 
     def add(self, first: int, values: torch.Tensor) -> None:
@@ -107,7 +107,7 @@ class SumStore:
         self._file: _TemporaryFile | None = None
         self._scratch = torch.empty(0, device=device)
 
-    def zeros(self, count: int) -> _Numbers:
+    def zeros(self, count: int) -> Numbers:
         """`count` float64 numbers, all zero."""
         if 8 * count <= self._room:
             self._room -= 8 * count
@@ -122,7 +122,7 @@ class SumStore:
             self._scratch = torch.empty(rows * columns, device=self._device)
         return self._scratch[: rows * columns].view(rows, columns)
 
-    def beside(self, numbers: _Numbers, array: NDArray[np.float32]) -> NDArray[np.float32]:
+    def beside(self, numbers: Numbers, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """`array`, in memory or in the file, as the sum `numbers` is from which it was computed."""
         return self._file.mapped(array) if self._file is not None and isinstance(numbers, _InFile) else array
 
@@ -139,7 +139,10 @@ class Triangle:
         for first, end in bounds:
             self._panels.append((first, end, count))
             count += (end - first) * end
-        self._numbers = store.zeros(count)
+        self.count = count
+        """How many numbers the sum has."""
+        self.numbers = store.zeros(count)
+        """The panels, one behind the other."""
 
     def add(self, rows: torch.Tensor) -> None:
         """Adds the outer products of float32 `rows`, `(count, size)`."""
@@ -147,13 +150,13 @@ class Triangle:
             for first, end, begin in self._panels:
                 product = self._store.scratch(end - first, end)
                 torch.mm(part[:, first:end].t(), part[:, :end], out=product)
-                self._numbers.add(begin, product.view(-1))
+                self.numbers.add(begin, product.view(-1))
 
     def mean(self, count: float) -> NDArray[np.float32]:
         """The whole of the symmetric matrix, divided by `count`."""
         mean = np.empty((self._size, self._size), np.float32)
         for first, end, begin in self._panels:
-            numbers = self._numbers.read(begin, (end - first) * end)
+            numbers = self.numbers.read(begin, (end - first) * end)
             panel = (numbers / count).float().cpu().numpy().reshape(end - first, end)
             mean[first:end, :end] = panel
             mean[:first, first:end] = panel[:, :first].T
@@ -161,15 +164,18 @@ class Triangle:
             block = mean[first:end, first:end]
             upper = np.triu_indices(end - first, 1)
             block[upper] = block.T[upper]
-        return self._store.beside(self._numbers, mean)
+        return self._store.beside(self.numbers, mean)
 
 
 class Diagonal:
     """`Σ x²` of `size` features, or other sums of one number a feature."""
 
     def __init__(self, size: int, store: SumStore) -> None:
-        self._size, self._store = size, store
-        self._numbers = store.zeros(size)
+        self._store = store
+        self.count = size
+        """How many numbers the sum has."""
+        self.numbers = store.zeros(size)
+        """The sums, one a feature."""
 
     def add(self, rows: torch.Tensor) -> None:
         """Adds the squares of float32 `rows`, `(count, size)`."""
@@ -177,12 +183,12 @@ class Diagonal:
 
     def add_sums(self, sums: torch.Tensor) -> None:
         """Adds `sums`, `(size,)`."""
-        self._numbers.add(0, sums)
+        self.numbers.add(0, sums)
 
     def mean(self, count: float) -> NDArray[np.float32]:
         """The sums, divided by `count`."""
-        mean: NDArray[np.float32] = (self._numbers.read(0, self._size) / count).float().cpu().numpy()
-        return self._store.beside(self._numbers, mean)
+        mean: NDArray[np.float32] = (self.numbers.read(0, self.count) / count).float().cpu().numpy()
+        return self._store.beside(self.numbers, mean)
 
 
 class Sums:
@@ -192,7 +198,9 @@ class Sums:
     """
 
     def __init__(self, parts: Sequence[tuple[int, bool]], store: SumStore) -> None:
-        self._sums = [(size, (Diagonal if diagonal else Triangle)(size, store)) for size, diagonal in parts]
+        self.parts = [(Diagonal if diagonal else Triangle)(size, store) for size, diagonal in parts]
+        """The sum of each part."""
+        self._sizes = [size for size, _ in parts]
         self.tokens = 0
         """The tokens whose rows were added."""
 
@@ -200,7 +208,7 @@ class Sums:
         """Adds `rows`, `(…, columns)`; each represents as many tokens as its entry in the flat `weights` says."""
         first = 0
         counted = _counted(rows, weights)
-        for size, total in self._sums:
+        for size, total in zip(self._sizes, self.parts, strict=True):
             total.add(counted[:, first : first + size])
             first += size
         self.tokens += int(weights.sum())
@@ -211,7 +219,7 @@ class Sums:
         Raises `NonFiniteError`, which names the part.
         """
         for name in names:
-            yield name, checked_mean(name, self._sums.pop(0)[1], count)
+            yield name, checked_mean(name, self.parts.pop(0), count)
 
 
 def checked_mean(name: str, total: Triangle | Diagonal, count: float) -> NDArray[np.float32]:

@@ -198,6 +198,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         seed=options.seed,
         dtype=options.dtype,
         device=options.device,
+        partial=options.partial,
         threads=options.threads,
     )
     if options.json:

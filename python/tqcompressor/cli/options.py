@@ -225,6 +225,9 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of sequences and gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
     calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    calibrate.add_argument(
+        "--partial", metavar="FILE", help="keep the sums so far in FILE, where a run that was stopped goes on"
+    )
     _add_engine(calibrate)
     _add_threads(calibrate)
 

@@ -22,6 +22,7 @@ from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..decomposition.norm import Moments
 from ..errors import CheckpointError, ConfigError, DestinationError
 from ..utils import validate
+from ..utils.engines import is_native
 from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, announce, phase_reporter, reporter
 from ..utils.sizes import byte_count
@@ -35,6 +36,7 @@ from .run_key import run_key
 
 # The calibration on a text, in the journal of a run.
 _CALIBRATION = "calibration.safetensors"
+_PARTIAL_SUMS = "sums.safetensors"
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 
@@ -229,9 +231,14 @@ def compress_checkpoint(
 
 
 def _calibrated(path: Path, source: str, text: TextOption, **options: Any) -> Calibration:
-    """The calibration of a run on its text, kept at `path`, where it is if the run was stopped after it."""
+    """The calibration of a run on its text, kept at `path`, where it is if the run was stopped after it.
+
+    If the run was stopped while it was measured, the sums so far are beside it.
+    """
     if not path.exists():
-        calibrate_checkpoint(source, text, **options).save(path)
+        # The native engine keeps none.
+        partial = None if is_native(options["engine"], {}) else path.with_name(_PARTIAL_SUMS)
+        calibrate_checkpoint(source, text, partial=partial, **options).save(path)
     # Mapped from the file, it takes no memory while it is not used.
     return Calibration.load(path)
 

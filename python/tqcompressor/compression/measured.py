@@ -34,6 +34,7 @@ def calibrate_checkpoint(
     seed: int = DEFAULT_SEED,
     dtype: Dtype = "float32",
     device: str = "cpu",
+    partial: StrPath | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> Calibration:
@@ -54,6 +55,7 @@ def calibrate_checkpoint(
         seed: The seed of the sequences that are drawn, and of the gradients.
         dtype: The dtype to compute in; the native engine has float32 only.
         device: The torch device.
+        partial: A file for the sums so far, as for `calibrate`: a run that was stopped goes on with them. Torch only.
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
@@ -74,7 +76,12 @@ def calibrate_checkpoint(
     one_of("engine", engine, ENGINES)
     one_of("dtype", dtype, DTYPES)
     threads = validate.threads(threads)
-    limits = {"device": (device, "cpu"), "dtype": (dtype, "float32"), "samples": (samples, None)}
+    limits = {
+        "device": (device, "cpu"),
+        "dtype": (dtype, "float32"),
+        "samples": (samples, None),
+        "partial": (partial, None),
+    }
     options: dict[str, Any] = {"num_samples": num_samples, "seq_len": seq_len, "seed": seed, "progress": progress}
     if is_native(engine, limits):
         from ..native.model import NativeModel
@@ -100,7 +107,7 @@ def calibrate_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = load_pretrained(source, dtype=dtype)
         model.to(device)
-        return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, **options)
+        return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, partial=partial, **options)
     finally:
         # The number is the whole process's.
         torch.set_num_threads(before)

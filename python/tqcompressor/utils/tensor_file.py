@@ -23,7 +23,12 @@ from ..errors import CheckpointError
 from .atomic_io import WholeFile, storage_errors
 from .utf8 import HEAD
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Tensors begin at a multiple of this many bytes, where their sizes allow.
 _ALIGNMENT = 64
