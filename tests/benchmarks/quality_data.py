@@ -33,7 +33,7 @@ SMOLLM2_METHODS = (
     "PIFA on SVD-LLM",
     "two-sided",
     "two-sided, global ranks",
-    "AA-SVD",
+    "AA-SVD, closed form",
     "MoDeGPT",
     "SVD-LLM, embedding by frequencies",
     "PIFA on SVD-LLM, embedding by frequencies",

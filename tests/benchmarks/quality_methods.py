@@ -175,6 +175,88 @@ def two_sided_globally(study: Study, share: float) -> Compressed:
     return model, kept
 
 
+def aa_svd(study: Study, share: float) -> Compressed:
+    """One ratio, block by block: each layer is fitted to the original outputs from its inputs in the compressed model.
+
+    Without the paper's training of each block.
+    """
+    subject = study.subject
+    model, kept = subject.copy(), 0
+    states, calls = block_calls(subject, study.batches)
+    shifted, masks = states, [batch["attention_mask"].bool() for batch in study.batches]
+    for index, block in enumerate(subject.blocks):
+        original = subject.model.get_submodule(f"{subject.block_list}.{index}")
+        compressed = model.get_submodule(f"{subject.block_list}.{index}")
+        wanted = {name: subject.model.get_submodule(name) for name in block.layers}
+        after, inputs = run_block(original, states, calls[index], wanted, masks)
+        # Layers that read one tensor are fitted together.
+        up = (block.up,) if block.gate is None else (block.gate, block.up)
+        for names in (block.attention, (block.attention_output,), up, (block.down,)):
+            _, seen = run_block(compressed, shifted, calls[index], {names[0]: model.get_submodule(names[0])}, masks)
+            x, moved = inputs[names[0]], seen[names[0]]
+            moment, cross = (moved.T @ each for each in (moved, x))
+            for name in names:
+                w = matrix(subject.model, name)
+                rank = peers.low_rank_within(w.shape, share * w.size)
+                found = peers.anchored(w, moment.double().numpy(), cross.double().numpy())
+                set_matrix(model, name, found.truncated(rank))
+                kept += rank * sum(w.shape)
+        states, (shifted, _) = after, run_block(compressed, shifted, calls[index], {}, masks)
+    return model, kept
+
+
+Calls = list[tuple[tuple, dict]]
+"""What a block is called with beside the hidden states, batch by batch."""
+
+
+@torch.inference_mode()
+def block_calls(subject: Subject, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[Calls]]:
+    """The hidden states before the first block, batch by batch, and the other arguments of every block."""
+    blocks = subject.model.get_submodule(subject.block_list)
+    states: list[torch.Tensor] = []
+    calls: list[Calls] = [[] for _ in blocks]
+
+    def keep(index: int) -> Callable:
+        def hook(_module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            keywords = dict(keywords)
+            hidden = arguments[0] if arguments else keywords.pop("hidden_states")
+            if index == 0:
+                states.append(hidden)
+            calls[index].append((arguments[1:], keywords))
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(blocks)]
+    for batch in batches:
+        subject.model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return states, calls
+
+
+@torch.inference_mode()
+def run_block(
+    block: nn.Module,
+    states: Sequence[torch.Tensor],
+    calls: Calls,
+    layers: Mapping[str, nn.Module],
+    masks: Sequence[torch.Tensor],
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The hidden states after a block, and the inputs `(tokens, features)` of some of its layers, without padding."""
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0]))
+        for name, layer in layers.items()
+    ]
+    outputs = [block(hidden, *others, **keywords) for hidden, (others, keywords) in zip(states, calls, strict=True)]
+    for handle in handles:
+        handle.remove()
+    after = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    return after, {
+        name: torch.cat([x[mask] for x, mask in zip(found, masks, strict=True)]) for name, found in inputs.items()
+    }
+
+
 # Smaller inner dimensions.
 
 
@@ -346,6 +428,7 @@ METHODS = {
     "PIFA on SVD-LLM V2": Method(partial(low_rank, kind="SVD-LLM V2", pivoting=True, allocated=True)),
     "two-sided": Method(partial(low_rank, kind="two-sided")),
     "two-sided, global ranks": Method(two_sided_globally),
+    "AA-SVD, closed form": Method(aa_svd),
     "MoDeGPT": Method(modegpt),
     OURS[0]: Method(partial(ours, whole=False)),
     OURS[1]: Method(partial(ours, whole=False, sequential=True)),

@@ -387,6 +387,14 @@ def test_no_method_exceeds_its_budget(benchmark, study, share):
             torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
+def test_aa_svd_of_full_rank_is_the_model(benchmark, study):
+    model, _ = benchmark("quality_methods").aa_svd(study, 2.0)
+    outputs = [of(**study.batches[1], use_cache=False)[0] for of in (model, study.subject.model)]
+    mask = study.batches[1]["attention_mask"].bool()
+    distance = (outputs[0] - outputs[1])[mask].norm() / outputs[1][mask].norm()
+    assert distance < 1e-3
+
+
 def test_pruned_units_can_be_taken_out(benchmark, study):
     """Zeroing the weights that read the removed units equals smaller matrices."""
     methods, subject = benchmark("quality_methods"), study.subject
