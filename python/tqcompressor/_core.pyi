@@ -184,11 +184,12 @@ def fit_within(
     moment_pair: _Moments,
     *,
     parameters: int,
+    max_macs: float | None,
     effort: str,
     threads: int | None,
     progress: _ProgressCallback | None,
 ) -> Fitted:
-    """The best fit of any kind with at most the given number of parameters."""
+    """The best fit of any kind with at most the given number of parameters, and MACs as for `spend_budget`."""
 
 @final
 class MatrixInfo:
@@ -272,8 +273,8 @@ def spend_budget(
 ) -> SpentBudget:
     """Distributes one budget: at most this number of `parameters`, or the fewest that lose this share of the energy.
 
-    A usage is "map", "lookup" or "tied_lookup"; `max_macs` is a share of the MACs of the dense matrices. Matrices of
-    one module are compressed all or none. With `keep`, `SpentBudget.fit` can follow.
+    A usage is "map", "lookup" or "tied_lookup"; `max_macs` is a share of the MACs of the dense matrices, infinity for
+    no cap; by default, no matrix takes more than while dense. Matrices of one module are compressed all or none. With `keep`, `SpentBudget.fit` can follow.
     """
 
 def expand_checkpoint(

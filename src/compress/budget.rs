@@ -40,7 +40,8 @@ pub struct BudgetMatrix<'a> {
 pub struct BudgetOptions {
     /// The target.
     pub target: Target,
-    /// A cap on the MACs for one token of all matrices together, as a share of their MACs while dense.
+    /// A cap on the MACs for one token of all matrices together, as a share of their MACs while dense; infinity for none.
+    /// By default, a sum takes no more MACs than its matrix while dense.
     pub max_macs: Option<f64>,
     /// At "fast", every fit is low rank. Above, each matrix gets the best fit of any kind with no more parameters.
     pub effort: Effort,
@@ -138,7 +139,8 @@ impl SpentBudget {
     ///
     /// If some parts of a fused weight are compressed, a part that would stay dense gets its full rank less one, which
     /// has fewer parameters and loses almost nothing. MACs that the ranks leave below a cap are distributed in
-    /// proportion to the MACs of each choice, and limit the best approximation of each matrix. Unless `keep` is
+    /// proportion to the MACs of each choice, and limit the best approximation of each matrix; without a cap, its MACs
+    /// while dense do. Unless `keep` is
     /// [`Keep::Nothing`], [`fit_each`](Self::fit_each) can follow.
     ///
     /// # Errors
@@ -198,10 +200,18 @@ impl SpentBudget {
         let sensitive = matrices.iter().all(|matrix| matrix.place.moments.output.is_some());
         let weighting = if sensitive { Weighting::Absolute } else { Weighting::Relative };
         let dense: usize = candidates.iter().map(Candidate::dense_macs).sum();
-        let most_macs = options.max_macs.map(|share| (share * dense as f64) as usize);
+        let share = options.max_macs.filter(|&share| share != f64::INFINITY);
+        let most_macs = share.map(|share| (share * dense as f64) as usize);
         let mut choices = allocate(&candidates, weighting, options.target, most_macs)?;
         fuse(matrices, &candidates, &mut choices)?;
-        let shares = most_macs.map(|most| shared_out(most, &choices));
+        let shares = match (most_macs, options.max_macs) {
+            (Some(most), _) => Some(shared_out(most, &choices)),
+            // A lookup takes none while dense, and some in any other form.
+            (None, None) => {
+                Some(candidates.iter().zip(&choices).map(|(each, choice)| each.dense_macs().max(choice.macs)).collect())
+            }
+            (None, Some(_)) => None,
+        };
         let planned: Vec<_> = candidates
             .into_iter()
             .zip(&choices)
@@ -460,8 +470,13 @@ mod tests {
                 .map(|spent| spent.planned().to_vec())
         };
         let sum = |planned: &[Planned]| planned.iter().map(|each| each.macs).sum::<usize>();
-        let free = choose(None).unwrap();
+        let free = choose(Some(f64::INFINITY)).unwrap();
         assert!(sum(&free) as f64 > 0.8 * dense as f64);
+        let own = choose(None).unwrap();
+        for (each, &(m, n, usage)) in own.iter().zip(&sizes) {
+            // Low rank takes as many as parameters, and some for a lookup.
+            assert!(each.macs <= each.macs_before || usage != Usage::Map, "{m} {n}");
+        }
         for share in [0.25, 0.5, 0.8, 1.5] {
             let planned = choose(Some(share)).unwrap();
             assert!(sum(&planned) as f64 <= share * dense as f64);

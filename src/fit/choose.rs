@@ -91,16 +91,16 @@ impl Limits {
 
 /// The best approximation of `view` found within `limits` in `norm`. `spectrum` is that of `view` in `norm`.
 ///
-/// At effort [`Effort::Fast`] it is the low-rank matrix of the largest rank that fits. Above, sums of low rank and a
-/// permuted Kronecker sum, and Kronecker sums alone, are screened by rough fits. The best candidate is fitted well, and
-/// replaces low rank if it loses less energy.
+/// At effort [`Effort::Fast`] it is the low-rank matrix of the largest rank that fits. Above, sums of low rank and
+/// permuted Kronecker terms are screened by rough fits. The best candidate is fitted well, and replaces low rank if it
+/// loses less energy.
 ///
 /// # Errors
 /// [`Error::Shape`] if rank 1 exceeds the parameters or no rank is within the MACs; otherwise as [`fit`].
 ///
 /// # Cost
-/// At balanced effort, some 100 evaluations of the norm in addition to [`low_rank`]; ten times that at
-/// [`Effort::Best`].
+/// At balanced effort, some 25 evaluations of the norm with both sides full, in f32, and two more of [`low_rank`]; some
+/// twenty times that at [`Effort::Best`].
 pub fn fit_within(
     view: MatrixView<'_>,
     limits: Limits,
@@ -138,20 +138,23 @@ fn fit_within_safely(
     let target = upcast(view);
     let shared = Shared { target: target.as_ref(), norm, spectrum, progress };
     let problems = candidates.iter().map(|spec| Problem::new(&shared, spec.terms())).collect::<Result<Vec<_>>>()?;
+    // The energy left beyond low rank is a little too small, so that a sum worse than this is hopeless.
+    let hopeless = HOPELESS * best.lost_energy * norm.energy(target.as_ref());
     let mut screened = Vec::with_capacity(problems.len());
     for (which, problem) in problems.iter().enumerate() {
         let (energy, factors) = problem.screen()?;
-        screened.push((energy, which, factors));
+        if energy < hopeless {
+            screened.push((energy, which, factors));
+        }
     }
-    // Low rank is exact from the start and Kronecker sums are not, so the first screening favours low rank.
-    let hopeless = HOPELESS * best.lost_energy * norm.energy(target.as_ref());
     for kept in [FINALISTS, 1] {
         screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
+        let undecided = screened.len() > kept;
         screened.truncate(kept);
-        if kept == 1 {
-            screened.retain(|(energy, _, _)| *energy < hopeless);
+        if kept > 1 && !undecided && screened.len() < 2 {
+            continue;
         }
-        let turns = if kept > 1 { Turns::SECOND_SCREENING } else { Turns::new(effort) };
+        let turns = if kept > 1 { Turns::SECOND_SCREENING } else { Turns::beside(effort) };
         for (energy, which, factors) in &mut screened {
             *energy = problems[*which].improve(factors, turns)?;
         }
@@ -185,20 +188,22 @@ fn largest_rank(m: usize, n: usize, limits: Limits) -> Result<usize> {
     Err(refused("MACs", MatrixSpec::low_rank(1).macs(m, n, usage)?, got))
 }
 
-/// A candidate is dropped after the second screening if it loses this many times as much as low rank.
-const HOPELESS: f64 = 1.5;
+/// A candidate is dropped after the first screening if it loses this many times as much as low rank.
+const HOPELESS: f64 = 1.25;
 /// Candidates in the second screening.
 const FINALISTS: usize = 3;
 
 /// Sums with at most `parameters` parameters that may lose less than low rank.
+///
+/// Kronecker terms beside a low rank, each of one product and with orders of its own. A few of these lose less than a
+/// term of many products in one order, and take fewer MACs.
 fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<MatrixSpec> {
-    // `shares` are the shares of the parameters in low rank. `sizes` are block sizes as shares of √(m·n), the size at
-    // which a Kronecker sum has the most terms for its parameters. Measured on attention and feed-forward matrices of
-    // GPT-2 and MiniLM.
-    let (shares, sizes): (&[f64], &[f64]) = match effort {
+    // `counts` are the numbers of Kronecker terms. `sizes` are block sizes as shares of √(m·n), the size at which a
+    // Kronecker product has the fewest parameters. Measured on attention and feed-forward matrices of SmolLM2.
+    let (counts, sizes): (&[usize], &[f64]) = match effort {
         Effort::Fast => (&[], &[]),
-        Effort::Balanced => (&[0.65, 0.85], &[0.7]),
-        Effort::Best => (&[0.0, 0.4, 0.6, 0.75, 0.85, 0.93], &[0.35, 0.7, 1.0]),
+        Effort::Balanced => (&[2], &[0.3]),
+        Effort::Best => (&[1, 2, 4, 6], &[0.2, 0.4, 0.8]),
     };
     let mut candidates = Vec::new();
     if m.max(n) > LONGEST {
@@ -206,20 +211,16 @@ fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<Matr
     }
     for size in sizes {
         let Some(block) = block_near(m, n, size * ((m * n) as f64).sqrt()) else { continue };
-        for share in shares {
-            let rank = LowRankShape::largest_rank(m, n, (share * parameters as f64) as usize);
-            let left = parameters - rank * (m + n - rank);
-            let (blocks, entries) = (m * n / (block.0 * block.1), block.0 * block.1);
-            let kronecker_rank = (left / (blocks + entries)).min(blocks).min(entries);
-            if kronecker_rank == 0 {
+        let kronecker = TermSpec::Kronecker(KroneckerSpec { block, rank: 1, permute: Permute::Both });
+        let each = m * n / (block.0 * block.1) + block.0 * block.1;
+        for &count in counts {
+            let rank = LowRankShape::largest_rank(m, n, parameters.saturating_sub(count * each));
+            if rank == 0 {
                 continue;
             }
-            let kronecker = KroneckerSpec { block, rank: kronecker_rank, permute: Permute::Both };
-            let mut terms = vec![TermSpec::Kronecker(kronecker)];
-            if rank > 0 {
-                terms.insert(0, TermSpec::LowRank { rank });
-            }
-            let spec = MatrixSpec::new(terms).expect("a Kronecker term at least");
+            let mut terms = vec![TermSpec::LowRank { rank }];
+            terms.extend(std::iter::repeat_n(kronecker.clone(), count));
+            let spec = MatrixSpec::new(terms).expect("one term at least");
             if !candidates.contains(&spec) {
                 candidates.push(spec);
             }

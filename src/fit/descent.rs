@@ -2,13 +2,17 @@
 //!
 //! J. Nocedal, "Updating quasi-Newton matrices with limited storage", Mathematics of Computation 35 (1980). It needs a
 //! third of the norm evaluations of alternating least squares by conjugate gradients for the same lost energy.
+//!
+//! The factors and the residual are f64. The norm is applied to the residual in f32, as are gradients and steps: this
+//! rounds them in proportion to the residual, not to the matrix.
 
 use std::collections::VecDeque;
+use std::ops::AddAssign;
 
 use faer::{Mat, MatRef};
 
 use super::factors::Factors;
-use super::moment::{Norm, inner, product};
+use super::moment::{Norm, Real, inner, product, single};
 use super::preconditioner::{BlockWeights, Preconditioner};
 use crate::error::Result;
 use crate::progress::Progress;
@@ -21,7 +25,7 @@ const ARMIJO: f64 = 1e-4;
 const CONVERGED: f64 = 2e-5;
 
 /// Factors of every term, or a gradient, or a step: `(a, b)` of each.
-type Point = Vec<(Mat<f64>, Mat<f64>)>;
+type Point = Vec<(Mat<f32>, Mat<f32>)>;
 
 /// Lowers `‖W − Σ_t K_t‖²` by at most `iterations` steps and returns it. Never raises it.
 ///
@@ -33,7 +37,8 @@ pub(super) fn descend(
     iterations: usize,
     progress: &Progress,
 ) -> Result<f64> {
-    let (mut energy, mut gradient) = evaluate(terms, target, norm);
+    let single = norm.to_single();
+    let (mut energy, mut gradient) = evaluate(terms, target, &single);
     let preconditioners: Vec<Preconditioner> =
         terms.iter().map(|factors| BlockWeights::new(factors, norm).preconditioner(factors)).collect();
     let mut history = History::default();
@@ -50,7 +55,7 @@ pub(super) fn descend(
         let mut length = 1.0;
         let found = loop {
             let tried = moved(terms, &direction, length);
-            let (tried_energy, tried_gradient) = evaluate(&tried, target, norm);
+            let (tried_energy, tried_gradient) = evaluate(&tried, target, &single);
             // `energy` falls by twice the slope of its half.
             if tried_energy <= energy + 2.0 * ARMIJO * length * slope {
                 break Some((tried, tried_energy, tried_gradient));
@@ -96,16 +101,16 @@ pub(super) fn left_to(which: usize, terms: &[Factors], target: MatRef<'_, f64>) 
 }
 
 /// `‖E‖²` and half of its gradient.
-fn evaluate(terms: &[Factors], target: MatRef<'_, f64>, norm: &Norm) -> (f64, Point) {
-    let error = residual(terms, target);
+fn evaluate(terms: &[Factors], target: MatRef<'_, f64>, norm: &Norm<f32>) -> (f64, Point) {
+    let error = single(residual(terms, target).as_ref());
     let weighted = norm.apply(error.as_ref());
     let energy = inner(weighted.as_ref(), error.as_ref());
     let gradient = terms
         .iter()
         .map(|factors| {
             let gathered = factors.gather(weighted.as_ref());
-            let (mut a, mut b) =
-                (product(gathered.as_ref(), factors.b.as_ref()), product(gathered.transpose(), factors.a.as_ref()));
+            let (a, b) = (single(factors.a.as_ref()), single(factors.b.as_ref()));
+            let (mut a, mut b) = (product(gathered.as_ref(), b.as_ref()), product(gathered.transpose(), a.as_ref()));
             for factor in [&mut a, &mut b] {
                 factor.col_iter_mut().for_each(|column| column.iter_mut().for_each(|value| *value = -*value));
             }
@@ -116,7 +121,7 @@ fn evaluate(terms: &[Factors], target: MatRef<'_, f64>, norm: &Norm) -> (f64, Po
 }
 
 fn moved(terms: &[Factors], direction: &Point, length: f64) -> Vec<Factors> {
-    let moved = |factors: &Factors, (a, b): &(Mat<f64>, Mat<f64>)| {
+    let moved = |factors: &Factors, (a, b): &(Mat<f32>, Mat<f32>)| {
         let mut factors = factors.clone();
         add_scaled(&mut factors.a, a, length);
         add_scaled(&mut factors.b, b, length);
@@ -184,7 +189,7 @@ fn add(x: &mut Point, y: &Point, scale: f64) {
 }
 
 fn scaled(x: &Point, scale: f64) -> Point {
-    let scaled = |x: &Mat<f64>| Mat::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] * scale);
+    let scaled = |x: &Mat<f32>| Mat::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] * scale as f32);
     x.iter().map(|(a, b)| (scaled(a), scaled(b))).collect()
 }
 
@@ -195,10 +200,11 @@ fn difference(x: &Point, y: &Point) -> Point {
 }
 
 /// `x += scale·y`.
-fn add_scaled(x: &mut Mat<f64>, y: &Mat<f64>, scale: f64) {
+fn add_scaled<T: Real + From<f32> + AddAssign>(x: &mut Mat<T>, y: &Mat<f32>, scale: f64) {
+    let scale = T::from_f64_impl(scale);
     for (x, y) in x.col_iter_mut().zip(y.col_iter()) {
         for (x, y) in x.iter_mut().zip(y.iter()) {
-            *x += scale * y;
+            *x += scale * T::from(*y);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use faer::{Mat, MatRef};
 
-use super::moment::product;
+use super::moment::{Real, product};
 use crate::error::Result;
 use crate::kron::{KroneckerSum, eigenvectors};
 use crate::permute::{Decomposition, Permutation};
@@ -87,7 +87,7 @@ impl Factors {
     }
 
     /// `R(X[p][:, q])`, of shape `(m1·n1, m2·n2)`.
-    pub fn gather(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+    pub fn gather<T: Real>(&self, x: MatRef<'_, T>) -> Mat<T> {
         let mut gathered = Mat::zeros(self.shape.blocks(), self.shape.block_entries());
         self.for_each_place(|block, entry, row, column| gathered[(block, entry)] = x[(row, column)]);
         gathered

@@ -12,7 +12,7 @@ use faer::linalg::qr::col_pivoting::factor::{qr_in_place, qr_in_place_scratch};
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Auto, Mat, MatRef, Par, Spec};
 
-use super::moment::{Norm, Weight, product};
+use super::moment::{Norm, Weight, inner, product};
 use crate::error::Result;
 use crate::kron::{MatrixView, eigenvectors};
 use crate::numeric::range::{Rescale, scale};
@@ -233,6 +233,37 @@ pub(super) struct Whitened {
 }
 
 impl Whitened {
+    /// The norm of a change of the matrix beyond what a low rank that follows it makes up for: with the leading singular
+    /// vectors `U` and `V` of the whitened matrix, `‖(I − U Uᵀ) C_in^½ E C_out^½ (I − V Vᵀ)‖`. In this norm, the matrix
+    /// itself is as far from zero as from its low rank.
+    ///
+    /// # Cost
+    /// `rank·(m·n + 2·m² + 2·n²)` MACs, twice that on the longer side.
+    pub fn beyond(&self, target: MatRef<'_, f64>, rank: usize, norm: &Norm, roots: &Roots) -> Norm {
+        let transposed = target.nrows() > target.ncols();
+        let (short, short_weight, long_weight) = if transposed {
+            (target.transpose(), &norm.output, &norm.input)
+        } else {
+            (target, &norm.input, &norm.output)
+        };
+        let first = self.energies.len() - rank;
+        let coordinates = roots.0.times(self.vectors.subcols(first, rank));
+        // `T V Σ` for `C_out = T²`: no root of the longer side is needed.
+        let other = product(short.transpose(), coordinates.as_ref());
+        let mut along = long_weight.times(other.as_ref());
+        // `Σ²` at the scale of the target, which that of the spectrum need not be.
+        let energies: Vec<f64> = (0..rank).map(|k| inner(other.subcols(k, 1), along.as_ref().subcols(k, 1))).collect();
+        let largest = energies.iter().copied().fold(0.0, f64::max);
+        for (column, energy) in along.col_iter_mut().zip(energies) {
+            let inverse = if energy > NOTHING * largest { energy.sqrt().recip() } else { 0.0 };
+            column.iter_mut().for_each(|value| *value *= inverse);
+        }
+        let (short_weight, long_weight) =
+            (without(short_weight, coordinates.as_ref()), without(long_weight, along.as_ref()));
+        let (input, output) = if transposed { (long_weight, short_weight) } else { (short_weight, long_weight) };
+        Norm { input, output, scale: norm.scale }
+    }
+
     fn directions(&self, rank: usize, roots: &Roots) -> Directions {
         // Eigenvalues ascend, so the leading vectors are last.
         let first = self.energies.len() - rank;
@@ -243,6 +274,32 @@ impl Whitened {
             lost_energy: lost_share(&self.energies[..first], &self.energies),
         }
     }
+}
+
+/// Energies below this share of the largest are rounding.
+const NOTHING: f64 = 1e-14;
+/// The part of its mean diagonal that is added to a weight without its leading directions: it would be singular.
+const RIDGE: f64 = 1e-3;
+
+/// `C − X Xᵀ`, with a ridge.
+fn without(weight: &Weight, x: MatRef<'_, f64>) -> Weight {
+    let mut left = product(x, x.transpose());
+    let size = left.nrows();
+    let entry = |i: usize, j: usize| match weight {
+        Weight::Full(matrix) => matrix[(i, j)],
+        Weight::Diagonal(values) if i == j => values[i],
+        Weight::Identity if i == j => 1.0,
+        _ => 0.0,
+    };
+    for j in 0..size {
+        for i in 0..size {
+            left[(i, j)] = entry(i, j) - left[(i, j)];
+        }
+    }
+    let ridge = RIDGE * (0..size).map(|i| left[(i, i)]).sum::<f64>().max(0.0) / size as f64;
+    // Rounding may have left a little less than nothing of a direction that had all the weight.
+    (0..size).for_each(|i| left[(i, i)] = left[(i, i)].max(0.0) + ridge);
+    Weight::Full(left)
 }
 
 impl<'a> Sides<'a> {

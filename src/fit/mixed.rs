@@ -10,7 +10,7 @@ use faer::{Mat, MatRef};
 
 use super::descent::{left_to, residual};
 use super::factors::Factors;
-use super::low_rank::{Spectrum, low_rank_of, plain_factors, whiten};
+use super::low_rank::{Spectrum, Whitened, low_rank_of, plain_factors, whiten};
 use super::moment::Norm;
 use super::terms::Term;
 use super::weighted::{ASSIGNMENTS, Turns, improve, in_own_order, lost_energy, start, upcast};
@@ -78,8 +78,12 @@ fn mixed_safely(
     let Some((_, mut factors)) = best else {
         return Err(Error::Config("terms: expected at least one, got none".into()));
     };
-    problem.fill(&mut factors, ASSIGNMENTS)?;
-    problem.improve(&mut factors, turns)?;
+    if problem.single_low_rank().is_some() {
+        problem.improve(&mut factors, Turns::beside(effort))?;
+    } else {
+        problem.fill(&mut factors, ASSIGNMENTS)?;
+        problem.improve(&mut factors, turns)?;
+    }
     problem.finish(factors)
 }
 
@@ -140,18 +144,14 @@ impl<'a> Problem<'a> {
 
     /// Fits the terms that are still zero to the residual of the others; `assignments` as in [`start`].
     pub fn fill(&self, factors: &mut [Factors], assignments: usize) -> Result<()> {
-        let Shared { target, norm, spectrum, progress } = self.shared;
-        let roots = &spectrum.roots;
+        let Shared { target, norm, progress, .. } = self.shared;
         for (which, term) in self.terms.iter().enumerate() {
             if !factors[which].is_zero() {
                 continue;
             }
             let left = residual(factors, *target);
             factors[which] = match term {
-                TermSpec::LowRank { rank } => {
-                    let whitened = whiten(left.as_ref(), norm, roots, progress)?;
-                    balanced_low_rank(plain_factors(left.as_ref(), *rank, roots, &whitened))
-                }
+                TermSpec::LowRank { rank } => self.low_rank(factors, left.as_ref(), *rank)?.0,
                 TermSpec::Kronecker(spec) => start(left.as_ref(), spec, norm, assignments, progress)?,
                 TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
             };
@@ -159,21 +159,84 @@ impl<'a> Problem<'a> {
         Ok(())
     }
 
-    /// A rough fit of all terms, to rank specs: its residual energy and its factors.
-    pub fn screen(&self) -> Result<(f64, Vec<Factors>)> {
-        let mut factors = self.zeros();
-        self.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
-        Ok((self.improve(&mut factors, Turns::SCREENING)?, factors))
+    /// Low rank fitted to `left`, what the other terms leave, and the spectrum of `left` unless it is the shared one.
+    fn low_rank(&self, factors: &[Factors], left: MatRef<'_, f64>, rank: usize) -> Result<(Factors, Option<Whitened>)> {
+        let Shared { norm, spectrum, progress, .. } = self.shared;
+        let own = if factors.iter().all(Factors::is_zero) {
+            None
+        } else {
+            Some(whiten(left, norm, &spectrum.roots, progress)?)
+        };
+        let whitened = own.as_ref().unwrap_or(&spectrum.whitened);
+        Ok((balanced_low_rank(plain_factors(left, rank, &spectrum.roots, whitened)), own))
     }
 
-    /// As [`improve`].
-    pub fn improve(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
-        let permute = |term: &TermSpec| match term {
+    /// The only low-rank term beside Kronecker terms, and its rank.
+    fn single_low_rank(&self) -> Option<(usize, usize)> {
+        let mut ranks = self.terms.iter().enumerate().filter_map(|(which, term)| match term {
+            TermSpec::LowRank { rank } => Some((which, *rank)),
+            _ => None,
+        });
+        let first = ranks.next()?;
+        (ranks.next().is_none() && self.terms.len() > 1).then_some(first)
+    }
+
+    fn permute(term: &TermSpec) -> Permute {
+        match term {
             TermSpec::Kronecker(spec) => spec.permute,
             TermSpec::LowRank { .. } => Permute::None,
             TermSpec::Grouped(_) => unreachable!("{GROUPS_ALONE}"),
-        };
-        let permutes: Vec<_> = self.terms.iter().map(permute).collect();
+        }
+    }
+
+    /// Improves the Kronecker terms beside the low rank of index `which`, which follows them: see [`Whitened::beyond`].
+    /// Terms that are still zero are started with at most `assignments`. Returns the energy left in that norm.
+    fn improve_beside(
+        &self,
+        (which, rank): (usize, usize),
+        factors: &mut Vec<Factors>,
+        assignments: usize,
+        turns: Turns,
+    ) -> Result<f64> {
+        let Shared { target, norm, spectrum, progress } = self.shared;
+        let left = left_to(which, factors, *target);
+        factors.remove(which);
+        let (low_rank, own) = self.low_rank(factors, left.as_ref(), rank)?;
+        let whitened = own.as_ref().unwrap_or(&spectrum.whitened);
+        let beyond = whitened.beyond(left.as_ref(), rank, norm, &spectrum.roots);
+        let target = residual(slice::from_ref(&low_rank), *target);
+        let terms: Vec<_> = self.terms.iter().enumerate().filter(|(t, _)| *t != which).map(|(_, term)| term).collect();
+        for (at, term) in terms.iter().enumerate() {
+            if let (TermSpec::Kronecker(spec), true) = (term, factors[at].is_zero()) {
+                let left = residual(factors, target.as_ref());
+                factors[at] = start(left.as_ref(), spec, &beyond, assignments, progress)?;
+            }
+        }
+        let permutes: Vec<_> = terms.into_iter().map(Self::permute).collect();
+        let energy = improve(factors, &permutes, target.as_ref(), &beyond, turns, progress)?;
+        factors.insert(which, low_rank);
+        Ok(energy)
+    }
+
+    /// A rough fit of all terms, to rank specs: its residual energy and its factors.
+    pub fn screen(&self) -> Result<(f64, Vec<Factors>)> {
+        let mut factors = self.zeros();
+        if self.single_low_rank().is_none() {
+            self.fill(&mut factors, SCREENING_ASSIGNMENTS)?;
+        }
+        Ok((self.improve(&mut factors, Turns::SCREENING)?, factors))
+    }
+
+    /// As [`improve`]. Low rank follows the other terms in closed form where it is the only one.
+    pub fn improve(&self, factors: &mut Vec<Factors>, turns: Turns) -> Result<f64> {
+        if let Some(low_rank) = self.single_low_rank() {
+            let mut energy = f64::INFINITY;
+            for _ in 0..turns.rounds {
+                energy = self.improve_beside(low_rank, factors, SCREENING_ASSIGNMENTS, turns)?;
+            }
+            return Ok(energy);
+        }
+        let permutes: Vec<_> = self.terms.iter().map(Self::permute).collect();
         improve(factors, &permutes, self.shared.target, self.shared.norm, turns, self.shared.progress)
     }
 

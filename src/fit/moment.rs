@@ -6,7 +6,10 @@
 //! model's loss under an error of this layer. A side without a moment is the identity; without both it is the Frobenius
 //! norm.
 
+use std::ops::Mul;
+
 use faer::linalg::matmul::matmul;
+use faer::traits::RealField;
 use faer::{Accum, Mat, MatRef, Par};
 
 use crate::error::{Error, Result};
@@ -64,22 +67,22 @@ pub struct Moments<'a> {
 
 /// One side of a [`Norm`], shrunk and scaled to a mean diagonal of 1; [`Norm::scale`] keeps the scale.
 #[derive(Clone, Debug)]
-pub enum Weight {
+pub enum Weight<T = f64> {
     /// The identity.
     Identity,
     /// Positive entries.
-    Diagonal(Vec<f64>),
+    Diagonal(Vec<T>),
     /// A positive definite matrix.
-    Full(Mat<f64>),
+    Full(Mat<T>),
 }
 
 /// A norm for matrices of shape `(m, n)`: `‖E‖² = tr(C_in E C_out Eᵀ)`.
 #[derive(Clone, Debug)]
-pub struct Norm {
+pub struct Norm<T = f64> {
     /// `C_in`.
-    pub input: Weight,
+    pub input: Weight<T>,
     /// `C_out`.
-    pub output: Weight,
+    pub output: Weight<T>,
     /// The factor from squared norms to the units of the given moments.
     pub scale: f64,
 }
@@ -108,31 +111,38 @@ impl Norm {
         matches!((&self.input, &self.output), (Weight::Identity, Weight::Identity))
     }
 
-    /// `C_in E C_out`: half of the gradient of `‖E‖²`.
-    ///
-    /// # Cost
-    /// `m·n·(m + n)` MACs with two full sides.
-    #[must_use]
-    pub fn apply(&self, error: MatRef<'_, f64>) -> Mat<f64> {
-        let left = self.input.times(error);
-        match &self.output {
-            Weight::Identity => left,
-            // A weight is symmetric, so (C E'ᵀ)ᵀ = E' C.
-            output => output.times(left.transpose()).transpose().to_owned(),
-        }
-    }
-
     /// `‖E‖²`, in the units of the shrunk norm.
     #[must_use]
     pub fn energy(&self, error: MatRef<'_, f64>) -> f64 {
         inner(self.apply(error).as_ref(), error)
     }
+
+    /// The same norm with weights in f32, in which products take half the time.
+    pub(super) fn to_single(&self) -> Norm<f32> {
+        Norm { input: self.input.to_single(), output: self.output.to_single(), scale: self.scale }
+    }
 }
 
-/// `Σ_ij X_ij Y_ij`.
+impl<T: Real> Norm<T> {
+    /// `C_in E C_out`: half of the gradient of `‖E‖²`.
+    ///
+    /// # Cost
+    /// `m·n·(m + n)` MACs with two full sides.
+    #[must_use]
+    pub fn apply(&self, error: MatRef<'_, T>) -> Mat<T> {
+        let left = self.input.times(error);
+        match &self.output {
+            Weight::Identity => left,
+            Weight::Diagonal(values) => Mat::from_fn(left.nrows(), left.ncols(), |i, j| left[(i, j)] * values[j]),
+            Weight::Full(matrix) => product(left.as_ref(), matrix.as_ref()),
+        }
+    }
+}
+
+/// `Σ_ij X_ij Y_ij`, with products and sums in f64.
 #[must_use]
-pub fn inner(x: MatRef<'_, f64>, y: MatRef<'_, f64>) -> f64 {
-    (0..x.ncols()).map(|j| (0..x.nrows()).map(|i| x[(i, j)] * y[(i, j)]).sum::<f64>()).sum()
+pub fn inner<T: Copy + Into<f64>>(x: MatRef<'_, T>, y: MatRef<'_, T>) -> f64 {
+    (0..x.ncols()).map(|j| (0..x.nrows()).map(|i| x[(i, j)].into() * y[(i, j)].into()).sum::<f64>()).sum()
 }
 
 impl Weight {
@@ -160,13 +170,12 @@ impl Weight {
         Ok((weight, mean))
     }
 
-    /// `C X`.
-    #[must_use]
-    pub fn times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+    /// The same weight in f32.
+    pub(super) fn to_single(&self) -> Weight<f32> {
         match self {
-            Self::Identity => x.to_owned(),
-            Self::Diagonal(values) => Mat::from_fn(x.nrows(), x.ncols(), |i, j| values[i] * x[(i, j)]),
-            Self::Full(matrix) => product(matrix.as_ref(), x),
+            Self::Identity => Weight::Identity,
+            Self::Diagonal(values) => Weight::Diagonal(values.iter().map(|&value| value as f32).collect()),
+            Self::Full(matrix) => Weight::Full(single(matrix.as_ref())),
         }
     }
 
@@ -199,10 +208,33 @@ impl Weight {
     }
 }
 
+impl<T: Real> Weight<T> {
+    /// `C X`.
+    #[must_use]
+    pub fn times(&self, x: MatRef<'_, T>) -> Mat<T> {
+        match self {
+            Self::Identity => x.to_owned(),
+            Self::Diagonal(values) => Mat::from_fn(x.nrows(), x.ncols(), |i, j| values[i] * x[(i, j)]),
+            Self::Full(matrix) => product(matrix.as_ref(), x),
+        }
+    }
+}
+
+/// f32, or f64 where it is not said otherwise.
+pub trait Real: RealField + Copy + Mul<Output = Self> {}
+
+impl<T: RealField + Copy + Mul<Output = T>> Real for T {}
+
 /// `x y`, on the calling thread: jobs run their matrices in parallel.
 #[must_use]
-pub(super) fn product(x: MatRef<'_, f64>, y: MatRef<'_, f64>) -> Mat<f64> {
+pub(super) fn product<T: Real>(x: MatRef<'_, T>, y: MatRef<'_, T>) -> Mat<T> {
     let mut product = Mat::zeros(x.nrows(), y.ncols());
-    matmul(product.as_mut(), Accum::Replace, x, y, 1.0, Par::Seq);
+    matmul(product.as_mut(), Accum::Replace, x, y, T::one_impl(), Par::Seq);
     product
+}
+
+/// `x` in f32.
+#[must_use]
+pub(super) fn single(x: MatRef<'_, f64>) -> Mat<f32> {
+    Mat::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] as f32)
 }

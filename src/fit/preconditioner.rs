@@ -9,7 +9,7 @@ use faer::linalg::cholesky::llt::{factor, solve};
 use faer::{Auto, Mat, MatRef, Par, Spec};
 
 use super::factors::Factors;
-use super::moment::{Norm, Weight, product};
+use super::moment::{Norm, Real, Weight, product, single};
 use crate::error::Result;
 use crate::spec::KroneckerShape;
 
@@ -60,7 +60,7 @@ impl BlockWeights {
             // A zero factor has no curvature, so any positive number works.
             let added = if mean > 0.0 { REGULARISATION * mean } else { 1.0 };
             (0..size).for_each(|k| gram[(k, k)] += added);
-            inverse(gram)
+            single(inverse(gram).as_ref())
         };
         Preconditioner {
             a_shape: (m1, n1),
@@ -90,13 +90,13 @@ fn partial_traces(weight: &Weight, order: &[usize], d1: usize, d2: usize) -> (We
 }
 
 /// `left X_k right` for the matrix `X_k` of the given shape in each column of `columns`.
-fn both_sides(columns: MatRef<'_, f64>, shape: (usize, usize), left: &Weight, right: &Weight) -> Mat<f64> {
+fn both_sides<T: Real>(columns: MatRef<'_, T>, shape: (usize, usize), left: &Weight<T>, right: &Weight<T>) -> Mat<T> {
     let ((height, width), count) = (shape, columns.ncols());
     if let (Weight::Identity, Weight::Identity) = (left, right) {
         return columns.to_owned();
     }
     // One product of all matrices side by side.
-    let values: Vec<f64> = columns.col_iter().flat_map(|column| column.iter().copied()).collect();
+    let values: Vec<T> = columns.col_iter().flat_map(|column| column.iter().copied()).collect();
     let mut weighted = left.times(MatRef::from_column_major_slice(&values, height, width * count));
     if height == 1 {
         let rows = Mat::from_fn(width, count, |j, k| weighted[(0, k * width + j)]);
@@ -111,31 +111,32 @@ fn both_sides(columns: MatRef<'_, f64>, shape: (usize, usize), left: &Weight, ri
     Mat::from_fn(height * width, count, |at, k| weighted[(at % height, k * width + at / height)])
 }
 
-/// The approximate inverse of the curvature at given factors.
+/// The approximate inverse of the curvature at given factors, in f32: it need not be exact.
 pub(super) struct Preconditioner {
     a_shape: (usize, usize),
     b_shape: (usize, usize),
-    a_sides: (Weight, Weight),
-    b_sides: (Weight, Weight),
-    a_gram: Mat<f64>,
-    b_gram: Mat<f64>,
+    a_sides: (Weight<f32>, Weight<f32>),
+    b_sides: (Weight<f32>, Weight<f32>),
+    a_gram: Mat<f32>,
+    b_gram: Mat<f32>,
 }
 
 impl Preconditioner {
     /// Applies it to a gradient with respect to `a` and `b`.
-    pub fn apply(&self, a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> (Mat<f64>, Mat<f64>) {
+    pub fn apply(&self, a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> (Mat<f32>, Mat<f32>) {
         let a = both_sides(a, self.a_shape, &self.a_sides.0, &self.a_sides.1);
         let b = both_sides(b, self.b_shape, &self.b_sides.0, &self.b_sides.1);
         (product(a.as_ref(), self.a_gram.as_ref()), product(b.as_ref(), self.b_gram.as_ref()))
     }
 }
 
-fn inverse_weight(weight: &Weight) -> Weight {
-    match weight {
+fn inverse_weight(weight: &Weight) -> Weight<f32> {
+    let inverse = match weight {
         Weight::Identity => Weight::Identity,
         Weight::Diagonal(values) => Weight::Diagonal(values.iter().map(|value| value.recip()).collect()),
         Weight::Full(matrix) => Weight::Full(inverse(matrix.clone())),
-    }
+    };
+    inverse.to_single()
 }
 
 /// The inverse of a positive definite matrix, or of its diagonal if rounding made it indefinite: a preconditioner need

@@ -148,8 +148,9 @@ proptest! {
         for _ in 0..4 {
             let found = descend(&mut terms, target.as_ref(), &norm, 2, &progress).unwrap();
             let now = left(&terms);
-            prop_assert!((found - now).abs() <= 1e-9 * total);
-            prop_assert!(now <= last * (1.0 + 1e-12));
+            // The descent evaluates the norm in f32.
+            prop_assert!((found - now).abs() <= 1e-6 * total);
+            prop_assert!(now <= last + 1e-7 * total);
             let rest = residual(&terms[1..], target.as_ref());
             let changed = improve_orders(&mut terms[0], rest.as_ref(), &norm, Permute::Both, &progress).unwrap();
             last = left(&terms);
@@ -243,7 +244,7 @@ fn descent_ends_at_the_closed_form_where_there_is_one() {
     let norm = Norm::frobenius();
     let left = descend(std::slice::from_mut(&mut factors), target.as_ref(), &norm, 500, &progress).unwrap();
     let lost = left / norm.energy(target.as_ref());
-    assert!(lost < nearest.lost_energy * 1.01 && lost > nearest.lost_energy * (1.0 - 1e-9), "{lost} {nearest:?}");
+    assert!(lost < nearest.lost_energy * 1.01 && lost > nearest.lost_energy * (1.0 - 1e-6), "{lost} {nearest:?}");
 }
 
 #[test]
@@ -440,4 +441,88 @@ fn a_factor_beyond_the_range_is_refused() {
     let halved = w.map(|value| value / 2.0);
     let fit = fitted(MatrixView::new(&halved, 2, 2).unwrap(), &MatrixSpec::low_rank(1), &Norm::frobenius()).unwrap();
     assert!(fit.terms[0].to_dense().iter().all(|value| value.is_finite()));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn the_norm_beyond_low_rank_leaves_out_its_directions(
+        m in 3..10_usize, n in 3..10_usize, rank in 0..9_usize, kind in 0..NORMS, seed in any::<u64>(),
+    ) {
+        let rank = 1 + rank % (m.min(n) - 1);
+        let (w, change) = (noise(m * n, seed), noise(m * n, seed ^ 5));
+        let norm = norm(kind, m, n, seed);
+        let of = |values: &[f32]| upcast(MatrixView::new(values, m, n).unwrap());
+        let (target, change) = (of(&w), of(&change));
+        let spectrum = Spectrum::new(MatrixView::new(&w, m, n).unwrap(), &norm, &Progress::default()).unwrap();
+        // The scale of the spectrum does not matter.
+        let scaled = Mat::from_fn(m, n, |i, j| 4.0 * target[(i, j)]);
+        let beyond = spectrum.whitened.beyond(scaled.as_ref(), rank, &norm, &spectrum.roots);
+
+        let (left, right) = (norm.input.roots().unwrap().0, norm.output.roots().unwrap().0);
+        let whitened = |x: &Mat<f64>| dense_weight(&left, m) * x * dense_weight(&right, n);
+        let x = whitened(&target);
+        let leading = |gram: Mat<f64>| {
+            let (_, vectors) = eigenvectors(gram.as_ref()).unwrap();
+            vectors.subcols(vectors.ncols() - rank, rank).to_owned()
+        };
+        let (u, v) = (leading(&x * x.transpose()), leading(x.transpose() * &x));
+        let without = |x: Mat<f64>| {
+            let x = &x - &u * (u.transpose() * &x);
+            &x - (&x * &v) * v.transpose()
+        };
+        for (matrix, name) in [(&target, "the matrix"), (&change, "a change")] {
+            let expected = energy(&Norm::frobenius(), without(whitened(matrix)).as_ref());
+            let all = energy(&norm, matrix.as_ref());
+            // The ridge of both sides adds a little.
+            let found = energy(&beyond, matrix.as_ref());
+            prop_assert!((found - expected).abs() < 0.01 * all, "{}: {} {} of {}", name, found, expected, all);
+        }
+    }
+}
+
+/// A matrix of rank 2, and two Kronecker products in orders of their own.
+fn mixture(m: usize, n: usize, seed: u64) -> Vec<f32> {
+    let mut w: Vec<f32> = noise(m * n, seed).iter().map(|value| 0.05 * value).collect();
+    let (left, right) = (noise(m * 2, seed + 1), noise(n * 2, seed + 2));
+    for (at, value) in w.iter_mut().enumerate() {
+        *value += (0..2).map(|k| left[at / n * 2 + k] * right[at % n * 2 + k]).sum::<f32>();
+    }
+    for term in 0..2_usize {
+        // Both factors are sparse, as are those of large entries: no low rank is near.
+        let sparse = |length: usize, seed: u64| noise(length, seed).iter().map(|v| v.powi(3)).collect::<Vec<_>>();
+        let (a, b) = (sparse(m * n / 16, seed + 10 + term as u64), sparse(16, seed + 20 + term as u64));
+        let order = |side: usize, step: usize| (0..side).map(move |i| i * step % side).collect::<Vec<_>>();
+        let (rows, columns) = (order(m, [5, 7][term]), order(n, [7, 5][term]));
+        for (at, value) in w.iter_mut().enumerate() {
+            let (i, j) = (rows[at / n], columns[at % n]);
+            *value += 3.0 * a[i / 4 * (n / 4) + j / 4] * b[i % 4 * 4 + j % 4];
+        }
+    }
+    w
+}
+
+#[test]
+fn kronecker_terms_with_orders_of_their_own_replace_low_rank_and_take_no_more_macs() {
+    for (m, n) in [(48, 32), (32, 48), (36, 36)] {
+        let w = mixture(m, n, 3);
+        let view = MatrixView::new(&w, m, n).unwrap();
+        let limits = Limits { parameters: m * n / 2, macs: Some((m * n, Usage::Map)) };
+        for kind in 0..NORMS {
+            let norm = norm(kind, m, n, 6);
+            let [low_rank, balanced, best] = [Effort::Fast, Effort::Balanced, Effort::Best]
+                .map(|effort| within(view, limits, &norm, effort).unwrap());
+            assert!(balanced.lost_energy < 0.9 * low_rank.lost_energy, "{m} {n} {kind}: {balanced:?}");
+            assert!(best.lost_energy < 1.02 * balanced.lost_energy, "{m} {n} {kind}: {best:?}");
+            for fit in [&balanced, &best] {
+                assert!(fit.spec.macs(m, n, Usage::Map).unwrap() <= m * n);
+                let permuted = |term: &Term| match term {
+                    Term::Kronecker(sum) => sum.row_permutation.is_some() && sum.column_permutation.is_some(),
+                    _ => false,
+                };
+                assert!(fit.terms[1..].iter().all(permuted) && fit.terms.len() > 1, "{m} {n} {kind}");
+            }
+        }
+    }
 }

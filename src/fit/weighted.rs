@@ -21,6 +21,8 @@ use crate::spec::{KroneckerSpec, Permute};
 /// The length of a fit.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Turns {
+    /// Fits of a low rank to what the other terms leave, each followed by all of the below on the other terms.
+    pub rounds: usize,
     /// Alternations of descent and orders.
     pub turns: usize,
     /// Steps of descent per alternation.
@@ -31,15 +33,25 @@ pub(super) struct Turns {
 
 impl Turns {
     /// Enough to rule out bad specs.
-    pub const SCREENING: Self = Self { turns: 1, steps: 4, last_steps: 4 };
+    pub const SCREENING: Self = Self { rounds: 1, turns: 1, steps: 4, last_steps: 4 };
     /// Enough to find the best of the remaining specs.
-    pub const SECOND_SCREENING: Self = Self { turns: 1, steps: 7, last_steps: 7 };
+    pub const SECOND_SCREENING: Self = Self { rounds: 1, turns: 1, steps: 7, last_steps: 7 };
 
+    /// For terms in the norm itself.
     pub fn new(effort: Effort) -> Self {
         match effort {
-            Effort::Fast => Self { turns: 1, steps: 10, last_steps: 20 },
-            Effort::Balanced => Self { turns: 3, steps: 8, last_steps: 36 },
-            Effort::Best => Self { turns: 16, steps: 10, last_steps: 200 },
+            Effort::Fast => Self { rounds: 1, turns: 1, steps: 10, last_steps: 20 },
+            Effort::Balanced => Self { rounds: 1, turns: 3, steps: 8, last_steps: 36 },
+            Effort::Best => Self { rounds: 1, turns: 16, steps: 10, last_steps: 200 },
+        }
+    }
+
+    /// For terms beside a low rank that follows them, which leaves little to descend.
+    pub fn beside(effort: Effort) -> Self {
+        match effort {
+            Effort::Fast => Self { rounds: 1, turns: 1, steps: 8, last_steps: 8 },
+            Effort::Balanced => Self { rounds: 1, turns: 1, steps: 8, last_steps: 8 },
+            Effort::Best => Self { rounds: 5, turns: 3, steps: 10, last_steps: 20 },
         }
     }
 }

@@ -2,12 +2,12 @@
 //!
 //! With `E = W − K`, two matrix products give the change of `‖E‖²` for every move of a row of `K`. With a diagonal weight
 //! the best order of a side is a linear assignment problem. With a full weight rows depend on each other, and pairs are
-//! swapped.
+//! swapped. Products are in f32, as those of the descent.
 
 use faer::{Mat, MatRef};
 
 use super::factors::Factors;
-use super::moment::{Norm, Weight, inner, product};
+use super::moment::{Norm, Weight, inner, product, single};
 use crate::error::Result;
 use crate::permute::{Side, solve_assignment};
 use crate::progress::Progress;
@@ -18,7 +18,7 @@ const LONGEST: usize = 4096;
 /// Longest side for an assignment problem; beyond, swaps gain nearly as much in less time.
 const LONGEST_ASSIGNMENT: usize = 1024;
 /// A smaller relative gain is rounding.
-const ROUNDING: f64 = 1e-9;
+const ROUNDING: f64 = 1e-6;
 /// Swaps tried per row.
 const TRIES: usize = 8;
 
@@ -37,6 +37,7 @@ pub(super) fn improve_orders(
     progress: &Progress,
 ) -> Result<bool> {
     let mut changed = false;
+    let norm = norm.to_single();
     for side in [Side::Columns, Side::Rows] {
         progress.check()?;
         let (allowed, blocks, slots) = match side {
@@ -48,14 +49,17 @@ pub(super) fn improve_orders(
             continue;
         }
         let dense = factors.dense();
+        // Rounded as a difference: it may be far smaller than both.
+        let error = Mat::from_fn(dense.nrows(), dense.ncols(), |i, j| (target[(i, j)] - dense[(i, j)]) as f32);
+        let dense = single(dense.as_ref());
         let (moved, order) = match side {
             Side::Rows => {
-                let rows = Rows { target, sum: dense.as_ref(), own: &norm.input, other: &norm.output };
+                let rows = Rows { error: error.as_ref(), sum: dense.as_ref(), own: &norm.input, other: &norm.output };
                 (rows.best_places(progress)?, &mut factors.row_permutation)
             }
             Side::Columns => {
-                let (target, sum) = (target.transpose(), dense.transpose());
-                let rows = Rows { target, sum, own: &norm.output, other: &norm.input };
+                let (error, sum) = (error.transpose(), dense.transpose());
+                let rows = Rows { error, sum, own: &norm.output, other: &norm.input };
                 (rows.best_places(progress)?, &mut factors.column_permutation)
             }
         };
@@ -67,12 +71,12 @@ pub(super) fn improve_orders(
     Ok(changed)
 }
 
-/// A matrix and its approximation, both in the matrix's own order and transposed if columns are to be moved.
+/// An approximation and its error, both in the matrix's own order and transposed if columns are to be moved.
 struct Rows<'a> {
-    target: MatRef<'a, f64>,
-    sum: MatRef<'a, f64>,
-    own: &'a Weight,
-    other: &'a Weight,
+    error: MatRef<'a, f32>,
+    sum: MatRef<'a, f32>,
+    own: &'a Weight<f32>,
+    other: &'a Weight<f32>,
 }
 
 impl Rows<'_> {
@@ -90,7 +94,7 @@ impl Rows<'_> {
         }
     }
 
-    fn own_weight(&self, row: usize) -> f64 {
+    fn own_weight(&self, row: usize) -> f32 {
         match self.own {
             Weight::Identity => 1.0,
             Weight::Diagonal(values) => values[row],
@@ -98,42 +102,43 @@ impl Rows<'_> {
         }
     }
 
-    /// All rows at once: row `y` of the sum at row `x` of the matrix costs `c_x ‖W_x − K_y‖²`, but for what depends on
-    /// `x` only. `weighted` is `C Kᵀ` for the other side's weight `C`.
-    fn assign(&self, weighted: MatRef<'_, f64>, progress: &Progress) -> Result<Option<Vec<usize>>> {
+    /// All rows at once: row `y` of the sum at row `x` of the matrix costs `c_x ‖E_x + K_x − K_y‖²`, but for what depends
+    /// on `x` only. `weighted` is `C Kᵀ` for the other side's weight `C`.
+    fn assign(&self, weighted: MatRef<'_, f32>, progress: &Progress) -> Result<Option<Vec<usize>>> {
         let size = self.sum.nrows();
-        let products = product(self.target, weighted);
-        let squares: Vec<f64> = (0..size).map(|y| row_dot(self.sum, y, weighted, y)).collect();
+        let matrix = Mat::from_fn(size, self.sum.ncols(), |i, j| self.error[(i, j)] + self.sum[(i, j)]);
+        let products = product(matrix.as_ref(), weighted);
+        let squares: Vec<f32> = (0..size).map(|y| row_dot(self.sum, y, weighted, y) as f32).collect();
         let cost = |x: usize, y: usize| self.own_weight(x) * (squares[y] - 2.0 * products[(x, y)]);
         progress.check()?;
         let mut costs = vec![0.0_f32; size * size];
         for (y, costs) in costs.chunks_exact_mut(size).enumerate() {
             for (x, value) in costs.iter_mut().enumerate() {
-                *value = cost(x, y) as f32;
+                *value = cost(x, y);
             }
         }
         let places = solve_assignment(&costs, size, progress)?;
-        let (before, after) =
-            (0..size).fold((0.0, 0.0), |(before, after), y| (before + cost(y, y), after + cost(places[y], y)));
+        let (before, after) = (0..size).fold((0.0, 0.0), |(before, after), y| {
+            (before + f64::from(cost(y, y)), after + f64::from(cost(places[y], y)))
+        });
         Ok((before - after > ROUNDING * before.abs()).then_some(places))
     }
 
     /// Pairs, the best first and every row at most once. `weighted` is as in [`Self::assign`].
-    fn swap(&self, own: MatRef<'_, f64>, weighted: MatRef<'_, f64>, progress: &Progress) -> Result<Option<Vec<usize>>> {
+    fn swap(&self, own: MatRef<'_, f32>, weighted: MatRef<'_, f32>, progress: &Progress) -> Result<Option<Vec<usize>>> {
         let (size, width) = (self.sum.nrows(), self.sum.ncols());
-        let error = self.target - self.sum;
-        let half = self.own.times(error.as_ref());
+        let half = self.own.times(self.error);
         // Row-major, since rows are what is read: the transposed C_own E C_other.
         let mut gradient = self.other.times(half.transpose());
-        let energy = inner(gradient.transpose(), error.as_ref());
+        let energy = inner(gradient.transpose(), self.error);
         progress.check()?;
         let slopes = product(gradient.transpose(), self.sum.transpose());
         let squares = product(self.sum, weighted);
         progress.check()?;
-        let between = |matrix: MatRef<'_, f64>, a: usize, b: usize| {
+        let between = |matrix: MatRef<'_, f32>, a: usize, b: usize| {
             matrix[(a, a)] + matrix[(b, b)] - matrix[(a, b)] - matrix[(b, a)]
         };
-        let least = ROUNDING * energy;
+        let least = (ROUNDING * energy) as f32;
         let mut pairs = Vec::new();
         for b in 0..size {
             progress.check()?;
@@ -158,13 +163,13 @@ impl Rows<'_> {
             }
             // Rows that were not taken are still where they were; only the gradient has changed.
             let (own_between, at_a, at_b) = (between(own, a, b), gradient.col(a), gradient.col(b));
-            let slope: f64 = (0..width).map(|j| (at_a[j] - at_b[j]) * (self.sum[(b, j)] - self.sum[(a, j)])).sum();
+            let slope: f32 = (0..width).map(|j| (at_a[j] - at_b[j]) * (self.sum[(b, j)] - self.sum[(a, j)])).sum();
             let gain = 2.0 * slope - own_between * between(squares.as_ref(), a, b);
             if gain <= least {
                 continue;
             }
             progress.check()?;
-            let change: Vec<f64> = (0..width).map(|j| weighted[(j, b)] - weighted[(j, a)]).collect();
+            let change: Vec<f32> = (0..width).map(|j| weighted[(j, b)] - weighted[(j, a)]).collect();
             for (x, column) in gradient.col_iter_mut().enumerate() {
                 let share = own[(x, a)] - own[(x, b)];
                 if share != 0.0 {
@@ -178,6 +183,6 @@ impl Rows<'_> {
     }
 }
 
-fn row_dot(x: MatRef<'_, f64>, row: usize, y: MatRef<'_, f64>, column: usize) -> f64 {
-    (0..x.ncols()).map(|j| x[(row, j)] * y[(j, column)]).sum()
+fn row_dot(x: MatRef<'_, f32>, row: usize, y: MatRef<'_, f32>, column: usize) -> f64 {
+    (0..x.ncols()).map(|j| f64::from(x[(row, j)]) * f64::from(y[(j, column)])).sum()
 }

@@ -14,6 +14,7 @@ use crate::compress::{self, Task, Timed};
 use crate::fit::{self, Limits, Norm, Spectrum};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
+use crate::spec::Usage;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(fit_many, module)?)?;
@@ -55,12 +56,14 @@ fn fit_many<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (w, moment_pair, *, parameters, effort, threads, progress))]
+#[pyo3(signature = (w, moment_pair, *, parameters, max_macs, effort, threads, progress))]
+#[allow(clippy::too_many_arguments)]
 fn fit_within<'py>(
     py: Python<'py>,
     w: PyReadonlyArray2<'py, f32>,
     moment_pair: MomentArrays<'py>,
     parameters: usize,
+    max_macs: Option<f64>,
     effort: &str,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
@@ -68,7 +71,13 @@ fn fit_within<'py>(
     let effort = Effort::from_name(effort)?;
     let (data, (m, n)) = matrix(&w)?;
     let norm = Norm::prepare(moments(&moment_pair)?, m, n)?;
-    let limits = Limits::of_parameters(parameters);
+    let limits = match max_macs {
+        Some(f64::INFINITY) => Limits::of_parameters(parameters),
+        share => {
+            let most = share.unwrap_or(1.0) * Usage::Map.dense_macs(m, n) as f64;
+            Limits { parameters, macs: Some((most as usize, Usage::Map)) }
+        }
+    };
     let pool = jobs::rayon_pool(threads)?;
     let start = Instant::now();
     let fit = jobs::run(py, progress, |progress| {

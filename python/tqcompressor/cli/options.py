@@ -382,7 +382,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--max-macs",
         type=float,
         metavar="X",
-        help="with --budget: a cap on the MACs of these matrices for one token, as a share of their MACs while dense",
+        help="with --budget: a cap on the MACs of these matrices for one token, as a share of their MACs while dense; "
+        "inf for none (default: each matrix takes no more than while dense)",
     )
 
 

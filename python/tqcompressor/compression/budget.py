@@ -170,18 +170,6 @@ def check_options(
         )
 
 
-def cap_of(max_macs: float | None) -> float | None:
-    """A cap on MACs, for the boundary. Raises `ConfigError` unless it is a positive number."""
-    if max_macs is None:
-        return None
-    number = isinstance(max_macs, Real) and not isinstance(max_macs, bool)
-    if not number or not 0 < max_macs < math.inf:
-        raise ConfigError(
-            f"max_macs must be a positive share of the macs of the dense matrices such as 0.7, got {max_macs!r}"
-        )
-    return float(max_macs)
-
-
 def calibrated(calibration: Calibration | None, objective: Objective) -> bool:
     """Whether errors are measured in the norm of a calibration rather than the Frobenius norm."""
     return calibration is not None and objective != "frobenius"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,9 @@ from ..config.specs import MatrixSpec, describe
 from ..config.tq_config import TQConfig
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
+from ..utils import validate
 from ..utils.tables import format_table
-from .budget import Budget, Spending, calibrated, cap_of, eligible, meaning, note_of, target_of
+from .budget import Budget, Spending, calibrated, eligible, meaning, note_of, target_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ class BudgetPlan:
     left_dense: Mapping[str, str] = field(default_factory=dict)
     """The matrices that it cannot be spent on, with the reasons."""
     max_macs: float | None = None
-    """The cap on `macs_after`, as a share of `macs_before`."""
+    """The cap on `macs_after`, as a share of `macs_before`; None for the default of `plan`, infinity for none."""
 
     @property
     def note(self) -> str | None:
@@ -104,7 +106,8 @@ class BudgetPlan:
             "parameters_after": self.parameters_after,
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
-            "max_macs": self.max_macs,
+            # JSON has no infinity.
+            "max_macs": "inf" if self.max_macs == math.inf else self.max_macs,
             "config": self.config.to_dict(),
             "matrices": matrices,
         }
@@ -134,7 +137,7 @@ class BudgetPlan:
         macs = f"MACs for one token: {before:,} by the dense matrices, then {after:,}"
         if before:
             macs += f" ({after / before:.1%})"
-        if self.max_macs is not None:
+        if self.max_macs not in (None, math.inf):
             macs += f", at most {self.max_macs:.4g} of them allowed"
         return "\n".join([format_table(rows), means, macs, *([] if self.note is None else [self.note])])
 
@@ -167,7 +170,7 @@ class BudgetRequest:
         `model` are the parameters of the whole model before, and the bytes that each takes when done; `left_dense` are
         matrices that cannot be compressed, with the reasons.
         """
-        cap = cap_of(spending.max_macs)
+        cap = validate.max_macs(spending.max_macs)
         chosen = eligible(listed, spending)
         matrices = tuple(matrix for matrix in listed if matrix.name in chosen)
         before, bytes_each = model

@@ -100,7 +100,7 @@ def compress(
             it for the GPT-2 of `tests/data`.
         matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
         max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while
-            dense. See `plan`.
+            dense; `math.inf` for none. Default: that of each matrix while dense. See `plan`.
         effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
         seed: Of the search, and of the calibration on `text`. Default: the config's; with a budget 0. Equal seeds give
             equal factors, for any number of threads.

@@ -36,7 +36,7 @@ def plan(
 
     The spectrum of each matrix gives the energy that it loses at each rank. Parameters go, one rank at a time, to the
     matrix where they save the most energy. Beyond the effort "fast", each matrix then gets the best approximation of
-    any kind (low rank, Kronecker sums, sums of both) with no more parameters. With a calibration that has gradients,
+    any kind (low rank, or a sum of it and permuted Kronecker terms) with no more parameters. With a calibration that has gradients,
     energies are second-order losses of the model and are compared as they are. Without, a matrix counts by its share of
     lost energy times its size. With one, the rows of an embedding are cut into groups by the frequencies of its tokens,
     and each group gets a rank of its own.
@@ -55,10 +55,11 @@ def plan(
         max_macs: A cap on the MACs of these matrices for one token, as a share of their MACs while dense: 0.7, or
             1.5 for half as many again. A dense matrix has `m · n`, a low-rank one as many as parameters, and a row
             that is looked up none. Ranks grow until the budget or the cap is reached. What is left of the cap then is
-            divided in proportion, and the best approximation of a matrix stays within its part.
+            divided in proportion, and the best approximation of a matrix stays within its part. Default: a sum takes
+            no more MACs than its matrix while dense. `math.inf` lifts that, too.
         effort: "fast" (low rank), "balanced" or "best" (for all but embeddings in groups also sums of low rank and
-            Kronecker terms, which lose less with as many parameters, take seconds to a minute a matrix to find, and
-            have more MACs).
+            permuted Kronecker terms, which lose less with as many parameters, take up to some seconds a matrix to find,
+            and have more MACs).
         seed: Of the search. The plan depends on the weights, the budget, the effort and the seed alone.
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.

@@ -7,6 +7,7 @@ the `quantization_config` that transformers takes in `from_pretrained`.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -83,6 +84,7 @@ class TQConfig:
         one_of("effort", self.effort, EFFORTS)
         one_of("objective", self.objective, OBJECTIVES)
         object.__setattr__(self, "seed", validate.seed(self.seed))
+        object.__setattr__(self, "max_macs", validate.max_macs(self.max_macs))
 
     @property
     def of_loading(self) -> dict[str, Any]:
@@ -173,8 +175,8 @@ class TQConfig:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON type for an argument: a path or a calibration becomes text."""
-    return value if isinstance(value, int | float | str | list | tuple) else str(value)
+    """A JSON type for an argument: a path, a calibration or an infinite cap becomes text."""
+    return str(value) if value == math.inf else value if isinstance(value, int | float | str | list | tuple) else str(value)
 
 
 def _is_utf8(text: str) -> bool:

@@ -42,6 +42,7 @@ def decompose(
     spec: MatrixSpec | None = None,
     *,
     budget: float | int | None = None,
+    max_macs: float | None = None,
     moment: MomentOption = None,
     objective: Objective = "auto",
     effort: Effort = DEFAULT_EFFORT,
@@ -56,6 +57,7 @@ def decompose(
     spec: MatrixSpec | None = None,
     *,
     budget: float | int | None = None,
+    max_macs: float | None = None,
     moment: MomentOption = None,
     objective: Objective = "auto",
     effort: Effort = DEFAULT_EFFORT,
@@ -69,13 +71,15 @@ def decompose(
     `spec.permute` allows and the factors of a Kronecker sum are searched together (TQCompressor, arXiv 2401.16367; Van
     Loan and Pitsianis, 1993); the result never loses more energy than without permutations. Low rank is the whitened
     truncated singular value decomposition (SVD-LLM, arXiv 2403.07378), in interpolative form. A budget selects the best
-    of low rank, Kronecker sums and sums of both with no more parameters; the effort "fast" selects low rank.
+    of low rank and sums of it and permuted Kronecker terms with no more parameters; the effort "fast" selects low rank.
 
     Args:
         w: Shape (m, n), held in × out (the transpose of an `nn.Linear` weight); float16, float32 or float64, computed
             in float32 with float64 sums. A torch tensor may be bfloat16, too, on any device and with a gradient.
         spec: A `KroneckerSpec`, `LowRankSpec`, `GroupedSpec` or `MixedSpec`. Either this or `budget`.
         budget: The share of its `m·n` parameters to keep, such as 0.5, or their number as an integer.
+        max_macs: With a budget: the most MACs of one product with a vector, as a share of the `m·n` of `w`; `math.inf`
+            for no limit. Default: 1.
         moment: The second moment of the inputs, `C_in = E[x xᵀ]` of shape (m, m), or its diagonal (m,); or a pair of it
             and the second moment `C_out = E[g gᵀ]` of the gradients at the outputs, (n, n) or (n,). Either of a pair
             may be None. Their scale does not matter, and they may be singular.
@@ -113,6 +117,9 @@ def decompose(
         raise ConfigError(
             "decompose: expected either a spec or a budget, got " + ("neither" if spec is None else "both")
         )
+    cap = validate.max_macs(max_macs)
+    if cap is not None and budget is None:
+        raise ConfigError("max_macs: expected with a budget only: a spec says what it takes")
     one_of("effort", effort, EFFORTS)
     rows, columns = matrix.shape
     given = moment if isinstance(moment, tuple) else (moment, None)
@@ -128,6 +135,7 @@ def decompose(
                 matrix,
                 moments,
                 parameters=_parameters(budget, rows, columns),
+                max_macs=cap,
                 effort=effort,
                 threads=threads,
                 progress=callback,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,26 @@ def seed(value: Any) -> int:
 def threads(value: Any) -> int | None:
     """A number of threads from 1 up; None stands for one per core. Raises `ConfigError` as `integer` does."""
     return None if value is None else integer("threads", value, 1, _MOST_THREADS)
+
+
+def max_macs(value: Any) -> float | None:
+    """A cap on MACs as a share of those while dense; None stands for the default and infinity, or "inf", for no cap.
+
+    Raises `ConfigError` unless it is a positive number.
+
+    >>> max_macs(0.7), max_macs("inf")
+    (0.7, inf)
+    """
+    if value is None:
+        return None
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    share = float(value) if number or value == "inf" else 0.0
+    if not share > 0:
+        raise ConfigError(
+            "max_macs must be a positive share of the macs of the dense matrices such as 0.7, or infinity, "
+            f"got {value!r}"
+        )
+    return share
 
 
 def array(name: str, values: ArrayLike) -> NDArray[Any]:
