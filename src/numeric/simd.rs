@@ -7,12 +7,37 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{self, __m512};
 
-use super::float::Element;
-#[cfg(target_arch = "x86_64")]
-use super::float::Float;
+use super::float::{Element, Float};
 
 /// Accumulators per loop: one AVX-512 register of `f32`, two AVX2, four SSE2.
 pub const LANES: usize = 16;
+
+/// A weight that dot products read as f32.
+pub trait Weight: Copy + Send + Sync + 'static {
+    /// Its dtype; `None` for an eight-bit integer.
+    const FLOAT: Option<Float>;
+
+    /// The values as f32: the slice itself, or a copy in `scratch`.
+    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
+}
+
+impl<T: Element> Weight for T {
+    const FLOAT: Option<Float> = Some(T::FLOAT);
+
+    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        T::as_f32(values, scratch)
+    }
+}
+
+impl Weight for i8 {
+    const FLOAT: Option<Float> = None;
+
+    fn widened<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(values.len(), 0.0);
+        widen(values, scratch);
+        scratch
+    }
+}
 
 /// Compiles a function once for each instruction set that is worth it, and chooses one of them at run time.
 ///
@@ -38,18 +63,19 @@ fn has_avx512() -> bool {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn load<T: Element>(at: *const T, mask: u16) -> __m512 {
+unsafe fn load<T: Weight>(at: *const T, mask: u16) -> __m512 {
     use x86_64::{
-        _mm256_maskz_loadu_epi16, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_maskz_loadu_ps,
-        _mm512_slli_epi32,
+        _mm_maskz_loadu_epi8, _mm256_maskz_loadu_epi16, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
+        _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_maskz_loadu_ps, _mm512_slli_epi32,
     };
     // SAFETY: the caller's.
     unsafe {
         match T::FLOAT {
-            Float::F32 => _mm512_maskz_loadu_ps(mask, at.cast()),
-            Float::F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
+            None => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, at.cast()))),
+            Some(Float::F32) => _mm512_maskz_loadu_ps(mask, at.cast()),
+            Some(Float::F16) => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
             // The upper half of an f32.
-            Float::Bf16 => {
+            Some(Float::Bf16) => {
                 let bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
             }
@@ -64,14 +90,14 @@ const CHAINS: usize = 2;
 ///
 /// The order of additions is the same for every `N`, `R` and instruction set.
 #[inline]
-pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+pub fn dot<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the processor has AVX-512, and the lengths were compared.
         return unsafe { dot_avx512::<T, N, R>(rows, x, length, out) };
     }
-    dot_portable::<N, R>(T::as_f32(rows, &mut Vec::new()), x, length, out);
+    dot_portable::<N, R>(T::widened(rows, &mut Vec::new()), x, length, out);
 }
 
 /// Written with intrinsics, because the compiler spills so many sums to memory. The loops over indices are unrolled.
@@ -81,12 +107,7 @@ pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], le
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[allow(clippy::needless_range_loop)]
-unsafe fn dot_avx512<T: Element, const N: usize, const R: usize>(
-    rows: &[T],
-    x: &[f32],
-    length: usize,
-    out: &mut [f32],
-) {
+unsafe fn dot_avx512<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     use x86_64::{
         _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps,
         _mm512_reduce_add_ps, _mm512_setzero_ps,
@@ -164,6 +185,12 @@ dispatched! {
     }
 }
 
+dispatched! {
+    fn widen(values: &[i8], out: &mut [f32]) {
+        out.iter_mut().zip(values).for_each(|(out, &value)| *out = f32::from(value));
+    }
+}
+
 /// The sum of all lanes, added pairwise.
 #[inline(always)]
 fn added_up(sums: [[f32; LANES]; CHAINS]) -> f32 {
@@ -224,11 +251,11 @@ mod tests {
 
     #[test]
     fn dot_products_are_exact_enough_and_the_same_for_any_number_of_vectors_and_instruction_set() {
-        fn check<T: Element>(stored: impl Fn(f32) -> T) {
+        fn check<T: Weight>(stored: impl Fn(f32) -> T) {
             for length in [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200, 768, 3071] {
                 let rows: Vec<T> = noise(2 * length, 1).into_iter().map(&stored).collect();
                 let (mut scratch, x) = (Vec::new(), noise(4 * length, 2));
-                let upcast = T::as_f32(&rows, &mut scratch);
+                let upcast = T::widened(&rows, &mut scratch);
                 let mut together = [0.0; 8];
                 dot::<T, 2, 4>(&rows, &x, length, &mut together);
                 for (at, &found) in together.iter().enumerate() {
@@ -238,12 +265,17 @@ mod tests {
                     dot_portable::<1, 1>(&upcast[row.clone()], vector, length, &mut portable);
                     let exact: f64 = upcast[row].iter().zip(vector).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                     assert_eq!((found, found), (alone[0], portable[0]), "{length}");
-                    assert!((f64::from(found) - exact).abs() < 1e-6 * (1.0 + length as f64), "{length}");
+                    let most = upcast.iter().fold(1.0_f32, |most, value| most.max(value.abs()));
+                    assert!(
+                        (f64::from(found) - exact).abs() < 1e-6 * f64::from(most) * (1.0 + length as f64),
+                        "{length}"
+                    );
                 }
             }
         }
         check(|value| value);
         check(f16::from_f32);
         check(bf16::from_f32);
+        check(|value| (40.0 * value) as i8);
     }
 }

@@ -118,7 +118,7 @@ fn expand_checkpoint(
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<()> {
-    let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+    let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes, int8: false };
     let pool = jobs::rayon_pool(threads)?;
     jobs::run(py, progress, |progress| {
         let opened = read::Checkpoint::open_any(&source)?;
@@ -331,7 +331,7 @@ impl Checkpoint {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<String> {
         let config = config_from_python(config)?;
-        let options = Options { dtype: dtype.map(Float::from_name).transpose()?, overwrite, max_shard_bytes };
+        let options = Options { overwrite, max_shard_bytes, ..Options::default() }.with_dtype(dtype)?;
         same_length(names.len(), &[moments.len()])?;
         let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
         let calibration: Calibration<'_> = calibration(&moments)?;
