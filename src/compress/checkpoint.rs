@@ -218,6 +218,9 @@ pub fn compress_journaled(
 fn prepared<'a>(checkpoint: &'a Checkpoint, config: &TQConfig, options: &Options) -> Result<(Plan, Vec<Output<'a>>)> {
     let mut plan = Plan::for_checkpoint(checkpoint, config)?;
     let outputs = outputs(checkpoint, &plan, options)?;
+    if plan.jobs.is_empty() && !options.int8 {
+        return Err(Error::Config("specs: expected at least one matrix, or int8 as the dtype, got neither".into()));
+    }
     let dense = || outputs.iter().filter_map(|output| output.module(checkpoint)).collect();
     plan.config.int8 = options.int8.then(dense);
     Ok((plan, outputs))

@@ -151,7 +151,7 @@ impl Kronecker {
         let KroneckerShape { m1, n1, rank, .. } = self.shape;
         let (j2, j1) = (at / n1, at % n1);
         let mut scratch = vec![Vec::new(); rank];
-        let rows: Vec<_> = if self.shape.a_first() {
+        let rows: Vec<_> = if self.a_first {
             scratch.iter_mut().enumerate().map(|(k, scratch)| a.row(k * n1 + j1, m1, scratch)).collect()
         } else {
             a.row(j1, rank * m1, &mut scratch[0]).chunks_exact(m1).collect()

@@ -114,20 +114,19 @@ fn an_eight_bit_model_computes_what_it_expands_to_and_loading_makes_the_same_of_
     let [from, floats, codes, dense] = ["source", "floats", "codes", "dense"].map(|name| folder.path().join(name));
     let groups = r#"{"specs":{"wte":{"groups":[[9,3],[11,2]]},"h.1.mlp.c_fc":{"rank":3}}}"#;
     for specs in [SPECS, groups, r#"{"specs":{},"dtype":"int8"}"#] {
-        Source::tiny("transformer.", Float::F16).write(&from);
+        Source::tiny("transformer.", Float::F32).write(&from);
         let opened = Checkpoint::open(&from).unwrap();
         let config = TQConfig::from_json(specs).unwrap();
-        for (to, int8) in [(&floats, false), (&codes, true)] {
-            // Factors in f32: eight-bit integers are rounded from these.
-            let dtype = (!int8).then_some(Float::F32);
-            let options = Options { overwrite: true, int8, dtype, ..Options::default() };
+        let floats = if config.specs.is_empty() { &from } else { &floats };
+        for (to, int8) in [(floats, false), (&codes, true)].into_iter().skip(usize::from(floats == &from)) {
+            let options = Options { overwrite: true, int8, ..Options::default() };
             let made = Fits::Made(&Calibration::new());
             compress_checkpoint(&opened, to, &config, made, &options, &Progress::default()).unwrap();
         }
         let wide = Options { overwrite: true, dtype: Some(Float::F32), ..Options::default() };
         expand_checkpoint(&Checkpoint::open_any(&codes).unwrap(), &dense, &wide, &Progress::default()).unwrap();
         let model = load(&codes).unwrap();
-        let quantized = Gpt2::load_as(&floats, true, &Progress::default()).unwrap();
+        let quantized = Gpt2::load_as(floats, true, &Progress::default()).unwrap();
         let already = Gpt2::load_as(&codes, true, &Progress::default()).unwrap();
         let expanded = load(&dense).unwrap();
         for length in [1_u32, 2, 5, 6] {
@@ -139,8 +138,8 @@ fn an_eight_bit_model_computes_what_it_expands_to_and_loading_makes_the_same_of_
             let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
             assert!(largest_difference(&own, &theirs) < 1e-5 * scale, "{specs}: {length} tokens");
         }
-        assert_eq!(model.size().parameters, load(&floats).unwrap().size().parameters);
-        assert!(model.size().bytes < load(&floats).unwrap().size().bytes);
+        assert_eq!(model.size().parameters, load(floats).unwrap().size().parameters);
+        assert!(model.size().bytes < load(floats).unwrap().size().bytes);
     }
 }
 

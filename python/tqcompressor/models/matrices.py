@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import _core
 from ..errors import ConfigError
 from ..modules.base import Factors, Tied
-from ..modules.build import CompressedModule
+from ..modules.build import CompressedModule, is_int8
 from ..modules.int8 import SCALE
 
 # Exactly these classes: a subclass may do something else with its weight.
@@ -98,6 +98,16 @@ def parameters_of(model: PreTrainedModel) -> int:
     )
     codes = (part.weights(name) for part in own for name in part.factors)
     return model.num_parameters() + sum(values.numel() for values, scale in codes if scale is not None)
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Raises `ConfigError` for a model whose own weights cannot be trained, since they are eight-bit integers."""
+    for name, module in compressed_modules(model):
+        if is_int8(module):
+            raise ConfigError(
+                f'{name} has eight-bit weights, which do not train: train the model before dtype="int8" is asked for, '
+                "train a LoRA adapter beside it, or call model.dequantize() first"
+            )
 
 
 def factor_owner(name: str) -> str | None:
