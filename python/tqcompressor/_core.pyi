@@ -50,6 +50,7 @@ __all__ = [
     "list_matrices",
     "nearest_kronecker_sum",
     "plan",
+    "quantize",
     "read_config",
     "reconstruct",
     "spend_budget",
@@ -323,8 +324,20 @@ def plan(tensors: Sequence[_Weight], base_prefix: str, tied: Sequence[tuple[str,
     Patterns may have `base_prefix` or not; `tied` are heads that are left out, each with what it is tied to.
     """
 
-def read_config(text: str) -> tuple[list[tuple[str, MatrixSpec]], str, int]:
-    """`(specs, effort, seed)` of a config in JSON, as the native runtime reads it from a checkpoint."""
+def quantize(
+    values: NDArray[np.float32], rows: int, columns: int, by_rows: bool
+) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """`(codes, scales)` of contiguous values of `(rows, columns)` matrices: `value ≈ code · scale`.
+
+    There is one scale, given as the bits of a bfloat16, for each row or each column of every matrix. Raises
+    `NonFiniteError` for NaN or an infinity.
+    """
+
+def read_config(text: str) -> tuple[list[tuple[str, MatrixSpec]], str, int, list[str] | None]:
+    """`(specs, effort, seed, dense)` of a config in JSON, as the native runtime reads it from a checkpoint.
+
+    `dense` are the dense modules with eight-bit weights, None where no weights are.
+    """
 
 def split_part(matrix: str) -> tuple[str, str | None]:
     """The module of a matrix and, if it is fused, the name of the part: "c_attn.q" is "c_attn", "q"."""
@@ -524,7 +537,13 @@ class Runtime:
     """A GPT-2 in memory with its thread pool. Token sequences are neither empty nor padded."""
 
     @staticmethod
-    def load(directory: str | PathLike[str], threads: int | None, progress: _ProgressCallback | None) -> Runtime: ...
+    def load(
+        directory: str | PathLike[str],
+        threads: int | None,
+        progress: _ProgressCallback | None,
+        *,
+        int8: bool = False,
+    ) -> Runtime: ...
     @property
     def vocab_size(self) -> int: ...
     @property

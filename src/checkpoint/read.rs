@@ -17,6 +17,7 @@ use super::layout::{Layout, read_matrix};
 use crate::error::{Error, Result};
 use crate::family::{Family, Geometry, Kind, Matrix};
 use crate::numeric::Float;
+use crate::numeric::int8::{Scales, dequantize};
 use crate::permute::Permutation;
 
 /// One stored tensor.
@@ -37,11 +38,11 @@ impl Tensor {
         self.shape.iter().product()
     }
 
-    /// Its number of parameters: its elements if they are floating, else none.
+    /// Its number of parameters: its elements if they are floating or eight-bit integers, else none.
     #[must_use]
     pub fn parameters(&self) -> usize {
-        use Dtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64};
-        if matches!(self.dtype, F64 | F32 | F16 | BF16 | F8_E4M3 | F8_E5M2) { self.elements() } else { 0 }
+        use Dtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64, I8};
+        if matches!(self.dtype, F64 | F32 | F16 | BF16 | F8_E4M3 | F8_E5M2 | I8) { self.elements() } else { 0 }
     }
 }
 
@@ -343,6 +344,53 @@ impl Checkpoint {
         Ok(values)
     }
 
+    /// The codes of an eight-bit tensor and its scales, of shape `scales`; `None` for a floating tensor.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the tensor is missing or has another shape, if an eight-bit one has no scales or a
+    /// floating one has them; [`Error::Dtype`] or [`Error::NonFinite`] in the scales.
+    pub fn codes(&self, name: &str, shape: &[usize], scales: &[usize]) -> Result<Option<(&[i8], Vec<f32>)>> {
+        let (tensor, scale) = (self.of_shape(name, shape)?, scale_name(name));
+        let found = self.tensors.get(&scale);
+        if tensor.dtype != Dtype::I8 {
+            return match found {
+                None => Ok(None),
+                Some(_) => {
+                    let dtype = tensor.dtype;
+                    Err(problem(
+                        &self.directory,
+                        format!("tensor '{name}': expected I8, since it has scales, got {dtype:?}"),
+                    ))
+                }
+            };
+        }
+        let Some(found) = found else {
+            return Err(problem(
+                &self.directory,
+                format!("tensor '{scale}' is missing: the scales of '{name}', which is I8"),
+            ));
+        };
+        if found.dtype != Dtype::BF16 {
+            let error = Error::Dtype { expected: "BF16".into(), got: format!("{:?}", found.dtype) };
+            return Err(error.in_tensor(&scale));
+        }
+        Ok(Some((bytemuck::cast_slice(self.bytes(tensor)), self.floats(&scale, scales)?)))
+    }
+
+    /// The values of a tensor of one or more matrices, floating or eight-bit, as f32, row-major.
+    ///
+    /// # Errors
+    /// As [`floats`](Self::floats) and [`codes`](Self::codes).
+    pub fn weights(&self, name: &str, shape: &[usize], per: Scales) -> Result<Vec<f32>> {
+        let Some((codes, scales)) = self.codes(name, shape, &per.shape(shape))? else {
+            return self.floats(name, shape);
+        };
+        let [.., rows, columns] = *shape else { unreachable!("a matrix") };
+        let values = dequantize(codes, &scales, rows, columns, per);
+        self.release(&self.tensors[name]);
+        Ok(values)
+    }
+
     /// A tensor that holds a permutation.
     ///
     /// # Errors
@@ -386,6 +434,19 @@ impl Checkpoint {
             }
         }
     }
+}
+
+/// The last part of the stored name of a dense matrix of eight-bit integers. It is not that of the weight, so that the
+/// guard has its name, and a program without this package fails to load it.
+pub const CODES: &str = "codes";
+
+/// The end of the stored name of scales.
+pub const SCALE: &str = "_scale";
+
+/// The stored name of the scales of an eight-bit tensor.
+#[must_use]
+pub fn scale_name(tensor: &str) -> String {
+    format!("{tensor}{SCALE}")
 }
 
 fn family_of(config: &Map<String, Value>) -> Result<&'static Family, String> {

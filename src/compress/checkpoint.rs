@@ -17,13 +17,14 @@ use super::parallel::{Task, Timed, decompose_each};
 use super::place::{Calibration, place};
 use super::report::{CalibrationRecord, Report, UNCALIBRATED_BUDGET};
 use crate::checkpoint::files::{REPORT_FILE, is_weight_file, module_folders};
-use crate::checkpoint::read::{Checkpoint, Tensor};
+use crate::checkpoint::read::{CODES, Checkpoint, Tensor, scale_name};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};
 use crate::family::{Kind, Matrix};
 use crate::fit::{Fit, LowRank, Term};
 use crate::numeric::Float;
+use crate::numeric::int8::{Quantized, Scales, quantize};
 use crate::permute::{Decomposition, Permutation};
 use crate::plan::{Job, Model, Plan, TQConfig};
 use crate::progress::Progress;
@@ -35,11 +36,18 @@ pub(super) const COPIED: usize = 4 << 20;
 /// The phase of a compression after the fits; see [`Progress::begin`].
 const WRITING: &str = "write";
 
+/// The name of eight-bit integers as a dtype.
+const INT8: &str = "int8";
+
 /// Options of the written checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The dtype of every floating tensor; `None` keeps each tensor's own.
     pub dtype: Option<Float>,
+    /// Whether all weights that matrix products read become eight-bit integers with scales: the factors of low rank, the
+    /// larger factor of a Kronecker sum, and the matrices that stay dense. [`expand_checkpoint`](super::expand_checkpoint)
+    /// has no use for it.
+    pub int8: bool,
     /// Whether a destination that holds a checkpoint is replaced.
     pub overwrite: bool,
     /// The largest weight file, in bytes. Larger ones are split into shards.
@@ -50,7 +58,23 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { dtype: None, overwrite: false, max_shard_bytes: 5_000_000_000, calibration: None }
+        Self { dtype: None, int8: false, overwrite: false, max_shard_bytes: 5_000_000_000, calibration: None }
+    }
+}
+
+impl Options {
+    /// Reads the dtype of a result by its name; none keeps the dtype of each tensor.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] if it is neither "int8" nor the name of a [`Float`].
+    pub fn with_dtype(self, name: Option<&str>) -> Result<Self> {
+        let int8 = name == Some(INT8);
+        let float = name.filter(|_| !int8).map(Float::from_name).transpose()?;
+        Ok(Self { dtype: float, int8, ..self })
+    }
+
+    fn dtype_name(&self) -> Option<&'static str> {
+        if self.int8 { Some(INT8) } else { self.dtype.map(Float::name) }
     }
 }
 
@@ -152,6 +176,11 @@ fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
 /// each row in `M.input_permutation`, and the inverse orders of all groups' columns in `M.output_permutation`, that of
 /// group `g` from `g·n` up. A sum of several terms has the tensors of each term, under `M.terms.0`, `M.terms.1` and so on.
 ///
+/// With `int8`, factors are I8, and beside a factor `M.left` is `M.left_scale` in BF16. A matrix that stays dense has
+/// `M.codes` and `M.codes_scale` in place of `M.weight`. There is one scale for each column of a factor in × out, which is
+/// an output of the product; in an embedding, which is read by rows and whose rows are the outputs of the head, one for
+/// each row. All other tensors stay as they are.
+///
 /// # Errors
 /// Any of [`Error`], naming the tensor or the path. After an error or a cancellation, no output remains.
 ///
@@ -165,8 +194,7 @@ pub fn compress_checkpoint(
     options: &Options,
     progress: &Progress,
 ) -> Result<Report> {
-    let plan = Plan::for_checkpoint(checkpoint, config)?;
-    let outputs = outputs(checkpoint, &plan, options.dtype)?;
+    let (plan, outputs) = prepared(checkpoint, config, options)?;
     let journal = Journal::open(Destination::check(destination, checkpoint, options.overwrite)?, &Map::new(), false)?;
     compress_planned(checkpoint, &journal, plan, &outputs, fits, options, progress)
 }
@@ -184,9 +212,20 @@ pub fn compress_journaled(
     options: &Options,
     progress: &Progress,
 ) -> Result<Report> {
-    let plan = Plan::for_checkpoint(checkpoint, config)?;
-    let outputs = outputs(checkpoint, &plan, options.dtype)?;
+    let (plan, outputs) = prepared(checkpoint, config, options)?;
     compress_planned(checkpoint, journal, plan, &outputs, fits, options, progress)
+}
+
+/// The plan of a config, and the tensors that it makes.
+fn prepared<'a>(checkpoint: &'a Checkpoint, config: &TQConfig, options: &Options) -> Result<(Plan, Vec<Output<'a>>)> {
+    let mut plan = Plan::for_checkpoint(checkpoint, config)?;
+    let outputs = outputs(checkpoint, &plan, options)?;
+    if plan.jobs.is_empty() && !options.int8 {
+        return Err(Error::Config("specs: expected at least one matrix, or int8 as the dtype, got neither".into()));
+    }
+    let dense = || outputs.iter().filter_map(|output| output.module(checkpoint)).collect();
+    plan.config.int8 = options.int8.then(dense);
+    Ok((plan, outputs))
 }
 
 /// Makes the fits of a plan, or takes them from the journal, and writes the destination.
@@ -213,7 +252,7 @@ fn compress_planned(
     let matrices = Mutex::new(&mut report.matrices);
     let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
     let finish = |i: usize, Timed { fit, seconds }| {
-        write_factors(&writer, &plan.jobs[i].matrix, &fit)?;
+        write_factors(&writer, &plan.jobs[i].matrix, &fit, options.int8)?;
         let mut matrices = matrices.lock().expect("no thread panicked");
         matrices[i].lost_energy = Some(fit.lost_energy);
         matrices[i].seconds = Some(seconds);
@@ -246,19 +285,29 @@ fn compress_planned(
     progress.check()?;
 
     progress.begin(WRITING);
-    let copied = |output: &Output<'_>| if let Content::Copy(tensor) = output.content { tensor.elements() } else { 0 };
+    let copied = |output: &Output<'_>| match output.content {
+        Content::Copy(tensor) | Content::Codes { tensor, .. } => tensor.elements(),
+        Content::Factor | Content::Guard => 0,
+    };
     progress.expect(outputs.iter().map(copied).sum::<usize>() as u64);
     for output in outputs {
         match output.content {
             Content::Copy(tensor) => copy(checkpoint, tensor, &output.slot, &writer, progress)?,
             Content::Guard => writer.write(&output.slot.name, 0, &[0])?,
+            Content::Codes { name, tensor, per } => {
+                progress.check()?;
+                let shape = &tensor.shape;
+                let values = checkpoint.floats(name, shape)?;
+                write_codes(&writer, &output.slot.name, name, &values, (shape[0], shape[1]), per)?;
+            }
+            // Written with the codes, or with the fits.
             Content::Factor => {}
         }
         progress.advance(copied(output) as u64);
     }
 
     report.source = Some(card::source_name(source));
-    report.dtype = options.dtype.map(Float::name);
+    report.dtype = options.dtype_name();
     report.bytes_before = Some(checkpoint.weight_bytes());
     report.bytes_after = Some(writer.bytes());
     writer.finish()?;
@@ -287,25 +336,37 @@ struct Output<'a> {
 enum Content<'a> {
     /// A copy of a tensor of the source.
     Copy(&'a Tensor),
-    /// A factor or a permutation of a decomposition.
+    /// The codes of a dense matrix of the source, which is stored under this name.
+    Codes { name: &'a str, tensor: &'a Tensor, per: Scales },
+    /// A factor or a permutation of a decomposition, or scales.
     Factor,
     /// One zero byte under the name of a dense weight. Without it, a plain load would leave that weight random and only
     /// warn; with it, the load fails because the shapes differ.
     Guard,
 }
 
+impl Output<'_> {
+    /// The bare name of the module of a matrix that stays dense as eight-bit integers.
+    fn module(&self, checkpoint: &Checkpoint) -> Option<String> {
+        let Content::Codes { name, .. } = self.content else { return None };
+        let bare = checkpoint.family().bare(name);
+        Some(bare.strip_suffix(".weight").unwrap_or(&bare).to_owned())
+    }
+}
+
 /// A head that is stored although it is tied, with the values of the token embedding. It must be left out once that is
-/// factored.
-fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan) -> Option<&'a Tensor> {
+/// factored or eight-bit.
+fn dropped_head<'a>(checkpoint: &'a Checkpoint, plan: &Plan, int8: bool) -> Option<&'a Tensor> {
     let family = checkpoint.family();
     let factored = plan.jobs.iter().any(|job| family.is_token_embedding(&job.matrix.tensor));
-    let head = checkpoint.output_head().filter(|_| factored && checkpoint.tied());
+    let head = checkpoint.output_head().filter(|_| (factored || int8) && checkpoint.tied());
     head.map(|(_, tensor)| tensor)
 }
 
 /// The tensors of the compressed checkpoint, in model order.
-fn outputs<'a>(checkpoint: &'a Checkpoint, plan: &Plan, dtype: Option<Float>) -> Result<Vec<Output<'a>>> {
-    let dropped = dropped_head(checkpoint, plan);
+fn outputs<'a>(checkpoint: &'a Checkpoint, plan: &Plan, options: &Options) -> Result<Vec<Output<'a>>> {
+    let Options { dtype, int8, .. } = *options;
+    let dropped = dropped_head(checkpoint, plan, int8);
     let mut outputs = Vec::new();
     let mut jobs = plan.jobs.iter().peekable();
     let mut guarded = false;
@@ -313,7 +374,9 @@ fn outputs<'a>(checkpoint: &'a Checkpoint, plan: &Plan, dtype: Option<Float>) ->
         if dropped.is_some_and(|head| std::ptr::eq(head, tensor)) {
             continue;
         }
-        if jobs.peek().is_none_or(|job| job.matrix.tensor != *name) {
+        let kept = jobs.peek().is_none_or(|job| job.matrix.tensor != *name);
+        let quantized = checkpoint.family().kind_of(name).filter(|_| kept && int8 && tensor.shape.len() == 2);
+        if kept && quantized.is_none() {
             outputs.push(Output { slot: with_dtype(name, tensor, dtype)?, content: Content::Copy(tensor) });
             continue;
         }
@@ -324,9 +387,18 @@ fn outputs<'a>(checkpoint: &'a Checkpoint, plan: &Plan, dtype: Option<Float>) ->
             });
             guarded = true;
         }
+        if let Some(kind) = quantized {
+            Float::from_dtype(tensor.dtype).map_err(|error| error.in_tensor(name))?;
+            let module = name.strip_suffix(".weight").unwrap_or(name);
+            let per = stored_scales(kind);
+            let [codes, scales] = coded(format!("{module}.{CODES}"), &tensor.shape, per.shape(&tensor.shape));
+            outputs.push(Output { slot: codes, content: Content::Codes { name, tensor, per } });
+            outputs.push(Output { slot: scales, content: Content::Factor });
+            continue;
+        }
         while let Some(job) = jobs.next_if(|job| job.matrix.tensor == *name) {
             let (_, own) = checkpoint.stored(&job.matrix)?;
-            let factors = factor_slots(job, dtype.unwrap_or(own).dtype())?;
+            let factors = factor_slots(job, dtype.unwrap_or(own).dtype(), int8)?;
             outputs.extend(factors.into_iter().map(|slot| Output { slot, content: Content::Factor }));
         }
     }
@@ -358,66 +430,140 @@ fn stored_matrix(matrix: &Matrix) -> String {
     format!("{}{}", matrix.stored_module(), matrix.part())
 }
 
-fn factor_slots(job: &Job, dtype: Dtype) -> Result<Vec<Slot>> {
+/// The places of codes and of their scales.
+fn coded(name: String, shape: &[usize], scales: Vec<usize>) -> [Slot; 2] {
+    let scales = Slot { name: scale_name(&name), dtype: Dtype::BF16, shape: scales };
+    [Slot { name, dtype: Dtype::I8, shape: shape.to_vec() }, scales]
+}
+
+/// The values of a factor, in × out, that share a scale.
+pub(super) fn scales_of(kind: Kind) -> Scales {
+    if kind == Kind::Embedding { Scales::Rows } else { Scales::Columns }
+}
+
+/// As [`scales_of`] of a dense matrix as it is stored, which is transposed in a linear layer.
+pub(super) fn stored_scales(kind: Kind) -> Scales {
+    if kind == Kind::Linear { Scales::Rows } else { scales_of(kind) }
+}
+
+/// Writes the codes of matrices and their scales under the name `to`; errors name the tensor `from`.
+fn write_codes(
+    writer: &Writer,
+    to: &str,
+    from: &str,
+    values: &[f32],
+    shape: (usize, usize),
+    per: Scales,
+) -> Result<()> {
+    write_quantized(writer, to, &coded_values(values, from, shape, per)?)
+}
+
+/// As [`write_codes`], of matrices of several shapes one behind the other, each row with a scale.
+fn write_groups(writer: &Writer, to: &str, from: &str, values: &[f32], shapes: &[(usize, usize)]) -> Result<()> {
+    let (mut all, mut rest) = (Quantized::default(), values);
+    for &(rows, columns) in shapes {
+        let (own, others) = rest.split_at(rows * columns);
+        all.extend(coded_values(own, from, (rows, columns), Scales::Rows)?);
+        rest = others;
+    }
+    write_quantized(writer, to, &all)
+}
+
+fn coded_values(values: &[f32], name: &str, (rows, columns): (usize, usize), per: Scales) -> Result<Quantized> {
+    quantize(values, rows, columns, per)
+        .map_err(|(at, value)| Error::NonFinite { value, row: at / columns, column: at % columns }.in_tensor(name))
+}
+
+fn write_quantized(writer: &Writer, to: &str, Quantized { codes, scales }: &Quantized) -> Result<()> {
+    writer.write(to, 0, bytemuck::cast_slice(codes))?;
+    let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    writer.write(&scale_name(to), 0, &scales)
+}
+
+fn factor_slots(job: &Job, dtype: Dtype, int8: bool) -> Result<Vec<Slot>> {
     let Job { matrix, spec, .. } = job;
+    let per = scales_of(matrix.kind);
     let (stored, terms) = (stored_matrix(matrix), spec.terms());
     let mut slots = Vec::new();
     for (t, term) in terms.iter().enumerate() {
-        let mut slot = |which: &str, dtype, shape| {
-            slots.push(Slot { name: factor_name(&stored, terms.len(), t, which), dtype, shape })
+        let name = |which: &str| factor_name(&stored, terms.len(), t, which);
+        let factor = |which: &str, shape: Vec<usize>, int8: bool| match int8 {
+            true => Vec::from(coded(name(which), &shape, per.shape(&shape))),
+            false => vec![Slot { name: name(which), dtype, shape }],
         };
+        let indices = |which: &str, length| Slot { name: name(which), dtype: Dtype::I64, shape: vec![length] };
         let (rows, columns) = match term {
             TermSpec::Kronecker(spec) => {
-                let KroneckerShape { m1, n1, m2, n2, rank } = spec.shape(matrix.rows, matrix.columns)?;
-                slot("A", dtype, vec![rank, m1, n1]);
-                slot("B", dtype, vec![rank, m2, n2]);
+                let shape = spec.shape(matrix.rows, matrix.columns)?;
+                let KroneckerShape { m1, n1, m2, n2, rank } = shape;
+                slots.extend(factor("A", vec![rank, m1, n1], int8 && !shape.large_blocks()));
+                slots.extend(factor("B", vec![rank, m2, n2], int8 && shape.large_blocks()));
                 (spec.permute.rows(), spec.permute.columns())
             }
             TermSpec::LowRank { rank } => {
                 let shape = LowRankShape::new(matrix.rows, matrix.columns, *rank)?;
-                slot("left", dtype, vec![shape.left().0, shape.left().1]);
-                slot("right", dtype, vec![shape.right().0, shape.right().1]);
+                slots.extend(factor("left", vec![shape.left().0, shape.left().1], int8));
+                slots.extend(factor("right", vec![shape.right().0, shape.right().1], int8));
                 (shape.pivots_on_rows(), !shape.pivots_on_rows())
             }
             TermSpec::Grouped(groups) => {
                 let shape = GroupedShape::new(matrix.rows, matrix.columns, groups)?;
-                slot("left", dtype, vec![shape.left()]);
-                slot("right", dtype, vec![shape.right()]);
-                slot("input_permutation", Dtype::I64, vec![matrix.rows]);
-                slot("output_permutation", Dtype::I64, vec![groups.len() * matrix.columns]);
+                for (which, values, rows) in
+                    [("left", shape.left(), shape.left_rows()), ("right", shape.right(), shape.right_rows())]
+                {
+                    match int8 {
+                        true => slots.extend(coded(name(which), &[values], vec![rows])),
+                        false => slots.push(Slot { name: name(which), dtype, shape: vec![values] }),
+                    }
+                }
+                slots.push(indices("input_permutation", matrix.rows));
+                slots.push(indices("output_permutation", groups.len() * matrix.columns));
                 (false, false)
             }
         };
         if rows {
-            slot("input_permutation", Dtype::I64, vec![matrix.rows]);
+            slots.push(indices("input_permutation", matrix.rows));
         }
         if columns {
-            slot("output_permutation", Dtype::I64, vec![matrix.columns]);
+            slots.push(indices("output_permutation", matrix.columns));
         }
     }
     Ok(slots)
 }
 
-fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit) -> Result<()> {
+fn write_factors(writer: &Writer, matrix: &Matrix, fit: &Fit, int8: bool) -> Result<()> {
     let stored = stored_matrix(matrix);
+    let write = |name: &str, values: &[f32], shape: (usize, usize), int8: bool| match int8 {
+        true => write_codes(writer, name, &matrix.name, values, shape, scales_of(matrix.kind)),
+        false => writer.write_floats(name, 0, values),
+    };
     for (t, term) in fit.terms.iter().enumerate() {
         let name = |which| factor_name(&stored, fit.terms.len(), t, which);
         let of_groups;
         let (rows, columns) = match term {
             Term::Kronecker(Decomposition { sum, row_permutation: rows, column_permutation: columns }) => {
-                writer.write_floats(&name("A"), 0, &sum.a)?;
-                writer.write_floats(&name("B"), 0, &sum.b)?;
+                let KroneckerShape { m1, n1, m2, n2, .. } = sum.shape;
+                write(&name("A"), &sum.a, (m1, n1), int8 && !sum.shape.large_blocks())?;
+                write(&name("B"), &sum.b, (m2, n2), int8 && sum.shape.large_blocks())?;
                 (rows.as_ref(), columns.as_ref())
             }
             Term::LowRank(LowRank { shape, left, right, order, .. }) => {
-                writer.write_floats(&name("left"), 0, left)?;
-                writer.write_floats(&name("right"), 0, right)?;
+                write(&name("left"), left, shape.left(), int8)?;
+                write(&name("right"), right, shape.right(), int8)?;
                 if shape.pivots_on_rows() { (Some(order), None) } else { (None, Some(order)) }
             }
             Term::Grouped(grouped) => {
                 let (left, right) = grouped.factors();
-                writer.write_floats(&name("left"), 0, &left)?;
-                writer.write_floats(&name("right"), 0, &right)?;
+                if int8 {
+                    let groups = grouped.shape.pieces();
+                    let (of_left, of_right): (Vec<_>, Vec<_>) =
+                        groups.map(|(group, ..)| (group.left(), group.right())).unzip();
+                    write_groups(writer, &name("left"), &matrix.name, &left, &of_left)?;
+                    write_groups(writer, &name("right"), &matrix.name, &right, &of_right)?;
+                } else {
+                    writer.write_floats(&name("left"), 0, &left)?;
+                    writer.write_floats(&name("right"), 0, &right)?;
+                }
                 of_groups = grouped.column_order();
                 (Some(&grouped.order), Some(&of_groups))
             }

@@ -9,8 +9,8 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::checkpoint::{Options, carried, config_of, copy, factor_name, with_dtype};
-use crate::checkpoint::read::{Checkpoint, Tensor};
+use super::checkpoint::{Options, carried, config_of, copy, factor_name, scales_of, stored_scales, with_dtype};
+use crate::checkpoint::read::{CODES, Checkpoint, SCALE, Tensor};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::family::{Kind, fused_parts, split_part};
 use crate::fit::GroupedLowRank;
 use crate::kron::expand;
 use crate::numeric::Float;
+use crate::numeric::int8::{Scales, dequantize};
 use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::specs_of;
@@ -27,7 +28,7 @@ use crate::spec::{GroupedShape, KroneckerShape, LowRankShape, MatrixSpec, TermSp
 /// Writes the dense checkpoint of the compressed `checkpoint` into the directory `destination`, on the current rayon
 /// pool: what tools read that know nothing of factors. The bytes do not depend on the number of threads.
 ///
-/// Weights have the dtype of their factors, or `options.dtype`. Products and sums of terms are in f32. The tokenizer and
+/// Weights have the dtype of their factors, or `options.dtype`; those of eight-bit factors have the dtype in `config.json`. Products and sums of terms are in f32. The tokenizer and
 /// other files are copied; the model card and the report of the compression are not.
 ///
 /// # Errors
@@ -46,7 +47,7 @@ pub fn expand_checkpoint(
     let source = checkpoint.directory();
     let problem = |problem: String| Error::Checkpoint { path: source.to_owned(), problem };
     let specs = specs_of(checkpoint.config()).map_err(problem)?;
-    if specs.is_empty() {
+    if specs.is_empty() && !checkpoint.tensors().keys().any(|name| coded_module(name).is_some()) {
         return Err(problem("is dense already: there is nothing to expand".into()));
     }
     let modules = modules(checkpoint, &specs)?;
@@ -59,6 +60,10 @@ pub fn expand_checkpoint(
     progress.expect(modules.len() as u64);
     let written = outputs.par_iter().map(|(slot, content)| match content {
         Content::Copy(tensor) => copy(checkpoint, tensor, slot, &writer, progress),
+        Content::Codes { name, tensor, per } => {
+            progress.check()?;
+            writer.write_floats(&slot.name, 0, &checkpoint.weights(name, &tensor.shape, *per)?)
+        }
         Content::Dense(module) => {
             progress.check()?;
             writer.write_floats(&slot.name, 0, &module.dense(checkpoint, progress)?)?;
@@ -108,6 +113,12 @@ struct Piece<'a> {
 
 enum Content<'a> {
     Copy(&'a Tensor),
+    /// A dense matrix of eight-bit integers.
+    Codes {
+        name: &'a str,
+        tensor: &'a Tensor,
+        per: Scales,
+    },
     Dense(&'a Module<'a>),
 }
 
@@ -117,6 +128,7 @@ const PERMUTATIONS: [&str; 2] = ["input_permutation", "output_permutation"];
 /// The stored name of the matrix that a factor or a permutation is of; `None` for another tensor.
 fn matrix_of(name: &str) -> Option<&str> {
     let (module, last) = name.rsplit_once('.')?;
+    let last = last.strip_suffix(SCALE).filter(|factor| FACTORS.contains(factor)).unwrap_or(last);
     if !FACTORS.contains(&last) && !PERMUTATIONS.contains(&last) {
         return None;
     }
@@ -126,6 +138,18 @@ fn matrix_of(name: &str) -> Option<&str> {
         }
         _ => Some(module),
     }
+}
+
+/// The stored module of the codes of a dense matrix, by the name of a tensor; `None` for another tensor.
+fn coded_module(name: &str) -> Option<&str> {
+    name.rsplit_once('.').filter(|(_, last)| *last == CODES).map(|(module, _)| module)
+}
+
+/// The dtype of what eight-bit integers become: the model's, as `config.json` gives it.
+fn float_of(checkpoint: &Checkpoint) -> Dtype {
+    let config = checkpoint.config();
+    let name = config.get("dtype").or_else(|| config.get("torch_dtype")).and_then(Value::as_str);
+    name.and_then(|name| Float::from_name(name).ok()).unwrap_or(Float::F32).dtype()
 }
 
 fn missing(checkpoint: &Checkpoint, name: &str) -> Error {
@@ -151,6 +175,7 @@ fn modules<'a>(
     for (name, spec) in specs {
         let matrix = *stored.get(name).ok_or_else(|| missing(checkpoint, &format!("{name}.{}", first_factor(spec))))?;
         let (rows, columns, dtype) = size(checkpoint, matrix, spec)?;
+        let dtype = if dtype == Dtype::I8 { float_of(checkpoint) } else { dtype };
         let (module, part) = split_part(matrix);
         let piece = Piece {
             name: part.map(str::to_owned),
@@ -250,7 +275,28 @@ fn outputs<'a>(
             continue;
         }
         // The guard has the name of a dense weight.
-        if name.strip_suffix(".weight").is_some_and(|module| modules.contains_key(module)) {
+        let coded = |module: &str| checkpoint.tensors().contains_key(&format!("{module}.{CODES}"));
+        if name.strip_suffix(".weight").is_some_and(|module| modules.contains_key(module) || coded(module)) {
+            continue;
+        }
+        if let Some(module) = coded_module(name) {
+            let weight = format!("{module}.weight");
+            let kind = checkpoint.family().kind_of(&weight).filter(|_| tensor.shape.len() == 2);
+            let kind = kind.ok_or_else(|| Error::Checkpoint {
+                path: checkpoint.directory().to_owned(),
+                problem: format!("tensor '{name}': '{module}' is no matrix of this family of models"),
+            })?;
+            let per = stored_scales(kind);
+            let slot = Slot {
+                name: weight,
+                dtype: dtype.map_or_else(|| float_of(checkpoint), Float::dtype),
+                shape: tensor.shape.clone(),
+            };
+            outputs.push((slot, Content::Codes { name, tensor, per }));
+            continue;
+        }
+        let codes = name.strip_suffix(SCALE);
+        if codes.and_then(coded_module).is_some_and(coded) {
             continue;
         }
         outputs.push((with_dtype(name, tensor, dtype)?, Content::Copy(tensor)));
@@ -285,14 +331,15 @@ impl Part<'_> {
     /// The matrix, row-major, in × out.
     fn dense(&self, checkpoint: &Checkpoint, rows: usize, kind: Kind, progress: &Progress) -> Result<Vec<f32>> {
         let mut sum: Option<Vec<f32>> = None;
+        let per = scales_of(kind);
         for (t, term) in self.terms.iter().enumerate() {
             let name = |which| factor_name(&self.stored, self.terms.len(), t, which);
             let made = match term {
                 TermSpec::Kronecker(spec) => {
                     let shape = spec.shape(rows, self.columns).map_err(|error| error.in_tensor(&self.stored))?;
                     let KroneckerShape { m1, n1, m2, n2, rank } = shape;
-                    let a = checkpoint.floats(&name("A"), &[rank, m1, n1])?;
-                    let b = checkpoint.floats(&name("B"), &[rank, m2, n2])?;
+                    let a = checkpoint.weights(&name("A"), &[rank, m1, n1], per)?;
+                    let b = checkpoint.weights(&name("B"), &[rank, m2, n2], per)?;
                     let side = |which, permuted: bool, length| match permuted {
                         true => checkpoint.permutation(&name(which), length).map(Some),
                         false => Ok(None),
@@ -306,8 +353,8 @@ impl Part<'_> {
                 TermSpec::LowRank { rank } => {
                     let shape = LowRankShape::new(rows, self.columns, *rank);
                     let shape = shape.map_err(|error| error.in_tensor(&self.stored))?;
-                    let left = checkpoint.floats(&name("left"), &[shape.left().0, shape.left().1])?;
-                    let right = checkpoint.floats(&name("right"), &[shape.right().0, shape.right().1])?;
+                    let left = checkpoint.weights(&name("left"), &[shape.left().0, shape.left().1], per)?;
+                    let right = checkpoint.weights(&name("right"), &[shape.right().0, shape.right().1], per)?;
                     let on_rows = shape.pivots_on_rows();
                     let order = match on_rows {
                         true => gather_of_rows(checkpoint.permutation(&name("input_permutation"), rows)?, kind),
@@ -318,8 +365,9 @@ impl Part<'_> {
                 TermSpec::Grouped(groups) => {
                     let shape = GroupedShape::new(rows, self.columns, groups);
                     let shape = shape.map_err(|error| error.in_tensor(&self.stored))?;
-                    let left = checkpoint.floats(&name("left"), &[shape.left()])?;
-                    let right = checkpoint.floats(&name("right"), &[shape.right()])?;
+                    let groups = shape.groups();
+                    let left = of_groups(checkpoint, &name("left"), groups.iter().map(LowRankShape::left))?;
+                    let right = of_groups(checkpoint, &name("right"), groups.iter().map(LowRankShape::right))?;
                     let places = checkpoint.permutation(&name("input_permutation"), rows)?;
                     let orders = checkpoint.permutation(&name("output_permutation"), groups.len() * self.columns)?;
                     let orders = GroupedLowRank::split_columns(&orders, self.columns)
@@ -334,6 +382,28 @@ impl Part<'_> {
         }
         Ok(sum.unwrap_or_default())
     }
+}
+
+/// The values of matrices stored one behind the other, floating, or eight-bit with a scale for each row.
+fn of_groups(
+    checkpoint: &Checkpoint,
+    name: &str,
+    shapes: impl Iterator<Item = (usize, usize)> + Clone,
+) -> Result<Vec<f32>> {
+    let (count, rows) =
+        shapes.clone().fold((0, 0), |(count, sum), (rows, columns)| (count + rows * columns, sum + rows));
+    let Some((mut codes, scales)) = checkpoint.codes(name, &[count], &[rows])? else {
+        return checkpoint.floats(name, &[count]);
+    };
+    let mut values = Vec::with_capacity(count);
+    let mut all = scales.as_slice();
+    for (rows, columns) in shapes {
+        let (own, others) = codes.split_at(rows * columns);
+        let (own_scales, other_scales) = all.split_at(rows);
+        values.extend(dequantize(own, own_scales, rows, columns, Scales::Rows));
+        (codes, all) = (others, other_scales);
+    }
+    Ok(values)
 }
 
 /// The gather indices of a matrix's rows, from the stored ones of the forward pass: those of an embedding are that

@@ -5,11 +5,13 @@
 //! * [`memory`]: large buffers.
 //! * `range`: scaling by powers of two.
 //! * [`simd`]: kernels compiled for several instruction sets.
+//! * [`int8`]: eight-bit integers with scales.
 //! * `exponential`: powers of two.
 //! * `spill`: numbers in a temporary file.
 
 pub(crate) mod exponential;
 pub mod float;
+pub mod int8;
 pub mod memory;
 pub(crate) mod range;
 pub mod simd;

@@ -9,8 +9,9 @@ use crate::permute::Effort;
 use crate::spec::{MatrixSpec, given, matrix_spec, matrix_spec_json};
 
 /// The newest format that this version reads. Format 1 has Kronecker sums only; format 2 adds low rank and sums of
-/// several terms; format 3 adds groups of rows. A configuration is written in the oldest format that can express it.
-pub const FORMAT_VERSION: u64 = 3;
+/// several terms; format 3 adds groups of rows, format 4 eight-bit weights. A configuration is written in the oldest format
+/// that can express it.
+pub const FORMAT_VERSION: u64 = 4;
 
 /// A configuration: patterns, each with the spec of the matrices that it matches, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +22,9 @@ pub struct TQConfig {
     pub effort: Effort,
     /// The seed of the search, the same for every matrix.
     pub seed: u64,
+    /// With eight-bit weights: the modules whose dense matrices have them, beside all factors. Those of a compressed
+    /// checkpoint are named one by one; what is yet to be compressed has none.
+    pub int8: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -36,6 +40,10 @@ struct Fields {
     effort: Option<String>,
     #[serde(default)]
     seed: u64,
+    #[serde(default, deserialize_with = "given")]
+    dtype: Option<String>,
+    #[serde(default, deserialize_with = "given")]
+    dense: Option<Vec<String>>,
 }
 
 impl TQConfig {
@@ -82,7 +90,13 @@ impl TQConfig {
         if let Some(method) = fields.quant_method.filter(|method| method != "tqcompressor") {
             return Err(Error::Config(format!("quant_method: expected \"tqcompressor\", got {method:?}")));
         }
-        if fields.specs.is_empty() {
+        if let Some(dtype) = fields.dtype.as_ref().filter(|dtype| *dtype != "int8") {
+            return Err(Error::Config(format!("dtype: expected \"int8\", got {dtype:?}")));
+        }
+        if fields.dense.is_some() && fields.dtype.is_none() {
+            return Err(Error::Config("dense: expected with \"dtype\": \"int8\" only".into()));
+        }
+        if fields.specs.is_empty() && fields.dtype.is_none() {
             return Err(Error::Config("specs: expected at least one pattern, got none".into()));
         }
         if fields.specs.contains_key("") {
@@ -97,12 +111,17 @@ impl TQConfig {
             specs: specs.collect::<Result<_>>()?,
             effort: fields.effort.as_deref().map_or(Ok(Effort::default()), Effort::from_name)?,
             seed: fields.seed,
+            int8: fields.dtype.map(|_| fields.dense.unwrap_or_default()),
         })
     }
 
-    /// The oldest format that can express it: 1 for Kronecker sums only, 3 with groups of rows, 2 otherwise.
+    /// The oldest format that can express it: 1 for Kronecker sums only, 4 with eight-bit weights, 3 with groups of rows,
+    /// 2 otherwise.
     #[must_use]
     pub fn format_version(&self) -> u64 {
+        if self.int8.is_some() {
+            return 4;
+        }
         let of = |spec: &MatrixSpec| match spec.as_kronecker() {
             Some(_) => 1,
             None => 2 + u64::from(spec.is_grouped()),
@@ -115,13 +134,18 @@ impl TQConfig {
     pub fn to_value(&self) -> Value {
         let specs: Map<String, Value> =
             self.specs.iter().map(|(pattern, spec)| (pattern.clone(), Value::Object(matrix_spec_json(spec)))).collect();
-        json!({
+        let mut value = json!({
             "quant_method": "tqcompressor",
             "format_version": self.format_version(),
             "specs": specs,
             "effort": self.effort.name(),
             "seed": self.seed,
-        })
+        });
+        if let Some(dense) = &self.int8 {
+            value["dtype"] = "int8".into();
+            value["dense"] = dense.clone().into();
+        }
+        value
     }
 }
 
@@ -163,6 +187,20 @@ mod tests {
     }
 
     #[test]
+    fn eight_bit_weights_round_trip_in_format_4() {
+        for (specs, dense, expected) in [
+            (r#"{"a":{"rank":2}}"#, r#","dense":["b","c"]"#, vec!["b", "c"]),
+            (r#"{"a":{"rank":2}}"#, "", vec![]),
+            ("{}", r#","dense":["wte"]"#, vec!["wte"]),
+        ] {
+            let config = TQConfig::from_json(&format!(r#"{{"specs":{specs},"dtype":"int8"{dense}}}"#)).unwrap();
+            assert_eq!(config.int8.as_ref().unwrap(), &expected);
+            assert_eq!(config.format_version(), 4);
+            assert_eq!(TQConfig::from_json(&config.to_value().to_string()).unwrap(), config);
+        }
+    }
+
+    #[test]
     fn effort_seed_and_permute_have_defaults() {
         let config = TQConfig::from_json(r#"{"specs":{"wte":{"block":[1,4],"rank":1}}}"#).unwrap();
         let permute = config.specs["wte"].as_kronecker().unwrap().permute;
@@ -179,14 +217,17 @@ mod tests {
             (r#"{"specs":{}}"#, "at least one pattern"),
             (&format!("{{{spec},\"bits\":4}}"), "bits"),
             (
-                &format!("{{{spec},\"format_version\":4,\"new\":1}}"),
-                "newer tqcompressor (format 4), this one reads up to 3: upgrade",
+                &format!("{{{spec},\"format_version\":5,\"new\":1}}"),
+                "newer tqcompressor (format 5), this one reads up to 4: upgrade",
             ),
             (&format!("{{{spec},\"format_version\":0}}"), "format_version: expected 1"),
             (&format!("{{{spec},\"format_version\":\"1\"}}"), "format_version: expected 1"),
             (&format!("{{{spec},\"quant_method\":\"gptq\"}}"), "quant_method"),
             (&format!("{{{spec},\"effort\":\"utmost\"}}"), "utmost"),
             (&format!("{{{spec},\"seed\":-1}}"), "-1"),
+            (&format!("{{{spec},\"dtype\":\"int4\"}}"), "dtype: expected \"int8\", got \"int4\""),
+            (&format!("{{{spec},\"dense\":[]}}"), "dense: expected with"),
+            (&format!("{{{spec},\"dtype\":\"int8\",\"dense\":\"a\"}}"), "invalid type"),
             (r#"{"specs":{"h.*":{"block":[1,4]}}}"#, r#"pattern "h.*": missing field `rank`"#),
             (r#"{"specs":{"h.*":{"block":[1,4,2],"rank":1}}}"#, r#"pattern "h.*""#),
             (r#"{"specs":{"h.*":{"block":[1,4],"rank":-1}}}"#, r#"pattern "h.*""#),

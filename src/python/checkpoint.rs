@@ -352,8 +352,9 @@ impl Checkpoint {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<String> {
         let config = config_from_python(config)?;
-        let dtype = dtype.map(Float::from_name).transpose()?;
-        let options = Options { dtype, overwrite, max_shard_bytes, calibration: measured.map(Into::into) };
+        let measured = measured.map(Into::into);
+        let options =
+            Options { overwrite, max_shard_bytes, calibration: measured, ..Options::default() }.with_dtype(dtype)?;
         same_length(names.len(), &[moments.len()])?;
         let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
         let calibration: Calibration<'_> = calibration(&moments)?;

@@ -1,5 +1,6 @@
-//! `nearest_kronecker_sum`, `find_permutation`, `reconstruct`, `expand` and `apply`.
+//! `nearest_kronecker_sum`, `find_permutation`, `reconstruct`, `expand`, `apply` and `quantize`.
 
+use half::bf16;
 use numpy::{PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
 use pyo3::prelude::*;
 
@@ -7,6 +8,7 @@ use super::arrays::{contiguous, factor_arrays, factor_shape, indices, matrix, pe
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::kron::{KroneckerSum, MatrixView};
+use crate::numeric::int8::{self, Quantized, Scales};
 use crate::permute::{self, Decomposition, Effort, Permutation};
 use crate::progress::Parallelism;
 use crate::spec::{KroneckerShape, Permute};
@@ -24,7 +26,36 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(find_permutation, module)?)?;
     module.add_function(wrap_pyfunction!(reconstruct, module)?)?;
     module.add_function(wrap_pyfunction!(expand, module)?)?;
-    module.add_function(wrap_pyfunction!(apply, module)?)
+    module.add_function(wrap_pyfunction!(apply, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize, module)?)
+}
+
+/// `(codes, the bits of the bfloat16 scales)`.
+type Codes<'py> = (Bound<'py, PyArray1<i8>>, Bound<'py, PyArray1<u16>>);
+
+#[pyfunction]
+fn quantize<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray1<'py, f32>,
+    rows: usize,
+    columns: usize,
+    by_rows: bool,
+) -> PyResult<Codes<'py>> {
+    let values = contiguous(values.as_slice().ok(), "values")?;
+    let size = rows.saturating_mul(columns);
+    if size == 0 || !values.len().is_multiple_of(size) {
+        let expected = format!("matrices of {rows} × {columns}, neither of them 0");
+        return Err(Error::Shape { operation: "quantize", expected, got: format!("{} values", values.len()) }.into());
+    }
+    let per = if by_rows { Scales::Rows } else { Scales::Columns };
+    let Quantized { codes, scales } = jobs::run(py, None, |_| {
+        int8::quantize(values, rows, columns, per).map_err(|(at, value)| Error::NonFinite {
+            value,
+            row: at / columns,
+            column: at % columns,
+        })
+    })?;
+    Ok((PyArray1::from_vec(py, codes), PyArray1::from_iter(py, scales.into_iter().map(bf16::to_bits))))
 }
 
 #[pyfunction]

@@ -35,9 +35,16 @@ type Scores<'py> = (Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<bool>>);
 #[pymethods]
 impl Runtime {
     #[staticmethod]
-    fn load(py: Python<'_>, directory: PathBuf, threads: Option<usize>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (directory, threads, progress, *, int8 = false))]
+    fn load(
+        py: Python<'_>,
+        directory: PathBuf,
+        threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
+        int8: bool,
+    ) -> PyResult<Self> {
         let pool = jobs::rayon_pool(threads)?;
-        let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load(&directory, progress)))?;
+        let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load_as(&directory, int8, progress)))?;
         warn(py, model.warning())?;
         Ok(Self { model, threads })
     }

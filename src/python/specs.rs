@@ -14,15 +14,15 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_config, module)?)
 }
 
-/// `(pattern, spec)` pairs in order, effort, seed.
-type Config = (Vec<(String, Py<PyAny>)>, &'static str, u64);
+/// `(pattern, spec)` pairs in order, effort, seed, and the dense modules with eight-bit weights.
+type Config = (Vec<(String, Py<PyAny>)>, &'static str, u64, Option<Vec<String>>);
 
 /// Parses the JSON of a config in a checkpoint, with the reader of the native runtime.
 #[pyfunction]
 fn read_config(py: Python<'_>, text: &str) -> PyResult<Config> {
-    let TQConfig { specs, effort, seed } = TQConfig::from_json(text)?;
+    let TQConfig { specs, effort, seed, int8 } = TQConfig::from_json(text)?;
     let specs = specs.into_iter().map(|(pattern, spec)| Ok((pattern, spec_to_python(py, &spec)?.unbind())));
-    Ok((specs.collect::<PyResult<_>>()?, effort.name(), seed))
+    Ok((specs.collect::<PyResult<_>>()?, effort.name(), seed, int8))
 }
 
 /// The module of the Python classes.
@@ -77,7 +77,7 @@ fn term_to_python<'py>(py: Python<'py>, term: &TermSpec) -> PyResult<Bound<'py, 
     }
 }
 
-/// Reads a `TQConfig`: its `specs`, its `effort` and its `seed`.
+/// Reads a `TQConfig`: its `specs`, `effort`, `seed`, `dtype` and `dense`.
 pub(super) fn config_from_python(config: &Bound<'_, PyAny>) -> PyResult<TQConfig> {
     let items = config.getattr("specs")?.cast_into::<PyMapping>()?.items()?;
     let specs = items.iter().map(|item| {
@@ -86,5 +86,9 @@ pub(super) fn config_from_python(config: &Bound<'_, PyAny>) -> PyResult<TQConfig
     });
     let specs = specs.collect::<PyResult<_>>()?;
     let effort = Effort::from_name(&config.getattr("effort")?.extract::<String>()?)?;
-    Ok(TQConfig { specs, effort, seed: config.getattr("seed")?.extract()? })
+    let int8 = match config.getattr("dtype")?.is_none() {
+        true => None,
+        false => Some(config.getattr("dense")?.extract::<Option<Vec<String>>>()?.unwrap_or_default()),
+    };
+    Ok(TQConfig { specs, effort, seed: config.getattr("seed")?.extract()?, int8 })
 }

@@ -2,16 +2,15 @@
 
 use std::f32::consts::LOG2_E;
 
-use crate::numeric::Element;
 use crate::numeric::exponential::power_of_two;
-use crate::numeric::simd::{LANES, dispatched, dot};
+use crate::numeric::simd::{LANES, Weight, dispatched, dot};
 
 /// The most vectors of one call of [`dot`]: with more, the sums would not fit in registers.
 pub(super) const TOGETHER: usize = 4;
 
 /// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in
 /// the same order whatever their numbers.
-pub(super) fn dot_rows<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
+pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
     }
@@ -30,7 +29,7 @@ pub(super) fn dot_rows<T: Element>(rows: &[T], length: usize, x: &[f32], count: 
     }
 }
 
-fn each_group<T: Element, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
+fn each_group<T: Weight, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
     // Two rows at a time read memory faster than one or four.
     const N: usize = 2;
     let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));

@@ -2,14 +2,11 @@
 
 use std::borrow::Cow;
 
-use candle_core::{DType, Tensor};
-
 use super::kernels::add_scaled;
 use super::order::Order;
-use super::rows::{Rows, product_by_panels};
+use super::rows::{Rows, Stored, Weights, product_by_panels};
 use super::thread_pool::ThreadPool;
 use crate::error::Result;
-use crate::numeric::Values;
 use crate::numeric::simd::add_combination;
 use crate::permute::Permutation;
 use crate::spec::KroneckerShape;
@@ -34,7 +31,9 @@ pub enum Strategy {
 #[derive(Clone, Debug)]
 pub(super) struct Kronecker {
     pub shape: KroneckerShape,
-    /// `A_kᵀ`: with `A` first `(rank·n1, m1)`, else `(n1, rank·m1)`.
+    /// Whether `A` is applied before `B`. Eight-bit rows have one scale each, so that they cannot hold several terms.
+    pub a_first: bool,
+    /// `A_kᵀ`: with `a_first` `(rank·n1, m1)`, else `(n1, rank·m1)`.
     pub a: Rows,
     /// `(rank, m2, n2)`
     pub b: Vec<f32>,
@@ -49,8 +48,8 @@ impl Kronecker {
     /// and `output` the inverse of `q`.
     pub fn new(
         shape: KroneckerShape,
-        a: &Tensor,
-        b: &Tensor,
+        a: &Weights,
+        b: &Weights,
         input: &Permutation,
         output: &Permutation,
     ) -> Result<Self> {
@@ -68,19 +67,13 @@ impl Kronecker {
             if exchanged { j1 * shape.n1 + j2 } else { j2 * shape.n1 + j1 }
         });
         let KroneckerShape { m1, n1, rank, .. } = shape;
-        let a = if shape.a_first() {
-            Rows::of_three_dimensions(&a.transpose(1, 2).expect("three dimensions"), rank * n1, m1)
+        let a_first = shape.a_first() || (a.is_int8() && rank > 1);
+        let a = if a_first {
+            Rows::of_three_dimensions(&a.transposed(), rank * n1, m1)
         } else {
-            Rows::of_three_dimensions(&a.permute((2, 0, 1)).expect("three dimensions"), n1, rank * m1)
+            Rows::of_three_dimensions(&a.permuted((2, 0, 1)), n1, rank * m1)
         };
-        let b = b.to_dtype(DType::F32).and_then(|b| b.flatten_all()?.to_vec1());
-        Ok(Self {
-            a: a?,
-            b: b.expect("factors of this shape"),
-            input: Order::new(input),
-            output: Order::new(output),
-            shape,
-        })
+        Ok(Self { a: a?, b: b.floats()?, a_first, input: Order::new(input), output: Order::new(output), shape })
     }
 
     /// The product of `x : (count, m)`, and the order in which `y` is to be gathered from it.
@@ -90,7 +83,7 @@ impl Kronecker {
             return (self.expand_and_multiply(&x, count, pool), Cow::Owned(Order::default()));
         }
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;
-        if self.shape.a_first() {
+        if self.a_first {
             // Z = X A : (count, m2, rank, n1), then Y[j2] = Σ B[k, i2, j2] Z[i2, k].
             let inner = self.a.times(&x, count * m2, pool);
             let mut y = vec![0.0; count * n2 * n1];
@@ -154,11 +147,11 @@ impl Kronecker {
     }
 
     /// Adds to `out`, in the order of `X`, the column of the matrix that makes place `at` of `Y`.
-    fn add_gathered(&self, a: Values<'_>, at: usize, out: &mut [f32]) {
+    fn add_gathered(&self, a: Stored<'_>, at: usize, out: &mut [f32]) {
         let KroneckerShape { m1, n1, rank, .. } = self.shape;
         let (j2, j1) = (at / n1, at % n1);
         let mut scratch = vec![Vec::new(); rank];
-        let rows: Vec<_> = if self.shape.a_first() {
+        let rows: Vec<_> = if self.a_first {
             scratch.iter_mut().enumerate().map(|(k, scratch)| a.row(k * n1 + j1, m1, scratch)).collect()
         } else {
             a.row(j1, rank * m1, &mut scratch[0]).chunks_exact(m1).collect()

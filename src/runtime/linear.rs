@@ -8,7 +8,7 @@ use super::kernels::add_scaled;
 use super::kronecker::{Kronecker, Strategy};
 use super::low_rank::LowRank;
 use super::order::Order;
-use super::rows::Rows;
+use super::rows::{Rows, Weights};
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::permute::Permutation;
@@ -59,7 +59,7 @@ impl Linear {
     /// ```
     pub fn dense(w: &[f32], m: usize, n: usize) -> Result<Self> {
         let w = tensor("W", w, &[m, n])?;
-        Ok(Self::of_term(m, n, StoredTerm::Dense(Rows::new(&w.t().expect("two dimensions"))?)))
+        Ok(Self::of_term(m, n, StoredTerm::Dense(Rows::new(&Weights::from(w).transposed())?)))
     }
 
     /// The map of `W` with `W[p][:, q] = Σ_k A_k ⊗ B_k`, for `a : (rank, m1, n1)` and `b : (rank, m2, n2)`, row-major.
@@ -78,7 +78,7 @@ impl Linear {
                 ));
             }
         }
-        let kronecker = Kronecker::new(shape, &a, &b, p, &q.inverse())?;
+        let kronecker = Kronecker::new(shape, &a.into(), &b.into(), p, &q.inverse())?;
         Ok(Self::of_term(shape.rows(), shape.columns(), StoredTerm::Kronecker(kronecker)))
     }
 

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -18,13 +17,14 @@ use super::linear::{Linear, Part, StoredTerm};
 use super::low_rank::LowRank;
 use super::model::{Block, Gpt2, LayerNorm, Size};
 use super::order::Order;
-use super::rows::{Rows, move_together};
+use super::rows::{Rows, Weights, move_together};
 use crate::checkpoint::files::read_object_if_any;
-use crate::checkpoint::read::{Checkpoint, Tensor as Stored};
+use crate::checkpoint::read::{CODES, Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
 use crate::family::Gpt2Geometry;
 use crate::fit::GroupedLowRank;
 use crate::numeric::Float;
+use crate::numeric::int8::{Quantized, Scales, quantize};
 use crate::numeric::memory::zeros;
 use crate::permute::Permutation;
 use crate::plan::specs_of;
@@ -42,6 +42,18 @@ impl Gpt2 {
     /// # Cost
     /// The memory of the weights in their own dtype, and of one more matrix a thread while they are read.
     pub fn load(directory: &Path, progress: &Progress) -> Result<Self> {
+        Self::load_as(directory, false, progress)
+    }
+
+    /// As [`load`](Self::load); with `int8`, the weights that are not eight-bit integers yet become so, as
+    /// [`compress_checkpoint`](crate::compress::compress_checkpoint) would write them.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load).
+    ///
+    /// # Cost
+    /// The memory of the eight-bit weights, and of three copies of a matrix a thread while they are read.
+    pub fn load_as(directory: &Path, int8: bool, progress: &Progress) -> Result<Self> {
         let checkpoint = Checkpoint::open_any(directory)?;
         let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
         if checkpoint.model_type() != "gpt2" {
@@ -53,7 +65,7 @@ impl Gpt2 {
         let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry, checkpoint.has_head());
         let config = config.map_err(problem)?;
         let specs = specs_of(checkpoint.config()).map_err(problem)?;
-        let loader = Loader::new(&checkpoint, &specs, progress);
+        let loader = Loader::new(&checkpoint, &specs, int8, progress);
         loader.check(geometry)?;
         progress.expect(geometry.layers as u64 + 2);
         let (d, vocabulary) = (geometry.width, geometry.vocabulary);
@@ -77,6 +89,7 @@ struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     tensors: IndexMap<Cow<'a, str>, (&'a str, &'a Stored)>,
     specs: &'a IndexMap<String, MatrixSpec>,
+    int8: bool,
     progress: &'a Progress,
     /// Of the tensors that were asked for.
     read: Mutex<Size>,
@@ -91,12 +104,24 @@ enum Orientation {
     Transposed,
 }
 
+impl Orientation {
+    /// The values of a stored factor that share a scale: those of an output of the map.
+    fn scales(self) -> Scales {
+        if self == Self::AsStored { Scales::Columns } else { Scales::Rows }
+    }
+}
+
 impl<'a> Loader<'a> {
-    fn new(checkpoint: &'a Checkpoint, specs: &'a IndexMap<String, MatrixSpec>, progress: &'a Progress) -> Self {
+    fn new(
+        checkpoint: &'a Checkpoint,
+        specs: &'a IndexMap<String, MatrixSpec>,
+        int8: bool,
+        progress: &'a Progress,
+    ) -> Self {
         let family = checkpoint.family();
         let bare = |(name, tensor): (&'a String, &'a Stored)| (family.bare(name), (name.as_str(), tensor));
         let tensors = checkpoint.tensors().iter().map(bare).collect();
-        Self { checkpoint, tensors, specs, progress, read: Mutex::default() }
+        Self { checkpoint, tensors, specs, int8, progress, read: Mutex::default() }
     }
 
     fn problem(&self, problem: String) -> Error {
@@ -182,8 +207,8 @@ impl<'a> Loader<'a> {
             let terms = match spec("") {
                 Some(spec) => self.terms(module, spec, m, n, Orientation::AsStored)?,
                 None => {
-                    let weight = self.tensor(&format!("{module}.weight"), &[m, n])?;
-                    vec![StoredTerm::Dense(Rows::new(&weight.t().expect("two dimensions"))?)]
+                    let weight = self.dense(module, &[m, n], Scales::Columns)?;
+                    vec![StoredTerm::Dense(Rows::new(&weight.transposed())?)]
                 }
             };
             vec![Part { columns: n, terms }]
@@ -202,7 +227,7 @@ impl<'a> Loader<'a> {
         }
         let terms = match spec {
             Some(spec) => self.terms(module, spec, entries, d, Orientation::Transposed)?,
-            None => vec![StoredTerm::Dense(Rows::new(&self.tensor(&format!("{module}.weight"), &[entries, d])?)?)],
+            None => vec![StoredTerm::Dense(Rows::new(&self.dense(module, &[entries, d], Scales::Rows)?)?)],
         };
         Ok(Linear { rows, columns, parts: vec![Part { columns, terms }], outputs: Order::default(), bias })
     }
@@ -210,21 +235,17 @@ impl<'a> Loader<'a> {
     /// The groups of an embedding `(entries, d)` as parts of the map to its entries, and where each entry is among them.
     fn groups(&self, name: &str, groups: &[RowGroup], entries: usize, d: usize) -> Result<(Vec<Part>, Order)> {
         let shape = GroupedShape::new(entries, d, groups).map_err(|error| error.in_tensor(name))?;
-        let left = self.tensor(&format!("{name}.left"), &[shape.left()])?;
-        let right = self.tensor(&format!("{name}.right"), &[shape.right()])?;
+        let left = self.of_groups(&format!("{name}.left"), shape.groups().iter().map(LowRankShape::left))?;
+        let right = self.of_groups(&format!("{name}.right"), shape.groups().iter().map(LowRankShape::right))?;
         let places = self.permutation(&format!("{name}.input_permutation"), entries)?;
         let orders = format!("{name}.output_permutation");
         let orders = GroupedLowRank::split_columns(&self.permutation(&orders, groups.len() * d)?, d)
             .map_err(|error| error.in_tensor(&orders))?;
-        let piece = |tensor: &Tensor, at: Range<usize>, shape: (usize, usize)| {
-            let values = tensor.narrow(0, at.start, at.len()).and_then(|values| values.reshape(shape));
-            Rows::new(&values.expect("as many values as in the shapes"))
-        };
         let mut parts = Vec::with_capacity(groups.len());
-        for ((group, of_left, of_right), order) in shape.pieces().zip(&orders) {
+        for (((group, left), right), order) in shape.groups().iter().zip(&left).zip(&right).zip(&orders) {
             // Wᵀ[q] = [I; rightᵀ] leftᵀ; what is stored is inverse.
             let input = Order::new(order.inverse().as_slice().iter().copied());
-            let (right, left) = (piece(&left, of_left, group.left())?, piece(&right, of_right, group.right())?);
+            let (right, left) = (Rows::new(left)?, Rows::new(right)?);
             let terms = vec![StoredTerm::LowRank(LowRank::OnRows { left, right, input })];
             parts.push(Part { columns: group.rows, terms });
         }
@@ -235,10 +256,36 @@ impl<'a> Loader<'a> {
     fn head(&self, vocabulary: usize, d: usize) -> Result<Option<Linear>> {
         let terms = match self.specs.get("lm_head") {
             Some(spec) => self.terms("lm_head", spec, d, vocabulary, Orientation::AsStored)?,
-            None => vec![StoredTerm::Dense(Rows::new(&self.tensor("lm_head.weight", &[vocabulary, d])?)?)],
+            None => vec![StoredTerm::Dense(Rows::new(&self.dense("lm_head", &[vocabulary, d], Scales::Rows)?)?)],
         };
         let parts = vec![Part { columns: vocabulary, terms }];
         Ok(Some(Linear { rows: d, columns: vocabulary, parts, outputs: Order::default(), bias: Vec::new() }))
+    }
+
+    /// The matrices of all groups of a factor, which are stored one behind the other, with a scale for each row.
+    fn of_groups(&self, name: &str, shapes: impl Iterator<Item = (usize, usize)> + Clone) -> Result<Vec<Weights>> {
+        let shapes: Vec<_> = shapes.collect();
+        let sums = shapes.iter().fold((0, 0), |(all, sum), (height, width)| (all + height * width, sum + height));
+        let expect = "as many values as in the shapes";
+        if let Some((mut codes, mut scales)) = self.codes(name, &[sums.0], &[sums.1])? {
+            let piece = |&(height, width): &(usize, usize)| {
+                let (own, others) = codes.split_at(height * width);
+                let rest = scales.split_off(height);
+                let own_scales = std::mem::replace(&mut scales, rest);
+                codes = others;
+                let scales = Tensor::from_vec(own_scales, (height, 1), &Device::Cpu).expect(expect);
+                Weights::int8(Tensor::from_vec(bytes_of(own), (height, width), &Device::Cpu).expect(expect), scales)
+            };
+            return Ok(shapes.iter().map(piece).collect());
+        }
+        let (tensor, mut first) = (self.tensor(name, &[sums.0])?, 0);
+        let piece = |shape: (usize, usize)| {
+            let length = shape.0 * shape.1;
+            let values = tensor.narrow(0, first, length).and_then(|values| values.reshape(shape)).expect(expect);
+            first += length;
+            if self.int8 { self.quantized(name, &values, Scales::Rows) } else { Ok(values.into()) }
+        };
+        shapes.into_iter().map(piece).collect()
     }
 
     fn terms(
@@ -278,33 +325,37 @@ impl<'a> Loader<'a> {
     ) -> Result<StoredTerm> {
         let stored = spec.shape(m, n)?;
         let KroneckerShape { m1, n1, m2, n2, rank } = stored;
-        let a = self.tensor(&format!("{name}.A"), &[rank, m1, n1])?;
-        let b = self.tensor(&format!("{name}.B"), &[rank, m2, n2])?;
+        let (a, b) = ((format!("{name}.A"), [rank, m1, n1]), (format!("{name}.B"), [rank, m2, n2]));
+        let (a, b) = if stored.large_blocks() {
+            (self.tensor(&a.0, &a.1)?.into(), self.weights(&b.0, &b.1, orientation.scales())?)
+        } else {
+            (self.weights(&a.0, &a.1, orientation.scales())?, self.tensor(&b.0, &b.1)?.into())
+        };
         let side = |which: &str, allowed: bool, length: usize| match allowed {
             true => self.permutation(&format!("{name}.{which}"), length),
             false => Ok(Permutation::identity(length)),
         };
         let input = side("input_permutation", spec.permute.rows(), m)?;
         let output = side("output_permutation", spec.permute.columns(), n)?;
-        let transpose = |tensor: Tensor| tensor.transpose(1, 2).expect("three dimensions");
         Ok(StoredTerm::Kronecker(match orientation {
             Orientation::AsStored => Kronecker::new(stored, &a, &b, &input, &output)?,
             // The stored indices of an embedding are both inverse: see `compress`.
             Orientation::Transposed => {
-                Kronecker::new(stored.transposed(), &transpose(a), &transpose(b), &output.inverse(), &input)?
+                Kronecker::new(stored.transposed(), &a.transposed(), &b.transposed(), &output.inverse(), &input)?
             }
         }))
     }
 
     fn low_rank(&self, name: &str, rank: usize, m: usize, n: usize, orientation: Orientation) -> Result<StoredTerm> {
         let shape = LowRankShape::new(m, n, rank)?;
-        let left = self.tensor(&format!("{name}.left"), &[shape.left().0, shape.left().1])?;
-        let right = self.tensor(&format!("{name}.right"), &[shape.right().0, shape.right().1])?;
+        let per = orientation.scales();
+        let left = self.weights(&format!("{name}.left"), &[shape.left().0, shape.left().1], per)?;
+        let right = self.weights(&format!("{name}.right"), &[shape.right().0, shape.right().1], per)?;
         let on_rows = shape.pivots_on_rows();
         let (which, length) = if on_rows { ("input_permutation", m) } else { ("output_permutation", n) };
         let stored = self.permutation(&format!("{name}.{which}"), length)?;
         let order = |permutation: &Permutation| Order::new(permutation.as_slice().iter().copied());
-        let transposed = |tensor: &Tensor| Rows::new(&tensor.t().expect("two dimensions"));
+        let transposed = |weights: &Weights| Rows::new(&weights.transposed());
         Ok(StoredTerm::LowRank(match (orientation, on_rows) {
             (Orientation::AsStored, true) => {
                 LowRank::OnRows { left: transposed(&left)?, right: transposed(&right)?, input: order(&stored) }
@@ -343,10 +394,61 @@ impl<'a> Loader<'a> {
         if tensor.shape != shape {
             return Err(self.problem(self.checkpoint.family().misshapen(stored, shape, &tensor.shape)));
         }
-        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
-        read.parameters += tensor.parameters();
-        read.bytes += self.checkpoint.bytes(tensor).len();
+        self.count(tensor.parameters(), self.checkpoint.bytes(tensor).len());
         Ok((stored, tensor))
+    }
+
+    fn count(&self, parameters: usize, bytes: usize) {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.parameters += parameters;
+        read.bytes += bytes;
+    }
+
+    /// A dense matrix, floating or eight-bit.
+    fn dense(&self, module: &str, shape: &[usize], per: Scales) -> Result<Weights> {
+        let codes = format!("{module}.{CODES}");
+        let name = if self.tensors.contains_key(&*codes) { codes } else { format!("{module}.weight") };
+        self.weights(&name, shape, per)
+    }
+
+    /// A tensor of one or more matrices, floating or eight-bit, which becomes eight-bit if that is asked for.
+    fn weights(&self, name: &str, shape: &[usize], per: Scales) -> Result<Weights> {
+        let Some((codes, scales)) = self.codes(name, shape, &per.shape(shape))? else {
+            let values = self.tensor(name, shape)?;
+            return if self.int8 { self.quantized(name, &values, per) } else { Ok(values.into()) };
+        };
+        let tensors = (
+            Tensor::from_vec(bytes_of(codes), shape, &Device::Cpu),
+            Tensor::from_vec(scales, per.shape(shape), &Device::Cpu),
+        );
+        Ok(Weights::int8(tensors.0.expect("as many as in the shape"), tensors.1.expect("as many as in the shape")))
+    }
+
+    /// The codes and scales of a tensor; `None` for a floating one, which is not counted as read.
+    fn codes(&self, name: &str, shape: &[usize], scales: &[usize]) -> Result<Option<(&'a [i8], Vec<f32>)>> {
+        let Some(&(stored, _)) = self.tensors.get(name) else { return self.found(name, shape).map(|_| None) };
+        let codes = self.checkpoint.codes(stored, shape, scales)?;
+        if let Some((codes, scales)) = &codes {
+            self.count(codes.len(), codes.len() + size_of::<bf16>() * scales.len());
+        }
+        Ok(codes)
+    }
+
+    /// Eight-bit integers of floating values that were read from the tensor `name`.
+    fn quantized(&self, name: &str, values: &Tensor, per: Scales) -> Result<Weights> {
+        let &[.., rows, columns] = values.dims() else { unreachable!("a matrix") };
+        let floats: Vec<f32> =
+            values.to_dtype(DType::F32).and_then(|all| all.flatten_all()?.to_vec1()).expect("floats");
+        let Quantized { codes, scales } = quantize(&floats, rows, columns, per).map_err(|(at, value)| {
+            Error::NonFinite { value, row: at / columns, column: at % columns }.in_tensor(name)
+        })?;
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.bytes -= floats.len() * (values.dtype().size_in_bytes() - 1);
+        read.bytes += size_of::<bf16>() * scales.len();
+        drop(read);
+        let scales: Vec<_> = scales.into_iter().map(bf16::to_f32).collect();
+        let scales = Tensor::from_vec(scales, per.shape(values.dims()), &Device::Cpu).expect("a scale for each");
+        Ok(Weights::int8(Tensor::from_vec(bytes_of(&codes), values.dims(), &Device::Cpu).expect("as many"), scales))
     }
 
     /// A tensor of floats, finite, in its own dtype.
@@ -373,4 +475,11 @@ impl<'a> Loader<'a> {
         let (stored, _) = self.found(name, &[length])?;
         self.checkpoint.permutation(stored, length)
     }
+}
+
+/// On huge pages: reading is a third faster.
+fn bytes_of(codes: &[i8]) -> Vec<u8> {
+    let mut bytes = zeros::<u8>(codes.len());
+    bytes.copy_from_slice(bytemuck::cast_slice(codes));
+    bytes
 }

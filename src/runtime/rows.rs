@@ -11,8 +11,10 @@ use super::kernels::{TOGETHER, dot_rows};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
+use crate::numeric::Values;
+use crate::numeric::int8::scaled;
 use crate::numeric::memory::zeros;
-use crate::numeric::{Element, Values};
+use crate::numeric::simd::Weight;
 
 /// Up to this many vectors share one pass over the rows. More vectors are a packed matrix product.
 const FEW: usize = 2 * TOGETHER;
@@ -21,10 +23,89 @@ const TASK: usize = 1 << 16;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
 
+/// A stored matrix, or several: floating values, or eight-bit integers with scales that broadcast against them.
+#[derive(Clone, Debug)]
+pub(super) struct Weights {
+    values: Tensor,
+    scales: Option<Tensor>,
+}
+
+impl From<Tensor> for Weights {
+    fn from(values: Tensor) -> Self {
+        Self { values, scales: None }
+    }
+}
+
+impl Weights {
+    /// Takes the bytes of eight-bit integers, and f32 scales of a shape that broadcasts against theirs.
+    pub fn int8(codes: Tensor, scales: Tensor) -> Self {
+        Self { values: codes, scales: Some(scales) }
+    }
+
+    /// Whether they are eight-bit integers.
+    pub fn is_int8(&self) -> bool {
+        self.scales.is_some()
+    }
+
+    /// The last two dimensions exchanged.
+    pub fn transposed(&self) -> Self {
+        self.map(|tensor| tensor.transpose(tensor.dims().len() - 2, tensor.dims().len() - 1))
+    }
+
+    /// The dimensions in another order.
+    pub fn permuted(&self, order: (usize, usize, usize)) -> Self {
+        self.map(|tensor| tensor.permute(order))
+    }
+
+    /// The floating values as f32, in order.
+    pub fn floats(&self) -> Result<Vec<f32>> {
+        debug_assert!(!self.is_int8());
+        self.values.to_dtype(DType::F32).and_then(|values| values.flatten_all()?.to_vec1()).map_err(unexpected)
+    }
+
+    fn map(&self, change: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> Self {
+        let changed = |tensor| change(tensor).expect("a matrix or several");
+        Self { values: changed(&self.values), scales: self.scales.as_ref().map(changed) }
+    }
+}
+
+/// Borrowed rows.
+#[derive(Clone, Copy)]
+pub(super) enum Stored<'a> {
+    Float(Values<'a>),
+    /// With the scale of each row.
+    Int8(&'a [i8], &'a [f32]),
+}
+
+impl Stored<'_> {
+    /// Row `index` as f32: the row itself, or a copy in `scratch`.
+    pub fn row<'b>(&'b self, index: usize, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32] {
+        self.rows(index..index + 1, width, scratch)
+    }
+
+    /// Consecutive rows, as [`row`](Self::row).
+    pub fn rows<'b>(&'b self, rows: Range<usize>, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32] {
+        match self {
+            Self::Float(values) => values.rows(rows, width, scratch),
+            Self::Int8(codes, scales) => {
+                scratch.resize(rows.len() * width, 0.0);
+                if width > 0 {
+                    for (row, out) in rows.zip(scratch.chunks_exact_mut(width)) {
+                        scaled(&codes[row * width..][..width], scales[row], out);
+                    }
+                }
+                scratch
+            }
+        }
+    }
+}
+
 /// A matrix whose rows are dotted with vectors: `(rows, length)`, contiguous, in the dtype that it was stored in.
 #[derive(Clone, Debug)]
 pub(super) struct Rows {
     tensor: Tensor,
+    /// The scale of each row of eight-bit integers, whose bytes the tensor holds; none of floating values.
+    scales: Option<Vec<f32>>,
     /// How many.
     pub rows: usize,
     /// Values of each.
@@ -32,34 +113,50 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Takes a tensor of two dimensions, copied if it is not contiguous.
-    pub fn new(tensor: &Tensor) -> Result<Self> {
+    /// Takes a matrix, copied if it is not contiguous.
+    ///
+    /// # Errors
+    /// Of eight-bit integers, unless there is one scale for each row.
+    pub fn new(weights: &Weights) -> Result<Self> {
+        let tensor = &weights.values;
         let (rows, length) = tensor.dims2().map_err(unexpected)?;
         let contiguous = if tensor.is_contiguous() { tensor.clone() } else { packed(tensor).map_err(unexpected)? };
-        Self::checked(contiguous, rows, length)
+        Self::checked(contiguous, &weights.scales, rows, length)
     }
 
-    /// Copies a tensor of three dimensions into `(rows, length)`, in the order of its indices.
-    pub fn of_three_dimensions(tensor: &Tensor, rows: usize, length: usize) -> Result<Self> {
-        let packed = packed(tensor).and_then(|packed| packed.reshape((rows, length)));
-        Self::checked(packed.map_err(unexpected)?, rows, length)
+    /// Copies three dimensions into `(rows, length)`, in the order of their indices.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_three_dimensions(weights: &Weights, rows: usize, length: usize) -> Result<Self> {
+        let packed = packed(&weights.values).and_then(|packed| packed.reshape((rows, length)));
+        Self::checked(packed.map_err(unexpected)?, &weights.scales, rows, length)
     }
 
-    fn checked(tensor: Tensor, rows: usize, length: usize) -> Result<Self> {
-        if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) || !matches!(tensor.device(), Device::Cpu) {
-            return Err(Error::Dtype { expected: "F32, F16 or BF16".into(), got: format!("{:?}", tensor.dtype()) });
+    fn checked(tensor: Tensor, scales: &Option<Tensor>, rows: usize, length: usize) -> Result<Self> {
+        let known = match scales {
+            None => matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16),
+            Some(scales) => tensor.dtype() == DType::U8 && scales.elem_count() == rows,
+        };
+        if !known || !matches!(tensor.device(), Device::Cpu) {
+            let expected = "F32, F16 or BF16, or I8 with a scale for each row".into();
+            return Err(Error::Dtype { expected, got: format!("{:?}", tensor.dtype()) });
         }
-        Ok(Self { tensor, rows, length })
+        let scales = scales.as_ref().map(|scales| scales.flatten_all()?.to_vec1()).transpose().map_err(unexpected)?;
+        Ok(Self { tensor, scales, rows, length })
     }
 
     /// Calls `work` with the values.
-    pub fn with<T>(&self, work: impl FnOnce(Values<'_>) -> T) -> T {
+    pub fn with<T>(&self, work: impl FnOnce(Stored<'_>) -> T) -> T {
         let (storage, layout) = self.tensor.storage_and_layout();
         let range = layout.start_offset()..layout.start_offset() + self.rows * self.length;
-        match &*storage {
-            Storage::Cpu(CpuStorage::F32(values)) => work(Values::F32(&values[range])),
-            Storage::Cpu(CpuStorage::F16(values)) => work(Values::F16(&values[range])),
-            Storage::Cpu(CpuStorage::BF16(values)) => work(Values::Bf16(&values[range])),
+        match (&*storage, &self.scales) {
+            (Storage::Cpu(CpuStorage::F32(values)), _) => work(Stored::Float(Values::F32(&values[range]))),
+            (Storage::Cpu(CpuStorage::F16(values)), _) => work(Stored::Float(Values::F16(&values[range]))),
+            (Storage::Cpu(CpuStorage::BF16(values)), _) => work(Stored::Float(Values::Bf16(&values[range]))),
+            (Storage::Cpu(CpuStorage::U8(values)), Some(scales)) => {
+                work(Stored::Int8(bytemuck::cast_slice(&values[range]), scales))
+            }
             _ => unreachable!("checked when it was made"),
         }
     }
@@ -85,6 +182,9 @@ impl Rows {
             let indices: Vec<_> = (0..length).map(|i| u32::try_from(order.at(i)).expect("an index")).collect();
             let selected = Tensor::new(indices, &Device::Cpu).and_then(|at| self.tensor.index_select(&at, dimension));
             self.tensor = selected.expect("an index for every place");
+            if let Some(scales) = self.scales.as_mut().filter(|_| dimension == 0) {
+                *scales = (0..length).map(|i| scales[order.at(i)]).collect();
+            }
         }
     }
 
@@ -121,8 +221,8 @@ impl Rows {
 }
 
 /// As [`Rows::times`] of few vectors, but `out` is `(rows, count)`.
-fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
-    fn of_dtype<T: Element>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
+fn few(rows: Stored<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
+    fn of_dtype<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
         let at_a_time = (TASK / length.max(1)).next_multiple_of(TOGETHER);
         pool.for_each(out.chunks_mut(at_a_time * count).enumerate(), |(task, out)| {
             let first = task * at_a_time;
@@ -130,9 +230,15 @@ fn few(rows: Values<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32]
         });
     }
     match rows {
-        Values::F32(rows) => of_dtype(rows, length, x, count, out, pool),
-        Values::F16(rows) => of_dtype(rows, length, x, count, out, pool),
-        Values::Bf16(rows) => of_dtype(rows, length, x, count, out, pool),
+        Stored::Float(Values::F32(rows)) => of_dtype(rows, length, x, count, out, pool),
+        Stored::Float(Values::F16(rows)) => of_dtype(rows, length, x, count, out, pool),
+        Stored::Float(Values::Bf16(rows)) => of_dtype(rows, length, x, count, out, pool),
+        Stored::Int8(codes, scales) => {
+            of_dtype(codes, length, x, count, out, pool);
+            for (out, &scale) in out.chunks_exact_mut(count).zip(scales) {
+                out.iter_mut().for_each(|out| *out *= scale);
+            }
+        }
     }
 }
 
@@ -160,7 +266,8 @@ pub(super) fn move_together(matrices: &mut [&mut Rows]) -> Result<()> {
         Ok(())
     }
     let moved = of_dtype::<f32>(matrices).and_then(|()| of_dtype::<f16>(matrices));
-    moved.and_then(|()| of_dtype::<bf16>(matrices)).map_err(unexpected)
+    let moved = moved.and_then(|()| of_dtype::<bf16>(matrices));
+    moved.and_then(|()| of_dtype::<u8>(matrices)).map_err(unexpected)
 }
 
 fn unexpected(error: candle_core::Error) -> Error {
@@ -197,6 +304,7 @@ fn packed(tensor: &Tensor) -> candle_core::Result<Tensor> {
         Storage::Cpu(CpuStorage::F32(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
         Storage::Cpu(CpuStorage::F16(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
         Storage::Cpu(CpuStorage::BF16(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
+        Storage::Cpu(CpuStorage::U8(values)) => Tensor::from_vec(copy(values, layout), layout.shape(), &Device::Cpu),
         _ => tensor.contiguous(),
     }
 }

@@ -2,20 +2,22 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
+use safetensors::Dtype;
 use serde_json::json;
 
 use super::linear::{Linear, Part, StoredTerm};
 use super::order::Order;
-use super::rows::Rows;
+use super::rows::{Rows, Weights};
 use super::*;
 use crate::checkpoint::read::Checkpoint;
 use crate::checkpoint::testing::Source;
-use crate::compress::{Calibration, Fits, Options, compress_checkpoint};
+use crate::compress::{Calibration, Fits, Options, compress_checkpoint, expand_checkpoint};
 use crate::error::{Error, Result};
 use crate::family::{Kind, Matrix};
 use crate::fit::{self, Norm};
 use crate::kron::{KroneckerSum, MatrixView};
 use crate::numeric::Float;
+use crate::numeric::int8::{Quantized, Scales, dequantize, quantize};
 use crate::permute::{Decomposition, Effort, Permutation, decompose};
 use crate::plan::TQConfig;
 use crate::progress::{Parallelism, Progress};
@@ -102,6 +104,95 @@ fn a_compressed_model_computes_what_its_factors_stand_for() {
             let (ours, theirs) = (logits(&compressed, &tokens, &pool()), logits(&dense, &tokens, &pool()));
             let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
             assert!(largest_difference(&ours, &theirs) < 1e-5 * scale, "{length} tokens");
+        }
+    }
+}
+
+#[test]
+fn an_eight_bit_model_computes_what_it_expands_to_and_loading_makes_the_same_of_floats() {
+    let folder = tempfile::tempdir().unwrap();
+    let [from, floats, codes, dense] = ["source", "floats", "codes", "dense"].map(|name| folder.path().join(name));
+    let groups = r#"{"specs":{"wte":{"groups":[[9,3],[11,2]]},"h.1.mlp.c_fc":{"rank":3}}}"#;
+    for specs in [SPECS, groups, r#"{"specs":{},"dtype":"int8"}"#] {
+        Source::tiny("transformer.", Float::F32).write(&from);
+        let opened = Checkpoint::open(&from).unwrap();
+        let config = TQConfig::from_json(specs).unwrap();
+        let floats = if config.specs.is_empty() { &from } else { &floats };
+        for (to, int8) in [(floats, false), (&codes, true)].into_iter().skip(usize::from(floats == &from)) {
+            let options = Options { overwrite: true, int8, ..Options::default() };
+            let made = Fits::Made(&Calibration::new());
+            compress_checkpoint(&opened, to, &config, made, &options, &Progress::default()).unwrap();
+        }
+        let wide = Options { overwrite: true, dtype: Some(Float::F32), ..Options::default() };
+        expand_checkpoint(&Checkpoint::open_any(&codes).unwrap(), &dense, &wide, &Progress::default()).unwrap();
+        let model = load(&codes).unwrap();
+        let quantized = Gpt2::load_as(floats, true, &Progress::default()).unwrap();
+        let already = Gpt2::load_as(&codes, true, &Progress::default()).unwrap();
+        let expanded = load(&dense).unwrap();
+        for length in [1_u32, 2, 5, 6] {
+            let tokens: Vec<u32> = (0..length).map(|i| (7 * i + length) % 20).collect();
+            let own = logits(&model, &tokens, &pool());
+            assert_eq!(own, logits(&quantized, &tokens, &pool()));
+            assert_eq!(own, logits(&already, &tokens, &ThreadPool::new(1).unwrap()));
+            let theirs = logits(&expanded, &tokens, &pool());
+            let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+            assert!(largest_difference(&own, &theirs) < 1e-5 * scale, "{specs}: {length} tokens");
+        }
+        assert_eq!(model.size().parameters, load(floats).unwrap().size().parameters);
+        assert!(model.size().bytes < load(floats).unwrap().size().bytes);
+    }
+}
+
+#[test]
+fn spoiled_scales_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let [from, to] = ["source", "codes"].map(|name| folder.path().join(name));
+    Source::tiny("", Float::F32).write(&from);
+    let config =
+        TQConfig::from_json(r#"{"specs":{"wte":{"rank":3},"h.0.mlp.c_fc":{"block":[2,4],"rank":2}}}"#).unwrap();
+    let options = Options { int8: true, ..Options::default() };
+    let opened = Checkpoint::open(&from).unwrap();
+    let made = Fits::Made(&Calibration::new());
+    compress_checkpoint(&opened, &to, &config, made, &options, &Progress::default()).unwrap();
+    let whole = std::fs::read(to.join("model.safetensors")).unwrap();
+    let read = safetensors::SafeTensors::deserialize(&whole).unwrap();
+    type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+    let tensors: Vec<Stored> = read
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+        .collect();
+    for name in ["wte.left", "wpe.codes", "h.1.attn.c_attn.codes", "h.0.mlp.c_fc.A"] {
+        let scale = format!("{name}_scale");
+        let spoiled = |change: &dyn Fn(&mut Vec<Stored>, usize)| {
+            let mut tensors = tensors.clone();
+            let at = tensors.iter().position(|tensor| tensor.0 == scale).unwrap();
+            change(&mut tensors, at);
+            std::fs::write(to.join("model.safetensors"), Source::file(&tensors)).unwrap();
+            let loading = load(&to).unwrap_err().to_string();
+            let dense = folder.path().join("dense");
+            let opened = Checkpoint::open_any(&to).unwrap();
+            let expanding = expand_checkpoint(&opened, &dense, &Options::default(), &Progress::default()).unwrap_err();
+            assert!(!dense.exists());
+            (loading, expanding.to_string())
+        };
+        let each: [(&dyn Fn(&mut Vec<Stored>, usize), &str); 5] = [
+            (&|tensors, at| drop(tensors.remove(at)), "missing"),
+            (&|tensors, at| tensors[at].1 = Dtype::F16, "BF16"),
+            (&|tensors, at| tensors[at].3[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes()), "NaN"),
+            (&|tensors, at| tensors[at].3[..2].copy_from_slice(&half::bf16::INFINITY.to_le_bytes()), "inf"),
+            (
+                &|tensors, at| {
+                    tensors[at].2.push(1);
+                },
+                "shape",
+            ),
+        ];
+        for (change, words) in each {
+            let (loading, expanding) = spoiled(change);
+            for message in [loading, expanding] {
+                assert!(message.contains(words) && message.contains(&scale), "{name}: {words}: {message}");
+            }
         }
     }
 }
@@ -331,12 +422,25 @@ proptest! {
 
     #[test]
     fn products_with_rows_are_those_of_the_dense_matrix(
-        rows in 1..70_usize, length in 1..200_usize, count in 1..30_usize, half in 0..3_usize, seed in any::<u64>(),
+        rows in 1..70_usize, length in 1..200_usize, count in 1..30_usize, stored in 0..4_usize, seed in any::<u64>(),
     ) {
-        let dtype = [DType::F32, DType::F16, DType::BF16][half];
-        let weights = Tensor::from_vec(noise(rows * length, seed), (rows, length), &Device::Cpu).unwrap();
-        let weights = weights.to_dtype(dtype).unwrap();
-        let values: Vec<Vec<f32>> = weights.to_dtype(DType::F32).unwrap().to_vec2().unwrap();
+        let values = noise(rows * length, seed);
+        let (weights, values) = match [DType::F32, DType::F16, DType::BF16].get(stored) {
+            Some(&dtype) => {
+                let weights = Tensor::from_vec(values, (rows, length), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                let values = weights.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+                (Weights::from(weights), values)
+            }
+            None => {
+                let Quantized { codes, scales } = quantize(&values, rows, length, Scales::Rows).unwrap();
+                let scales: Vec<_> = scales.into_iter().map(half::bf16::to_f32).collect();
+                let values = dequantize(&codes, &scales, rows, length, Scales::Rows);
+                let codes: Vec<u8> = codes.into_iter().map(i8::cast_unsigned).collect();
+                let codes = Tensor::from_vec(codes, (rows, length), &Device::Cpu).unwrap();
+                let weights = Weights::int8(codes, Tensor::from_vec(scales, (rows, 1), &Device::Cpu).unwrap());
+                (weights, values.chunks(length).map(<[f32]>::to_vec).collect())
+            }
+        };
         let x = noise(count * length, seed ^ 1);
         let part = Part { columns: rows, terms: vec![StoredTerm::Dense(Rows::new(&weights).unwrap())] };
         let mut linear = Linear {

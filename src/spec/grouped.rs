@@ -80,6 +80,18 @@ impl GroupedShape {
         self.groups.iter().map(|group| group.right().0 * group.right().1).sum()
     }
 
+    /// Rows of all `left` factors.
+    #[must_use]
+    pub fn left_rows(&self) -> usize {
+        self.groups.iter().map(|group| group.left().0).sum()
+    }
+
+    /// Rows of all `right` factors.
+    #[must_use]
+    pub fn right_rows(&self) -> usize {
+        self.groups.iter().map(|group| group.right().0).sum()
+    }
+
     /// Each group with the places of its numbers in all `left` and in all `right` factors.
     pub fn pieces(&self) -> impl Iterator<Item = (&LowRankShape, Range<usize>, Range<usize>)> {
         let (mut left, mut right) = (0, 0);

@@ -1,13 +1,13 @@
-"""Decode and prefill of GPT-2 small, dense, compressed and of 6 layers: native runtime, torch, torch.compile; layers.
+"""Decode and prefill of GPT-2 small, dense, compressed and of 6 layers: native, int8, torch, torch.compile; layers.
 
-Weights are random (`GPT2Config()`, seed 0, float32): times and memory are real, texts mean nothing. Decode is greedy,
-batch 1, timed from the second new token on; prefill reads a text and takes the logits of its last token. torch runs a
-bare loop, which is quicker than transformers' `generate`. Each engine and model gets a fresh process, in turns over
-repetitions; times are the best, memory is the largest peak beyond the process before loading. The bandwidth limit is
-that of numpy's sum or copy, whichever moves more; `of limit` is the bytes of weights that a token needs, times
-tokens/s, over it, `of read` the same over that of the sum. Layers are timed within one process, medians of turns; a
-single row finds their weights in memory. `cargo bench` times native layers: by the factors, by the matrix, and by what
-the cost model chooses of the two.
+Weights are random (`GPT2Config()`, seed 0, float32 unless `--dtype` says float16): times and memory are real, texts
+mean nothing. Decode is greedy, batch 1, timed from the second new token on; prefill reads a text and takes the logits
+of its last token. "native int8" quantizes the same weights on loading. torch runs a bare loop, which is quicker than
+transformers' `generate`. Each engine and model gets a fresh process, in turns over repetitions; times are the best,
+memory is the largest peak beyond the process before loading. The bandwidth limit is that of numpy's sum or copy,
+whichever moves more; `of limit` is the bytes of weights that a token needs, times tokens/s, over it, `of read` the same
+over that of the sum. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
+`cargo bench` times native layers: by the factors, by the matrix, and by what the cost model chooses of the two.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", nargs="*", choices=list(inference_layers.LAYERS), default=list(inference_layers.LAYERS)
     )
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument(
         "--compile-limit", type=int, default=300, metavar="SECONDS", help="for a compiled model's process"
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         # What is compiled is kept from one process to the next, but not beyond this run, unless the caller says where.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
-        models = make_models(Path(folder), options.models, options.quick)
+        models = make_models(Path(folder), options.models, options.dtype, options.quick)
         limits: list[dict[str, float]] = []
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
@@ -89,12 +90,12 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         yield from native_layers(task)
 
 
-def make_models(folder: Path, wanted: Sequence[str], quick: bool) -> dict[str, Path]:
+def make_models(folder: Path, wanted: Sequence[str], dtype: str, quick: bool) -> dict[str, Path]:
     width, layers, vocabulary = (96, 2, 512) if quick else (768, 12, 50257)
     depths = {"dense": layers, "6 layers": layers // 2}
     models = {name: folder / name for name in MODELS}
     for name in depths.keys() & {"dense" if name == "compressed" else name for name in wanted}:
-        fresh_process(["-c", MAKE, str(models[name]), str(width), str(depths[name]), str(vocabulary)])
+        fresh_process(["-c", MAKE, str(models[name]), str(width), str(depths[name]), str(vocabulary), dtype])
     if "compressed" in wanted:
         arguments = ["--recipe", "tq-81m", "--effort", "fast", "--out", str(models["compressed"]), "--json"]
         fresh_process(["-c", COMPRESS, "compress", str(models["dense"]), *arguments])
@@ -123,20 +124,28 @@ def best_of(results: list[Measured]) -> Measured:
     return best | {name: max(result[name] for result in results) for name in worst}
 
 
-def weights_read(folder: Path) -> int:
-    """Bytes of weights that one token needs: all but the positions', the tied embedding once, as the head."""
+def weights_read(folder: Path, int8: bool = False) -> int:
+    """Bytes of weights that one token needs: all but the positions', the tied embedding once, as the head.
+
+    With `int8` one byte each, without the scales and the few that are not quantized.
+    """
     tensors = [item for header in headers(folder) for item in header.items() if item[0] != "__metadata__"]
+    size = {"F32": 4, "F16": 2, "BF16": 2}
     spans = [
-        tensor["data_offsets"] for name, tensor in tensors if tensor["dtype"] in FLOATS and ".wpe." not in f".{name}"
+        (tensor["data_offsets"], size[tensor["dtype"]] if int8 else 1)
+        for name, tensor in tensors
+        if tensor["dtype"] in FLOATS and ".wpe." not in f".{name}"
     ]
-    return sum(end - begin for begin, end in spans)
+    return sum((end - begin) // width for (begin, end), width in spans)
 
 
 def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, bandwidth: Mapping[str, float]) -> dict:
     head = {"model": model, "engine": engine}
     if "failed" in result:
         return head | {"failed": result["failed"]}
-    bytes_per_second = weights_read(folder) / result["decode seconds"]
+    # Eight-bit weights are quantized on loading: their files have more bytes.
+    int8 = engine == "native int8"
+    bytes_per_second = weights_read(folder, int8) / result["decode seconds"]
     return head | {
         "decode tokens/s": 1 / result["decode seconds"],
         "ms/token": 1000 * result["decode seconds"],
@@ -154,7 +163,9 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
 def ratios(best: Mapping[tuple[str, str], Measured]) -> Iterator[dict]:
     """Tokens/s of the compressed model over others' in one engine, and of the native runtime over torch's."""
     pairs = [(("compressed", engine), (other, engine)) for other in ("dense", "6 layers") for engine in ENGINES]
-    pairs += [((model, "native"), (model, other)) for other in ENGINES if other != "native" for model in MODELS]
+    torch = [other for other in ENGINES if other.startswith("torch")]
+    pairs += [((model, "native"), (model, other)) for other in torch for model in MODELS]
+    pairs += [((model, "native int8"), (model, "native")) for model in MODELS]
     for ours, theirs in pairs:
         if all(key in best and "failed" not in best[key] for key in (ours, theirs)):
             times = {name: best[theirs][name] / best[ours][name] for name in ("decode seconds", "prefill seconds")}

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ class Lengths:
     prefill: int
 
 
-def native(folder: Path, threads: int, _: Lengths) -> Engine:
-    """The runtime of this package, without torch."""
+def native(folder: Path, threads: int, _: Lengths, *, int8: bool = False) -> Engine:
+    """The runtime of this package, without torch; with `int8`, weights are quantized on loading."""
     from tqcompressor import _core
 
-    runtime = _core.Runtime.load(folder, threads, None)
+    runtime = _core.Runtime.load(folder, threads, None, int8=int8)
 
     def generate(prompt: Tokens, count: int) -> Tokens:
         return runtime.generate([prompt], count, 0.0, 0, 1.0, 0, [], None)[0]
@@ -93,7 +94,12 @@ def compiled(folder: Path, threads: int, lengths: Lengths) -> Engine:
     return Engine(generate, prefill)
 
 
-ENGINES = {"torch eager": eager, "torch compiled": compiled, "native": native}
+ENGINES = {
+    "torch eager": eager,
+    "torch compiled": compiled,
+    "native": native,
+    "native int8": partial(native, int8=True),
+}
 
 
 def torch_model(folder: Path, threads: int) -> Any:
@@ -121,7 +127,7 @@ def greedy(first: Callable, then: Callable, cache: Any, prompt: Tokens, count: i
 
 def warm_up(engine: str) -> None:
     """What an engine imports and allocates once, whatever the model: not counted as the memory of one."""
-    if engine == "native":
+    if engine.startswith("native"):
         return
     import torch
     import tqcompressor  # noqa: F401
@@ -185,7 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     task |= {"folder": Path(task["folder"]), "lengths": Lengths(**task["lengths"])}
     if task["engine"] != "torch compiled":
         print(json.dumps(measure(**task)))
-        assert task["engine"] != "native" or "torch" not in sys.modules, "torch was imported"
+        assert not task["engine"].startswith("native") or "torch" not in sys.modules, "torch was imported"
         return
 
     def stop(*_: object) -> None:

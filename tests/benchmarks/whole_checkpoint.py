@@ -25,9 +25,10 @@ import sys
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 torch.manual_seed(0)
-width, layers, vocabulary = map(int, sys.argv[2:])
+width, layers, vocabulary = map(int, sys.argv[2:5])
+dtype = getattr(torch, sys.argv[5] if len(sys.argv) > 5 else "float32")
 config = GPT2Config(n_embd=width, n_layer=layers, vocab_size=vocabulary)
-GPT2LMHeadModel(config).save_pretrained(sys.argv[1])
+GPT2LMHeadModel(config).to(dtype).save_pretrained(sys.argv[1])
 """
 # Reports itself: the peak of the process would also hold that of the imports.
 LOAD = """

@@ -465,7 +465,7 @@ def _generate(options: argparse.Namespace) -> None:
     def show(prompt: int, text: str) -> None:
         print(text, end="", flush=True)
 
-    text = NativeModel.from_pretrained(options.model, threads=options.threads).generate(
+    text = NativeModel.from_pretrained(options.model, dtype=options.dtype, threads=options.threads).generate(
         options.prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

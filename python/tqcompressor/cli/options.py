@@ -6,7 +6,7 @@ import argparse
 from typing import Any, get_args
 
 from .._core import __version__
-from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, DTYPES, EFFORTS, ENGINES, OBJECTIVES
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, DTYPES, EFFORTS, ENGINES, OBJECTIVES, STORED_DTYPES
 from ..config.recipes import RECIPES
 from ..distillation.config import DistillConfig, HiddenKind, TrainingConfig
 from ..distillation.stages import DEFAULT_BUDGET, STAGED_RECIPES
@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--effort", choices=EFFORTS, help=f"effort of the search {searched} {DEFAULT_EFFORT})")
     compress.add_argument("--seed", type=int, help=f"seed of the search {searched} {DEFAULT_SEED})")
     _add_threads(compress)
-    compress.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: that of each source tensor)")
+    compress.add_argument(
+        "--dtype",
+        choices=STORED_DTYPES,
+        help="dtype of the result; int8 is for weights, and needs neither config nor budget (default: that of each "
+        "source tensor)",
+    )
     _add_files(compress)
 
     expand = commands.add_parser(
@@ -330,6 +335,7 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Continue a text with a GPT-2, dense or compressed, printed as it is generated. Needs no torch.",
     )
     generate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
+    generate.add_argument("--dtype", choices=["int8"], help="quantize the weights on loading (default: as stored)")
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
     generate.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or fewer if the context is full)"

@@ -14,14 +14,18 @@ import numpy as np
 
 from .._core import UNCALIBRATED_BUDGET, MatrixInfo
 from ..calibration.calibration import Calibration
-from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, one_of
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, EFFORTS, OBJECTIVES, Effort, Objective, StoredDtype, one_of
 from ..config.recipes import CONFIG_FORMS
+from ..config.tq_config import INT8
 from ..decomposition.norm import Moments, moments_for
 from ..errors import ConfigError
 from ..utils import validate
 from ..utils.sizes import size_in_bytes
 
 Budget: TypeAlias = float | int | str
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+# At least as many as the groups of rows that an embedding is cut into.
+_GROUPS = 16
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(%?)")
 _QUALITY = re.compile(r"lost[_ ]energy\s*=\s*(\d*\.?\d+(?:e-?\d+)?)\s*", re.IGNORECASE)
 # How many matrices that stay dense a note names for each reason.
@@ -43,6 +47,8 @@ class Spending:
     max_macs: float | None = None
     effort: Effort = DEFAULT_EFFORT
     seed: int = DEFAULT_SEED
+    dtype: StoredDtype | None = None
+    """Of the result: a budget in bytes depends on it, and int8 alone may meet it."""
 
     def __post_init__(self) -> None:
         one_of("effort", self.effort, EFFORTS)
@@ -62,16 +68,17 @@ def meaning(budget: Budget) -> str:
     return f"as few parameters as lose {value:.4g} of the energy of the matrices"
 
 
-def target_of(budget: Budget, before: int, matrices: int, bytes_each: float) -> dict[str, Any]:
+def target_of(budget: Budget, before: int, matrices: int, bytes_each: float, beside: float = 0.0) -> dict[str, Any]:
     """The target of the matrices, as the boundary takes it, of a model with `before` parameters of `bytes_each` bytes.
 
-    `matrices` is the number of parameters that the budget may be spent on. Raises `ConfigError` for a budget that the
+    `matrices` is the number of parameters that the budget may be spent on; `beside` are bytes that the model takes
+    besides, of scales. Raises `ConfigError` for a budget that the
     other parameters exceed.
     """
     kind, value = _parsed(budget)
     if kind == "lost_energy":
         return {"lost_energy": value}
-    allowed = {"share": value * before, "parameters": value, "bytes": value / bytes_each}[kind]
+    allowed = {"share": value * before, "parameters": value, "bytes": (value - beside) / bytes_each}[kind]
     left = math.floor(allowed) - (before - matrices)
     if left <= 0:
         raise ConfigError(
@@ -153,10 +160,11 @@ def check_options(
     max_macs: float | None,
     calibration: object,
     text: object,
+    dtype: str | None = None,
 ) -> None:
     """Raises `ConfigError` unless there is either a config or a budget, and for options that go with the other.
 
-    There is at most one of a calibration and a text to calibrate on.
+    There is at most one of a calibration and a text to calibrate on. int8 as a dtype needs neither config nor budget.
     """
     if text is not None and calibration is not None:
         raise ConfigError("expected a calibration or a text to calibrate on, got both")
@@ -164,6 +172,8 @@ def check_options(
         raise ConfigError("matrices: expected with a budget only: a config names its own")
     if max_macs is not None and budget is None:
         raise ConfigError("max_macs: expected with a budget only: a config says what its matrices take")
+    if config is None and budget is None and dtype == INT8:
+        return
     if (config is None) == (budget is None):
         raise ConfigError(
             f"expected a config ({CONFIG_FORMS}) or budget=…, got {'neither' if config is None else 'both'}"
@@ -234,3 +244,22 @@ def _unused(calibration: Calibration, matrix: str) -> bool:
     if moment is None:
         return calibration.sensitivity
     return not np.any(np.diagonal(moment) if moment.ndim == 2 else moment)
+
+
+def stored_sizes(
+    listed: Sequence[MatrixInfo], before: int, bytes_each: float, dtype: str | None
+) -> tuple[int, float, float]:
+    """How `BudgetRequest.of` takes a model of `before` parameters that take `bytes_each` in their own dtypes.
+
+    `listed` are all of its matrices. Eight-bit weights take one byte each, and two for each scale: one for each output,
+    and at most as many as the shorter side has for the other factor. All that is no matrix keeps its dtype.
+    """
+    if dtype != INT8:
+        return before, _BYTES.get(dtype or "", bytes_each), 0.0
+    others = before - sum(matrix.parameters_before for matrix in listed)
+    scales = 0
+    for matrix in listed:
+        embedding = matrix.kind == "embedding"
+        # The rows of an embedding may be in some groups, each with a second factor.
+        scales += matrix.shape[0 if embedding else 1] + min(matrix.shape) * (_GROUPS if embedding else 1)
+    return before, 1.0, others * (bytes_each - 1) + 2 * scales

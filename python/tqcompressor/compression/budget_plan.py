@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .._core import Choice, MatrixInfo
 from ..config.choices import Objective
 from ..config.specs import MatrixSpec, describe
-from ..config.tq_config import TQConfig
+from ..config.tq_config import INT8, TQConfig
 from ..decomposition.norm import Moments
 from ..errors import ConfigError
 from ..utils import validate
@@ -161,21 +161,21 @@ class BudgetRequest:
     def of(
         cls,
         listed: Sequence[MatrixInfo],
-        model: tuple[int, float],
+        model: tuple[int, float, float],
         spending: Spending,
         left_dense: Mapping[str, str] | None = None,
     ) -> BudgetRequest:
         """The request for a listing of the matrices that match `spending.matrices`.
 
-        `model` are the parameters of the whole model before, and the bytes that each takes when done; `left_dense` are
-        matrices that cannot be compressed, with the reasons.
+        `model` are the parameters of the whole model before, the bytes that each takes when done, and those beside;
+        `left_dense` are matrices that cannot be compressed, with the reasons.
         """
         cap = validate.max_macs(spending.max_macs)
         chosen = eligible(listed, spending)
         matrices = tuple(matrix for matrix in listed if matrix.name in chosen)
-        before, bytes_each = model
+        before, *sizes = model
         spendable = sum(matrix.parameters_before for matrix in matrices)
-        target = target_of(spending.budget, before, spendable, bytes_each)
+        target = target_of(spending.budget, before, spendable, *sizes)
         limits = {"parameters": None, "lost_energy": None, **target, "max_macs": cap, "effort": spending.effort}
         return cls(spending, matrices, tuple(chosen.values()), before, limits, left_dense or {})
 
@@ -189,7 +189,7 @@ class BudgetRequest:
         spending = self.spending
         planned = tuple(_planned(matrix, choice) for matrix, choice in zip(self.matrices, choices, strict=True))
         specs = {matrix.name: matrix.spec for matrix in planned if matrix.spec is not None}
-        if not specs:
+        if not specs and spending.dtype != INT8:
             raise ConfigError(
                 f"budget {spending.budget}: {meaning(spending.budget)}, which the model has as it is: "
                 "nothing to compress"
@@ -197,7 +197,12 @@ class BudgetRequest:
         after = self.parameters_before - sum(matrix.parameters_before - matrix.parameters_after for matrix in planned)
         return BudgetPlan(
             budget=spending.budget,
-            config=TQConfig(specs, effort=spending.effort, seed=spending.seed),
+            config=TQConfig(
+                specs,
+                effort=spending.effort,
+                seed=spending.seed,
+                dtype=INT8 if spending.dtype == INT8 else None,
+            ),
             matrices=planned,
             parameters_before=self.parameters_before,
             parameters_after=after,

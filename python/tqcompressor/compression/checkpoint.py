@@ -14,9 +14,19 @@ from typing import Any
 from .. import _core
 from .._core import SpentBudget
 from ..calibration.calibration import Calibration, load_calibration
-from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Dtype, Effort, Engine, Objective, dtype_name
+from ..config.choices import (
+    DEFAULT_EFFORT,
+    DEFAULT_SEED,
+    Dtype,
+    Effort,
+    Engine,
+    Objective,
+    StoredDtype,
+    dtype_name,
+    stored_dtype,
+)
 from ..config.recipes import ConfigOption, resolve_config
-from ..config.tq_config import FORMAT_VERSION, QUANT_METHOD
+from ..config.tq_config import FORMAT_VERSION, INT8, QUANT_METHOD, TQConfig
 from ..data.text import TextOption
 from ..data.tokenize import CALIBRATION_SEQ_LEN
 from ..decomposition.norm import Moments
@@ -27,7 +37,16 @@ from ..utils.hub import StrPath, local_directory
 from ..utils.progress import ProgressOption, announce, phase_reporter, reporter
 from ..utils.sizes import byte_count
 from ..utils.utf8 import read_json
-from .budget import Budget, Spending, calibrated, check_options, matrix_patterns, meaning, moments_of
+from .budget import (
+    Budget,
+    Spending,
+    calibrated,
+    check_options,
+    matrix_patterns,
+    meaning,
+    moments_of,
+    stored_sizes,
+)
 from .budget_plan import BudgetPlan, BudgetRequest
 from .cost import cost_of
 from .measured import calibrate_checkpoint, sole_file
@@ -37,7 +56,6 @@ from .run_key import run_key
 # The calibration on a text, in the journal of a run.
 _CALIBRATION = "calibration.safetensors"
 _PARTIAL_SUMS = "sums.safetensors"
-_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 
 
 def compress_checkpoint(
@@ -58,7 +76,7 @@ def compress_checkpoint(
     max_macs: float | None = None,
     effort: Effort | None = None,
     seed: int | None = None,
-    dtype: Dtype | None = None,
+    dtype: StoredDtype | None = None,
     overwrite: bool = False,
     resume: bool = False,
     max_shard_size: int | str = "5GB",
@@ -92,7 +110,10 @@ def compress_checkpoint(
             dense; `math.inf` for none. Default: that of each matrix while dense. See `plan`.
         effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
         seed: Of the search, and of the calibration on `text`. Default: the config's; with a budget 0.
-        dtype: "float32", "float16" or "bfloat16" for every floating tensor. Default: each keeps its own.
+        dtype: "float32", "float16" or "bfloat16" for every floating tensor, or "int8": the weights that matrix products
+            read become eight-bit integers with scales, also those of the matrices that stay dense, and all other
+            tensors keep their dtype. With "int8", neither `config` nor `budget` is needed: everything stays dense then.
+            Default: the config's, or each tensor's own.
         overwrite: Replace a checkpoint in `out`, all of it, in one step. A folder that holds anything else is refused:
             files that no compression or distillation writes, or folders other than `stages`.
         resume: Go on where a run into `out` with the same arguments and source was killed; begin anew where there is
@@ -131,28 +152,29 @@ def compress_checkpoint(
         0.649...
     """
     threads = validate.threads(threads)
-    check_options(config, budget, matrices, max_macs, calibration, text)
+    stored = stored_dtype(dtype)
+    check_options(config, budget, matrices, max_macs, calibration, text, stored)
     if save_calibration is not None and text is None:
         raise ConfigError("save_calibration: expected with a text to calibrate on")
     if save_calibration is not None and Path(out).resolve() in Path(save_calibration).resolve().parents:
         raise DestinationError(f"{save_calibration}: expected a file outside {out}, which is then written as a whole")
     most = byte_count("max_shard_size", max_shard_size)
-    stored = dtype_name(dtype)
     source = local_directory(source)
     checkpoint = _core.Checkpoint.open(source)
     known = load_calibration(calibration)
     # What would be refused is refused before the longest part of the work.
     resolved, spending = None, None
     if budget is None:
-        resolved = resolve_config(config, effort=effort, seed=seed)
-        seed = resolved.seed
+        plain = TQConfig({}, dtype=INT8) if config is None else config
+        resolved = resolve_config(plain, effort=effort, seed=seed)
+        seed, stored = resolved.seed, stored or resolved.dtype
         planned = checkpoint.plan(resolved).matrices
         if text is None:
             _moments(known, objective, planned)
     else:
         seed = DEFAULT_SEED if seed is None else seed
         effort = effort or DEFAULT_EFFORT
-        spending = Spending(budget, known, objective, matrices, max_macs, effort, seed)
+        spending = Spending(budget, known, objective, matrices, max_macs, effort, seed, stored)
         meaning(budget)
         checkpoint.list_matrices(matrix_patterns(matrices))
     checkpoint.check_destination(os.fspath(out), overwrite)
@@ -206,7 +228,7 @@ def compress_checkpoint(
         spent = None
         if spending is not None:
             spending = replace(spending, calibration=known)
-            request, spent = _spend(checkpoint, spending, stored, journal, threads=threads, progress=progress)
+            request, spent = _spend(checkpoint, spending, journal, threads=threads, progress=progress)
             resolved = request.plan(spent.choices).config
             moments = list(zip(request.names, request.moments, strict=True))
         else:
@@ -316,21 +338,16 @@ def plan_checkpoint(
     *,
     threads: int | None = None,
     progress: ProgressOption = None,
-    dtype: Dtype | None = None,
 ) -> BudgetPlan:
-    """`plan` for the checkpoint in `source`, without torch.
-
-    A budget in bytes depends on the `dtype` of the result; None keeps each tensor's own.
-    """
+    """`plan` for the checkpoint in `source`, without torch."""
     checkpoint = _core.Checkpoint.open(local_directory(source))
-    request, spent = _spend(checkpoint, spending, dtype, None, threads=threads, progress=progress)
+    request, spent = _spend(checkpoint, spending, None, threads=threads, progress=progress)
     return request.plan(spent.choices)
 
 
 def _spend(
     checkpoint: _core.Checkpoint,
     spending: Spending,
-    dtype: str | None,
     journal: _core.Journal | None,
     *,
     threads: int | None,
@@ -339,8 +356,8 @@ def _spend(
     """Spends a budget on a checkpoint; with a journal, what was spent can be fitted and written."""
     listed = checkpoint.list_matrices(matrix_patterns(spending.matrices))
     before = checkpoint.parameters
-    bytes_each = _BYTES.get(dtype or "", checkpoint.bytes / max(before, 1))
-    request = BudgetRequest.of(listed, (before, bytes_each), spending)
+    sizes = stored_sizes(checkpoint.list_matrices(None), before, checkpoint.bytes / max(before, 1), spending.dtype)
+    request = BudgetRequest.of(listed, sizes, spending)
     with reporter(progress, "plan") as report_progress:
         spent = checkpoint.spend_budget(
             request.names, request.moments, **request.limits, journal=journal, threads=threads, progress=report_progress

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +19,28 @@ from .._core import Fitted, MatrixInfo, ModelPlan, SpentBudget
 from ..calibration.calibrate import calibrate
 from ..calibration.calibration import Calibration, load_calibration
 from ..calibration.sequential import calibrate_layers
-from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective, stored_dtype
 from ..config.recipes import ConfigOption, resolve_config
 from ..config.specs import MatrixSpec
-from ..config.tq_config import TQConfig
+from ..config.tq_config import INT8, TQConfig
 from ..data.text import TextOption
 from ..data.token_blocks import TokenBlocks
 from ..decomposition.norm import Moments
-from ..errors import ConfigError
-from ..models.matrices import bare_name, compressed_modules, factor_parameters, module_name, require_transformers_model
+from ..errors import ConfigError, NonFiniteError
+from ..models.matrices import (
+    bare_name,
+    compressed_modules,
+    factor_parameters,
+    module_name,
+    parameters_of,
+    require_transformers_model,
+)
 from ..models.quantization_state import attach, detach, marks, restore
-from ..models.surgery import dense_modules, empty_modules, swapped, tied_modules
+from ..models.surgery import dense_modules, empty_modules, int8_modules, swapped, tied_modules
 from ..models.ties import warn_of_untied
 from ..models.trial import try_out
 from ..modules.base import Term
-from ..modules.build import CompressedModule
+from ..modules.build import CompressedModule, is_int8
 from ..modules.fused import FusedLinear
 from ..modules.mixed import FactoredEmbedding
 from ..utils import validate
@@ -67,6 +74,7 @@ def compress(
     max_macs: float | None = None,
     effort: Effort | None = None,
     seed: int | None = None,
+    dtype: Literal["int8"] | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> CompressionReport:
@@ -104,6 +112,10 @@ def compress(
         effort: "fast", "balanced" or "best". Default: the config's; with a budget "fast". See `plan`.
         seed: Of the search, and of the calibration on `text`. Default: the config's; with a budget 0. Equal seeds give
             equal factors, for any number of threads.
+        dtype: "int8": the weights that matrix products read become eight-bit integers with scales, also those of the
+            matrices that stay dense. They are buffers, which do not train; `model.dequantize()` makes them parameters
+            again, and LoRA trains beside them. Neither `config` nor `budget` is needed then: everything stays dense.
+            Default: the config's, or the dtype of each weight.
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
@@ -137,7 +149,12 @@ def compress(
     require_transformers_model(model)
     warn_of_untied(model, stacklevel=2)
     threads = validate.threads(threads)
-    check_options(config, budget, matrices, max_macs, calibration, text)
+    stored = stored_dtype(dtype)
+    if stored not in (None, INT8):
+        raise ConfigError(f'dtype: expected "int8" or none, got {dtype!r}: call model.to(dtype) for another')
+    check_options(config, budget, matrices, max_macs, calibration, text, stored)
+    if config is None and budget is None:
+        config = TQConfig({}, dtype=INT8)
     if text is None and tokenizer is None:
         known = load_calibration(calibration)
     elif text is not None and tokenizer is not None:
@@ -156,14 +173,14 @@ def compress(
     note: str | None = None
     if budget is not None:
         seed = DEFAULT_SEED if seed is None else seed
-        spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed)
+        spending = Spending(budget, known, objective, matrices, max_macs, effort or DEFAULT_EFFORT, seed, stored)
         # With `sequential`, every layer is fitted to moments that are not known yet.
         keep = sequential is None
         request, spent = spend_budget(model, spending, keep=keep, threads=threads, progress=progress)
         planned = request.plan(spent.choices)
         config, note = planned.config, planned.note
         fits = partial(_planned_fits, spent, request) if keep else None
-    config = resolve_config(config, effort=effort, seed=seed)
+    config = resolve_config(config, effort=effort, seed=seed, dtype=stored)
     report = _compress_planned(
         model,
         config,
@@ -210,6 +227,8 @@ def recompress_planned(
     """`recompress` with the plan of `config` for this model, or for the dense model that it was made from."""
     if next(compressed_modules(model), None) is None:
         return _compress_planned(model, config, plan, threads=threads, progress=progress)
+    if any(is_int8(module) for _, module in compressed_modules(model)):
+        raise ConfigError("the model has eight-bit weights: call model.dequantize() first, and compress the result")
     parameters = model.num_parameters()
     named = {matrix.name for matrix in plan.matrices}
     before: TQConfig = model.config.quantization_config
@@ -271,8 +290,10 @@ def _compress_planned(
     started = time.perf_counter()
     parameters = model.num_parameters() if parameters is None else parameters
     specs = {matrix.name: matrix.spec for matrix in plan.matrices if matrix.spec is not None}
-    modules = empty_modules(model, specs)
-    try_out(model, {**(kept or {}), **specs})
+    # The dense matrices that become eight-bit integers.
+    dense = None if config.dtype is None else int8_modules(model, specs) if config.dense is None else config.dense
+    modules = empty_modules(model, specs, dense)
+    try_out(model, {**(kept or {}), **specs}, dense)
     results: dict[str, Fitted] = {}
     before = marks(model)
     try:
@@ -291,7 +312,8 @@ def _compress_planned(
                     )
                     results.update(zip(names, found, strict=True))
                     swap(_filled(model, modules, matrices, results))
-            attach(model, config.replace(specs={**(kept or {}), **specs}))
+                swap(_int8(model, modules, dense or ()))
+            attach(model, replace(config, specs={**(kept or {}), **specs}, dense=dense))
     except BaseException:
         restore(model, before)
         raise
@@ -358,6 +380,24 @@ def _filled(
     return filled | tied_modules(model, filled)
 
 
+def _int8(
+    model: PreTrainedModel, modules: Mapping[str, CompressedModule], names: Sequence[str]
+) -> dict[str, nn.Module]:
+    """The modules of dense matrices as eight-bit integers, and the modules tied to them, by full name."""
+    filled: dict[str, nn.Module] = {}
+    for name in (module_name(model, bare) for bare in names):
+        module: Any = modules[name]
+        dense: Any = model.get_submodule(name)
+        try:
+            module.set_weight(dense.weight)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"tensor '{name}.weight': {error}") from None
+        if not isinstance(module, FactoredEmbedding):
+            module.bias = dense.bias
+        filled[name] = module
+    return filled | tied_modules(model, filled)
+
+
 def _fill(module: CompressedModule, dense: Any, results: Mapping[str, Fitted], name: str) -> None:
     """Sets the factors of an empty module, and the other properties of the dense one."""
     if isinstance(module, FusedLinear):
@@ -391,7 +431,7 @@ def _report(
         source=None,
         effort=config.effort,
         seed=config.seed,
-        dtype=None,
+        dtype=config.dtype,
         matrices=tuple(MatrixReport.of(matrix, results[matrix.name]) for matrix in plan.matrices),
         untouched=tuple(
             UntouchedTensor(name, tuple(parameter.shape), parameter.numel())
@@ -399,7 +439,7 @@ def _report(
             if id(parameter) not in factors
         ),
         parameters_before=parameters,
-        parameters_after=model.num_parameters(),
+        parameters_after=parameters_of(model),
         seconds=seconds,
         calibrated=True if calibration else None,
         calibration=CalibrationRecord.of(calibration) if calibration else None,

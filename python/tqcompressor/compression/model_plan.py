@@ -27,7 +27,7 @@ from ..models.surgery import obstacle
 from ..models.ties import ties
 from ..models.trial import refused
 from ..utils.progress import ProgressOption, reporter
-from .budget import Spending, eligible, matrix_patterns
+from .budget import Spending, eligible, matrix_patterns, stored_sizes
 from .budget_plan import BudgetPlan, BudgetRequest
 
 
@@ -123,7 +123,9 @@ def budget_request(model: PreTrainedModel, spending: Spending) -> BudgetRequest:
     listed = [matrix for matrix in every if matrix.name not in reasons]
     before = model.num_parameters()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return BudgetRequest.of(listed, (before, size / max(before, 1)), spending, reasons)
+    matrices = _core.list_matrices(*_listing(model), None)
+    sizes = stored_sizes(matrices, before, size / max(before, 1), spending.dtype)
+    return BudgetRequest.of(listed, sizes, spending, reasons)
 
 
 def _obstacles(model: PreTrainedModel, listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, str]:

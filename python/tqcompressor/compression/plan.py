@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..calibration.calibration import Calibration, load_calibration
-from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective
+from ..config.choices import DEFAULT_EFFORT, DEFAULT_SEED, Effort, Objective, StoredDtype, stored_dtype
 from ..utils import validate
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
@@ -29,6 +29,7 @@ def plan(
     max_macs: float | None = None,
     effort: Effort = DEFAULT_EFFORT,
     seed: int = DEFAULT_SEED,
+    dtype: StoredDtype | None = None,
     threads: int | None = None,
     progress: ProgressOption = None,
 ) -> BudgetPlan:
@@ -61,6 +62,7 @@ def plan(
             permuted Kronecker terms, which lose less with as many parameters, take up to some seconds a matrix to find,
             and have more MACs).
         seed: Of the search. The plan depends on the weights, the budget, the effort and the seed alone.
+        dtype: Of the result, as for `compress_checkpoint`, which a budget in bytes depends on.
         threads: Worker threads. Default: one per core.
         progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
@@ -81,7 +83,9 @@ def plan(
         0.649...
     """
     threads = validate.threads(threads)
-    spending = Spending(budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed)
+    spending = Spending(
+        budget, load_calibration(calibration), objective, matrices, max_macs, effort, seed, stored_dtype(dtype)
+    )
     if isinstance(source, str | os.PathLike):
         return plan_checkpoint(source, spending, threads=threads, progress=progress)
     from ..models.matrices import require_transformers_model

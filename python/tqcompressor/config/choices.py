@@ -15,6 +15,8 @@ Permute: TypeAlias = Literal["none", "rows", "columns", "both"]
 """The sides of a matrix that are searched for a permutation."""
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """A floating dtype of stored tensors."""
+StoredDtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int8"]
+"""A dtype of compressed checkpoints: "int8" is eight-bit weights with scales, all other tensors as they are."""
 Engine: TypeAlias = Literal["auto", "torch", "native"]
 """What computes a forward pass."""
 
@@ -22,6 +24,7 @@ EFFORTS: tuple[Effort, ...] = get_args(Effort)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 PERMUTES: tuple[Permute, ...] = get_args(Permute)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+STORED_DTYPES: tuple[StoredDtype, ...] = get_args(StoredDtype)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 DEFAULT_EFFORT: Effort = "fast"
@@ -39,6 +42,20 @@ def dtype_name(dtype: Any) -> Dtype | None:
     name: Any = str(dtype).removeprefix("torch.")
     one_of("dtype", name, DTYPES, DtypeError)
     found: Dtype = name
+    return found
+
+
+def stored_dtype(dtype: Any) -> StoredDtype | None:
+    """As `dtype_name`, for the dtypes of compressed checkpoints.
+
+    >>> stored_dtype("int8")
+    'int8'
+    """
+    if dtype is None:
+        return None
+    name: Any = str(dtype).removeprefix("torch.")
+    one_of("dtype", name, STORED_DTYPES, DtypeError)
+    found: StoredDtype = name
     return found
 
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 from ..errors import ConfigError
 from ..utils import validate
@@ -22,7 +22,10 @@ from .specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec, MixedSpe
 
 QUANT_METHOD = "tqcompressor"
 # The newest format that is read. Configs are written in the oldest format that can hold them.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+INT8: Final = "int8"
+# Of the fields with names, those that the config of a compressed checkpoint has.
+_STORED = ("dtype", "dense")
 _FORMATS: dict[type[MatrixSpec], int] = {KroneckerSpec: 1, LowRankSpec: 2, MixedSpec: 2, GroupedSpec: 3}
 
 
@@ -41,6 +44,10 @@ class TQConfig:
     `matrices` and `max_macs` are the arguments of `compress` of these names. They say how a dense model is compressed
     while it is loaded. The loaded model's own config has the specs that came of it, and none of these; every other
     function takes them as its own arguments.
+
+    With `dtype="int8"`, the weights that matrix products read are eight-bit integers with scales: the factors, of a
+    Kronecker sum the larger one, and the matrices that stay dense. There need not be specs then. `dense` names the
+    modules of these matrices, by default all that can be compressed; a compressed model's config names them one by one.
 
     Two configs are equal when their specs (in any order), effort, seed and these arguments are.
 
@@ -61,6 +68,8 @@ class TQConfig:
     objective: Objective = "auto"
     matrices: Sequence[str] | None = None
     max_macs: float | None = None
+    dtype: Literal["int8"] | None = None
+    dense: Sequence[str] | None = None
 
     # Read by transformers, which picks the quantizer by it.
     quant_method: ClassVar[str] = QUANT_METHOD
@@ -68,7 +77,9 @@ class TQConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.specs, Mapping):
             raise ConfigError(f"specs must map patterns to specs, got {type(self.specs).__name__}")
-        if not self.specs and self.budget is None:
+        if self.dtype not in (None, INT8):
+            raise ConfigError(f'dtype: expected "int8" or none, got {self.dtype!r}')
+        if not self.specs and self.budget is None and self.dtype is None:
             raise ConfigError("specs is empty: name at least one matrix to compress, or give a budget")
         if self.specs and self.budget is not None:
             raise ConfigError("expected specs or a budget, got both")
@@ -81,15 +92,26 @@ class TQConfig:
             except ConfigError as error:
                 raise ConfigError(f"specs[{pattern!r}]: {error}") from None
         object.__setattr__(self, "specs", checked)
+        object.__setattr__(self, "dense", self._checked_dense())
         one_of("effort", self.effort, EFFORTS)
         one_of("objective", self.objective, OBJECTIVES)
         object.__setattr__(self, "seed", validate.seed(self.seed))
         object.__setattr__(self, "max_macs", validate.max_macs(self.max_macs))
 
+    def _checked_dense(self) -> tuple[str, ...] | None:
+        if self.dense is None:
+            return None
+        if self.dtype is None:
+            raise ConfigError('dense: expected with dtype="int8" only')
+        names = self.dense
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"dense: expected a list of names of modules, got {names!r}")
+        return tuple(names)
+
     @property
     def of_loading(self) -> dict[str, Any]:
         """The arguments that `from_pretrained` alone takes from a config, those that are set."""
-        defaults = {field.name: field.default for field in fields(self) if field.kw_only}
+        defaults = {field.name: field.default for field in fields(self) if field.kw_only and field.name not in _STORED}
         return {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
 
     def replace(self, **changes: Any) -> TQConfig:
@@ -101,7 +123,9 @@ class TQConfig:
 
     @property
     def format_version(self) -> int:
-        """The oldest format that can hold it: 1 for Kronecker sums, 3 with groups of rows, else 2."""
+        """The oldest format that can hold it: 1 for Kronecker sums, 3 with groups of rows, 4 with int8, else 2."""
+        if self.dtype is not None:
+            return 4
         return max((_FORMATS[type(spec)] for spec in self.specs.values()), default=1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +136,8 @@ class TQConfig:
             "specs": {pattern: spec.to_dict() for pattern, spec in self.specs.items()},
             "effort": self.effort,
             "seed": self.seed,
+            **({} if self.dtype is None else {"dtype": self.dtype}),
+            **({} if self.dense is None else {"dense": list(self.dense)}),
             **{name: _plain(value) for name, value in self.of_loading.items()},
         }
 
@@ -137,7 +163,7 @@ class TQConfig:
             data,
             "config",
             known=("quant_method", "format_version", *own),
-            required=() if "budget" in data else ("specs",),
+            required=() if "budget" in data or "dtype" in data else ("specs",),
         )
         return cls(**{name: data[name] for name in own if name in data})
 

@@ -26,7 +26,7 @@ from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, tokenised
-from ..models.matrices import require_transformers_model
+from ..models.matrices import require_trainable, require_transformers_model
 from ..utils import validate
 from ..utils.atomic_io import check_destination, require_space, without_leftovers
 from ..utils.hub import StrPath
@@ -149,6 +149,7 @@ def prepare(
     given = None if student is None else _load(student)
     if given is not None:
         _check_student(given, model)
+        require_trainable(given)
     seq_len = _sequence_length(model, tokenizer, task, text, training)
     plans = [None if stage.config is None else plan_model(model, stage.config) for stage in staged.stages]
     if isinstance(text, TokenBlocks):

@@ -22,7 +22,7 @@ from ..errors import ConfigError, StorageError
 from ..losses.hidden import hidden_state_loss
 from ..losses.logits import cross_entropy, distillation_loss
 from ..losses.topk import topk_distillation_loss
-from ..models.matrices import compressed_modules
+from ..models.matrices import compressed_modules, require_trainable
 from ..models.quantization_state import guard_name
 from ..utils.atomic_io import free_space
 from ..utils.torch_utils import mean_embedding, move, without_dropout
@@ -74,6 +74,8 @@ class DistillTrainer(Trainer):
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(model, PreTrainedModel) and getattr(model, "peft_config", None) is None:
+            require_trainable(model)
         self.distill = distill or DistillConfig()
         self.teacher = teacher
         # A class of the caller's own is taken for a causal one.

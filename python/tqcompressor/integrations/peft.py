@@ -48,11 +48,9 @@ class LoraKroneckerLinear(LoraLinear):
         # peft warns of unknown layer types.
         return module.in_features, module.out_features
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: torch.nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
         # peft reads them from a weight.
-        factor = next(base_layer.parameters())
+        factor = base_layer._a_factor()
         return factor.device, factor.dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

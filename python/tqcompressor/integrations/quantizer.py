@@ -12,6 +12,7 @@ with a mere warning; the shape of the guard makes it raise.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
@@ -28,8 +29,16 @@ from ..compression.budget import Spending, matrix_patterns, meaning, moments_of
 from ..config.recipes import read_config
 from ..config.tq_config import QUANT_METHOD, TQConfig
 from ..errors import ConfigError
-from ..models.quantization_state import attach, detach, guard_name, specs_of_model
-from ..models.stored import Shapes, check_loaded, check_tensors, needed_conversions, stored_apart, stored_shapes
+from ..models.quantization_state import attach, detach, guard_name, int8_of_model, specs_of_model
+from ..models.stored import (
+    Shapes,
+    check_codes,
+    check_loaded,
+    check_tensors,
+    needed_conversions,
+    stored_apart,
+    stored_shapes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +118,8 @@ class TQQuantizer(HfQuantizer):
         apart: set[str] = set()
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
             stored = stored_shapes(checkpoint_files)
+            if self.pre_quantized:
+                check_codes(checkpoint_files)
             apart = stored_apart(model, stored)
         if not self.pre_quantized:
             # Check the config and the calibration before a large checkpoint is read. Whether a head that is stored
@@ -119,12 +130,14 @@ class TQQuantizer(HfQuantizer):
             if config.budget is None:
                 moments_of(self._calibration, config.objective, plan_model(model, config).matrices)
             else:
-                budget_request(model, Spending(config.budget, self._calibration, **self._spending()))
+                budget_request(
+                    model, Spending(config.budget, self._calibration, dtype=config.dtype, **self._spending())
+                )
             return
         if apart:
             untie(model, apart)
-        specs = specs_of_model(model, self.quantization_config)
-        modules: dict[str, Any] = dict(empty_modules(model, specs))
+        specs, int8 = specs_of_model(model, self.quantization_config), int8_of_model(model, self.quantization_config)
+        modules: dict[str, Any] = dict(empty_modules(model, specs, int8))
         modules |= tied_modules(model, modules)
         with swapped(model, modules):
             pass
@@ -159,17 +172,24 @@ class TQQuantizer(HfQuantizer):
             # `compress` starts from a model without a quantizer, and attaches one with the specs of every matrix.
             detach(model)
             if config.budget is None:
-                plain = TQConfig(config.specs, config.effort, config.seed)
+                plain = TQConfig(config.specs, config.effort, config.seed, dtype=config.dtype, dense=config.dense)
                 compress(model, plain, calibration=self._calibration, objective=config.objective)
             else:
-                compress(model, budget=config.budget, calibration=self._calibration, **self._spending())
+                compress(
+                    model,
+                    budget=config.budget,
+                    calibration=self._calibration,
+                    dtype=config.dtype,
+                    **self._spending(),
+                )
             self._calibration = None
             return
         # The permutations of tied modules are not in the checkpoint.
         tie_modules(model)
         check_loaded(model)
         specs = specs_of_model(model, self.quantization_config)
-        attach(model, self.quantization_config.replace(specs=specs))
+        int8 = int8_of_model(model, self.quantization_config)
+        attach(model, replace(self.quantization_config, specs=specs, dense=int8))
 
     def _spending(self) -> dict[str, Any]:
         """The options of a budget, as `compress` takes them."""

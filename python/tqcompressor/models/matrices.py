@@ -15,12 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import _core
 from ..errors import ConfigError
-from ..modules.build import CompressedModule
+from ..modules.base import Factors, Tied
+from ..modules.build import CompressedModule, is_int8
+from ..modules.int8 import SCALE
 
 # Exactly these classes: a subclass may do something else with its weight.
 KINDS: Mapping[type[nn.Module], str] = {Conv1D: "conv1d", nn.Linear: "linear", nn.Embedding: "embedding"}
-# The names of the parameters of a factored matrix.
-FACTORS = ("A", "B", "left", "right")
+# The names of the factors of a matrix, and of the codes of a dense one.
+FACTORS = ("A", "B", "left", "right", "codes")
 # Where wrappers hold a module: of torch.compile, of FSDP and checkpointing, of peft's adapters.
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
 
@@ -89,10 +91,29 @@ def factor_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if name.split(".")[-1] in FACTORS]
 
 
+def parameters_of(model: PreTrainedModel) -> int:
+    """The number of a model's parameters, codes of eight-bit integers included, which torch does not count."""
+    own = (
+        part for part in model.modules() if isinstance(part, Factors) and not isinstance(part, Tied) and part.is_int8
+    )
+    codes = (part.weights(name) for part in own for name in part.factors)
+    return model.num_parameters() + sum(values.numel() for values, scale in codes if scale is not None)
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Raises `ConfigError` for a model whose own weights cannot be trained, since they are eight-bit integers."""
+    for name, module in compressed_modules(model):
+        if is_int8(module):
+            raise ConfigError(
+                f'{name} has eight-bit weights, which do not train: train the model before dtype="int8" is asked for, '
+                "train a LoRA adapter beside it, or call model.dequantize() first"
+            )
+
+
 def factor_owner(name: str) -> str | None:
     """The module of a stored tensor that is a factor, by its name; None for any other tensor."""
     module, _, last = name.rpartition(".")
-    if last not in (*FACTORS, "input_permutation", "output_permutation"):
+    if last.removesuffix(SCALE) not in FACTORS and last not in ("input_permutation", "output_permutation"):
         return None
     outer, _, number = module.rpartition(".")
     if number.isdigit() and outer.endswith(".terms"):

@@ -152,6 +152,16 @@ def guard_name(model: PreTrainedModel) -> str | None:
     return next((f"{name}.weight" for name in owners), None)
 
 
+def int8_of_model(model: PreTrainedModel, config: TQConfig) -> tuple[str, ...] | None:
+    """The modules of this class of model whose dense matrices are eight-bit integers; None where no weights are."""
+    from .matrices import in_base_model
+
+    if config.dtype is None:
+        return None
+    modules = {name for name, _ in model.named_modules()}
+    return tuple(name for name in config.dense or () if in_base_model(model, name) or name in modules)
+
+
 def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, MatrixSpec]:
     """The specs of the matrices of this class of model, as a checkpoint may have another head.
 
@@ -168,6 +178,6 @@ def specs_of_model(model: PreTrainedModel, config: TQConfig) -> dict[str, Matrix
         for name, spec in config.specs.items()
         if in_base_model(model, name) or _core.split_part(name)[0] in modules
     }
-    if not specs:
+    if not specs and not int8_of_model(model, config):
         raise ConfigError(f"none of the compressed matrices is in {type(model).__name__}: {', '.join(config.specs)}")
     return specs

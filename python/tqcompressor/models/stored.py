@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import CheckpointError
+from ..modules.int8 import SCALE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,6 +144,24 @@ def check_tensors(model: PreTrainedModel, stored: Shapes, conversions: Sequence[
             raise CheckpointError(f"tensor {name} is not in quantization_config of config.json")
 
 
+def check_codes(files: Sequence[str]) -> None:
+    """Raises `CheckpointError` for eight-bit integers in safetensors files without scales, or scales without them."""
+    from safetensors import safe_open
+
+    dtypes: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="np") as reader:
+            dtypes |= {name: reader.get_slice(name).get_dtype() for name in reader.keys()}  # noqa: SIM118
+    for name, dtype in dtypes.items():
+        scale = name + SCALE
+        if dtype == "I8" and scale not in dtypes:
+            raise CheckpointError(f"tensor {scale} is missing: the scales of {name}, which is I8")
+        if scale in dtypes and (dtype, dtypes[scale]) != ("I8", "BF16"):
+            raise CheckpointError(
+                f"tensors {name} and {scale}: expected I8 and scales in BF16, got {dtype} and {dtypes[scale]}"
+            )
+
+
 def check_loaded(model: PreTrainedModel) -> None:
     """Raises `CheckpointError` for a factor that is in no file, or for indices that are not a permutation."""
     import torch
@@ -157,6 +176,8 @@ def check_loaded(model: PreTrainedModel) -> None:
             # transformers sets it on every tensor that it reads.
             if not getattr(tensor, "_is_hf_initialized", False) and tensor.device.type != "meta":
                 raise CheckpointError(f"tensor {module_name}.{name} is missing from the checkpoint")
+            if name.endswith(SCALE) and tensor.device.type != "meta" and not tensor.isfinite().all():
+                raise CheckpointError(f"tensor {module_name}.{name} has NaN or an infinity: expected finite scales")
             if name.endswith("_permutation") and tensor.device.type != "meta":
                 order = torch.arange(len(tensor), device=tensor.device)
                 if not torch.equal(tensor.sort().values, order):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from .. import _core
 from ..config.specs import MatrixSpec
 from ..errors import ConfigError, ShapeError
 from ..modules.base import Tied
-from ..modules.build import CompressedModule, empty_embedding, empty_linear
+from ..modules.build import CompressedModule, empty_embedding, empty_linear, make_int8
 from ..modules.fused import FusedLinear
+from ..modules.int8_dense import Int8Embedding, Int8Linear
 from ..modules.mixed import FactoredEmbedding, tied_embedding, tied_head
 from .matrices import (
     KINDS,
@@ -27,12 +28,16 @@ from .matrices import (
     linear_size,
     module_name,
 )
-from .stock import stock_model
+from .stock import stock_model, weight_tensors
 from .ties import restore_tables, retie, tables, tied_biases, ties
 
 
-def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> dict[str, CompressedModule]:
+def empty_modules(
+    model: PreTrainedModel, specs: Mapping[str, MatrixSpec], int8: Collection[str] | None = None
+) -> dict[str, CompressedModule]:
     """Modules without values, on the meta device, for the matrices named in `specs`: full name to module.
+
+    With `int8`, the factors are eight-bit integers, and so are the dense matrices of the modules that it names.
 
     Modules tied to one of them are left to `tied_modules`. Raises `ConfigError` for a name that the model does not
     have or whose tying cannot be kept, and `ShapeError` for a spec that does not fit; both name the matrix.
@@ -66,7 +71,33 @@ def empty_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> di
             modules[name].weight_is_transposed = isinstance(dense, nn.Linear)
         except ShapeError as error:
             raise ShapeError(f"{', '.join(parts.values())}: {error}") from None
+    for bare in int8 or ():
+        name = module_name(model, bare)
+        dense = _find_dense(model, name, {None: bare}, whole=True)
+        if reason := obstacle(model, name, tied):
+            raise ConfigError(reason)
+        dtype = dense.weight.dtype
+        if isinstance(dense, nn.Embedding):
+            modules[name] = Int8Embedding(dense.num_embeddings, dense.embedding_dim, "meta", dtype)
+            modules[name].padding_idx = dense.padding_idx
+        else:
+            options: Any = (dense.bias is not None, isinstance(dense, nn.Linear), "meta", dtype)
+            modules[name] = Int8Linear(*linear_size(dense), *options)
+    if int8 is not None:
+        for module in modules.values():
+            make_int8(module)
     return modules
+
+
+def int8_modules(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> tuple[str, ...]:
+    """The modules whose dense matrices can be eight-bit integers, beside those in `specs`, without the base prefix."""
+    tied, factored = ties(model), by_module(specs)
+    names = ((name, bare.removesuffix(".weight")) for name, bare, shape, _ in weight_tensors(model) if len(shape) == 2)
+    return tuple(
+        bare
+        for name, bare in names
+        if bare not in factored and obstacle(model, name.removesuffix(".weight"), tied) is None
+    )
 
 
 def tied_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -99,7 +130,7 @@ def _parts_of(name: str, dense: nn.Module) -> tuple[str, ...]:
 
 
 def _find_dense(
-    model: PreTrainedModel, name: str, parts: Mapping[str | None, str]
+    model: PreTrainedModel, name: str, parts: Mapping[str | None, str], whole: bool = False
 ) -> Conv1D | nn.Linear | nn.Embedding:
     matrices = ", ".join(parts.values())
     try:
@@ -108,7 +139,7 @@ def _find_dense(
         raise ConfigError(f"{type(model).__name__} has no matrix {matrices}") from None
     if not isinstance(dense, Conv1D | nn.Linear | nn.Embedding) or type(dense) not in KINDS:
         raise ConfigError(f"{matrices} is a {type(dense).__name__}, which cannot be compressed")
-    expected: Sequence[str | None] = _parts_of(name, dense) or [None]
+    expected: Sequence[str | None] = (() if whole else _parts_of(name, dense)) or [None]
     if set(parts) != set(expected):
         wanted = ", ".join(name if part is None else f"{name}.{part}" for part in expected)
         raise ConfigError(f"{wanted} must be compressed all or none, got {matrices}")
@@ -184,7 +215,9 @@ def dense_modules(model: PreTrainedModel, matrices: Container[str] | None = None
             with torch.no_grad():
                 weight = compressed.dense_weight()
             weight = weight.t() if isinstance(dense, nn.Linear) else weight
-            dense.weight = nn.Parameter(weight.contiguous(), factor_parameters(compressed)[0].requires_grad)
+            # Eight-bit integers do not train; what they become does.
+            factors = factor_parameters(compressed)
+            dense.weight = nn.Parameter(weight.contiguous(), not factors or factors[0].requires_grad)
         if not isinstance(compressed, FactoredEmbedding):
             dense.bias = compressed.bias
         modules[name] = dense

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..modules.base import Tied
+from ..modules.build import is_int8
 from .matrices import KINDS, weight_owner
 
 # The attribute of a submodel that keeps what `_tied_weights_keys` it had of its own, besides its class's.
@@ -81,7 +82,14 @@ def warn_of_untied(model: PreTrainedModel, stacklevel: int) -> None:
 def _pairs(model: PreTrainedModel) -> dict[str, str]:
     """The modules whose weights transformers' table ties, by full names."""
     owners = ((weight_owner(target), weight_owner(source)) for target, source in tied_parameters(model).items())
-    return {target: source for target, source in owners if target is not None and source is not None}
+    pairs = {target: source for target, source in owners if target is not None and source is not None}
+    # Eight-bit integers are buffers, which the table cannot tie: the modules say themselves whose factors they have.
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, Tied))
+    live = {name: names[id(module.owner)] for name, module in found if is_int8(module) and id(module.owner) in names}
+    # A term of a sum comes with the sum.
+    outer = {name: source for name, source in live.items() if ".terms." not in name}
+    return {**outer, **pairs}
 
 
 def _differ(left: nn.Module, right: nn.Module) -> bool:
@@ -184,7 +192,7 @@ def say_untied(model: PreTrainedModel) -> None:
     A config that ties anything else stays as it is: transformers then compares what is stored, as for dense models.
     """
     parts = [part for _, part in _parts(model) if _DENSE_KEYS in vars(part)]
-    if parts and not tied_parameters(model):
+    if parts and not tied_parameters(model) and not _pairs(model):
         for part in parts:
             part.config.tie_word_embeddings = False
 

@@ -23,14 +23,14 @@ from .surgery import empty_modules, swapped, tied_modules
 _TOKENS = 8
 
 
-def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
+def try_out(model: PreTrainedModel, specs: Mapping[str, MatrixSpec], int8: Sequence[str] | None = None) -> None:
     """Raises `ConfigError` if a model of this class cannot be run, saved or loaded with these matrices compressed.
 
     A model of the same config is compressed without values, initialised as when it is loaded, and run on a few tokens.
     Where the dense model cannot be tried out so, a warning says that the forward pass is untested. No weights are
-    copied, and no random numbers drawn.
+    copied, and no random numbers drawn. `int8` is as for `empty_modules`.
     """
-    why = _tried(model, specs)
+    why = _tried(model, specs, int8)
     if why is not None:
         warnings.warn(
             f"{type(model).__name__} {why}: whether it runs with these matrices compressed is untested", stacklevel=2
@@ -77,14 +77,14 @@ def _refusal_of(model: PreTrainedModel, matrices: Sequence[str]) -> str | None:
     return None
 
 
-def _tried(model: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> str | None:
+def _tried(model: PreTrainedModel, specs: Mapping[str, MatrixSpec], int8: Sequence[str] | None = None) -> str | None:
     """Tries the compression out, as `try_out`; returns why the forward pass is untested, if it is."""
     with torch.random.fork_rng(devices=[]):
         try:
             trial = stock_model(model)
         except Exception as error:
             return f"cannot be made from its config alone ({_text(error)})"
-        _compress(trial, specs)
+        _compress(trial, specs, int8)
         misread = misread_tensor(trial)
         if misread is not None:
             raise ConfigError(
@@ -120,9 +120,9 @@ def _run(trial: PreTrainedModel, model: PreTrainedModel, inputs: Mapping[str, to
     return None
 
 
-def _compress(trial: PreTrainedModel, specs: Mapping[str, MatrixSpec]) -> None:
+def _compress(trial: PreTrainedModel, specs: Mapping[str, MatrixSpec], int8: Sequence[str] | None) -> None:
     try:
-        modules: dict[str, Any] = dict(empty_modules(trial, specs))
+        modules: dict[str, Any] = dict(empty_modules(trial, specs, int8))
         modules |= tied_modules(trial, modules)
     except TQError as error:
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch import nn
 from .._core import GroupedTerm, KroneckerTerm, LowRankTerm
 from ..errors import ShapeError
 from .dense_weight import CompressedBase, Lookup
+from .int8 import SCALE, MayBeInt8, Weights, quantized
 
 # One term of the fit of a matrix.
 Term: TypeAlias = KroneckerTerm | LowRankTerm | GroupedTerm
@@ -68,18 +69,43 @@ def gathered(matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Ten
     return matrix if columns is None else matrix.index_select(1, columns)
 
 
-class Factors(CompressedBase):
-    """Two factors of a matrix, and the gather indices of its permuted sides."""
+class Factors(MayBeInt8, CompressedBase):
+    """The factors of a matrix, parameters or eight-bit integers, and the gather indices of its permuted sides."""
 
-    # The names of the factors' parameters, and of the sizes that a tied module has too.
-    factors: ClassVar[tuple[str, str]]
+    # The names of the factors, and of the sizes that a tied module has too.
+    factors: ClassVar[tuple[str, ...]]
+    # Whether eight-bit factors have a scale for each row and not for each column.
+    _by_rows: ClassVar[bool] = False
     _sizes: ClassVar[tuple[str, ...]] = ("rank",)
     input_permutation: torch.Tensor | None
     output_permutation: torch.Tensor | None
 
     def _a_factor(self) -> torch.Tensor:
-        factor: torch.Tensor = getattr(self, self.factors[0])
+        factor: torch.Tensor = self._like if self.is_int8 else getattr(self, self.factors[0])
         return factor
+
+    def weights(self, name: str) -> Weights:
+        """A factor as it is stored."""
+        return Weights(getattr(self, name), self._buffers.get(name + SCALE))
+
+    def factor(self, name: str, like: torch.Tensor | None = None) -> torch.Tensor:
+        """The values of a factor; eight-bit ones in the dtype of `like`, by default that of the module."""
+        return self.weights(name).dense((self._a_factor() if like is None else like).dtype)
+
+    def _int8_factors(self) -> tuple[str, ...]:
+        """The factors that are eight-bit integers where any are."""
+        return self.factors
+
+    def make_int8(self) -> None:
+        """Makes the factors that matrix products read eight-bit integers: codes and scales, both buffers."""
+        like = self._a_factor()
+        for name in self._int8_factors():
+            self._set_int8(name, *self._quantized(name, getattr(self, name)))
+        self._computes_in(like.dtype, like.device)
+
+    def _quantized(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes and scales of a factor."""
+        return quantized(values, self._by_rows)
 
     def _new_factors(
         self, shapes: Sequence[tuple[int, ...]], device: torch.device | str | None, dtype: torch.dtype | None
@@ -103,11 +129,16 @@ class Factors(CompressedBase):
         for name, values in kept.items():
             current = getattr(self, name)
             values = np.ascontiguousarray(values)
-            if isinstance(current, nn.Parameter):
+            if self._buffers.get(name + SCALE) is not None:
+                codes, scale = self._quantized(name, torch.from_numpy(values))
+                self._set_int8(name, codes.to(device), scale.to(device))
+            elif isinstance(current, nn.Parameter):
                 copy = torch.tensor(values, dtype=dtype, device=device)
                 setattr(self, name, nn.Parameter(copy, current.requires_grad))
             else:
                 setattr(self, name, torch.tensor(values, dtype=torch.int64, device=device))
+        if self.is_int8:
+            self._computes_in(dtype or self._like.dtype, device)
 
     def _input_indices(self, p: NDArray[np.int64]) -> NDArray[np.int64]:
         """The gather indices of this module's input for the row permutation `p`."""
@@ -157,6 +188,8 @@ class EmbeddingFactors(Lookup, Factors):
 
     num_embeddings: int
     embedding_dim: int
+    # Rows are looked up, and are the outputs of a tied head.
+    _by_rows = True
 
     def _set_sizes(self, num_embeddings: int, embedding_dim: int) -> None:
         """Completes a constructor that has made the factors: sizes and initial values."""
@@ -185,6 +218,14 @@ class EmbeddingFactors(Lookup, Factors):
 class Tied(nn.Module):
     """An output layer, or a second embedding, that shares the factors of an embedding."""
 
+    # In a tuple: a submodule would be saved a second time.
+    _owner: tuple[Any, ...] = ()
+
+    @property
+    def owner(self) -> Any:
+        """The embedding."""
+        return self._owner[0]
+
     def set_terms(self, *_: object, **__: object) -> None:
         """Raises `TypeError`, since new factors would untie it. Set the embedding's factors and call `tie`."""
         raise TypeError(
@@ -208,9 +249,29 @@ class TiedFactors(Tied, Factors):
 
     def tie(self, embedding: Any) -> None:
         """Shares the embedding's factors and derives the permutations from the embedding's."""
+        self._owner = (embedding,)
         for name in self.factors:
-            setattr(self, name, getattr(embedding, name))
+            # transformers ties parameters by name, and cannot tie buffers: eight-bit factors stay with the embedding.
+            if isinstance(getattr(embedding, name), nn.Parameter):
+                setattr(self, name, getattr(embedding, name))
+            else:
+                self._parameters.pop(name, None)
         self._follow(embedding)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the embedding's factors are eight-bit integers."""
+        return bool(self.owner.is_int8)
+
+    def _a_factor(self) -> torch.Tensor:
+        factor: torch.Tensor = self.owner._a_factor()
+        return factor
+
+    def weights(self, name: str) -> Weights:
+        """A factor of the embedding as it is stored."""
+        own = self._parameters.get(name)
+        found: Weights = self.owner.weights(name) if own is None else Weights(own, None)
+        return found
 
     def _copy_sizes(self, embedding: Any) -> None:
         self.num_embeddings = embedding.num_embeddings

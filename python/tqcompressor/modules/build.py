@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from ..config.specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec
 from ..errors import ShapeError
+from .base import Factors, Tied
 from .fused import FusedLinear
 from .grouped import GroupedEmbedding
 from .kronecker import KroneckerEmbedding, KroneckerLinear
@@ -34,6 +36,18 @@ def empty_linear(
         raise ShapeError("a linear layer cannot be in groups of rows: only an embedding can")
     terms: list[Any] = [empty_linear(rows, columns, term, False, dtype) for term in spec.terms]
     return MixedLinear(terms, bias)
+
+
+def make_int8(module: CompressedModule) -> None:
+    """Makes the factors of a module and of the modules within it eight-bit integers."""
+    for part in module.modules():
+        if isinstance(part, Factors) and not isinstance(part, Tied):
+            part.make_int8()
+
+
+def is_int8(module: nn.Module) -> bool:
+    """Whether a module, or one within it, has factors of eight-bit integers."""
+    return any(isinstance(part, Factors) and part.is_int8 for part in module.modules())
 
 
 def empty_embedding(rows: int, columns: int, spec: MatrixSpec, dtype: torch.dtype | None = None) -> FactoredEmbedding:

@@ -32,7 +32,7 @@ class FusedLinear(CompressedBase):
         self.part_names = tuple(parts)
         self.in_features = first.in_features
         self.out_features = sum(part.out_features for part in parts.values())
-        self.register_parameter("bias", new_bias(bias, self.out_features, next(first.parameters())))
+        self.register_parameter("bias", new_bias(bias, self.out_features, first._a_factor()))
 
     @property
     def parts(self) -> list[Any]:

@@ -20,6 +20,7 @@ from ..config.specs import GroupedSpec
 from ..utils.torch_utils import without_autocast
 from .base import EmbeddingFactors, Factors, Term, TiedFactors, TiedHeadFactors, add_bias, gathered, the_one_term
 from .functional import expand, low_rank_matmul
+from .int8 import Weights, quantized
 from .low_rank import LowRankEmbedding
 
 # A row of the sorted table for the position of each token within one group.
@@ -45,8 +46,8 @@ class GroupedFactors(Factors):
     factors = ("left", "right")
     _sizes = ("groups",)
     groups: tuple[tuple[int, int], ...]
-    left: nn.Parameter
-    right: nn.Parameter
+    left: torch.Tensor
+    right: torch.Tensor
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ class GroupedFactors(Factors):
         bound = math.sqrt(3 * variance)
         nn.init.uniform_(self.left, -bound, bound)
         # A slice of a leaf cannot be drawn in place.
-        for _, right, _ in self._each(self.left.data, self.right.data):
+        for _, (right, _), _ in self._each():
+            right = right.data
             nn.init.uniform_(right, -math.sqrt(3 / len(right)), math.sqrt(3 / len(right)))
 
     def set_terms(
@@ -97,26 +99,48 @@ class GroupedFactors(Factors):
         }
         self._copy({"left": left, "right": right, **permutations}, dtype, device)
 
-    def _each(
-        self, left: torch.Tensor, right: torch.Tensor, orders: torch.Tensor | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _each(self, orders: torch.Tensor | None = None) -> Iterator[tuple[Weights, Weights, torch.Tensor]]:
         """`left_g (n_g, k_g)`, `right_g (k_g, d − k_g)` and the indices of the columns, for each group."""
         orders = self.output_permutation if orders is None else orders
         assert orders is not None
         columns = len(orders) // len(self.groups)
-        shapes = [((rows, rank), (rank, columns - rank)) for rows, rank in self.groups]
-        lefts = torch.split(left, [math.prod(shape) for shape, _ in shapes])
-        rights = torch.split(right, [math.prod(shape) for _, shape in shapes])
         own = orders.view(len(self.groups), columns) % columns
-        for (of_left, of_right), own_left, own_right, order in zip(shapes, lefts, rights, own, strict=True):
-            yield own_left.view(of_left), own_right.view(of_right), order
+        shapes = self._shapes(columns)
+        factors = (_pieces(self.weights(name), shapes[name]) for name in self.factors)
+        yield from zip(*factors, own, strict=True)
+
+    def _shapes(self, columns: int) -> dict[str, list[tuple[int, int]]]:
+        """The shapes of all groups' factors."""
+        return {
+            "left": [(rows, rank) for rows, rank in self.groups],
+            "right": [(rank, columns - rank) for _, rank in self.groups],
+        }
+
+    def _quantized(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of one factor of all groups, a scale for each row."""
+        assert self.output_permutation is not None
+        shapes = self._shapes(len(self.output_permutation) // len(self.groups))[name]
+        pieces = _pieces(Weights(values, None), shapes)
+        codes, scales = zip(*(quantized(piece, by_rows=True) for piece, _ in pieces), strict=True)
+        return torch.cat([each.flatten() for each in codes]), torch.cat([each.flatten() for each in scales])
 
     def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
         """The groups one above the other, with their columns and all rows gathered, in the dtype of the factors."""
+        dtype = self._a_factor().dtype
         groups = [
-            expand(left, right, False)[:, order] for left, right, order in self._each(self.left, self.right, columns)
+            expand(left.dense(dtype), right.dense(dtype), False)[:, order] for left, right, order in self._each(columns)
         ]
-        return gathered(torch.cat(groups), rows, None).to(self.left.dtype)
+        return gathered(torch.cat(groups), rows, None).to(dtype)
+
+
+def _pieces(weights: Weights, shapes: Sequence[tuple[int, int]]) -> list[Weights]:
+    """The matrices of all groups from their values one after the other, and from the scales of their rows."""
+    values = torch.split(weights.values, [math.prod(shape) for shape in shapes])
+    if weights.scale is None:
+        scales: Sequence[torch.Tensor | None] = [None] * len(shapes)
+    else:
+        scales = [scale[:, None] for scale in torch.split(weights.scale, [rows for rows, _ in shapes])]
+    return [Weights(own.view(shape), scale) for own, shape, scale in zip(values, shapes, scales, strict=True)]
 
 
 class GroupedEmbedding(EmbeddingFactors, GroupedFactors):
@@ -150,25 +174,29 @@ class GroupedEmbedding(EmbeddingFactors, GroupedFactors):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`(...)` token ids to `(..., embedding_dim)`."""
 
-        def rows(left: torch.Tensor, right: torch.Tensor, order: torch.Tensor) -> Rows:
+        like = self._a_factor()
+
+        def rows(left: Weights, right: Weights, order: torch.Tensor) -> Rows:
             def at(places: torch.Tensor) -> torch.Tensor:
-                known = nn.functional.embedding(places, left)
-                return torch.cat([known, known @ right], dim=1).index_select(1, order)
+                known = left.rows(places, like.dtype)
+                return torch.cat([known, known @ right.dense(like.dtype)], dim=1).index_select(1, order)
 
             return at
 
         # Autocast would round where nn.Embedding does not.
-        with without_autocast(self.left):
-            groups = [rows(*each) for each in self._each(self.left, self.right)]
+        with without_autocast(like):
+            groups = [rows(*each) for each in self._each()]
             table = rows_in_groups(self._permuted(ids.reshape(-1)), [size for size, _ in self.groups], groups)
         return table.reshape(*ids.shape, self.embedding_dim)
 
     def split(self) -> list[LowRankEmbedding]:
         """A `LowRankEmbedding` with a copy of the factors of each group."""
         parts = []
-        for left, right, order in self._each(self.left.detach(), self.right.detach()):
+        for (left, _), (right, _), order in self._each():
             part = LowRankEmbedding(len(left), self.embedding_dim, left.shape[1], device="meta")
-            part.left, part.right = (nn.Parameter(factor.clone(), self.left.requires_grad) for factor in (left, right))
+            part.left, part.right = (
+                nn.Parameter(factor.detach().clone(), self.left.requires_grad) for factor in (left, right)
+            )
             part.output_permutation = order.clone()
             parts.append(part)
         return parts
@@ -176,7 +204,7 @@ class GroupedEmbedding(EmbeddingFactors, GroupedFactors):
     def join(self, parts: Sequence[LowRankEmbedding]) -> None:
         """Copies the factors of modules that `split` made."""
         with torch.no_grad():
-            for (left, right, _), part in zip(self._each(self.left.data, self.right.data), parts, strict=True):
+            for ((left, _), (right, _), _), part in zip(self._each(), parts, strict=True):
                 left.copy_(part.left)
                 right.copy_(part.right)
 
@@ -200,8 +228,14 @@ class GroupedHead(TiedHeadFactors, GroupedFactors):
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
         assert self.output_permutation is not None
         logits = [
-            low_rank_matmul(hidden, right.transpose(0, 1), left.transpose(0, 1), columns, None)
-            for left, right, columns in self._each(self.left, self.right, self.input_permutation)
+            low_rank_matmul(
+                hidden,
+                right.dense(hidden.dtype).transpose(0, 1),
+                left.dense(hidden.dtype).transpose(0, 1),
+                columns,
+                None,
+            )
+            for left, right, columns in self._each(self.input_permutation)
         ]
         return add_bias(torch.cat(logits, dim=-1).index_select(-1, self.output_permutation), self.bias)
 

@@ -28,8 +28,8 @@ class KroneckerFactors(Factors):
 
     factors = ("A", "B")
     _sizes = ("block", "rank")
-    A: nn.Parameter
-    B: nn.Parameter
+    A: torch.Tensor
+    B: torch.Tensor
 
     def __init__(
         self,
@@ -105,7 +105,12 @@ class KroneckerFactors(Factors):
 
     def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
         """The Kronecker sum as a matrix, its sides gathered, in the dtype of the factors."""
-        return kronecker_matrix(self.A, self.B, rows, columns).to(self.A.dtype)
+        a, b = self.factor("A"), self.factor("B")
+        return kronecker_matrix(a, b, rows, columns).to(a.dtype)
+
+    def _int8_factors(self) -> tuple[str, ...]:
+        """The larger factor: the other one has few entries, which many others are multiplied by."""
+        return ("A",) if self.A[0].numel() >= self.B[0].numel() else ("B",)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -190,7 +195,7 @@ class KroneckerLinear(LinearFactors, KroneckerFactors):
             return add_bias(torch.matmul(x, self.dense_weight()), self.bias)
         if self.input_permutation is not None:
             x = x.index_select(-1, self.input_permutation)
-        y = kronecker_matmul(x, self.A, self.B)
+        y = kronecker_matmul(x, self.factor("A", x), self.factor("B", x))
         if self.output_permutation is not None:
             y = y.index_select(-1, self.output_permutation)
         return add_bias(y, self.bias)
@@ -262,12 +267,13 @@ class KroneckerEmbedding(EmbeddingFactors, KroneckerFactors):
 
     def _rows(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Rows of `A_k ⊗ B_k`, `(T, n1, n2)`: row `i` is row `i div m2` of A_k times row `i mod m2` of B_k."""
+        dtype = self._a_factor().dtype
         m2, _ = self.block
         if m2 == 1:
-            a, b = nn.functional.embedding(rows, self.A[k]), self.B[k]
+            a, b = self.weights("A").matrix(k).rows(rows, dtype), self.weights("B").matrix(k).dense(dtype)
         else:
-            a = nn.functional.embedding(rows.div(m2, rounding_mode="floor"), self.A[k])
-            b = nn.functional.embedding(rows.remainder(m2), self.B[k])
+            a = self.weights("A").matrix(k).rows(rows.div(m2, rounding_mode="floor"), dtype)
+            b = self.weights("B").matrix(k).rows(rows.remainder(m2), dtype)
         # Autocast would round a matrix product here, but nn.Embedding does not round.
         return a.unsqueeze(-1) * b.unsqueeze(-2)
 
@@ -295,7 +301,8 @@ class KroneckerHead(TiedHeadFactors, KroneckerFactors):
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
         if self.input_permutation is not None:
             hidden = hidden.index_select(-1, self.input_permutation)
-        logits = kronecker_matmul(hidden, self.A.transpose(1, 2), self.B.transpose(1, 2))
+        a, b = (self.factor(name, hidden).transpose(1, 2) for name in ("A", "B"))
+        logits = kronecker_matmul(hidden, a, b)
         if self.output_permutation is not None:
             logits = logits.index_select(-1, self.output_permutation)
         return add_bias(logits, self.bias)

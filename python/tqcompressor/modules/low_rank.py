@@ -40,8 +40,8 @@ class LowRankFactors(Factors):
     """
 
     factors = ("left", "right")
-    left: nn.Parameter
-    right: nn.Parameter
+    left: torch.Tensor
+    right: torch.Tensor
 
     def __init__(
         self,
@@ -111,7 +111,8 @@ class LowRankFactors(Factors):
 
     def _matrix(self, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
         """The matrix with its sides gathered, in the dtype of the factors; the identity is on the side with indices."""
-        return gathered(expand(self.left, self.right, rows is not None), rows, columns).to(self.left.dtype)
+        left, right = self.factor("left"), self.factor("right")
+        return gathered(expand(left, right, rows is not None), rows, columns).to(left.dtype)
 
 
 class LowRankLinear(LinearFactors, LowRankFactors):
@@ -154,7 +155,8 @@ class LowRankLinear(LinearFactors, LowRankFactors):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        y = low_rank_matmul(x, self.left, self.right, self.input_permutation, self.output_permutation)
+        left, right = self.factor("left", x), self.factor("right", x)
+        y = low_rank_matmul(x, left, right, self.input_permutation, self.output_permutation)
         return add_bias(y, self.bias)
 
     def extra_repr(self) -> str:
@@ -201,13 +203,15 @@ class LowRankEmbedding(EmbeddingFactors, LowRankFactors):
         """`(...)` token ids to `(..., embedding_dim)`."""
         rows = self._permuted(ids.reshape(-1))
         # Autocast would round where nn.Embedding does not.
-        with without_autocast(self.left):
+        like = self._a_factor()
+        with without_autocast(like):
+            right = self.factor("right")
             if self.input_permutation is not None:
-                identity = torch.eye(self.rank, dtype=self.left.dtype, device=self.left.device)
-                table = nn.functional.embedding(rows, torch.cat([identity, self.left])) @ self.right
+                identity = torch.eye(self.rank, dtype=like.dtype, device=like.device)
+                table = nn.functional.embedding(rows, torch.cat([identity, self.factor("left")])) @ right
             else:
-                known = nn.functional.embedding(rows, self.left)
-                table = torch.cat([known, known @ self.right], dim=1)
+                known = self.weights("left").rows(rows, like.dtype)
+                table = torch.cat([known, known @ right], dim=1)
         if self.output_permutation is not None:
             table = table.index_select(1, self.output_permutation)
         return table.reshape(*ids.shape, self.embedding_dim)
@@ -233,7 +237,7 @@ class LowRankHead(TiedHeadFactors, LowRankFactors):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
-        left, right = self.right.transpose(0, 1), self.left.transpose(0, 1)
+        left, right = (self.factor(name, hidden).transpose(0, 1) for name in ("right", "left"))
         return add_bias(
             low_rank_matmul(hidden, left, right, self.input_permutation, self.output_permutation), self.bias
         )

@@ -15,6 +15,7 @@ from ..errors import ShapeError
 from .base import Term, Tied, add_bias, new_bias
 from .dense_weight import CompressedBase, Lookup
 from .grouped import GroupedEmbedding, GroupedHead, TiedGroupedEmbedding
+from .int8_dense import Int8Embedding, Int8Head, Int8Linear, TiedInt8Embedding
 from .kronecker import KroneckerEmbedding, KroneckerHead, KroneckerLinear, TiedKroneckerEmbedding
 from .low_rank import LowRankEmbedding, LowRankHead, LowRankLinear, TiedLowRankEmbedding
 
@@ -78,7 +79,7 @@ class MixedLinear(_Terms):
         super().__init__(terms, "in_features", "out_features")
         self.in_features = terms[0].in_features
         self.out_features = terms[0].out_features
-        self.register_parameter("bias", new_bias(bias, self.out_features, next(terms[0].parameters())))
+        self.register_parameter("bias", new_bias(bias, self.out_features, terms[0]._a_factor()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -115,6 +116,7 @@ class _TiedTerms(Tied, _Terms):
     def tie(self, embedding: MixedEmbedding) -> None:
         """Ties every term to the term of the embedding."""
         own: Any
+        self._owner = (embedding,)
         for own, term in zip(self.terms, embedding.terms, strict=True):
             own.tie(term)
 
@@ -124,6 +126,7 @@ class TiedMixedEmbedding(_TiedTerms, MixedEmbedding):
 
     def __init__(self, embedding: MixedEmbedding) -> None:
         MixedEmbedding.__init__(self, [tied_embedding(term) for term in embedding.terms])
+        self._owner = (embedding,)
 
 
 class MixedHead(_TiedTerms):
@@ -136,6 +139,7 @@ class MixedHead(_TiedTerms):
 
     def __init__(self, embedding: MixedEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__([tied_head(term) for term in embedding.terms], "in_features", "out_features")
+        self._owner = (embedding,)
         self.in_features = embedding.embedding_dim
         self.out_features = embedding.num_embeddings
         self.register_parameter("bias", bias)
@@ -149,9 +153,9 @@ class MixedHead(_TiedTerms):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-FactoredLinear: TypeAlias = KroneckerLinear | LowRankLinear | MixedLinear
-FactoredEmbedding: TypeAlias = KroneckerEmbedding | LowRankEmbedding | GroupedEmbedding | MixedEmbedding
-FactoredHead: TypeAlias = KroneckerHead | LowRankHead | GroupedHead | MixedHead
+FactoredLinear: TypeAlias = KroneckerLinear | LowRankLinear | MixedLinear | Int8Linear
+FactoredEmbedding: TypeAlias = KroneckerEmbedding | LowRankEmbedding | GroupedEmbedding | MixedEmbedding | Int8Embedding
+FactoredHead: TypeAlias = KroneckerHead | LowRankHead | GroupedHead | MixedHead | Int8Head
 
 
 def tied_embedding(embedding: Any) -> Any:
@@ -162,6 +166,8 @@ def tied_embedding(embedding: Any) -> Any:
         return TiedLowRankEmbedding(embedding)
     if isinstance(embedding, GroupedEmbedding):
         return TiedGroupedEmbedding(embedding)
+    if isinstance(embedding, Int8Embedding):
+        return TiedInt8Embedding(embedding)
     return TiedKroneckerEmbedding(embedding)
 
 
@@ -173,4 +179,6 @@ def tied_head(embedding: Any, bias: nn.Parameter | None = None) -> FactoredHead:
         return LowRankHead(embedding, bias)
     if isinstance(embedding, GroupedEmbedding):
         return GroupedHead(embedding, bias)
+    if isinstance(embedding, Int8Embedding):
+        return Int8Head(embedding, bias)
     return KroneckerHead(embedding, bias)

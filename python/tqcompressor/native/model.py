@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -47,7 +47,12 @@ class NativeModel:
 
     @classmethod
     def from_pretrained(
-        cls, source: StrPath, *, threads: int | None = None, progress: ProgressOption = None
+        cls,
+        source: StrPath,
+        *,
+        dtype: Literal["int8"] | None = None,
+        threads: int | None = None,
+        progress: ProgressOption = None,
     ) -> NativeModel:
         """Loads a checkpoint.
 
@@ -55,6 +60,8 @@ class NativeModel:
             source: A directory with `config.json` and safetensors files of a GPT-2, with or without its head, dense or
                 compressed by this package; or the id of a model on the hub, fetched by huggingface_hub if that is
                 installed. For text it needs the tokenizer too: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+            dtype: "int8": weights that are not eight-bit integers yet become so, as
+                `compress_checkpoint(…, dtype="int8")` writes them. Default: weights stay in the dtype that they have.
             threads: Worker threads. Default: one for every processor that this process may use.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
@@ -62,16 +69,18 @@ class NativeModel:
             CheckpointError: There is no such directory, or its checkpoint is faulty: a tensor is missing, superfluous
                 or of another shape than `config.json` says, a file is truncated, the config is invalid.
             NonFiniteError: A weight is NaN or infinite.
-            DtypeError: A weight is not float32, float16 or bfloat16.
+            DtypeError: A weight is not float32, float16, bfloat16 or int8 with its scales, or `dtype` is another.
             ConfigError: `threads` is not an integer from 1 up.
             OSError: A file cannot be read.
 
         Cost: the memory of the weights in their own dtype.
         """
         threads = validate.threads(threads)
+        if dtype not in (None, "int8"):
+            raise DtypeError(f'dtype: expected "int8" or none, got {dtype!r}')
         directory = local_directory(source)
         with reporter(progress, "load") as report:
-            return cls(directory, _core.Runtime.load(directory, threads, report))
+            return cls(directory, _core.Runtime.load(directory, threads, report, int8=dtype is not None))
 
     @property
     def context(self) -> int:

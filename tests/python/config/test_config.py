@@ -159,8 +159,8 @@ def test_a_config_that_cannot_be_followed(changes, message):
 
 
 def test_a_newer_format_is_named_before_its_keys_are_judged():
-    newer = {**RECIPES["tq-81m"].to_dict(), "format_version": 4, "new_key": 1}
-    with pytest.raises(ConfigError, match=r"newer tqcompressor \(format 4\), this one reads up to 3: upgrade"):
+    newer = {**RECIPES["tq-81m"].to_dict(), "format_version": 5, "new_key": 1}
+    with pytest.raises(ConfigError, match=r"newer tqcompressor \(format 5\), this one reads up to 4: upgrade"):
         TQConfig.from_dict(newer)
 
 
