@@ -207,7 +207,7 @@ fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<Matr
     let (counts, sizes): (&[usize], &[f64]) = match effort {
         Effort::Fast => (&[], &[]),
         Effort::Balanced => (&[2, 1], &[0.3]),
-        Effort::Best => (&[1, 2, 4, 6], &[0.2, 0.4, 0.8]),
+        Effort::Best => (&[1, 2, 4, 6], &[0.3, 0.6]),
     };
     let mut candidates = Vec::new();
     if m.max(n) > LONGEST {
