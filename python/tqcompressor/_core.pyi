@@ -275,7 +275,8 @@ def spend_budget(
     """Distributes one budget: at most this number of `parameters`, or the fewest that lose this share of the energy.
 
     A usage is "map", "lookup" or "tied_lookup"; `max_macs` is a share of the MACs of the dense matrices, infinity for
-    no cap; by default, no matrix takes more than while dense. Matrices of one module are compressed all or none. With `keep`, `SpentBudget.fit` can follow.
+    no cap; by default, no matrix takes more than while dense. Matrices of one module are compressed all or none. With
+    `keep`, `SpentBudget.fit` can follow.
     """
 
 def expand_checkpoint(

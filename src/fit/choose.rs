@@ -132,6 +132,9 @@ fn fit_within_safely(
     let affordable = candidates.iter().map(|spec| limits.affords(spec, m, n)).collect::<Result<Vec<_>>>()?;
     let mut affordable = affordable.into_iter();
     candidates.retain(|_| affordable.next() == Some(true));
+    if effort == Effort::Balanced {
+        candidates.truncate(1);
+    }
     if candidates.is_empty() {
         return Ok(best);
     }
@@ -199,11 +202,12 @@ const FINALISTS: usize = 3;
 /// term of many products in one order, and take fewer MACs.
 fn candidates(m: usize, n: usize, parameters: usize, effort: Effort) -> Vec<MatrixSpec> {
     // `counts` are the numbers of Kronecker terms. `sizes` are block sizes as shares of √(m·n), the size at which a
-    // Kronecker product has the fewest parameters. Measured on attention and feed-forward matrices of SmolLM2.
+    // Kronecker product has the fewest parameters. Measured on attention and feed-forward matrices of SmolLM2. At balanced
+    // effort the first that is within the limits is the only one.
     let (counts, sizes): (&[usize], &[f64]) = match effort {
         Effort::Fast => (&[], &[]),
-        Effort::Balanced => (&[2], &[0.3]),
-        Effort::Best => (&[1, 2, 4, 6], &[0.2, 0.4, 0.8]),
+        Effort::Balanced => (&[2, 1], &[0.3]),
+        Effort::Best => (&[1, 2, 4, 6], &[0.3, 0.6]),
     };
     let mut candidates = Vec::new();
     if m.max(n) > LONGEST {

@@ -49,9 +49,8 @@ impl Turns {
     /// For terms beside a low rank that follows them, which leaves little to descend.
     pub fn beside(effort: Effort) -> Self {
         match effort {
-            Effort::Fast => Self { rounds: 1, turns: 1, steps: 8, last_steps: 8 },
-            Effort::Balanced => Self { rounds: 1, turns: 1, steps: 8, last_steps: 8 },
-            Effort::Best => Self { rounds: 5, turns: 3, steps: 10, last_steps: 20 },
+            Effort::Fast | Effort::Balanced => Self { rounds: 1, turns: 1, steps: 8, last_steps: 8 },
+            Effort::Best => Self { rounds: 3, turns: 2, steps: 10, last_steps: 20 },
         }
     }
 }

@@ -21,7 +21,7 @@ from .budget import Budget, Spending, eligible, matrix_patterns, meaning
 # eigendecomposition is s³ of these, a product s²·l.
 _EIGEN, _PRODUCT = 2.5e-10, 6.2e-11
 # Finding the best approximation of any kind, s²·l of these.
-_REFINE: dict[str, float] = {"fast": 0.0, "balanced": 1.2e-8, "best": 5e-8}
+_REFINE: dict[str, float] = {"fast": 0.0, "balanced": 7e-9, "best": 5e-8}
 # Searching the permutations of a Kronecker sum, for each value of the matrix.
 _SEARCH: dict[str, float] = {"fast": 2.2e-7, "balanced": 9.7e-7, "best": 5e-6}
 # A forward and a backward pass, for each token and parameter.

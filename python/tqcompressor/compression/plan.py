@@ -37,10 +37,10 @@ def plan(
 
     The spectrum of each matrix gives the energy that it loses at each rank. Parameters go, one rank at a time, to the
     matrix where they save the most energy. Beyond the effort "fast", each matrix then gets the best approximation of
-    any kind (low rank, or a sum of it and permuted Kronecker terms) with no more parameters. With a calibration that has gradients,
-    energies are second-order losses of the model and are compared as they are. Without, a matrix counts by its share of
-    lost energy times its size. With one, the rows of an embedding are cut into groups by the frequencies of its tokens,
-    and each group gets a rank of its own.
+    any kind (low rank, or a sum of it and permuted Kronecker terms) with no more parameters. With a calibration that
+    has gradients, energies are second-order losses of the model and are compared as they are. Without, a matrix counts
+    by its share of lost energy times its size. With one, the rows of an embedding are cut into groups by the
+    frequencies of its tokens, and each group gets a rank of its own.
 
     Args:
         source: A live model of transformers, or a checkpoint: a directory, or its name on the hub.

@@ -202,7 +202,13 @@ class TQConfig:
 
 def _plain(value: Any) -> Any:
     """A JSON type for an argument: a path, a calibration or an infinite cap becomes text."""
-    return str(value) if value == math.inf else value if isinstance(value, int | float | str | list | tuple) else str(value)
+    return (
+        str(value)
+        if value == math.inf
+        else value
+        if isinstance(value, int | float | str | list | tuple)
+        else str(value)
+    )
 
 
 def _is_utf8(text: str) -> bool:

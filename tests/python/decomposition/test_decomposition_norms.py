@@ -1,5 +1,7 @@
 """Low rank, sums of several kinds, and budgets for one matrix, in every norm, against oracles in plain numpy."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -308,3 +310,33 @@ def test_a_kronecker_sum_is_fitted_in_the_norm_it_is_given(kinds, permute):
     errors = [energy(w - each.reconstruct().astype(np.float64), moments) for each in (plain, found)]
     assert errors[1] <= errors[0] * (1 + 1e-6)
     assert errors[1] / energy(w, moments) == pytest.approx(found.lost_energy, rel=1e-3, abs=1e-6)
+
+
+def macs(spec, m, n):
+    total = 0
+    for term in spec.terms if isinstance(spec, MixedSpec) else (spec,):
+        if isinstance(term, LowRankSpec):
+            total += term.rank * (m + n - term.rank)
+        else:
+            m2, n2 = term.block
+            total += term.rank * min(m * n // n2 + n * m2, m * n // m2 + m * n2)
+    return total
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 32), (48, 24), (32, 32)])
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+def test_a_budget_takes_no_more_macs_than_the_matrix_unless_the_cap_is_lifted(m, n, effort):
+    w = noise((m, n))
+    options = {"budget": 0.85, "effort": effort}
+    own, half, free = (decompose(w, max_macs=cap, **options) for cap in (None, 0.5, math.inf))
+    assert macs(own.spec, m, n) <= m * n and macs(half.spec, m, n) <= 0.5 * m * n
+    assert isinstance(free.spec, MixedSpec) and macs(free.spec, m, n) > m * n
+    assert free.lost_energy < own.lost_energy < half.lost_energy
+
+
+def test_a_cap_of_a_spec_or_of_nonsense_is_refused():
+    with pytest.raises(ConfigError, match="max_macs: expected with a budget only"):
+        decompose(noise((16, 24)), LowRankSpec(3), max_macs=1.0)
+    for cap in (0, -1.0, math.nan, True, "many"):
+        with pytest.raises(ConfigError, match="max_macs must be a positive share"):
+            decompose(noise((16, 24)), budget=0.5, max_macs=cap)
