@@ -13,6 +13,7 @@ import calibration
 import distillation
 import import_time
 import inference
+import int8
 import kernels
 import losses
 import paper
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "calibration": calibration,
     "distillation": distillation,
     "quality": quality,
+    "int8": int8,
     "paper": paper,
     "import": import_time,
 }

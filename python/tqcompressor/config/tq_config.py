@@ -163,8 +163,11 @@ class TQConfig:
             data,
             "config",
             known=("quant_method", "format_version", *own),
-            required=() if "budget" in data or "dtype" in data else ("specs",),
+            required=() if "budget" in data else ("specs",),
         )
+        for name in _STORED:
+            if name in data and data[name] is None:
+                raise ConfigError(f"{name}: expected a value, or no such key, got null")
         return cls(**{name: data[name] for name in own if name in data})
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

@@ -24,7 +24,7 @@ kronecker = fields({"block": st.tuples(count, count).map(list), "rank": count}, 
 low_rank = fields({"rank": count})
 mixed = fields({"terms": st.lists(kronecker | low_rank, min_size=2, max_size=3)})
 spec = kronecker | low_rank | mixed
-config = fields(
+_floating = fields(
     {"specs": st.dictionaries(st.sampled_from(NAMES), spec, min_size=1, max_size=3)},
     {
         "quant_method": st.just("tqcompressor"),
@@ -33,6 +33,11 @@ config = fields(
         "seed": st.integers(0, 2**64 - 1),
     },
 )
+_int8 = fields(
+    {"specs": st.dictionaries(st.sampled_from(NAMES), spec, max_size=2), "dtype": st.just("int8")},
+    {"dense": st.lists(st.sampled_from(NAMES), max_size=2), "format_version": st.just(4)},
+)
+config = _floating | _int8
 
 
 def places(value, path=()):
@@ -93,7 +98,8 @@ def test_what_is_right_is_accepted_by_both(value):
     text = json.dumps(value)
     read, by_rust = TQConfig.from_json(text), _core.read_config(text)
     # In the same order, too: the first pattern that matches decides.
-    assert list(read.specs.items()) == by_rust[0] and (read.effort, read.seed) == by_rust[1:]
+    assert list(read.specs.items()) == by_rust[0] and (read.effort, read.seed) == by_rust[1:3]
+    assert by_rust[3] == (None if read.dtype is None else list(read.dense or ()))
 
 
 @given(broken())
