@@ -262,6 +262,7 @@ def _inspect(options: argparse.Namespace) -> None:
         "--calibration": options.calibration,
         "--matrices": options.matrices,
         "--max-macs": options.max_macs,
+        "--dtype": options.dtype,
     }
     if options.budget is not None:
         estimate = _estimate(options)
@@ -276,6 +277,7 @@ def _inspect(options: argparse.Namespace) -> None:
             max_macs=options.max_macs,
             effort=options.effort,
             seed=options.seed,
+            dtype=options.dtype,
             threads=options.threads,
         )
         print(_with_estimate(found, estimate) if options.json else f"{found}\ncompressing takes {estimate}")

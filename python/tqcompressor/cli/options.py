@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     group = inspect.add_argument_group("options of --budget, which reads the weights")
     group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
     group.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the search (default: %(default)s)")
+    group.add_argument(
+        "--dtype", choices=STORED_DTYPES, help="of the result, for a budget in bytes (default: as stored)"
+    )
     _add_threads(group)
 
     _add_calibrate(commands, common)
