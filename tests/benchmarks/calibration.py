@@ -5,6 +5,10 @@ the same pass without them, as calibrating makes it. The peak is what the proces
 
 GPT-2 small has random weights and reads random tokens, whose times are those of text. `--model DIR` reads a checkpoint
 and a text.
+
+`--tokens N …` measures quality instead: the perplexity of tiny-gpt2 after calibrating on so many tokens of books, and
+after shrinking its moments by more than the package's own hundredth towards the mean of their diagonals; and without
+gradients.
 """
 
 import argparse
@@ -15,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from measuring import ROOT, resident, restart_peak
+from quality_data import DATA, tiny_gpt2
 
 TEXTS = [ROOT / "tests" / "data" / "tiny-gpt2" / name for name in ("calibration.txt", "heldout.txt")]
 
@@ -29,12 +35,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=256, help="sequences of 128 tokens")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-memory", type=float, default=2, metavar="GB", help="of the sums (default: 2)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[], metavar="N", help="quality by number of tokens")
+    parser.add_argument("--shrinkages", type=float, nargs="+", default=[0, 0.03, 0.1], help="beyond the package's own")
+    parser.add_argument("--books", type=Path, default=DATA / "books" / "train.txt", metavar="FILE", help="for --tokens")
     parser.add_argument("--quick", action="store_true", help="a small model and few tokens, to see that it runs")
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
     import torch
 
+    if options.tokens:
+        yield from qualities(options)
+        return
     if options.quick:
         options.num_samples = 8
     if options.gpt2:
@@ -62,6 +74,37 @@ def checkpoint(folder: Path, options: argparse.Namespace) -> tuple[Any, list[Any
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, batches_of(model, tokenizer, options.text, num_samples=options.num_samples, seq_len=128, seed=0)
+
+
+def qualities(options: argparse.Namespace) -> Iterator[dict]:
+    """Perplexities of budgets of the whole model, at the effort fast."""
+    import tqcompressor
+
+    for tokens in options.tokens:
+        subject = tiny_gpt2(options.books, tokens // 128)
+        calibration = tqcompressor.calibrate(subject.model, subject.calibration(0), progress=False)
+        whole = [("auto", shrunk(calibration, share), share) for share in options.shrinkages]
+        for objective, moments, share in (*whole, ("second_moment", calibration, 0.0)):
+            row: dict[str, object] = {"tokens": tokens, "objective": objective, "shrinkage": share}
+            for budget in (0.65, 0.5):
+                model = subject.copy()
+                kept: dict[str, Any] = {"calibration": moments, "objective": objective, "effort": "fast"}
+                tqcompressor.compress(model, budget=budget, **kept, progress=False)
+                row[f"perplexity at {budget}"] = subject.score(model)["perplexity"]
+            yield row
+
+
+def shrunk(calibration: Any, share: float) -> Any:
+    """A calibration whose moments have moved by `share` towards the mean of their diagonals."""
+    moments = {}
+    for name, moment in calibration.moments.items():
+        mean = (
+            moment.mean()
+            if moment.ndim == 1
+            else np.eye(len(moment), dtype=np.float32) * np.trace(moment) / len(moment)
+        )
+        moments[name] = (1 - share) * moment + share * mean
+    return type(calibration)(moments, calibration.tokens, calibration.seed, calibration.sensitivity)
 
 
 def measured(name: str, model: Any, batches: list[Any], options: argparse.Namespace) -> dict:
