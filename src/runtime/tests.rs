@@ -157,6 +157,7 @@ fn spoiled_scales_are_refused_by_name() {
     let whole = std::fs::read(to.join("model.safetensors")).unwrap();
     let read = safetensors::SafeTensors::deserialize(&whole).unwrap();
     type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+    type Change<'a> = &'a dyn Fn(&mut Vec<Stored>, usize);
     let tensors: Vec<Stored> = read
         .tensors()
         .into_iter()
@@ -164,7 +165,7 @@ fn spoiled_scales_are_refused_by_name() {
         .collect();
     for name in ["wte.left", "wpe.codes", "h.1.attn.c_attn.codes", "h.0.mlp.c_fc.A"] {
         let scale = format!("{name}_scale");
-        let spoiled = |change: &dyn Fn(&mut Vec<Stored>, usize)| {
+        let spoiled = |change: Change<'_>| {
             let mut tensors = tensors.clone();
             let at = tensors.iter().position(|tensor| tensor.0 == scale).unwrap();
             change(&mut tensors, at);
@@ -176,7 +177,7 @@ fn spoiled_scales_are_refused_by_name() {
             assert!(!dense.exists());
             (loading, expanding.to_string())
         };
-        let each: [(&dyn Fn(&mut Vec<Stored>, usize), &str); 5] = [
+        let each: [(Change<'_>, &str); 5] = [
             (&|tensors, at| drop(tensors.remove(at)), "missing"),
             (&|tensors, at| tensors[at].1 = Dtype::F16, "BF16"),
             (&|tensors, at| tensors[at].3[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes()), "NaN"),
