@@ -95,9 +95,19 @@ def compare(
 def model_size(model: PreTrainedModel) -> tuple[int, int]:
     """`(parameters, bytes)` of a live model.
 
-    Parameters are the elements of its floating-point tensors; bytes are those of everything that would be saved, the
-    integer permutations included. A tensor that several modules share counts once.
+    Parameters are the elements of its floating-point tensors, and eight-bit weights without their scales; bytes are
+    those of everything that would be saved, the integer permutations included. A tensor that several modules share
+    counts once.
     """
-    distinct = {(tensor.data_ptr(), tensor.shape): tensor for tensor in model.state_dict().values()}
-    parameters = sum(tensor.numel() for tensor in distinct.values() if tensor.is_floating_point())
-    return parameters, sum(tensor.nbytes for tensor in distinct.values())
+    import torch
+
+    state = model.state_dict()
+    codes = {name for name, tensor in state.items() if tensor.dtype == torch.int8}
+    scales = {f"{name}_scale" for name in codes}
+    distinct = {(tensor.data_ptr(), tensor.shape): (name, tensor) for name, tensor in state.items()}
+    parameters = sum(
+        tensor.numel()
+        for name, tensor in distinct.values()
+        if name in codes or (tensor.is_floating_point() and name not in scales)
+    )
+    return parameters, sum(tensor.nbytes for _, tensor in distinct.values())

@@ -331,6 +331,16 @@ def test_a_dense_checkpoint():
     assert results["perplexity"].figures["ratio"] == 1.0 and "no report" in results["size"].detail
 
 
+@pytest.mark.parametrize("options", [{}, {"budget": 0.5}], ids=["dense", "compressed"])
+def test_eight_bit_weights(options, tmp_path):
+    compress_checkpoint(TINY, tmp_path / "int8", dtype="int8", **options)
+    results = results_of(tmp_path / "int8", [*SIZED, CHECKS["native"], CHECKS["round-trip"]])
+    found = statuses(results)
+    # A dense checkpoint has no permutations.
+    assert (found.pop("permutations") == "passed") == bool(options) and set(found.values()) == {"passed"}
+    assert "5,289,472 parameters" in results["size"].detail or options
+
+
 def test_half_precision(good):
     only = [CHECKS[name] for name in ("native", "generation")]
     assert set(statuses(results_of(good, only, dtype="bfloat16")).values()) == {"passed"}
