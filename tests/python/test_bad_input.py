@@ -89,7 +89,7 @@ def test_tied_head_as_a_matrix_of_its_own(refused):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 4}, "newer tqcompressor (format 4), this one reads up to 3: upgrade"),
+        ({"format_version": 5}, "newer tqcompressor (format 5), this one reads up to 4: upgrade"),
         ({"bits": 4}, "bits"),
         ({"quant_method": "gptq"}, "gptq"),
         ({"effort": "utmost"}, "effort"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests" / "benchmarks" / "README.md"
 LARGEST = 9216
-RUN = re.compile(r"run\.py ([a-z]+)")
+RUN = re.compile(r"run\.py ([a-z0-9]+)")
 
 
 def blocks(language, text=README):

@@ -8,7 +8,7 @@ after the other, so that the tensors are as few as those of one low rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -99,15 +99,16 @@ class GroupedFactors(Factors):
         }
         self._copy({"left": left, "right": right, **permutations}, dtype, device)
 
-    def _each(self, orders: torch.Tensor | None = None) -> Iterator[tuple[Weights, Weights, torch.Tensor]]:
+    def _each(self, orders: torch.Tensor | None = None) -> list[tuple[Weights, Weights, torch.Tensor]]:
         """`left_g (n_g, k_g)`, `right_g (k_g, d − k_g)` and the indices of the columns, for each group."""
         orders = self.output_permutation if orders is None else orders
         assert orders is not None
         columns = len(orders) // len(self.groups)
         own = orders.view(len(self.groups), columns) % columns
         shapes = self._shapes(columns)
-        factors = (_pieces(self.weights(name), shapes[name]) for name in self.factors)
-        yield from zip(*factors, own, strict=True)
+        left, right = (_pieces(self.weights(name), shapes[name]) for name in ("left", "right"))
+        # A list: torch.compile cannot trace a generator.
+        return list(zip(left, right, own, strict=True))
 
     def _shapes(self, columns: int) -> dict[str, list[tuple[int, int]]]:
         """The shapes of all groups' factors."""

@@ -68,7 +68,7 @@ def test_a_file_of_another_length(cached, tmp_path, length):
         ('"temperature": "1.0"', '"temperature": "2,0"', "damaged"),
         ('"vocab_size": "8192"', '"vocab_size": "81920"', "damaged"),
         ('"U16"', '"U32"', "damaged"),
-        ('"U16"', '"I16"', "tokens: expected one of the dtypes F32, U32, U16, got I16"),
+        ('"U16"', '"I16"', "tokens: expected one of the dtypes F64, F32, U32, U16, got I16"),
         ('"format_version": "1"', '"format_version": "2"', "newer tqcompressor"),
         ('"fingerprint"', '"fingerprimt"', "damaged"),
         ('"format_version"', '"format_versiom"', "expected the file of a cached teacher"),

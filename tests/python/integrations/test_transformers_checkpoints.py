@@ -152,7 +152,7 @@ def test_5_checkpoints_that_are_not_what_their_config_says(checkpoints, tmp_path
     lies(ConfigError, "h.7.mlp.c_fc", change=lambda s: s.update({"h.7.mlp.c_fc": s["h.1.mlp.c_fc"]}))
     lies(ConfigError, "h.*.mlp.c_fc", "patterns", change=lambda s: s.update({"h.*.mlp.c_fc": s["wte"]}))
     lies(ConfigError, "c_attn", "all or none", change=lambda s: s.pop("h.0.attn.c_attn.q"))
-    for key, value, message in [("format_version", 4, "newer tqcompressor (format 4)"), ("blok", 2, "blok")]:
+    for key, value, message in [("format_version", 5, "newer tqcompressor (format 5)"), ("blok", 2, "blok")]:
         newer = {key: value}
         refused(
             ConfigError, message, change_config=lambda config, newer=newer: config["quantization_config"].update(newer)

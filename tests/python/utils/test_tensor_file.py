@@ -74,7 +74,7 @@ def test_a_version_is_asked_for(tmp_path, metadata, message):
 
 def test_other_dtypes_are_refused(tmp_path):
     safetensors.numpy.save_file({"a": np.ones(2, np.int8)}, tmp_path / "file", {"format_version": "1"})
-    with pytest.raises(CheckpointError, match="file: a: expected one of the dtypes F32, U32, U16, got I8"):
+    with pytest.raises(CheckpointError, match="file: a: expected one of the dtypes F64, F32, U32, U16, got I8"):
         read_tensor_file(tmp_path / "file", "a test", 1)
 
 
