@@ -100,6 +100,7 @@ def test_layers_and_bandwidth_are_measured(benchmark):
     assert all(math.isfinite(speed) and speed > 0 for speed in layers.measure_bandwidth(2, True).values())
 
 
+@pytest.mark.long
 def test_it_runs_in_fresh_processes(benchmark):
     inference = benchmark("inference")
     parser = argparse.ArgumentParser()

@@ -356,6 +356,7 @@ def assert_equal_weights(one, other, tolerance):
         assert torch.allclose(one[name], other[name], rtol=0, atol=tolerance), name
 
 
+@pytest.mark.long
 def test_a_run_killed_five_times_ends_with_the_same_weights(teacher, tmp_path):
     finish(start(teacher, tmp_path / "whole"))
     stages, generator, killed_in = tmp_path / "killed" / "stages", random.Random(0), []
