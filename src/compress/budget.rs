@@ -140,8 +140,7 @@ impl SpentBudget {
     /// If some parts of a fused weight are compressed, a part that would stay dense gets its full rank less one, which
     /// has fewer parameters and loses almost nothing. MACs that the ranks leave below a cap are distributed in
     /// proportion to the MACs of each choice, and limit the best approximation of each matrix; without a cap, its MACs
-    /// while dense do. Unless `keep` is
-    /// [`Keep::Nothing`], [`fit_each`](Self::fit_each) can follow.
+    /// while dense do. Unless `keep` is [`Keep::Nothing`], [`fit_each`](Self::fit_each) can follow.
     ///
     /// # Errors
     /// Those of `load`, of [`Spectrum::new`] and of [`fit_within`], in the matrix, and those of [`allocate`].

@@ -152,9 +152,9 @@ fn fit_within_safely(
     }
     for kept in [FINALISTS, 1] {
         screened.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
-        let undecided = screened.len() > kept;
         screened.truncate(kept);
-        if kept > 1 && !undecided && screened.len() < 2 {
+        // There is nothing to screen.
+        if kept > 1 && screened.len() < 2 {
             continue;
         }
         let turns = if kept > 1 { Turns::SECOND_SCREENING } else { Turns::beside(effort) };

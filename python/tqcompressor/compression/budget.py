@@ -72,8 +72,7 @@ def target_of(budget: Budget, before: int, matrices: int, bytes_each: float, bes
     """The target of the matrices, as the boundary takes it, of a model with `before` parameters of `bytes_each` bytes.
 
     `matrices` is the number of parameters that the budget may be spent on; `beside` are bytes that the model takes
-    besides, of scales. Raises `ConfigError` for a budget that the
-    other parameters exceed.
+    besides, of scales. Raises `ConfigError` for a budget that the other parameters exceed.
     """
     kind, value = _parsed(budget)
     if kind == "lost_energy":

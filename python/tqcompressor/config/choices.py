@@ -37,11 +37,7 @@ def dtype_name(dtype: Any) -> Dtype | None:
     >>> dtype_name("torch.float16")
     'float16'
     """
-    if dtype is None:
-        return None
-    name: Any = str(dtype).removeprefix("torch.")
-    one_of("dtype", name, DTYPES, DtypeError)
-    found: Dtype = name
+    found: Dtype | None = _name_of(dtype, DTYPES)
     return found
 
 
@@ -51,12 +47,16 @@ def stored_dtype(dtype: Any) -> StoredDtype | None:
     >>> stored_dtype("int8")
     'int8'
     """
+    found: StoredDtype | None = _name_of(dtype, STORED_DTYPES)
+    return found
+
+
+def _name_of(dtype: Any, choices: Sequence[str]) -> Any:
     if dtype is None:
         return None
-    name: Any = str(dtype).removeprefix("torch.")
-    one_of("dtype", name, STORED_DTYPES, DtypeError)
-    found: StoredDtype = name
-    return found
+    name = str(dtype).removeprefix("torch.")
+    one_of("dtype", name, choices, DtypeError)
+    return name
 
 
 def one_of(name: str, value: Any, choices: Sequence[str], error: type[TQError] = ConfigError) -> None:
