@@ -75,15 +75,20 @@ fn mixed_safely(
             best = Some((energy, factors));
         }
     }
-    let Some((_, mut factors)) = best else {
+    let Some((least, mut factors)) = best else {
         return Err(Error::Config("terms: expected at least one, got none".into()));
     };
     if problem.single_low_rank().is_some() {
-        problem.improve(&mut factors, Turns::beside(effort))?;
-    } else {
-        problem.fill(&mut factors, ASSIGNMENTS)?;
-        problem.improve(&mut factors, turns)?;
+        let mut beside = factors.clone();
+        problem.improve(&mut beside, Turns::beside(effort))?;
+        let found = problem.finish(beside)?;
+        // The energy that low rank cannot make up for is not all of it: the sum may lose more than a term alone.
+        if found.1 * norm.energy(target.as_ref()) <= least {
+            return Ok(found);
+        }
     }
+    problem.fill(&mut factors, ASSIGNMENTS)?;
+    problem.improve_together(&mut factors, turns)?;
     problem.finish(factors)
 }
 
@@ -236,6 +241,11 @@ impl<'a> Problem<'a> {
             }
             return Ok(energy);
         }
+        self.improve_together(factors, turns)
+    }
+
+    /// As [`improve`], with all terms in the norm itself: it never raises the energy.
+    fn improve_together(&self, factors: &mut [Factors], turns: Turns) -> Result<f64> {
         let permutes: Vec<_> = self.terms.iter().map(Self::permute).collect();
         improve(factors, &permutes, self.shared.target, self.shared.norm, turns, self.shared.progress)
     }
