@@ -11,6 +11,8 @@ The teacher is the small GPT-2 of this repository; the students have about 65% o
 
 Budgets are in tokens; 567,000 is 3.1% of what the teacher was trained on. The text is not in the repository: pass yours
 as `--text` (default: the books that the teacher was trained on, if present). Each run takes minutes.
+
+`--model DIR` heals SmolLM2-135M instead, on `--text` and WikiText-2; see `healing.py`.
 """
 
 import argparse
@@ -24,8 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import healing
 import torch
 from measuring import ROOT, fresh_process
+from quality_data import DATA
 from tqcompressor import KroneckerSpec, TQConfig, compress, token_blocks
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
 from tqcompressor.distillation.runner import distill
@@ -36,7 +40,7 @@ from tqcompressor.evaluate import perplexity, read_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, PrinterCallback
 
 TEACHER = ROOT / "tests" / "data" / "tiny-gpt2"
-BOOKS = ROOT.parent / "shared" / "data" / "books" / "train.txt"
+BOOKS = DATA / "books" / "train.txt"
 TEACHER_TOKENS = 18_300_000
 # `distill` scores on this beginning of the text after every stage; the table scores on the whole text.
 GLANCE_CHARACTERS = 20_000
@@ -68,11 +72,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=0.65, help="of the students that have one")
     parser.add_argument("--device", default="cpu", help="on which students are trained")
     parser.add_argument("--jobs", type=int, default=2, help="students trained at a time, each on one thread")
+    healing.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
     if options.text is None:
         raise SystemExit("--text FILES: expected, as the books that the teacher was trained on are not present")
+    if options.model is not None:
+        yield from healing.run(options)
+        return
     common = {name: value for name, value in vars(options).items() if name in TRAINING}
     # One thread each: two students at a time are faster than one student on two threads.
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -30,6 +30,10 @@ from tqcompressor import KroneckerSpec, decompose
 Matrix = NDArray[np.float64]
 
 
+class NotDefined(ValueError):
+    """A method has no result for a model and a budget."""
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """`W = left @ right`; the error of the first k terms, in the method's own norm, is `Σ_{i ≥ k} values_i²`."""
@@ -138,7 +142,7 @@ def svd_llm_v2_shares(spectra: Mapping[str, Spectrum], groups: Mapping[str, str]
     """The share of its parameters that each matrix keeps, `share` on average within each group.
 
     With L the theoretical loss at the uniform ratio, `‖X(W − Ŵ)‖` over all calibration tokens, a matrix of a group
-    loses the ratio `(1 − share) · len(group) · (1 / log L) / Σ_group (1 / log L)`. Raises `ValueError` for a loss of
+    loses the ratio `(1 − share) · len(group) · (1 / log L) / Σ_group (1 / log L)`. Raises `NotDefined` for a loss of
     at most 1, where the paper's formula means nothing.
     """
     inverse_logs = {}
@@ -146,7 +150,7 @@ def svd_llm_v2_shares(spectra: Mapping[str, Spectrum], groups: Mapping[str, str]
         rows, columns = spectrum.shape
         loss = spectrum.tail(low_rank_within(spectrum.shape, share * rows * columns)) ** 0.5
         if loss <= 1:
-            raise ValueError(f"{name}: SVD-LLM V2's ratios need a theoretical loss above 1, got {loss}")
+            raise NotDefined(f"{name}: SVD-LLM V2's ratios need a theoretical loss above 1, got {loss}")
         inverse_logs[name] = 1 / np.log(loss)
     shares = {}
     for name in spectra:

@@ -8,7 +8,7 @@ whole model, embedding included. The seed chooses the calibration text, one for 
 ± their standard deviation. No method may exceed its budget. Ratios are to the best peer's mean: above 1 is better for
 cosines, below 1 for perplexities.
 
-Ours is the effort "fast"; "sequential" is `compress` with that option, on the same texts and with the same plan.
+Ours is the effort "fast"; "refined" is `compress(refine=…)` on the same texts and with the same plan.
 
 Peers are written from their papers (`peers.py`) and get their moments from hooks of their own, in float64. Structured
 pruning takes whole attention heads and hidden units, the same share of each block.
@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import peers
 import quality_layers
 from measuring import fresh_process
 from quality_data import DATA, Subject, minilm, smollm2, tiny_gpt2
@@ -52,7 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *WHOLE_METHODS], help="by default all")
     parser.add_argument("--no-peers", action="store_true", help="ours only")
     parser.add_argument("--no-ours", action="store_true", help="peers only")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
+    parser.add_argument("--jobs", type=int, default=2, help="models, scopes and seeds at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each of them")
+    parser.add_argument("--device", default="cpu", help="on which models run; what compresses them runs on the CPU")
     parser.add_argument("--layers", action="store_true", help="layer by layer instead of end to end")
     quality_layers.add_options(parser)
 
@@ -83,10 +86,10 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         for seed in options.seeds
         for name in models
     ]
-    # One thread each: two that wait for one another are slower than two models at a time.
+    # One thread each by default: two that wait for one another are slower than two models at a time.
     with ThreadPoolExecutor(options.jobs) as pool:
         results = []
-        for found in pool.map(in_fresh_process, tasks):
+        for found in pool.map(partial(in_fresh_process, threads=options.threads), tasks):
             results += found
             yield from found
     for table in dict.fromkeys(next(iter(result)) for result in results):
@@ -94,8 +97,8 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
             yield from means([result for result in results if table in result and result["budget"] == budget])
 
 
-def in_fresh_process(task: dict) -> list[dict]:
-    _, _, output = fresh_process([__file__, json.dumps(task)], threads=1)
+def in_fresh_process(task: dict, threads: int) -> list[dict]:
+    _, _, output = fresh_process([__file__, json.dumps(task)], threads=threads)
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
@@ -108,12 +111,17 @@ def sizes(subject: Subject) -> dict[str, int]:
 def of_one_seed(task: argparse.Namespace) -> Iterator[dict]:
     """All methods and budgets of one model, scope and seed."""
     subject = SUBJECTS[task.model](task)
+    subject.model.to(task.device)
     study = Study(subject, task.seed)
     size = sizes(subject)[task.scope]
     for name, method in chosen(task, subject).items():
         for budget in task.budgets:
             start = time.perf_counter()
-            model, parameters = method.compress(study, budget)
+            try:
+                model, parameters = method.compress(study, budget)
+            except peers.NotDefined as undefined:
+                print(f"left out: {name} at {budget}: {undefined}", file=sys.stderr)
+                continue
             seconds = time.perf_counter() - start
             if parameters > budget * size:
                 raise AssertionError(f"{name} keeps {parameters:,} parameters, over {budget} of {size:,}")
@@ -187,6 +195,7 @@ PASSED_ON = (
     "methods",
     "no_peers",
     "no_ours",
+    "device",
 )
 
 if __name__ == "__main__":

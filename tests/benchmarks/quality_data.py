@@ -43,6 +43,10 @@ SMOLLM2_METHODS = (
 Batch = Mapping[str, torch.Tensor]
 
 
+def on(device: torch.device, batch: Batch) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class Block:
     """The names of one transformer block's layers; `attention` is query, key and value, in one or three."""
@@ -72,7 +76,7 @@ class Subject:
     word_embedding: str
     calibration: Callable[[int], list[Batch]]
     """From a seed."""
-    score: Callable[[nn.Module], dict[str, float]]
+    score: Callable[[PreTrainedModel], dict[str, float]]
     key_heads: int | None = None
     """Fewer than `heads` where several query heads read one key; None is as many."""
     rotary: bool = False
@@ -119,17 +123,18 @@ def minilm(wikitext: Path, blocks: int) -> Subject:
     test = batches(heldout[:HELDOUT_PARAGRAPHS], 25)
 
     @torch.inference_mode()
-    def embeddings(of: nn.Module) -> torch.Tensor:
+    def embeddings(of: PreTrainedModel) -> torch.Tensor:
         found = []
         for batch in test:
+            batch = on(of.device, batch)
             mask = batch["attention_mask"].unsqueeze(-1).float()
             found.append((of(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-        return nn.functional.normalize(torch.cat(found), dim=-1)
+        return nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
     original = embeddings(model)
     pairs = torch.triu_indices(len(original), len(original), 1).unbind()
 
-    def score(of: nn.Module) -> dict[str, float]:
+    def score(of: PreTrainedModel) -> dict[str, float]:
         found = embeddings(of)
         correlation = spearmanr((found @ found.T)[pairs], (original @ original.T)[pairs]).statistic
         return {"cosine": float((found * original).sum(1).mean()), "Spearman": float(correlation)}
@@ -168,9 +173,9 @@ def tiny_gpt2(books: Path, blocks: int) -> Subject:
         return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in train[chosen].split(16)]
 
     @torch.inference_mode()
-    def score(of: nn.Module) -> dict[str, float]:
+    def score(of: PreTrainedModel) -> dict[str, float]:
         total = 0.0
-        for part in heldout.split(25):
+        for part in heldout.to(of.device).split(25):
             logits = of(input_ids=part, use_cache=False).logits[:, :-1]
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
         return {"perplexity": float(np.exp(total / heldout[:, 1:].numel()))}
@@ -218,11 +223,11 @@ def smollm2(folder: Path | None, wikitext: Path, books: Path, samples: int, read
         return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.cat(parts).split(2)]
 
     @torch.inference_mode()
-    def score(of: nn.Module) -> dict[str, float]:
+    def score(of: PreTrainedModel) -> dict[str, float]:
         found = {}
         for name, windows in heldout.items():
             total = 0.0
-            for ids in windows.split(2):
+            for ids in windows.to(of.device).split(2):
                 logits = of(input_ids=ids, use_cache=False).logits[:, :-1]
                 targets = ids[:, 1:].flatten()
                 total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
@@ -260,7 +265,7 @@ def paragraphs(path: Path) -> list[str]:
 def matrix(model: nn.Module, name: str) -> NDArray[np.float64]:
     """The weight of a linear layer or an embedding, in × out, in float64."""
     module = model.get_submodule(name)
-    weight = module.weight.detach().double().numpy()
+    weight = module.weight.detach().cpu().double().numpy()
     return weight.T if isinstance(module, nn.Linear) else weight
 
 
@@ -284,7 +289,7 @@ def token_counts(subject: Subject, batches: Sequence[Batch]) -> NDArray[np.int64
     """How often each token of the vocabulary came, without padding."""
     vocabulary = subject.model.get_submodule(subject.word_embedding).num_embeddings
     ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
-    return np.bincount(ids.numpy(), minlength=vocabulary)
+    return np.bincount(ids.cpu().numpy(), minlength=vocabulary)
 
 
 @torch.inference_mode()
@@ -313,7 +318,9 @@ def collect_inputs(subject: Subject, batches: Sequence[Batch]) -> dict[str, Inpu
         subject.model(**batch)
     for handle in handles:
         handle.remove()
-    return {name: Inputs(moments[name].numpy(), sums[name].numpy() / tokens, tokens) for name in subject.layers}
+    return {
+        name: Inputs(moments[name].cpu().numpy(), sums[name].cpu().numpy() / tokens, tokens) for name in subject.layers
+    }
 
 
 def every_matrix(model: nn.Module) -> list[str]:

@@ -11,11 +11,22 @@ import torch
 import tqcompressor
 from numpy.typing import NDArray
 from peers import Spectrum
-from quality_data import Batch, Block, Inputs, Subject, collect_inputs, every_matrix, matrix, set_matrix, token_counts
+from quality_data import (
+    Batch,
+    Block,
+    Inputs,
+    Subject,
+    collect_inputs,
+    every_matrix,
+    matrix,
+    on,
+    set_matrix,
+    token_counts,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
-OURS = ("tqcompressor", "tqcompressor, sequential")
+OURS = ("tqcompressor", "tqcompressor, refined")
 Compressed = tuple[PreTrainedModel, int]
 """A model, and how many of the parameters that its budget counts it keeps."""
 
@@ -25,7 +36,7 @@ class Study:
 
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed = subject, seed
-        self.batches = subject.calibration(seed)
+        self.batches = [on(subject.model.device, batch) for batch in subject.calibration(seed)]
         self._spectra: dict[tuple[str, str], Spectrum] = {}
 
     @cached_property
@@ -96,10 +107,10 @@ def matrices_parameters(model: nn.Module, names: list[str]) -> int:
 # Ours.
 
 
-def ours(study: Study, share: float, whole: bool, sequential: bool = False) -> Compressed:
+def ours(study: Study, share: float, whole: bool, refined: bool = False) -> Compressed:
     """Calibrated and compressed by the package; counted by the parameters that torch finds afterwards.
 
-    The plan is the same with `sequential`; each layer is then fitted to its inputs in the model compressed so far.
+    The plan is the same where it is `refined`; the factors are then trained on the outputs of the original blocks.
     """
     calibration = study.our_calibration
     model = study.subject.copy()
@@ -110,7 +121,7 @@ def ours(study: Study, share: float, whole: bool, sequential: bool = False) -> C
     chosen = None if whole else study.subject.layers
     # Low rank only: what else "balanced" finds is in the table of single layers, at minutes a model.
     options = {"matrices": chosen, "effort": "fast", "seed": study.seed}
-    options["sequential"] = study.batches if sequential else None
+    options["refine"] = study.batches if refined else False
     tqcompressor.compress(model, budget=allowed, calibration=calibration, **options)
     after = sum(parameter.numel() for parameter in model.parameters())
     return model, counted - (before - after)
@@ -198,7 +209,7 @@ def aa_svd(study: Study, share: float) -> Compressed:
             for name in names:
                 w = matrix(subject.model, name)
                 rank = peers.low_rank_within(w.shape, share * w.size)
-                found = peers.anchored(w, moment.double().numpy(), cross.double().numpy())
+                found = peers.anchored(w, moment.double().cpu().numpy(), cross.double().cpu().numpy())
                 set_matrix(model, name, found.truncated(rank))
                 kept += rank * sum(w.shape)
         states, (shifted, _) = after, run_block(compressed, shifted, calls[index], {}, masks)
@@ -209,7 +220,7 @@ Calls = list[tuple[tuple, dict]]
 """What a block is called with beside the hidden states, batch by batch."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def block_calls(subject: Subject, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[Calls]]:
     """The hidden states before the first block, batch by batch, and the other arguments of every block."""
     blocks = subject.model.get_submodule(subject.block_list)
@@ -234,7 +245,7 @@ def block_calls(subject: Subject, batches: Sequence[Batch]) -> tuple[list[torch.
     return states, calls
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_block(
     block: nn.Module,
     states: Sequence[torch.Tensor],
@@ -286,7 +297,7 @@ def smaller_attention(model: nn.Module, study: Study, block: Block, share: float
     weights = np.concatenate([matrix(model, name) for name in block.attention], axis=1)
     size = weights.shape[1] // (heads + 2 * key_heads)
     biases = [model.get_submodule(name).bias for name in block.attention]
-    bias = None if biases[0] is None else torch.cat([each.detach() for each in biases]).double().numpy()
+    bias = None if biases[0] is None else torch.cat([each.detach() for each in biases]).double().cpu().numpy()
     # One row for each head: of queries, then of keys, then of values.
     by_head = weights.reshape(width, -1, size).transpose(1, 0, 2).copy()
     bias_by_head = None if bias is None else bias.reshape(-1, size).copy()
@@ -319,7 +330,8 @@ def smaller_attention(model: nn.Module, study: Study, block: Block, share: float
         start = stop
     set_matrix(model, block.attention_output, output.reshape(-1, width))
     if bias is not None:
-        model.get_submodule(block.attention_output).bias.data += torch.from_numpy(constant)
+        shifted = model.get_submodule(block.attention_output).bias.data
+        shifted += torch.from_numpy(constant).to(shifted.device)
     # A query and the rows of the output for each head, a key and a value for each key head.
     return 2 * (heads + key_heads) * width * kept
 
@@ -431,7 +443,7 @@ METHODS = {
     "AA-SVD, closed form": Method(aa_svd),
     "MoDeGPT": Method(modegpt),
     OURS[0]: Method(partial(ours, whole=False)),
-    OURS[1]: Method(partial(ours, whole=False, sequential=True)),
+    OURS[1]: Method(partial(ours, whole=False, refined=True)),
 }
 WHOLE_METHODS = {
     "SVD": Method(partial(low_rank_everywhere, kind="SVD"), seeded=False),
@@ -441,5 +453,5 @@ WHOLE_METHODS = {
         partial(low_rank_everywhere, kind="frequencies", pivoting=True)
     ),
     OURS[0]: Method(partial(ours, whole=True)),
-    OURS[1]: Method(partial(ours, whole=True, sequential=True)),
+    OURS[1]: Method(partial(ours, whole=True, refined=True)),
 }

@@ -15,6 +15,7 @@ import import_time
 import inference
 import int8
 import kernels
+import levers
 import losses
 import paper
 import quality
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "calibration": calibration,
     "distillation": distillation,
     "quality": quality,
+    "levers": levers,
     "int8": int8,
     "paper": paper,
     "import": import_time,

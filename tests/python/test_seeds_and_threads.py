@@ -7,7 +7,6 @@ import tqcompressor
 from helpers.corpora import TINY
 from helpers.models import CONFIG, tiny_model
 from tqcompressor import KroneckerSpec, NativeModel, TrainingConfig, losses
-from tqcompressor.calibration.sequential import calibrate_layers
 from tqcompressor.compression.model import recompress
 from tqcompressor.errors import ConfigError
 
@@ -51,7 +50,6 @@ WITH_BOTH = {
 }
 WITH_SEED = {
     "calibrate": lambda model, seed: tqcompressor.calibrate(model, BATCHES, seed=seed),
-    "calibrate_layers": lambda model, seed: calibrate_layers(model, BATCHES, seed=seed),
     "TrainingConfig": lambda model, seed: TrainingConfig(seed=seed),
 }
 

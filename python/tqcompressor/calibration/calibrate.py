@@ -177,13 +177,12 @@ def measure(
     max_memory: int,
     samples: int | None = None,
     report: Report | None = None,
-    stop_behind: nn.Module | None = None,
     partial_sums: PartialSums | None = None,
 ) -> Moments:
     """The moments of the units `wanted`, by their names in a `Calibration`; a tied head's are in its embedding's.
 
-    Without gradients, a forward pass ends after the module `stop_behind`. With `partial_sums`, the sums are saved now
-    and then, and those of a run that was stopped are taken. Raises as `calibrate`.
+    With `partial_sums`, the sums are saved now and then, and those of a run that was stopped are taken. Raises as
+    `calibrate`.
     """
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
@@ -193,7 +192,7 @@ def measure(
     apart = set() if partial_sums is None else partial_sums.apart()
     with _frozen(model, sensitivity):
         while True:
-            reading = ReadingPass(model, wanted, sensitivity, samples, stop_behind, max_memory, apart)
+            reading = ReadingPass(model, wanted, sensitivity, samples, max_memory, apart)
             generator = torch.Generator().manual_seed(seed)
             try:
                 with reading:

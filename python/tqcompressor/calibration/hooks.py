@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,6 @@ from .units import Unit
 _EMBEDDING_SAMPLES = 8
 # Rows of a softmax that labels are drawn from at a time.
 _ROWS_DRAWN = 64
-
-
-class _Stop(Exception):
-    """Ends a forward pass early, when the rest is not needed."""
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -63,11 +59,10 @@ class ReadingPass:
         group: Sequence[Unit],
         sensitivity: bool,
         samples: int | None,
-        stop_behind: nn.Module | None,
         max_memory: int,
         apart: Collection[str] = (),
     ) -> None:
-        self._model, self._group, self._sensitivity, self._stop = model, group, sensitivity, stop_behind
+        self._model, self._group, self._sensitivity = model, group, sensitivity
         self._samples = samples
         self._device = next(model.parameters()).device
         self._store = SumStore(self._device, max_memory)
@@ -89,8 +84,6 @@ class ReadingPass:
                 for module in (unit.module, *unit.twins):
                     handle = module.register_forward_hook(self._hook(unit), with_kwargs=True)
                     self._stack.callback(handle.remove)
-            if self._stop is not None and not self._sensitivity:
-                self._stack.callback(self._stop.register_forward_hook(self._end).remove)
         except BaseException:
             self._stack.close()
             raise
@@ -106,9 +99,7 @@ class ReadingPass:
         Raises `NotShared` where units must be kept apart.
         """
         self._mask = mask_of(batch).to(self._device)
-        outputs = None
-        # The end of a forward pass that ends early.
-        with suppress(_Stop), self._lookups:
+        with self._lookups:
             outputs = run(self._model, batch)
         self.inputs.end_pass()
         if self._sensitivity:
@@ -222,9 +213,6 @@ class ReadingPass:
             # Positions, shared by all rows of the batch.
             return self._mask.sum(0)
         return self._mask.new_ones(int(np.prod(shape)))
-
-    def _end(self, *_: object) -> None:
-        raise _Stop
 
 
 class _Lookups(TorchFunctionMode):

@@ -31,14 +31,17 @@ _KINDS = {LowRankLinear: BalancedLinear, LowRankEmbedding: BalancedEmbedding, Gr
 
 
 @contextmanager
-def balanced(model: PreTrainedModel, moments: MomentsOf) -> Iterator[None]:
+def balanced(model: PreTrainedModel, moments: MomentsOf, *, within: str = "") -> Iterator[None]:
     """Within the block, every low-rank module is its `BalancedFactors`; afterwards it has what these have learned.
 
+    `within` limits this to the modules whose full names begin with it.
     If the block raises, the modules have the values from before it. Low-rank terms of mixed sums stay as they are.
     """
     tied, found = ties(model), dict(compressed_modules(model))
     new: dict[str, Any] = {}
     for name, module in _low_rank(model):
+        if not name.startswith(within):
+            continue
         kind: Any = next(balanced for replaced, balanced in _KINDS.items() if isinstance(module, replaced))
         new[name] = kind(module, *moments(bare_name(model, name)))
     for name, source in tied.items():

@@ -112,7 +112,7 @@ def test_no_command_is_forgotten():
 
 def test_live_and_on_disk_take_the_same():
     live, on_disk = (inspect.signature(f).parameters for f in (tqcompressor.compress, tqcompressor.compress_checkpoint))
-    assert live.keys() - on_disk.keys() == {"model", "sequential", "tokenizer"}
+    assert live.keys() - on_disk.keys() == {"model", "refine", "refine_epochs", "tokenizer"}
     of_files = {"source", "out", "overwrite", "max_shard_size", "save_calibration", "resume"}
     # What loads the model to calibrate.
     assert on_disk.keys() - live.keys() == of_files | {"engine", "device"}

@@ -7,7 +7,6 @@ import torch
 import tqcompressor
 from helpers.families import LOW_RANK
 from helpers.models import some_ids, tiny_model
-from tqcompressor.calibration.sequential import calibrate_layers
 from tqcompressor.compression.model import compress, recompress
 from tqcompressor.config import TQConfig
 from tqcompressor.errors import ConfigError
@@ -19,7 +18,6 @@ WORK = {
     "recompress": lambda model: recompress(model, CONFIG),
     "plan": lambda model: tqcompressor.plan(model, 0.7),
     "calibrate": lambda model: tqcompressor.calibrate(model, [some_ids()]),
-    "calibrate_layers": lambda model: list(calibrate_layers(model, [some_ids()])),
 }
 
 

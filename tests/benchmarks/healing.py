@@ -1,0 +1,110 @@
+"""A language model with a context of its own, compressed to a budget and healed: perplexity on two domains.
+
+`run.py distillation --model DIR`: SmolLM2-135M, calibrated on WikiText-2 and books, trained on WikiText-2 valid and
+then on books, and scored as in `quality` before and after. One-shot, and in stages down to the budget.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from measuring import fresh_process
+from quality_data import DATA, Subject, smollm2
+from tqcompressor import calibrate, compress
+from tqcompressor.distillation.config import TrainingConfig
+from tqcompressor.distillation.runner import distill
+from tqcompressor.distillation.stages import StagedRecipe
+from transformers import AutoModelForCausalLM
+
+# Budgets of the stages, as shares of what is to go; one number is one-shot.
+STUDENTS = {"compressed": (), "healed, one-shot": (1.0,), "healed, in stages": (1 / 3, 2 / 3, 1.0)}
+# Calibration sequences of 512 tokens, half of them of each text.
+CALIBRATION_SAMPLES = 64
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint of SmolLM2-135M to heal instead")
+    parser.add_argument("--model-tokens", type=int, default=1_000_000, metavar="N", help="that --model is trained on")
+    parser.add_argument("--model-students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[TrainingConfig.learning_rate])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="samples of --seq-len tokens a step")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--wikitext", type=Path, default=DATA / "wikitext-2", metavar="FOLDER", help="for --model")
+    parser.add_argument("--threads", type=int, default=1, help="of each student of --model")
+
+
+def run(options: argparse.Namespace) -> Iterator[dict]:
+    common = {name: str(getattr(options, name)) for name in ("model", "wikitext", "text", "device")}
+    common |= {"budget": options.budget, "tokens": options.model_tokens, "seq_len": options.seq_len}
+    common["seed"] = options.seeds[0]
+    tasks = []
+    for student in options.model_students:
+        for learning_rate in options.learning_rates if STUDENTS[student] else [0.0]:
+            for batch_size in options.batch_sizes if STUDENTS[student] else [0]:
+                tasks.append(common | {"student": student, "learning_rate": learning_rate, "batch_size": batch_size})
+    subject = of(argparse.Namespace(**common))
+    subject.model.to(options.device)
+    yield {"student": "dense", "parameters": subject.model.num_parameters(), **subject.score(subject.model)}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        yield from pool.map(partial(in_fresh_process, threads=options.threads), tasks)
+
+
+def in_fresh_process(task: dict, threads: int) -> dict:
+    _, _, output = fresh_process([__file__, json.dumps(task)], threads=threads)
+    return json.loads(output.splitlines()[-1])
+
+
+def of(task: argparse.Namespace) -> Subject:
+    return smollm2(Path(task.model), Path(task.wikitext), Path(task.text), CALIBRATION_SAMPLES, "both")
+
+
+def one_student(task: argparse.Namespace) -> dict:
+    """Compresses or heals the student that `task` names, and scores it on both domains."""
+    subject = of(task)
+    subject.model.to(task.device)
+    dense = subject.score(subject.model)
+    calibration = calibrate(subject.model, subject.calibration(task.seed), seed=task.seed, progress=False)
+    start, trained = time.perf_counter(), 0
+    if steps := STUDENTS[task.student]:
+        budgets = [round(1 - (1 - task.budget) * step, 4) for step in steps]
+        with tempfile.TemporaryDirectory() as folder:
+            report = distill(
+                task.model,
+                StagedRecipe.of_budgets(*budgets, seed=task.seed),
+                calibration=calibration,
+                text=[Path(task.wikitext) / "valid.txt", Path(task.text)],
+                out=Path(folder) / "student",
+                tokens=task.tokens,
+                training=TrainingConfig(
+                    seq_len=task.seq_len,
+                    batch_size=task.batch_size,
+                    learning_rate=task.learning_rate,
+                    seed=task.seed,
+                ),
+                device=task.device,
+            )
+            print(report, file=sys.stderr)
+            trained = sum(stage.tokens for stage in report.stages)
+            model = AutoModelForCausalLM.from_pretrained(Path(folder) / "student").to(task.device)
+    else:
+        model = subject.copy().cpu()
+        compress(model, budget=task.budget, calibration=calibration, seed=task.seed, progress=False)
+        model.to(task.device)
+    result = {"student": task.student, "tokens": trained, "learning rate": task.learning_rate}
+    result |= {"batch": task.batch_size, "parameters": model.num_parameters()}
+    for name, found in subject.score(model).items():
+        result |= {name: found, f"{name} / dense": found / dense[name]}
+    return result | {"seconds": time.perf_counter() - start}
+
+
+if __name__ == "__main__":
+    line = one_student(argparse.Namespace(**json.loads(sys.argv[1])))
+    # Shown at once, because the table waits for all students.
+    print(json.dumps(line), file=sys.stderr, flush=True)
+    print(json.dumps(line))

@@ -1,0 +1,239 @@
+"""Refining: blocks get closer to the dense model's, nothing but factors changes, and what fails leaves no trace."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.measured import FAMILIES, batches, bert, built, gpt2, llama, opt, state
+from helpers.models import agree, first_output, some_ids, tiny_model
+from helpers.snapshots import assert_untouched, snapshot
+from helpers.tokenizer import save_tokenizer
+from tqcompressor import KroneckerSpec, LowRankSpec, TQConfig, calibrate, compress, token_blocks
+from tqcompressor.calibration.batches import batches_of
+from tqcompressor.compression import model as in_place
+from tqcompressor.compression import refine as refining
+from tqcompressor.errors import ConfigError, NonFiniteError, TextError
+from tqcompressor.models.blocks import transformer_blocks
+from tqcompressor.models.matrices import compressed_modules
+
+
+def some_batches():
+    return [batch for seed in range(12) for batch in batches(padded=False, seed=seed)]
+
+
+def block_error(model, student, of):
+    """The squared distance of the last block's outputs, as a share of the squares of the original ones."""
+    found = []
+    for each in (model, student):
+        *_, last = transformer_blocks(each).values()
+        outputs = []
+        handle = last.register_forward_hook(
+            lambda _module, _arguments, output, outputs=outputs: outputs.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+        with torch.no_grad():
+            for batch in of:
+                each(**batch)
+        handle.remove()
+        found.append(torch.cat(outputs).float())
+    return float(((found[0] - found[1]) ** 2).sum() / (found[0] ** 2).sum())
+
+
+@pytest.fixture
+def fast_learning(monkeypatch):
+    # Few steps must do.
+    monkeypatch.setattr(refining, "_LEARNING_RATE", 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "calibrated"), [*((family, True) for family in FAMILIES), ("gpt2", False), ("bert", False)]
+)
+def test_the_outputs_come_closer(family, calibrated, fast_learning):
+    model, read = FAMILIES[family](), some_batches()
+    options = {"budget": 0.8, "calibration": calibrate(model, read)} if calibrated else {"budget": 0.8}
+    plain, refined = copy.deepcopy(model), copy.deepcopy(model)
+    compress(plain, **options)
+    report = compress(refined, **options, refine=read, refine_epochs=4)
+    assert report.parameters_after == refined.num_parameters() == plain.num_parameters()
+    before, after = (block_error(model, student, read) for student in (plain, refined))
+    assert 0 < after < before
+
+
+@pytest.mark.parametrize("spec", [KroneckerSpec((2, 2), 2), KroneckerSpec((2, 2), 2, "columns"), LowRankSpec(3)])
+def test_every_kind_of_factors_learns(spec, fast_learning):
+    model, read = llama(), some_batches()
+    plain, refined = copy.deepcopy(model), copy.deepcopy(model)
+    config = TQConfig({"layers.*": spec}, effort="fast")
+    compress(plain, config)
+    compress(refined, config, refine=read, refine_epochs=4)
+    assert block_error(model, refined, read) < 0.95 * block_error(model, plain, read)
+
+
+@pytest.mark.parametrize("family", [gpt2, bert, opt, llama])
+def test_nothing_but_factors_of_blocks_changes(family, fast_learning):
+    model, read = family(), some_batches()
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    plain, refined = copy.deepcopy(model), copy.deepcopy(model)
+    compress(plain, budget=0.7)
+    compress(refined, budget=0.7, refine=read)
+    for name in ("training", "required", "hooks"):
+        assert state(plain)[name] == state(refined)[name], name
+    assert all(parameter.grad is None for parameter in refined.parameters())
+    blocks = tuple(transformer_blocks(model))
+    factors = [name for name, _ in compressed_modules(refined) if name.startswith(blocks)]
+    changed = []
+    for name, value in refined.state_dict().items():
+        if not torch.equal(value, plain.state_dict()[name]):
+            changed.append(name)
+            assert name.startswith(tuple(factors)) and not name.endswith(("bias", "permutation")), name
+    assert len(changed) >= len(factors)
+    assert plain.config.to_dict() == refined.config.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_stays(dtype, fast_learning):
+    model, read = llama().to(dtype), some_batches()
+    plain, refined = copy.deepcopy(model), copy.deepcopy(model)
+    compress(plain, budget=0.6)
+    compress(refined, budget=0.6, refine=read, refine_epochs=4)
+    assert {value.dtype for value in refined.parameters()} == {dtype}
+    assert block_error(model, refined, read) < 0.95 * block_error(model, plain, read)
+
+
+def test_equal_seeds_give_equal_factors_and_the_result_is_loaded(tmp_path):
+    model, read = gpt2(), some_batches()
+    calibration, stored = calibrate(model, read), {}
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        student = copy.deepcopy(model)
+        compress(student, budget=0.7, calibration=calibration, refine=iter(read), seed=seed)
+        student.save_pretrained(tmp_path / name)
+        stored[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert stored["one"] == stored["same"] != stored["other"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    ids = some_ids() % 60
+    assert agree(first_output(loaded, ids), first_output(student, ids))
+
+
+def test_a_block_that_gets_worse_is_put_back(monkeypatch):
+    model, read = gpt2(), some_batches()
+    plain, refined = copy.deepcopy(model), copy.deepcopy(model)
+    compress(plain, budget=0.7)
+    monkeypatch.setattr(refining, "_LEARNING_RATE", 1e4)
+    compress(refined, budget=0.7, refine=read)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in refined.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [1, 5, 20])
+def test_interrupted_in_the_middle_the_model_is_as_it_was(step, monkeypatch):
+    model, read = gpt2(), some_batches()
+    model.train()
+    before, steps, real = snapshot(model), [], torch.optim.AdamW.step
+
+    def interrupt(*arguments, **options):
+        steps.append(None)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, budget=0.7, refine=read)
+    assert len(steps) == step
+    assert_untouched(model, before)
+    assert state(model)["hooks"] == 0 and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_progress_callback_sees_the_blocks_and_may_interrupt():
+    model, read, seen = gpt2(), some_batches(), []
+    compress(copy.deepcopy(model), budget=0.7, refine=read, progress=lambda *counts: seen.append(counts))
+    assert seen[-2:] == [(1, 2), (2, 2)]
+    before = snapshot(model)
+
+    def interrupt(done, total):
+        if (done, total) == (1, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, budget=0.7, refine=read, progress=interrupt)
+    assert_untouched(model, before)
+
+
+def test_texts_are_those_that_calibrate_takes(tmp_path):
+    model, tokenizer = tiny_model(), save_tokenizer(tmp_path)
+    text = "the letters of a text, one by one, and then some. " * 200
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    drawn = batches_of(model, tokenizer, text, num_samples=16, seq_len=None, seed=5)
+    config = TQConfig({"h.*.mlp.c_proj": LowRankSpec(8)}, effort="fast", seed=5)
+    blocks = token_blocks(tmp_path / "text.txt", tokenizer, 32, cache=tmp_path, progress=False)
+    factors = []
+    for texts in (drawn, (tokenizer, text), (tokenizer, tmp_path / "text.txt"), blocks):
+        student = copy.deepcopy(model)
+        compress(student, config, refine=texts, refine_epochs=1, num_samples=16, seed=5)
+        factors.append(student.transformer.h[1].mlp.c_proj.left)
+    assert all(torch.equal(factors[0], other) for other in factors)
+    calibrated = copy.deepcopy(model)
+    reading = {"text": text, "tokenizer": tokenizer, "num_samples": 16}
+    report = compress(calibrated, config, **reading, refine=True, refine_epochs=1)
+    assert report.calibration is not None
+    with pytest.raises(TextError, match="expected 128 sequences"):
+        compress(model, config, refine=(tokenizer, text[:1000]))
+
+
+def test_a_single_batch_judges_itself(fast_learning):
+    model, read = llama(), some_batches()[:1]
+    plain, refined = copy.deepcopy(model), copy.deepcopy(model)
+    compress(plain, budget=0.6)
+    compress(refined, budget=0.6, refine=read, refine_epochs=4)
+    assert block_error(model, refined, read) < block_error(model, plain, read)
+
+
+def albert():
+    config = transformers.AlbertConfig(
+        vocab_size=60,
+        embedding_size=8,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        intermediate_size=32,
+        max_position_embeddings=24,
+    )
+    return built("AlbertModel", config)
+
+
+def test_options_that_do_not_fit():
+    model = gpt2()
+    before = snapshot(model)
+    for options, error, message in (
+        ({"refine": True}, ConfigError, "refine: expected a text and its tokenizer"),
+        ({"refine": []}, TextError, "there are no batches"),
+        ({"refine": [torch.tensor([[60]])]}, ConfigError, "expected tokens below 60"),
+        ({"refine": batches(), "refine_epochs": 0}, ConfigError, "refine_epochs: expected an integer from 1"),
+        ({"refine": batches(), "dtype": "int8"}, ConfigError, "refine: expected float weights"),
+    ):
+        with pytest.raises(error, match=message):
+            compress(model, budget=0.7, **options)
+    with pytest.raises(ConfigError, match="refine: expected float weights"):
+        compress(model, TQConfig({"wte": LowRankSpec(3)}, dtype="int8"), refine=batches())
+    assert_untouched(model, before)
+    shared = albert()
+    before = snapshot(shared)
+    with pytest.raises(ConfigError, match="the blocks of AlbertModel do not each read"):
+        compress(shared, budget=0.7, refine=batches())
+    assert_untouched(shared, before)
+
+
+def test_what_is_not_finite_is_named(monkeypatch):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(1)
+        model.transformer.h[1].ln_1.weight[0] = np.inf
+    before = snapshot(model)
+    with pytest.raises(NonFiniteError, match=r"refine: transformer\.h\.1 computes NaN or an infinity"):
+        compress(model, budget=0.7, refine=batches())
+    after = snapshot(model)
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+    assert in_place.marks(model) is not None
