@@ -10,7 +10,6 @@ import threading
 
 import pytest
 from tqcompressor import errors
-from tqcompressor.utils import portable
 from tqcompressor.utils.atomic_io import WholeFile, remove_leftovers, whole_folder, without_leftovers
 
 
@@ -161,12 +160,6 @@ def test_space_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeyp
     with pytest.raises(errors.StorageError) as caught, WholeFile(tmp_path / "huge") as file:
         file.reserve(1 << 60)
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "huge")
-
-
-def test_processors_are_counted_where_the_system_has_no_call_for_it(monkeypatch):
-    assert portable.processors() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert portable.processors() == os.cpu_count()
 
 
 @pytest.mark.parametrize("write", [WholeFile, whole_folder])
