@@ -69,7 +69,7 @@ HEAVY = {
 
 
 RUST_SOURCES = {
-    str(path.relative_to(ROOT / "src")): path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.rs")
+    path.relative_to(ROOT / "src").as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.rs")
 }
 RUST_GRAPH = import_graph(RUST_SOURCES)
 PACKAGE = ROOT / "python" / "tqcompressor"
