@@ -126,8 +126,8 @@ def phase_reporter(option: ProgressOption) -> Iterator[Callable[[int, int, str],
         yield show
 
 
-def announce(option: ProgressOption, words: str, logger: logging.Logger) -> None:
-    """Prints a line on standard error where `option` shows a bar, and logs it."""
+def announce(option: ProgressOption, words: str, logger: logging.Logger = _LOGGER) -> None:
+    """Prints a line on standard error where `option` shows a bar, and logs it to the logger of the job's room."""
     logger.info(words, stacklevel=2)
     if option is True or (option is None and _is_watched()):
         print(words, file=sys.stderr, flush=True)
