@@ -4,7 +4,7 @@
 //! column permutations `p` and `q` searched so that little energy is lost.
 //!
 //! Modules, from the bottom up (each imports only from those before it):
-//! [`error`], [`progress`], [`numeric`], [`spec`], [`loss`], [`kron`], [`permute`], [`fit`], [`family`], [`checkpoint`], [`plan`],
+//! [`error`], [`portable`], [`progress`], [`numeric`], [`spec`], [`loss`], [`kron`], [`permute`], [`fit`], [`family`], [`checkpoint`], [`plan`],
 //! [`compress`], [`runtime`].
 //! `python` is the only module that knows Python.
 
@@ -18,6 +18,7 @@ pub mod loss;
 pub mod numeric;
 pub mod permute;
 pub mod plan;
+pub mod portable;
 pub mod progress;
 pub mod runtime;
 pub mod spec;

@@ -7,6 +7,7 @@ Importing this package needs numpy alone. It also registers with transformers, w
 whichever of the two is imported first. Names that need torch are imported when they are first used.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,8 @@ _LAZY_NAMES = {
 # Folders and modules that are imported when they are first used.
 _LAZY_MODULES = ("evaluate", "losses", "modules", "plots")
 
+# What the package logs is shown where the program asks for it, and nowhere else.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 import_hook.install()
 
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use indexmap::IndexMap;
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
@@ -19,6 +19,7 @@ use crate::family::{Family, Geometry, Kind, Matrix};
 use crate::numeric::Float;
 use crate::numeric::int8::{Scales, dequantize};
 use crate::permute::Permutation;
+use crate::portable;
 
 /// One stored tensor.
 #[derive(Clone, Debug)]
@@ -287,15 +288,7 @@ impl Checkpoint {
 
     /// Frees the memory of a tensor's mapped pages. Reading it again loads them again.
     pub fn release(&self, tensor: &Tensor) {
-        // SAFETY: the map is shared and read-only, so dropped pages are read back from the file unchanged.
-        // On an error the memory is freed later.
-        let _ = unsafe {
-            self.files[tensor.file].1.unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                tensor.range.start,
-                tensor.range.len(),
-            )
-        };
+        portable::release(&self.files[tensor.file].1, tensor.range.start, tensor.range.len());
     }
 
     /// The stored tensor that a matrix is (a part of), and its dtype.

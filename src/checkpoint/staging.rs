@@ -6,16 +6,16 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
-use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::io::Errno;
+use same_file::Handle;
 
 use super::files::first_foreign;
 use super::read::Checkpoint;
 use crate::error::{Error, Result};
+use crate::portable;
 
 /// A destination that may be written to.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ impl Destination {
         if !metadata.is_dir() {
             return refuse("exists and is not a directory");
         }
-        if metadata.dev() != fs::metadata(parent).map_err(Error::io(parent))?.dev() {
+        if portable::is_mount_point(&resolved, parent).map_err(Error::io(path))? {
             return refuse("is a mount point, which cannot be replaced in one step: give a directory below it");
         }
         if is_empty(&resolved)? {
@@ -173,7 +173,10 @@ impl StagingDirectory {
     /// [`Error::Io`].
     pub fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.directory.join(name);
-        fs::write(&path, contents).and_then(|()| File::open(&path)?.sync_all()).map_err(Error::io(path))
+        // Flushed as it was opened: Windows flushes no file that is open for reading alone.
+        File::create(&path)
+            .and_then(|mut file| file.write_all(contents).and_then(|()| file.sync_all()))
+            .map_err(Error::io(path))
     }
 
     /// Copies the file `name` of a directory, or of a folder in it, and makes the copy durable.
@@ -183,10 +186,8 @@ impl StagingDirectory {
     pub fn copy(&self, from: &Path, name: &Path) -> Result<()> {
         let path = self.directory.join(name);
         let folder = path.parent().unwrap_or(&self.directory);
-        let copied = fs::create_dir_all(folder)
-            .and_then(|()| fs::copy(from.join(name), &path))
-            .and_then(|_| File::open(&path)?.sync_all());
-        copied.map_err(Error::io(&path))?;
+        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        copy(&from.join(name), &path)?;
         if folder == self.directory { Ok(()) } else { sync_directory(folder) }
     }
 
@@ -206,7 +207,7 @@ impl StagingDirectory {
             exchange(&self.directory, &to).map_err(Error::io(&to))?;
             // The hidden directory now holds the old destination, which is removed on drop.
         } else {
-            fs::rename(&self.directory, &to).map_err(Error::io(&to))?;
+            portable::rename_folder(&self.directory, &to).map_err(Error::io(&to))?;
         }
         sync_directory(to.parent().unwrap_or(&to))
     }
@@ -223,7 +224,7 @@ impl Drop for StagingDirectory {
 #[derive(Debug)]
 struct Lock {
     path: PathBuf,
-    _file: File,
+    _file: Handle,
 }
 
 impl Lock {
@@ -231,26 +232,26 @@ impl Lock {
     fn take(destination: &Path) -> Result<Option<Self>> {
         let path = sibling(destination, "lock");
         loop {
-            // If the lock cannot be created, its parent is not writable: name that.
-            let file = File::create(&path).map_err(Error::io(path.parent().unwrap_or(&path)))?;
+            // Not truncated: Windows changes no file that another process has locked. If the lock cannot be created, its
+            // parent is not writable: name that.
+            let opened = File::options().write(true).create(true).truncate(false).open(&path);
+            let file = opened.map_err(Error::io(path.parent().unwrap_or(&path)))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     let problem = "another run of tqcompressor is writing it".into();
                     return Err(Error::Destination { path: destination.to_owned(), problem });
                 }
-                Err(TryLockError::Error(error)) => match Errno::from_io_error(&error) {
-                    Some(Errno::NOSYS | Errno::OPNOTSUPP | Errno::NOLCK | Errno::INVAL) => {
-                        let _ = fs::remove_file(&path);
-                        return Ok(None);
-                    }
-                    _ => return Err(Error::io(&path)(error)),
-                },
+                Err(TryLockError::Error(error)) if portable::has_no_such_call(&error) => {
+                    let _ = fs::remove_file(&path);
+                    return Ok(None);
+                }
+                Err(TryLockError::Error(error)) => return Err(Error::io(&path)(error)),
             }
             // Between opening and locking, the run that held the lock may have removed the file. Then this lock is on a
             // deleted file, and another run may hold the lock on a new file of the same name.
-            let (mine, named) = (file.metadata().map_err(Error::io(&path))?, fs::metadata(&path));
-            if named.is_ok_and(|named| (named.dev(), named.ino()) == (mine.dev(), mine.ino())) {
+            let file = Handle::from_file(file).map_err(Error::io(&path))?;
+            if portable::is_named(&file, &path) {
                 return Ok(Some(Self { path, _file: file }));
             }
         }
@@ -353,26 +354,26 @@ fn recover(destination: &Destination) -> Result<()> {
     Err(Error::Destination { path: destination.path.clone(), problem })
 }
 
+/// Copies a file with its permissions, and makes the copy durable.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let mut source = File::open(from).map_err(Error::io(from))?;
+    // Not `fs::copy`: a copy that may not be written could not be opened again to be flushed on Windows.
+    let copied = File::create(to).and_then(|mut file| {
+        std::io::copy(&mut source, &mut file)?;
+        file.set_permissions(source.metadata()?.permissions())?;
+        file.sync_all()
+    });
+    copied.map_err(Error::io(to))
+}
+
 /// Makes the entries of a directory durable.
 fn sync_directory(directory: &Path) -> Result<()> {
-    match File::open(directory).and_then(|file| file.sync_all()) {
-        // Some network file systems cannot.
-        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
-        other => other.map_err(Error::io(directory)),
-    }
+    portable::sync_folder(directory).map_err(Error::io(directory))
 }
 
 /// Swaps two directories: in one step where the system can, else in three, undone if the second fails.
 fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
-    #[cfg(any(target_os = "linux", target_os = "macos"))]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
-            Err(Errno::NOSYS | Errno::INVAL | Errno::NOTSUP) => {}
-            other => return other.map_err(Into::into),
-        }
-    }
-    exchange_in_steps(new, old)
+    if portable::exchange(new, old)? { Ok(()) } else { exchange_in_steps(new, old) }
 }
 
 fn exchange_in_steps(new: &Path, old: &Path) -> std::io::Result<()> {

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -18,6 +17,7 @@ use serde_json::json;
 use super::files::{INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 use crate::numeric::Float;
+use crate::portable::{reserve, write_all_at};
 
 /// Values converted between two writes.
 const CHUNK: usize = 1 << 18;
@@ -90,7 +90,7 @@ impl Writer {
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
             let path = directory.join(INDEX_FILE);
             let file = File::create(&path).map_err(Error::io(&path))?;
-            file.write_all_at(format!("{index:#}\n").as_bytes(), 0).map_err(Error::io(&path))?;
+            write_all_at(&file, format!("{index:#}\n").as_bytes(), 0).map_err(Error::io(&path))?;
             writer.files.push((path, file));
         }
         Ok(writer)
@@ -120,7 +120,7 @@ impl Writer {
         let file = File::create(&path).map_err(Error::io(&path))?;
         reserve(&file, length).map_err(Error::io(&path))?;
         let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
-        file.write_all_at(&head, 0).map_err(Error::io(&path))?;
+        write_all_at(&file, &head, 0).map_err(Error::io(&path))?;
         for (name, info) in infos {
             let (begin, end) = info.data_offsets;
             let location = Location {
@@ -155,7 +155,7 @@ impl Writer {
         let length = bytes.len() as u64;
         assert!(offset + length <= location.length, "tensor '{name}' is {} bytes long", location.length);
         let (path, file) = &self.files[location.file];
-        file.write_all_at(bytes, location.offset + offset).map_err(Error::io(path))?;
+        write_all_at(file, bytes, location.offset + offset).map_err(Error::io(path))?;
         self.written.fetch_add(length, Relaxed);
         Ok(())
     }
@@ -223,16 +223,6 @@ fn split(slots: &[Slot], most: u64) -> Vec<Vec<&Slot>> {
         shards.last_mut().expect("there is always a shard").push(slot);
     }
     shards
-}
-
-/// Makes the file `length` bytes long, and reserves the space where the file system can.
-fn reserve(file: &File, length: u64) -> std::io::Result<()> {
-    #[cfg(target_os = "linux")]
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, length) {
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
-        other => return other.map_err(Into::into),
-    }
-    file.set_len(length)
 }
 
 #[cfg(test)]

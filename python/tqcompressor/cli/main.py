@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from ..compression.cost import CostEstimate
     from ..compression.report import CompressionReport
     from ..evaluate.results import ModelScore
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,7 +270,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.budget is not None:
         estimate = _estimate(options)
         # Planning reads the weights, which may take as long as half of it.
-        announce(None, f"compressing takes {estimate}")
+        announce(None, f"compressing takes {estimate}", _LOGGER)
         found = plan(
             options.source,
             options.budget,

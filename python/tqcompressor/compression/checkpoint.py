@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ from .report import REPORT_FILE, CompressionReport, MatrixReport, UntouchedTenso
 from .run_key import run_key
 
 # The calibration on a text, in the journal of a run.
+_LOGGER = logging.getLogger(__name__)
 _CALIBRATION = "calibration.safetensors"
 _PARTIAL_SUMS = "sums.safetensors"
 
@@ -212,7 +214,7 @@ def compress_checkpoint(
             effort=effort,
             threads=threads,
         )
-        announce(progress, f"compressing takes {cost}")
+        announce(progress, f"compressing takes {cost}", _LOGGER)
         if text is not None:
             known = _calibrated(
                 Path(journal.directory, _CALIBRATION),
@@ -249,6 +251,7 @@ def compress_checkpoint(
                 threads=threads,
                 progress=report_progress,
             )
+    _LOGGER.info("written to %s", os.fspath(out))
     return CompressionReport.from_dict(json.loads(written))
 
 
@@ -330,6 +333,7 @@ def expand_checkpoint(
             threads=threads,
             progress=report_progress,
         )
+    _LOGGER.info("written to %s", os.fspath(out))
 
 
 def plan_checkpoint(

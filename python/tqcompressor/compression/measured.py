@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from ..utils.engines import is_native
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
 from ..utils.utf8 import read_json
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def calibrate_checkpoint(
@@ -123,6 +126,7 @@ def measure_and_save(source: StrPath, text: TextOption, out: StrPath | None, **o
         found = calibrate_checkpoint(source, text, **options)
         if out is not None:
             found.save(out)
+            _LOGGER.info("written to %s", os.fspath(out))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import warnings
@@ -34,6 +35,7 @@ _GPT2 = {
     "eos_token_id": 50256,
 }
 # Of a config: what names the code that wrote it, or says how it was stored.
+_LOGGER = logging.getLogger(__name__)
 _DROPPED = ("auto_map", "quantization_config", "torch_dtype", "transformers_version")
 _HEAD_WIDTH = 64
 
@@ -140,6 +142,7 @@ def convert_checkpoint(
             max_shard_bytes=most,
             progress=report_progress,
         )
+    _LOGGER.info("written to %s", os.fspath(out))
     return inspect(out)
 
 

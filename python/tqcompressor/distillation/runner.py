@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -50,6 +52,7 @@ from .report import REPORT_FILE, ModelResult, StageResult, TrainingReport
 from .stages import Stage, StagedRecipe
 from .training import Trained, train_stage, training_arguments, training_settings
 
+_LOGGER = logging.getLogger(__name__)
 _CALIBRATION = "calibration.safetensors"
 
 
@@ -177,7 +180,10 @@ def distill(
         )
         state = begin(prepared)
         results = tuple(run_stage(prepared, stage) for stage in prepared.stages)
-        return finish(prepared, state, results)
+        report = finish(prepared, state, results)
+    if arguments.process_index == 0:
+        _LOGGER.info("written to %s", os.fspath(out))
+    return report
 
 
 def begin(prepared: Prepared) -> Mapping[str, Any]:

@@ -79,7 +79,7 @@ class WholeFile:
         with self._stack:
             if kind is None and not self._discarded:
                 with storage_errors(self.path):
-                    os.fsync(self._file.fileno())
+                    portable.flush(self._file.fileno())
                     # Windows renames no open file.
                     self._file.close()
                     _publish(self._partial, self.path)
@@ -202,7 +202,7 @@ def _remove(path: Path) -> None:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    partial.replace(path)
+    portable.rename(partial, path)
     portable.sync(path.parent)
 
 
@@ -241,11 +241,11 @@ def _is_left(path: Path) -> bool:
     return path.name[0] == "." and path.name.endswith((".partial", ".lock"))
 
 
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk that holds a folder, or will hold it. Raises `StorageError` where that is not known."""
+def free_space(folder: Path) -> float:
+    """Bytes free on the disk that holds a folder, or will hold it. Raises `StorageError` where it cannot be read."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with storage_errors(folder):
-        return shutil.disk_usage(existing).free
+        return portable.free_space(existing)
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -303,8 +303,14 @@ fn destinations_that_hold_something_are_safe() {
     refused(&other.join("diary.txt"), &overwrite, "not a directory");
     fs::write(root.path().join("parent/config.json"), "{}").unwrap();
     refused(&root.path().join("parent"), &overwrite, "the source's weights");
-    std::os::unix::fs::symlink(&from, root.path().join("alias")).unwrap();
-    refused(&root.path().join("alias"), &overwrite, "the source itself");
+    // Elsewhere, links need rights that a user may not have.
+    #[cfg(unix)]
+    {
+        let alias = root.path().join("alias");
+        std::os::unix::fs::symlink(&from, &alias).unwrap();
+        refused(&alias, &overwrite, "the source itself");
+        fs::remove_file(alias).unwrap();
+    }
     assert_eq!(names(&other), ["diary.txt"]);
     assert_eq!(names(&from), ["config.json", "model.safetensors"]);
 
@@ -325,5 +331,5 @@ fn destinations_that_hold_something_are_safe() {
     fs::write(out.join("model-00001-of-00002.safetensors"), "").unwrap();
     compress(&from, &out, &overwrite).unwrap();
     assert!(!out.join("model-00001-of-00002.safetensors").exists() && out.join("model.safetensors").exists());
-    assert_eq!(names(root.path()), ["alias", "other", "out", "parent"]);
+    assert_eq!(names(root.path()), ["other", "out", "parent"]);
 }

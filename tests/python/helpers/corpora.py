@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 HELD_OUT = TINY / "heldout.txt"
 END = "<|endoftext|>"
@@ -24,7 +22,7 @@ def packed(blocks):
     """All tokens of the blocks in order, after checks that every block satisfies the contract."""
     for block in blocks:
         assert set(block) == {"input_ids"}
-        assert block["input_ids"].dtype == torch.int64 and block["input_ids"].shape == (blocks.seq_len,)
+        assert str(block["input_ids"].dtype) == "torch.int64" and block["input_ids"].shape == (blocks.seq_len,)
     return [int(token) for block in blocks for token in block["input_ids"]]
 
 
