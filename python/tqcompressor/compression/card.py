@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,23 +174,27 @@ def scores_of(evaluation: Mapping[str, Any] | None) -> list[list[str]]:
     return rows
 
 
-def facts_of(report: CompressionReport) -> list[list[str]]:
-    """How a compression was made, as rows `[name, value]` in Markdown."""
+def facts_of(report: CompressionReport, code: Callable[[str], str] | None = None) -> list[list[str]]:
+    """How a compression was made, as rows `[name, value]`.
+
+    `code` marks names, which may hold anything, in the markup of the caller; by default it is Markdown.
+    """
+    code = code or _code
     norm = "of the calibration" if report.calibrated else "Frobenius"
-    asked = f", objective {_code(report.objective)}" if report.objective not in (None, "auto") else ""
+    asked = f", objective {code(report.objective)}" if report.objective not in (None, "auto") else ""
     rows = [["norm of errors", norm + asked]]
     if (record := report.calibration) is not None:
-        texts = ", ".join(f"{tokens:,} of {_code(name)}" for name, tokens in record.texts.items())
+        texts = ", ".join(f"{tokens:,} of {code(name)}" for name, tokens in record.texts.items())
         gradients = ", with gradients" if record.sensitivity else ""
         rows.append(
             ["calibration", f"{record.tokens:,} tokens{': ' + texts if texts else ''}, seed {record.seed}{gradients}"]
         )
     if report.budget is not None:
-        rows.append(["budget", _code(str(report.budget))])
+        rows.append(["budget", code(str(report.budget))])
     if report.effort is not None:
-        rows.append(["search", f"effort {_code(report.effort)}, seed {report.seed}"])
+        rows.append(["search", f"effort {code(report.effort)}, seed {report.seed}"])
     versions = {"tqcompressor": report.version, **(report.versions or {})}
-    rows.append(["versions", ", ".join(f"{name} {version}" for name, version in versions.items())])
+    rows.append(["versions", code(", ".join(f"{name} {version}" for name, version in versions.items()))])
     return rows
 
 
