@@ -469,4 +469,54 @@ mod tests {
             assert!(matches!(choose(Some(hopeless)), Err(Error::Config(_))));
         }
     }
+
+    #[test]
+    fn budgets_that_share_spectra_choose_and_fit_as_alone_and_compute_none_again() {
+        use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+        let sizes = [(24, 16), (16, 40)];
+        let values: Vec<_> = sizes.iter().zip(1..).map(|(&(m, n), seed)| noise(m * n, seed)).collect();
+        let places =
+            sizes.map(|(rows, columns)| Place { name: format!("{rows}"), rows, columns, moments: Moments::default() });
+        let matrices =
+            places.clone().map(|place| BudgetMatrix { module: place.name.clone(), place, usage: Usage::Map });
+        let (loads, progress) = (AtomicUsize::new(0), Progress::default());
+        let load = |i: usize| {
+            loads.fetch_add(1, Relaxed);
+            Ok(values[i].as_slice())
+        };
+        for effort in [Effort::Fast, Effort::Balanced] {
+            let shared = Arc::new(SpectrumStore::shared(2));
+            for (number, parameters) in [700, 500, 850].into_iter().enumerate() {
+                let options = BudgetOptions { target: Target::Parameters(parameters), max_macs: None, effort };
+                let spend =
+                    |store| SpentBudget::spend(&matrices, options, &Keep::Here, store, &progress, load).unwrap();
+                let alone = spend(None);
+                loads.store(0, Relaxed);
+                let together = spend(Some(&shared));
+                // One for each spectrum of the first budget, and one for each search of an effort above "fast".
+                let searched = if effort == Effort::Fast { 0 } else { 2 };
+                assert_eq!(loads.load(Relaxed), searched + if number == 0 { 2 } else { 0 });
+                assert_eq!(together.planned(), alone.planned());
+                // One of them may stay dense.
+                let which: Vec<_> = (0..2).filter(|&i| alone.planned()[i].spec.is_some()).collect();
+                let fits = |spent: &SpentBudget| {
+                    let places: Vec<_> = which.iter().map(|&i| places[i].clone()).collect();
+                    let data: Vec<_> = which.iter().map(|&i| values[i].as_slice()).collect();
+                    let found = spent.fit_many(&which, &places, &data, &progress).unwrap();
+                    found.into_iter().map(|timed| timed.fit).collect::<Vec<_>>()
+                };
+                assert_eq!(fits(&together), fits(&alone));
+            }
+            let other = SpentBudget::spend(
+                &matrices[..1],
+                BudgetOptions { target: Target::Parameters(300), max_macs: None, effort },
+                &Keep::Nothing,
+                Some(&shared),
+                &progress,
+                load,
+            );
+            assert!(matches!(other, Err(Error::Shape { .. })));
+        }
+    }
 }

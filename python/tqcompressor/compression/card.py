@@ -298,9 +298,11 @@ def write_card(folder: Path, report: CompressionReport, source: StrPath | None) 
     _write(folder, files)
 
 
-def source_of(name: str) -> str | None:
+def source_of(name: str | None) -> str | None:
     """The directory of the model that was loaded by this name, also in the hub's cache; None without one."""
-    return name if name and Path(name).is_dir() else cached_directory(name)
+    if not name:
+        return None
+    return name if Path(name).is_dir() else cached_directory(name)
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:

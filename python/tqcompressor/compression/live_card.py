@@ -31,7 +31,7 @@ def write_live_card(model: PreTrainedModel, folder: Path) -> None:
     is: it was compressed by other programs or in several steps, or has other shapes since.
     """
     config: Any = model.config
-    source = source_of(str(getattr(config, "_name_or_path", "") or ""))
+    source = source_of(getattr(config, "_name_or_path", None))
     report: CompressionReport | None = getattr(model.hf_quantizer, _REPORT, None)
     if report is not None:
         name = None if source is None else _core.source_name(source)

@@ -13,6 +13,7 @@ from ..compression.budget import Budget
 from ..errors import CheckpointError
 from ..utils.tables import format_table
 from ..utils.utf8 import read_json
+from .figure import Point, frontier_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,11 @@ class SweepRow:
     """Wall-clock time of planning, compressing and writing; of the original, none."""
     score: Mapping[str, Any]
     """The sums that the quality follows from, and the settings."""
+
+    @property
+    def name(self) -> str:
+        """The budget as text, or "original"."""
+        return "original" if self.budget is None else str(self.budget)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SweepRow:
@@ -111,7 +117,7 @@ class SweepResult:
         for row in (*self.rows, *([] if self.dense is None else [self.dense])):
             rows.append(
                 [
-                    "original" if row.budget is None else str(row.budget),
+                    row.name,
                     f"{row.parameters:,}",
                     f"{row.parameters / before:.1%}" if before else "",
                     f"{row.bytes:,}",
@@ -128,11 +134,11 @@ class SweepResult:
         summary = f"{self.measure} on {self.heldout}, engine {self.engine}; compressed {norm}"
         return "\n".join([format_table(self.cells()), summary, *([] if self.complete else ["not complete: resume it"])])
 
-    def to_svg(self) -> str:
-        """The figure as an SVG file, made without matplotlib."""
-        from .figure import frontier_figure
-
-        return frontier_figure(self)
+    def to_svg(self, *, standalone: bool = True) -> str:
+        """Quality and speed against bytes as an SVG file, or as an element for an HTML page; needs no matplotlib."""
+        points = [_point(row) for row in self.rows]
+        original = None if self.dense is None else _point(self.dense)
+        return frontier_figure(self.measure, points, original, standalone=standalone)
 
     def plot(self) -> Figure:
         """Draws quality against the share of parameters kept, as `plots.plot_frontier` does.
@@ -148,6 +154,10 @@ class SweepResult:
         points = [(row.parameters / before, row.quality) for row in self.rows]
         dense = None if self.dense is None else (1.0, self.dense.quality)
         return plot_frontier({self.source: points}, dense=dense, quality=self.measure)
+
+
+def _point(row: SweepRow) -> Point:
+    return Point(row.name, row.bytes, row.quality, row.tokens_per_second)
 
 
 def read_sweep(path: Path) -> SweepResult:

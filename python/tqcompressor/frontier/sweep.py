@@ -155,8 +155,9 @@ def sweep(
         # Before a calibration on a text there are no moments, and so no objective.
         early = replace(spending, budget=budget, objective="auto" if text is not None else objective)
         _check_budget(checkpoint, early)
+    _check_folder(folder, resume)
     places = _places(wanted, folder, keep)
-    for place in places.values():
+    for place in places.values() if keep is not None else ():
         checkpoint.check_destination(os.fspath(place), resume)
     same = _same_text(text, heldout)
     if same is not None:
@@ -244,6 +245,9 @@ class _Work:
     options: Mapping[str, Any]
     """The threads and the progress."""
     spectra: _core.SpectrumStore | None = None
+    original: SweepRow | None = None
+    dense_macs: int | None = None
+    """MACs for one token of the matrices while they are dense, once a budget is planned."""
 
     def run(
         self,
@@ -262,12 +266,13 @@ class _Work:
         left = [
             budget
             for budget in budgets
-            if parsed(budget) not in finished or (self.keep and not self._place(budget).exists())
+            if parsed(budget) not in finished or (self.keep and not self.places[budget].exists())
         ]
         if result.dense is None:
             announce(progress, "measuring the original")
-            result = replace(result, dense=self._original())
+            result = replace(result, dense=self._measured_original())
             self._save(result)
+        self.original = result.dense
         if left:
             if text is not None:
                 calibration = kept_calibration(
@@ -290,7 +295,7 @@ class _Work:
             finished[parsed(budget)] = row if kept is None else kept
             dense = result.dense
             if dense is not None and dense.macs is None:
-                dense = replace(dense, macs=self._dense_macs)
+                dense = replace(dense, macs=self.dense_macs)
             result = replace(result, dense=dense, rows=_sorted(finished.values()))
             self._save(result)
             seconds = (time.perf_counter() - begun) / (done + 1) * (len(left) - done - 1)
@@ -307,17 +312,12 @@ class _Work:
             shutil.rmtree(self.folder / _WORK, ignore_errors=True)
         return result if len(rows) == len(result.rows) else replace(result, rows=rows)
 
-    _dense_macs: int | None = None
-
-    def _place(self, budget: Budget) -> Path:
-        return self.places[budget]
-
-    def _original(self) -> SweepRow:
+    def _measured_original(self) -> SweepRow:
         found = self.measuring(self.source, self.options["progress"])
         return _row(None, self.checkpoint.parameters, self.checkpoint.bytes, None, 0.0, found)
 
     def _measured(self, spending: Spending, text: TextOption | None, *, native: bool) -> SweepRow:
-        place = self._place(spending.budget)
+        place = self.places[spending.budget]
         start = time.perf_counter()
         report, macs = self._compressed(spending, place, text, native=native)
         seconds = time.perf_counter() - start
@@ -330,8 +330,11 @@ class _Work:
             with storage_errors(place):
                 shutil.rmtree(place)
         elif self.measuring.measure == "perplexity":
-            score = {"name": place.name, "parameters": row.parameters, "bytes": row.bytes, "text": dict(row.score)}
-            record_evaluation(place, {"models": [score], "text": sources(self.measuring.text)[0][0]})
+            models = [
+                _scored(place.name, row),
+                *([] if self.original is None else [_scored("original", self.original)]),
+            ]
+            record_evaluation(place, {"models": models, "text": sources(self.measuring.text)[0][0]})
         return row
 
     def _compressed(
@@ -346,7 +349,7 @@ class _Work:
                 self.spectra = _core.SpectrumStore(len(budget_request(self.checkpoint, spending).names))
             request, spent = spend(self.checkpoint, spending, journal, spectra=self.spectra, **self.options)
             plan = request.plan(spent.choices)
-            self._dense_macs = plan.macs_before
+            self.dense_macs = plan.macs_before
             given = {**self.arguments, "budget": spending.budget}
             if text is not None and spending.calibration is not None:
                 given["text"] = texts_read(text, spending.calibration)
@@ -389,6 +392,11 @@ def _row(
     budget: Budget | None, parameters: int, size: int, macs: int | None, seconds: float, found: Measured
 ) -> SweepRow:
     return SweepRow(budget, parameters, size, macs, found.quality, found.tokens_per_second, seconds, found.score)
+
+
+def _scored(name: str, row: SweepRow) -> dict[str, Any]:
+    """A row as a `ModelScore` has it."""
+    return {"name": name, "parameters": row.parameters, "bytes": row.bytes, "text": dict(row.score)}
 
 
 def _sorted(rows: Any) -> tuple[SweepRow, ...]:
@@ -460,26 +468,35 @@ def _check_run(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any])
         )
 
 
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Raises `DestinationError` for a folder of a sweep that holds something else, or a sweep without `resume`."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise DestinationError(f"{folder}: exists and is no folder")
+    if (folder / SWEEP_FILE).exists():
+        if not resume:
+            raise DestinationError(f"{folder}: holds a sweep: resume goes on with it, or give another folder")
+        return
+    # A killed run leaves hidden files, and the folder of its work.
+    if any(entry.name != _WORK and not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise DestinationError(f"{folder}: exists and holds no {SWEEP_FILE}: give an empty or a new folder")
+
+
 @contextmanager
 def _claimed(folder: Path, resume: bool) -> Iterator[SweepResult | None]:
     """Holds the lock of a sweep's folder; yields what an earlier run has finished, if there is one to be resumed.
 
     A folder in which nothing was finished is removed.
     """
+    path = folder / SWEEP_FILE
     with sole_run(folder):
-        if folder.exists() and not folder.is_dir():
-            raise DestinationError(f"{folder}: exists and is no folder")
+        # Again: another run may have filled it meanwhile.
+        _check_folder(folder, resume)
         made = not folder.exists()
-        earlier: SweepResult | None = None
-        path = folder / SWEEP_FILE
         if not made:
             remove_leftovers(folder)
-        if path.exists():
-            if not resume:
-                raise DestinationError(f"{folder}: holds a sweep: resume goes on with it, or give another folder")
-            earlier = read_sweep(path)
-        elif not made and any(entry.name != _WORK for entry in folder.iterdir()):
-            raise DestinationError(f"{folder}: exists and holds no {SWEEP_FILE}: give an empty or a new folder")
+        earlier = read_sweep(path) if path.exists() else None
         try:
             with storage_errors(folder):
                 folder.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ from ..config.specs import describe
 from ..distillation.report import REPORT_FILE as TRAINING_REPORT_FILE
 from ..distillation.report import TrainingReport
 from ..errors import CheckpointError, DestinationError
-from ..frontier.figure import frontier_figure
 from ..frontier.results import SWEEP_FILE, SweepResult, read_sweep
 from ..utils.atomic_io import WholeFile
 from ..utils.hub import StrPath
@@ -182,7 +181,7 @@ def _frontier(sweep: SweepResult) -> list[str]:
     return [
         "<h2>Budgets side by side</h2>",
         f'<p class="lead">{escape(said)}; compressed in {norm}.{rest}</p>',
-        f"<figure>{frontier_figure(sweep, standalone=False)}</figure>",
+        f"<figure>{sweep.to_svg(standalone=False)}</figure>",
         _table(sweep.cells()),
     ]
 
