@@ -126,7 +126,8 @@ def model_card(
         "## What was done",
         "A matrix `W` (in × out) with a *block* became `W[p][:, q] ≈ Σ A_k ⊗ B_k`, every `B_k` of the block's shape. "
         f"Lost energy is `‖W − Ŵ‖² / ‖W‖²`{', in the norm of the calibration' if report.calibrated else ''}."
-        f"{_readings(report)} Everything else is unchanged.",
+        f"{_readings(report)} Everything else is unchanged. These figures are those of the compression: training after "
+        "it does not show in them.",
         _matrices(report),
     ]
     return "\n\n".join(parts) + "\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _core
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StorageError
 from ..models.matrices import parameters_of
 from .card import report_in, source_of, write_card
 from .report import CompressionReport
@@ -28,7 +29,8 @@ def write_live_card(model: PreTrainedModel, folder: Path) -> None:
     """Writes report, card and figure beside the weights that `model` was saved to in `folder`.
 
     A model that was loaded has the report of its own folder. Nothing is written where no report is of the model as it
-    is: it was compressed by other programs or in several steps, or has other shapes since.
+    is: it was compressed by other programs or in several steps, or has other shapes since. The model is saved whether
+    or not the system lets them be written; a warning says where it does not.
     """
     config: Any = model.config
     source = source_of(getattr(config, "_name_or_path", None))
@@ -43,7 +45,10 @@ def write_live_card(model: PreTrainedModel, folder: Path) -> None:
             return
     if report is None or not _is_of(report, model):
         return
-    write_card(folder, replace(report, bytes_after=_size(folder), carried=None), source)
+    try:
+        write_card(folder, replace(report, bytes_after=_size(folder), carried=None), source)
+    except StorageError as error:
+        warnings.warn(f"the model is saved, but not its model card: {error}", stacklevel=4)
 
 
 def _size(folder: Path) -> int | None:

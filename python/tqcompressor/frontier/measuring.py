@@ -45,14 +45,15 @@ class Measuring:
 
     @classmethod
     def of(cls, source: str, config: Mapping[str, Any], engine: str, **options: Any) -> Measuring:
-        """For the original in `source`: natively where the runtime computes its family, unless `engine` is "torch".
+        """For the original in `source`: with "auto", natively where the runtime computes its family.
 
         Raises:
             MissingDependencyError: It needs torch and transformers, which are not installed.
         """
         architecture = str((config.get("architectures") or [""])[0])
-        alone = engine != "torch" and config.get("model_type") in _NATIVE and options["device"] == "cpu"
-        if alone and architecture.endswith(("LMHeadModel", "Model", "ForCausalLM")):
+        known = config.get("model_type") in _NATIVE and architecture.endswith(("LMHeadModel", "Model", "ForCausalLM"))
+        # What it does not compute, it refuses.
+        if engine == "native" or (engine == "auto" and known and options["device"] == "cpu"):
             return cls("perplexity", "native", source=source, **options)
         try:
             import torch  # noqa: F401

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import _core
 from ..calibration.calibration import Calibration, load_calibration
-from ..compression.budget import Budget, Spending, calibrated, matrix_patterns, meaning, parsed
+from ..compression.budget import Budget, Spending, matrix_patterns, meaning, parsed
 from ..compression.card import read_config, record_evaluation
 from ..compression.checkpoint import (
     CALIBRATION_FILE,
@@ -202,7 +202,7 @@ def sweep(
             measure=measuring.measure,
             heldout=sources(heldout)[0][0],
             engine=measuring.engine,
-            calibrated=calibrated(known, objective) or text is not None,
+            calibrated=objective != "frobenius" and (known is not None or text is not None),
             dense=None if earlier is None else earlier.dense,
             rows=() if earlier is None else earlier.rows,
             complete=False,

@@ -164,7 +164,7 @@ def _summary(report: CompressionReport, scores: Mapping[str, Any] | None) -> lis
     tiles = []
     for title, before, after, share in rows:
         shown = share or after
-        below = f"{title}: {before} → {after}" if before else f"{title}: {after}"
+        below = f"{title}: {before} → {after}" if before else title
         tiles.append(f'<div class="tile"><b>{escape(shown)}</b><span>{escape(below)}</span></div>')
     parts = [
         f'<p class="lead">{len(report.matrices)} compressed matrices: {escape(counted)}.</p>',

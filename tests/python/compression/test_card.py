@@ -21,7 +21,7 @@ from tqcompressor import compress, compress_checkpoint, inspect, recompress, rec
 from tqcompressor.cli.main import main
 from tqcompressor.compression.card import MARK, metadata, model_card
 from tqcompressor.compression.figure import report_figure
-from tqcompressor.errors import CheckpointError
+from tqcompressor.errors import CheckpointError, StorageError
 
 SPECS = config({"h.*.mlp.*": ((2, 4), 2, "rows"), "wte": ((2, 2), 1, "none")})
 EVIL = 'h.0.</title><script>alert("x")</script>|`[a](javascript:b)\n# c'
@@ -144,6 +144,22 @@ def test_a_loaded_model_is_saved_with_its_card_and_one_that_changed_with_none(li
     live.save_pretrained(tmp_path / "stock")
     for name in ("not-main", "twice", "resized", "stock"):
         assert not (tmp_path / name / "README.md").exists() and (tmp_path / name).exists(), name
+
+
+def test_a_model_that_is_compressed_on_loading_has_its_card(source, on_disk, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=CONFIG)
+    model.save_pretrained(tmp_path / "out")
+    assert card_of(tmp_path / "out") == card_of(on_disk) and inspect(tmp_path / "out").source == "me/small"
+
+
+def test_a_card_that_cannot_be_written_does_not_keep_a_model_from_being_saved(live, tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise StorageError(28, "No space left on device", "README.md")
+
+    monkeypatch.setattr("tqcompressor.compression.live_card.write_card", refuse)
+    with pytest.warns(UserWarning, match="is saved, but not its model card: .*No space"):
+        live.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_card_of_someone_else_stays_and_ours_is_renewed(live, on_disk, tmp_path):

@@ -305,6 +305,9 @@ def test_other_families_are_measured_by_torch(model, measure, tmp_path):
     assert (result.measure, result.engine) == (measure, "torch")
     assert all(np.isfinite(row.quality) and row.tokens_per_second > 0 for row in (*result.rows, result.dense))
     assert measure == "perplexity" or result.dense.quality == pytest.approx(1)
+    with pytest.raises(CheckpointError):
+        sweep(tmp_path / "source", [0.7], tmp_path / "native", heldout=text, engine="native", progress=False)
+    assert not (tmp_path / "native").exists()
 
 
 def test_a_sweep_of_the_native_engine_needs_no_torch(heldout, tmp_path):
