@@ -39,6 +39,7 @@ from .native.model import NativeModel
 if TYPE_CHECKING:
     from . import evaluate, losses, modules, plots
     from .calibration.calibrate import calibrate
+    from .compression.card import record_evaluation
     from .compression.model import compress, recompress
     from .data.token_blocks import token_blocks
     from .distillation.runner import distill
@@ -46,7 +47,10 @@ if TYPE_CHECKING:
     from .distillation.trainer import DistillTrainer
     from .evaluate.comparison import compare
     from .evaluate.scoring import perplexity
+    from .frontier.results import SweepResult
+    from .frontier.sweep import sweep
     from .integrations.peft import merge_lora, register_lora
+    from .pages.page import html_report
     from .verify.results import VerificationReport
     from .verify.runner import verify_checkpoint
 
@@ -72,6 +76,7 @@ __all__ = [
     "NativeModel",
     "Stage",
     "StagedRecipe",
+    "SweepResult",
     "TQConfig",
     "TQError",
     "TrainingConfig",
@@ -90,6 +95,7 @@ __all__ = [
     "evaluate",
     "expand_checkpoint",
     "find_permutation",
+    "html_report",
     "inspect",
     "losses",
     "merge_lora",
@@ -99,7 +105,9 @@ __all__ = [
     "plan",
     "plots",
     "recompress",
+    "record_evaluation",
     "register_lora",
+    "sweep",
     "token_blocks",
     "verify_checkpoint",
 ]
@@ -109,6 +117,7 @@ _LAZY_NAMES = {
     "CachedTeacher": "distillation.teacher_cache",
     "CachedTeacherDataset": "distillation.teacher_cache",
     "DistillTrainer": "distillation.trainer",
+    "SweepResult": "frontier.results",
     "VerificationReport": "verify.results",
     "cache_teacher": "distillation.teacher_cache",
     "calibrate": "calibration.calibrate",
@@ -116,9 +125,12 @@ _LAZY_NAMES = {
     "compress": "compression.model",
     "recompress": "compression.model",
     "distill": "distillation.runner",
+    "html_report": "pages.page",
     "merge_lora": "integrations.peft",
     "perplexity": "evaluate.scoring",
+    "record_evaluation": "compression.card",
     "register_lora": "integrations.peft",
+    "sweep": "frontier.sweep",
     "token_blocks": "data.token_blocks",
     "verify_checkpoint": "verify.runner",
 }

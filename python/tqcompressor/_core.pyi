@@ -30,8 +30,10 @@ __all__ = [
     "MatrixInfo",
     "ModelPlan",
     "Runtime",
+    "SpectrumStore",
     "SpentBudget",
     "Tokenizer",
+    "Written",
     "__version__",
     "apply",
     "check_destination",
@@ -47,12 +49,16 @@ __all__ = [
     "fused_parts",
     "head_loss",
     "hidden_state_loss",
+    "hub_id",
+    "least_parameters",
     "list_matrices",
+    "macs",
     "nearest_kronecker_sum",
     "plan",
     "quantize",
     "read_config",
     "reconstruct",
+    "source_name",
     "spend_budget",
     "split_part",
     "topk_distillation_loss",
@@ -257,6 +263,28 @@ class SpentBudget:
     ) -> list[Fitted]:
         """The fits of the matrices at these positions of the budget. Each fit can be taken once."""
 
+@final
+class SpectrumStore:
+    """The spectra of so many matrices in one norm, which several budgets share.
+
+    What does not fit the memory that is kept is in an unnamed temporary file.
+    """
+
+    def __new__(cls, matrices: int) -> SpectrumStore: ...
+
+def macs(spec: MatrixSpec, shape: tuple[int, int], usage: str) -> tuple[int, int]:
+    """`(before, after)`: the MACs for one token of a matrix of this shape, in × out, while dense and by its spec.
+
+    A usage is as for `spend_budget`.
+    """
+
+def least_parameters(shape: tuple[int, int], counted: bool) -> int:
+    """The fewest parameters to which a budget can compress a matrix of this shape, in × out.
+
+    They are those of rank 1, of each group of rows where `counted` says that it is an embedding whose tokens have
+    frequencies.
+    """
+
 def spend_budget(
     matrices: Sequence[_Float32Array],
     names: Sequence[str],
@@ -415,10 +443,14 @@ class Checkpoint:
         max_macs: float | None,
         effort: str,
         journal: Journal | None,
+        spectra: SpectrumStore | None,
         threads: int | None,
         progress: _ProgressCallback | None,
     ) -> SpentBudget:
-        """`spend_budget` for matrices of the checkpoint, by their names. With a journal, fits can follow."""
+        """`spend_budget` for matrices of the checkpoint, by their names. With a journal, fits can follow.
+
+        What `spectra` holds, of the same matrices with the same moments, is not computed again.
+        """
 
     def compress(
         self,
@@ -432,16 +464,41 @@ class Checkpoint:
         overwrite: bool,
         max_shard_bytes: int,
         measured: _Measured | None,
+        facts: str,
         threads: int | None,
         progress: Callable[[int, int, str], object] | None,
-    ) -> str:
-        """Writes the compressed checkpoint to the journal's destination, and returns the report as JSON.
+    ) -> Written:
+        """Writes the compressed checkpoint beside the journal's destination, where `Written.commit` puts it.
 
         `progress` is called with `(done, total, phase)`.
 
         Fits are made in the norms of the `moments` of the matrices `names`, or are those of a budget that was `spent`
-        on these matrices with these moments. The report and the model card say what the moments were `measured` on.
+        on these matrices with these moments. The report says what the moments were `measured` on, and has the entries
+        of `facts`, a JSON object.
         """
+
+@final
+class Written:
+    """A compressed checkpoint that is written beside its destination."""
+
+    @property
+    def report(self) -> str:
+        """Its report, as JSON."""
+
+    def add(self, name: str, contents: bytes) -> None:
+        """Adds a small file."""
+
+    def commit(self) -> None:
+        """Makes it the destination, all of it in one step, and closes its journal."""
+
+    def close(self) -> None:
+        """Removes it unless it was committed. A second call does nothing."""
+
+def hub_id(source: str | PathLike[str]) -> str | None:
+    """The hub id of a directory in huggingface_hub's cache; None for any other."""
+
+def source_name(source: str | PathLike[str]) -> str:
+    """The name of a source in a report: its hub id if it is in the hub's cache, otherwise that of its folder."""
 
 def reconstruct(a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """The dense `(m, n)` matrix of the factors, in the original order of rows and columns."""

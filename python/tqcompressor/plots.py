@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .compression.budget_plan import BudgetPlan
+from .compression.kinds import KINDS, kind_of
 from .compression.report import CompressionReport
-from .config.specs import GroupedSpec, KroneckerSpec, LowRankSpec, MatrixSpec
+from .config.specs import KroneckerSpec
 from .errors import ConfigError, DtypeError, MissingDependencyError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_block_energy", "plot_frontier", "plot_lost_energy", "plot_plan"]
 LostEnergies: TypeAlias = Mapping[str, float] | CompressionReport | BudgetPlan
 _MARKERS = "osD^vP*X"
-# The colours of the kinds of fits, distinct for the colour-blind too (Okabe and Ito).
-_KINDS = {
-    "stays dense": "#999999",
-    "low rank": "#0072B2",
-    "low rank by groups of rows": "#56B4E9",
-    "Kronecker sum": "#E69F00",
-    "mixed sum": "#009E73",
-}
 # In larger blocks the numbers of a heat map would overlap.
 _MOST_NUMBERS = 64
 
@@ -222,7 +215,7 @@ def plot_plan(plan: BudgetPlan) -> Figure:
     matrices = plan.matrices
     names = [matrix.name for matrix in matrices]
     rows = range(len(matrices))
-    colors = [_KINDS[_kind(matrix.spec)] for matrix in matrices]
+    colors = [KINDS[kind_of(matrix.spec)] for matrix in matrices]
     figure = _figure(11.0, _height(names) + 0.4)
     kept, lost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     kept.barh(rows, [matrix.parameters_before for matrix in matrices], color=colors, alpha=0.3)
@@ -241,10 +234,10 @@ def plot_plan(plan: BudgetPlan) -> Figure:
     lost.set_xlabel(f"lost energy ({_norm(plan)})")
     after, before = plan.parameters_after, plan.parameters_before
     figure.suptitle(f"budget {plan.budget}: {after:,} of {before:,} parameters, {after / before:.1%}")
-    used = {_kind(matrix.spec) for matrix in matrices}
+    used = {kind_of(matrix.spec) for matrix in matrices}
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=color, label=kind) for kind, color in _KINDS.items() if kind in used]
+    handles = [Patch(color=color, label=kind) for kind, color in KINDS.items() if kind in used]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -304,16 +297,6 @@ def _lost_energies(method: str, given: LostEnergies) -> dict[str, float]:
         if not np.isfinite(value):
             raise NonFiniteError(f"{method}: {layer}: expected a finite lost energy, got {value}")
     return {layer: float(value) for layer, value in found.items()}
-
-
-def _kind(spec: MatrixSpec | None) -> str:
-    if spec is None:
-        return "stays dense"
-    if isinstance(spec, LowRankSpec):
-        return "low rank"
-    if isinstance(spec, GroupedSpec):
-        return "low rank by groups of rows"
-    return "Kronecker sum" if isinstance(spec, KroneckerSpec) else "mixed sum"
 
 
 def _norm(plan: BudgetPlan) -> str:

@@ -45,9 +45,20 @@ pub fn is_weight_file(name: &str) -> bool {
 /// The name of the report of a compression, in the directory of its result.
 pub const REPORT_FILE: &str = "compression_report.json";
 
+/// The name of the model card of a checkpoint.
+pub const CARD_FILE: &str = "README.md";
+
+/// The name of the figure in the card of a compressed checkpoint.
+pub const FIGURE_FILE: &str = "lost_energy.svg";
+
+/// The name of the scores of a compressed checkpoint.
+pub const EVALUATION_FILE: &str = "evaluation.json";
+
 /// Other files of a checkpoint, as transformers and this package write them.
-const KNOWN_FILES: [&str; 25] = [
-    "README.md",
+const KNOWN_FILES: [&str; 27] = [
+    CARD_FILE,
+    FIGURE_FILE,
+    EVALUATION_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",

@@ -13,16 +13,14 @@ use super::journal::Journal;
 use super::parallel::{Timed, in_order};
 use super::place::Place;
 use super::queue::largest_first;
-use crate::error::Result;
-use crate::fit::{Fit, GroupedSpectrum, Limits, Moment, Norm, Spectrum, Term, fit, fit_within};
+use super::spectrum_store::{KEPT_SPECTRA, Spectra, SpectrumStore};
+use crate::error::{Error, Result};
+use crate::fit::{Fit, Limits, Moment, Norm, Spectrum, Term, fit, fit_within};
 use crate::kron::MatrixView;
 use crate::permute::Effort;
 use crate::plan::{Candidate, Choice, Target, Weighting, allocate};
 use crate::progress::{Parallelism, Progress};
-use crate::spec::{GroupedShape, MatrixSpec, TermSpec, Usage};
-
-/// Bytes of eigendecompositions kept between planning and fitting. The rest is computed again.
-pub const KEPT_SPECTRA: usize = 512 << 20;
+use crate::spec::{GroupedShape, MatrixSpec, RowGroup, TermSpec, Usage};
 
 /// A matrix that a budget may compress.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,7 +66,9 @@ pub struct Planned {
 /// A budget after planning: the plan for every matrix, and the results that fitting reuses.
 pub struct SpentBudget {
     planned: Vec<Planned>,
-    work: Vec<Mutex<Work>>,
+    /// The low rank that remains to be fitted; none where the matrix stays dense, or its fit is in the store or was taken.
+    work: Vec<Mutex<Option<TermSpec>>>,
+    spectra: Arc<SpectrumStore>,
     fits: FitStore,
     journal: Option<Arc<Journal>>,
 }
@@ -84,51 +84,33 @@ pub enum Keep {
     Journal(Arc<Journal>),
 }
 
-/// The work that remains on one matrix after planning.
-enum Work {
-    /// The matrix stays dense, its fit is in the store, or its fit was already taken.
-    Nothing,
-    /// A low-rank fit to compute, with its eigendecompositions if they were kept.
-    LowRank(TermSpec, Option<Spectra>),
-}
-
-/// The eigendecompositions of a matrix: one, or one for each group of its rows.
-enum Spectra {
-    Whole(Box<Spectrum>),
-    Groups(GroupedSpectrum),
-}
-
-impl Spectra {
-    fn new(view: MatrixView<'_>, norm: &Norm, groups: &[usize], progress: &Progress) -> Result<Self> {
-        Ok(match groups {
-            [] => Self::Whole(Box::new(Spectrum::new(view, norm, progress)?)),
-            sizes => Self::Groups(GroupedSpectrum::new(view, norm, sizes, progress)?),
-        })
-    }
-
-    fn energies(&self) -> Vec<f64> {
-        match self {
-            Self::Whole(spectrum) => spectrum.energies(),
-            Self::Groups(spectrum) => spectrum.energies(),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Whole(spectrum) => spectrum.bytes(),
-            Self::Groups(spectrum) => spectrum.bytes(),
-        }
-    }
-}
-
 impl BudgetMatrix<'_> {
     /// The number of rows of each group of a table whose tokens have frequencies; none for any other matrix.
     fn groups(&self) -> Vec<usize> {
         let Place { rows, columns, moments, .. } = &self.place;
         let counted =
             matches!(moments.input, Some(Moment::Diagonal(counts)) if counts.iter().any(|&count| count > 0.0));
-        let cut = if self.usage == Usage::Map || !counted { None } else { GroupedShape::cut(*rows, *columns) };
-        cut.unwrap_or_default()
+        groups_of(*rows, *columns, self.usage != Usage::Map && counted)
+    }
+}
+
+/// The number of rows of each group of a matrix that may be `counted`: a table whose tokens have frequencies.
+fn groups_of(rows: usize, columns: usize, counted: bool) -> Vec<usize> {
+    counted.then(|| GroupedShape::cut(rows, columns)).flatten().unwrap_or_default()
+}
+
+/// The fewest parameters to which a budget can compress a matrix: those of rank 1, of each group of rows where it is a
+/// `counted` table.
+///
+/// # Errors
+/// [`Error::Shape`] for a matrix that no rank makes smaller.
+pub fn least_parameters(rows: usize, columns: usize, counted: bool) -> Result<usize> {
+    match groups_of(rows, columns, counted) {
+        groups if groups.is_empty() => TermSpec::LowRank { rank: 1 }.parameters(rows, columns),
+        groups => {
+            let groups = groups.into_iter().map(|rows| RowGroup { rows, rank: 1 }).collect();
+            TermSpec::Grouped(groups).parameters(rows, columns)
+        }
     }
 }
 
@@ -142,6 +124,9 @@ impl SpentBudget {
     /// proportion to the MACs of each choice, and limit the best approximation of each matrix; without a cap, its MACs
     /// while dense do. Unless `keep` is [`Keep::Nothing`], [`fit_each`](Self::fit_each) can follow.
     ///
+    /// `spectra` is a store that several budgets share, of the same matrices with the same moments: what it holds is not
+    /// computed again.
+    ///
     /// # Errors
     /// Those of `load`, of [`Spectrum::new`] and of [`fit_within`], in the matrix, and those of [`allocate`].
     ///
@@ -151,6 +136,7 @@ impl SpentBudget {
         matrices: &[BudgetMatrix<'_>],
         options: BudgetOptions,
         keep: &Keep,
+        spectra: Option<&Arc<SpectrumStore>>,
         progress: &Progress,
         load: impl Fn(usize) -> Result<V> + Sync,
     ) -> Result<Self> {
@@ -160,30 +146,36 @@ impl SpentBudget {
         let groups: Vec<_> = matrices.iter().map(BudgetMatrix::groups).collect();
         let all = sizes.iter().sum::<usize>() as u64;
         progress.expect(if refine { all * (1 + REFINEMENT) } else { all });
-        let kept = Kept::new(if refine || !matches!(keep, Keep::Nothing) { KEPT_SPECTRA } else { 0 });
-        let results: Vec<Mutex<(Vec<f64>, Option<Spectra>)>> = sizes.iter().map(|_| Mutex::default()).collect();
+        let own = || {
+            let room = if refine || !matches!(keep, Keep::Nothing) { KEPT_SPECTRA } else { 0 };
+            Arc::new(SpectrumStore::with_room(matrices.len(), room))
+        };
+        let spectra = spectra.map_or_else(own, Arc::clone);
+        if spectra.len() != matrices.len() {
+            let (expected, got) = (spectra.len().to_string(), matrices.len().to_string());
+            return Err(Error::Shape { operation: "matrices of the spectra", expected, got });
+        }
+        let results: Vec<Mutex<Vec<f64>>> = sizes.iter().map(|_| Mutex::default()).collect();
         largest_first(&sizes, progress, |i, _| {
             let place = &matrices[i].place;
             let length = place.rows.min(place.columns) * groups[i].len().max(1);
-            let done = journal.as_ref().map_or(Ok(None), |journal| journal.energies(i, length))?;
-            let result = if let Some(energies) = done {
-                (energies, None)
+            let known = || journal.as_ref().map_or(Ok(None), |journal| journal.energies(i, length));
+            let done = spectra.energies(i).map_or_else(known, |energies| Ok(Some(energies)))?;
+            let energies = if let Some(energies) = done {
+                energies
             } else {
-                let result = place.with(&load(i)?, |view, norm| {
-                    let spectra = Spectra::new(view, norm, &groups[i], progress)?;
-                    Ok((spectra.energies(), kept.keep(spectra)))
-                })?;
+                let energies = place
+                    .with(&load(i)?, |view, norm| spectra.put(i, Spectra::new(view, norm, &groups[i], progress)?))?;
                 if let Some(journal) = &journal {
-                    journal.put_energies(i, &result.0)?;
+                    journal.put_energies(i, &energies)?;
                 }
-                result
+                energies
             };
-            *results[i].lock().expect("no thread panicked") = result;
+            *results[i].lock().expect("no thread panicked") = energies;
             progress.advance(sizes[i] as u64);
             Ok(())
         })?;
-        let (energies, spectra): (Vec<_>, Vec<_>) =
-            results.into_iter().map(|result| result.into_inner().expect("no thread panicked")).unzip();
+        let energies = results.into_iter().map(|result| result.into_inner().expect("no thread panicked"));
         let candidates: Vec<_> = matrices
             .iter()
             .zip(energies)
@@ -223,11 +215,11 @@ impl SpentBudget {
                 Planned { spec, parameters, macs_before, macs, lost_energy, energies }
             })
             .collect();
-        let work = choices.iter().zip(spectra).map(|(choice, spectra)| match &choice.term {
-            Some(term) => Mutex::new(Work::LowRank(term.clone(), spectra)),
-            None => Mutex::new(Work::Nothing),
-        });
-        let mut spent = Self { planned, work: work.collect(), fits: FitStore::new(matrices.len()), journal };
+        for (i, _) in choices.iter().enumerate().filter(|(_, choice)| choice.term.is_none()) {
+            spectra.drop_spectra(i);
+        }
+        let work = choices.iter().map(|choice| Mutex::new(choice.term.clone())).collect();
+        let mut spent = Self { planned, work, spectra, fits: FitStore::new(matrices.len()), journal };
         if refine {
             spent.refine(matrices, options.effort, &choices, shares.as_deref(), keep, progress, load)?;
         }
@@ -252,20 +244,23 @@ impl SpentBudget {
         let done = largest_first(&sizes, progress, |i, _| {
             let BudgetMatrix { place, usage, .. } = &matrices[i];
             let mut work = self.work[i].lock().expect("no thread panicked");
-            if let Work::LowRank(TermSpec::LowRank { .. }, spectra) = &mut *work {
-                let spectra = spectra.take();
-                *work = Work::Nothing;
+            if let Some(TermSpec::LowRank { .. }) = &*work {
+                *work = None;
                 drop(work);
                 let start = Instant::now();
                 let limits =
                     Limits { parameters: choices[i].parameters, macs: shares.map(|shares| (shares[i], *usage)) };
                 let made = || {
                     let fit = place.with(&load(i)?, |view, norm| {
-                        let spectrum = match spectra {
-                            Some(Spectra::Whole(kept)) => *kept,
-                            _ => Spectrum::new(view, norm, progress)?,
+                        let kept = self.spectra.spectra(i)?;
+                        let made;
+                        let spectrum = if let Some(Spectra::Whole(kept)) = kept.as_deref() {
+                            kept
+                        } else {
+                            made = Spectrum::new(view, norm, progress)?;
+                            &made
                         };
-                        fit_within(view, limits, norm, &spectrum, effort, progress)
+                        fit_within(view, limits, norm, spectrum, effort, progress)
                     })?;
                     Ok(Timed { fit, seconds: start.elapsed().as_secs_f64() })
                 };
@@ -332,12 +327,13 @@ impl SpentBudget {
         let sizes: Vec<_> = places.iter().map(Place::size).collect();
         progress.expect(sizes.iter().sum::<usize>() as u64);
         largest_first(&sizes, progress, |at, _| {
-            let work = std::mem::replace(&mut *self.work[which[at]].lock().expect("no thread panicked"), Work::Nothing);
+            let work = self.work[which[at]].lock().expect("no thread panicked").take();
             let made = || match work {
-                Work::Nothing => self.fits.take(which[at]),
-                Work::LowRank(term, spectra) => {
+                None => self.fits.take(which[at]),
+                Some(term) => {
                     let start = Instant::now();
-                    let fit = low_rank(&places[at], &load(at)?, term, spectra, progress)?;
+                    let spectra = self.spectra.spectra(which[at])?;
+                    let fit = low_rank(&places[at], &load(at)?, term, spectra.as_deref(), progress)?;
                     Ok(Timed { fit, seconds: start.elapsed().as_secs_f64() })
                 }
             };
@@ -358,7 +354,7 @@ fn low_rank(
     place: &Place<'_>,
     values: &[f32],
     term: TermSpec,
-    spectra: Option<Spectra>,
+    spectra: Option<&Spectra>,
     progress: &Progress,
 ) -> Result<Fit> {
     let Some(spectra) = spectra else {
@@ -370,7 +366,7 @@ fn low_rank(
         return place.with(values, made);
     };
     // The norm is part of the spectra: preparing it again would cost as much as the rest of the fit.
-    let fitted = MatrixView::new(values, place.rows, place.columns).and_then(|view| match (&term, &spectra) {
+    let fitted = MatrixView::new(values, place.rows, place.columns).and_then(|view| match (&term, spectra) {
         (TermSpec::LowRank { rank }, Spectra::Whole(spectrum)) => {
             spectrum.low_rank(view, *rank, progress).map(Term::LowRank)
         }
@@ -381,23 +377,6 @@ fn low_rank(
         _ => unreachable!("the spectra are those of the choice"),
     });
     Ok(Fit::of_term(term.into(), fitted.map_err(|error| error.in_tensor(&place.name))?))
-}
-
-/// Eigendecompositions kept up to a limit of memory.
-struct Kept {
-    room: Mutex<usize>,
-}
-
-impl Kept {
-    fn new(room: usize) -> Self {
-        Self { room: Mutex::new(room) }
-    }
-
-    fn keep(&self, spectra: Spectra) -> Option<Spectra> {
-        let mut room = self.room.lock().expect("no thread panicked");
-        *room = room.checked_sub(spectra.bytes())?;
-        Some(spectra)
-    }
 }
 
 /// Compresses the dense parts of fused weights that have compressed parts.
@@ -429,7 +408,6 @@ const REFINEMENT: u64 = 10;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
     use crate::fit::Moments;
     use crate::testing::noise;
     use proptest::prelude::*;
@@ -465,7 +443,7 @@ mod tests {
         let choose = |cap| {
             let load = |i: usize| Ok(values[i].as_slice());
             let options = BudgetOptions { target, max_macs: cap, effort: Effort::Best };
-            SpentBudget::spend(&matrices, options, &Keep::Nothing, &Progress::default(), load)
+            SpentBudget::spend(&matrices, options, &Keep::Nothing, None, &Progress::default(), load)
                 .map(|spent| spent.planned().to_vec())
         };
         let sum = |planned: &[Planned]| planned.iter().map(|each| each.macs).sum::<usize>();
@@ -489,6 +467,56 @@ mod tests {
         assert_eq!(choose(Some(1e9)).unwrap(), free);
         for hopeless in [0.001, 0.0, -1.0, f64::NAN] {
             assert!(matches!(choose(Some(hopeless)), Err(Error::Config(_))));
+        }
+    }
+
+    #[test]
+    fn budgets_that_share_spectra_choose_and_fit_as_alone_and_compute_none_again() {
+        use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+        let sizes = [(24, 16), (16, 40)];
+        let values: Vec<_> = sizes.iter().zip(1..).map(|(&(m, n), seed)| noise(m * n, seed)).collect();
+        let places =
+            sizes.map(|(rows, columns)| Place { name: format!("{rows}"), rows, columns, moments: Moments::default() });
+        let matrices =
+            places.clone().map(|place| BudgetMatrix { module: place.name.clone(), place, usage: Usage::Map });
+        let (loads, progress) = (AtomicUsize::new(0), Progress::default());
+        let load = |i: usize| {
+            loads.fetch_add(1, Relaxed);
+            Ok(values[i].as_slice())
+        };
+        for effort in [Effort::Fast, Effort::Balanced] {
+            let shared = Arc::new(SpectrumStore::shared(2));
+            for (number, parameters) in [700, 500, 850].into_iter().enumerate() {
+                let options = BudgetOptions { target: Target::Parameters(parameters), max_macs: None, effort };
+                let spend =
+                    |store| SpentBudget::spend(&matrices, options, &Keep::Here, store, &progress, load).unwrap();
+                let alone = spend(None);
+                loads.store(0, Relaxed);
+                let together = spend(Some(&shared));
+                // One for each spectrum of the first budget, and one for each search of an effort above "fast".
+                let searched = if effort == Effort::Fast { 0 } else { 2 };
+                assert_eq!(loads.load(Relaxed), searched + if number == 0 { 2 } else { 0 });
+                assert_eq!(together.planned(), alone.planned());
+                // One of them may stay dense.
+                let which: Vec<_> = (0..2).filter(|&i| alone.planned()[i].spec.is_some()).collect();
+                let fits = |spent: &SpentBudget| {
+                    let places: Vec<_> = which.iter().map(|&i| places[i].clone()).collect();
+                    let data: Vec<_> = which.iter().map(|&i| values[i].as_slice()).collect();
+                    let found = spent.fit_many(&which, &places, &data, &progress).unwrap();
+                    found.into_iter().map(|timed| timed.fit).collect::<Vec<_>>()
+                };
+                assert_eq!(fits(&together), fits(&alone));
+            }
+            let other = SpentBudget::spend(
+                &matrices[..1],
+                BudgetOptions { target: Target::Parameters(300), max_macs: None, effort },
+                &Keep::Nothing,
+                Some(&shared),
+                &progress,
+                load,
+            );
+            assert!(matches!(other, Err(Error::Shape { .. })));
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -11,12 +11,12 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::budget::{BudgetMatrix, BudgetOptions, Keep, SpentBudget};
-use super::card;
 use super::journal::Journal;
 use super::parallel::{Task, Timed, decompose_each};
 use super::place::{Calibration, place};
-use super::report::{CalibrationRecord, Report, UNCALIBRATED_BUDGET};
-use crate::checkpoint::files::{REPORT_FILE, is_weight_file, module_folders};
+use super::report::{CalibrationRecord, Report, UNCALIBRATED_BUDGET, source_name};
+use super::spectrum_store::SpectrumStore;
+use crate::checkpoint::files::{CARD_FILE, EVALUATION_FILE, FIGURE_FILE, REPORT_FILE, is_weight_file, module_folders};
 use crate::checkpoint::read::{CODES, Checkpoint, Tensor, scale_name};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};
@@ -52,13 +52,22 @@ pub struct Options {
     pub overwrite: bool,
     /// The largest weight file, in bytes. Larger ones are split into shards.
     pub max_shard_bytes: u64,
-    /// What the moments were measured on, for the report and the card.
+    /// What the moments were measured on, for the report.
     pub calibration: Option<CalibrationRecord>,
+    /// What else the report states of the run.
+    pub facts: Map<String, Value>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { dtype: None, int8: false, overwrite: false, max_shard_bytes: 5_000_000_000, calibration: None }
+        Self {
+            dtype: None,
+            int8: false,
+            overwrite: false,
+            max_shard_bytes: 5_000_000_000,
+            calibration: None,
+            facts: Map::new(),
+        }
     }
 }
 
@@ -81,11 +90,15 @@ impl Options {
 /// The report of `plan` for a checkpoint, before compression.
 #[must_use]
 pub fn planned_report(checkpoint: &Checkpoint, plan: &Plan) -> Report {
-    Report {
-        source: Some(card::source_name(checkpoint.directory())),
+    let mut report = Report {
+        source: Some(source_name(checkpoint.directory())),
         bytes_before: Some(checkpoint.weight_bytes()),
         ..Report::planned(plan)
+    };
+    for (matrix, job) in report.matrices.iter_mut().zip(&plan.jobs) {
+        matrix.count_macs(usage(checkpoint, &job.matrix));
     }
+    report
 }
 
 /// Distributes a budget over matrices of a checkpoint, given by name.
@@ -98,6 +111,7 @@ pub fn spend_budget(
     calibration: &Calibration<'_>,
     options: BudgetOptions,
     keep: &Keep,
+    spectra: Option<&Arc<SpectrumStore>>,
     progress: &Progress,
 ) -> Result<SpentBudget> {
     let matrices = Model::of_checkpoint(checkpoint).matrices(Some(names))?;
@@ -114,7 +128,7 @@ pub fn spend_budget(
             usage: usage(checkpoint, matrix),
         })
         .collect();
-    SpentBudget::spend(&budgeted, options, keep, progress, |i| checkpoint.matrix(&matrices[i]))
+    SpentBudget::spend(&budgeted, options, keep, spectra, progress, |i| checkpoint.matrix(&matrices[i]))
 }
 
 fn usage(checkpoint: &Checkpoint, matrix: &Matrix) -> Usage {
@@ -167,8 +181,7 @@ fn which(plan: &Plan, names: &[String]) -> Result<Vec<usize>> {
 /// Compresses a checkpoint into the directory `destination`, on the current rayon pool. The bytes written do not depend
 /// on the number of threads.
 ///
-/// The result holds the weights, `config.json` with a `quantization_config`, a model card and
-/// `compression_report.json`. The tokenizer and every other file of `source` without weights are copied. For each
+/// The result holds the weights, `config.json` with a `quantization_config`, and `compression_report.json`. The tokenizer and every other file of `source` without weights are copied. For each
 /// module `M` with `W[p][:, q] ≈ Σ A_k ⊗ B_k`, the weights hold `M.A` (rank, m1, n1), `M.B` (rank, m2, n2), and the
 /// gather indices of the forward pass for each permuted side: `M.input_permutation` (`p`; its inverse in an embedding)
 /// and `M.output_permutation` (the inverse of `q`). A low-rank matrix has `M.left`, `M.right` and one permutation. A
@@ -196,11 +209,12 @@ pub fn compress_checkpoint(
 ) -> Result<Report> {
     let (plan, outputs) = prepared(checkpoint, config, options)?;
     let journal = Journal::open(Destination::check(destination, checkpoint, options.overwrite)?, &Map::new(), false)?;
-    compress_planned(checkpoint, &journal, plan, &outputs, fits, options, progress)
+    compress_planned(checkpoint, &journal, plan, &outputs, fits, options, progress)?.commit(&journal)
 }
 
-/// As [`compress_checkpoint`], into the destination of `journal`, with the fits that are in it. Those of a budget must
-/// have been planned with the same journal. `options.overwrite` is that of the journal's destination.
+/// As [`compress_checkpoint`], for the destination of `journal`, with the fits that are in it. Those of a budget must
+/// have been planned with the same journal. `options.overwrite` is that of the journal's destination, which is untouched
+/// until the result is committed.
 ///
 /// # Errors
 /// Those of [`compress_checkpoint`], but for the destination.
@@ -211,9 +225,43 @@ pub fn compress_journaled(
     fits: Fits<'_>,
     options: &Options,
     progress: &Progress,
-) -> Result<Report> {
+) -> Result<Written> {
     let (plan, outputs) = prepared(checkpoint, config, options)?;
     compress_planned(checkpoint, journal, plan, &outputs, fits, options, progress)
+}
+
+/// A compressed checkpoint that is written beside its destination. Dropped without [`commit`](Self::commit), it leaves no
+/// trace.
+#[derive(Debug)]
+pub struct Written {
+    stage: StagingDirectory,
+    report: Report,
+}
+
+impl Written {
+    /// Its report.
+    #[must_use]
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// Adds a small file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn add(&self, name: &str, contents: &[u8]) -> Result<()> {
+        self.stage.write(name, contents)
+    }
+
+    /// Makes it the destination of its journal.
+    ///
+    /// # Errors
+    /// [`Error::Destination`] if the destination was filled meanwhile; [`Error::Io`].
+    pub fn commit(self, journal: &Journal) -> Result<Report> {
+        self.stage.commit()?;
+        journal.succeed();
+        Ok(self.report)
+    }
 }
 
 /// The plan of a config, and the tensors that it makes.
@@ -237,7 +285,7 @@ fn compress_planned(
     fits: Fits<'_>,
     options: &Options,
     progress: &Progress,
-) -> Result<Report> {
+) -> Result<Written> {
     let start = Instant::now();
     let source = checkpoint.directory();
     check_finite(checkpoint, &plan, progress)?;
@@ -248,7 +296,8 @@ fn compress_planned(
 
     let calibrated = fits.calibrated();
     let calibration = options.calibration.clone().filter(|_| calibrated);
-    let mut report = Report { calibrated, calibration, note: fits.note(), ..Report::planned(&plan) };
+    let facts = options.facts.clone();
+    let mut report = Report { calibrated, calibration, note: fits.note(), facts, ..planned_report(checkpoint, &plan) };
     let matrices = Mutex::new(&mut report.matrices);
     let load = |i: usize| checkpoint.matrix(&plan.jobs[i].matrix);
     let finish = |i: usize, Timed { fit, seconds }| {
@@ -306,9 +355,7 @@ fn compress_planned(
         progress.advance(copied(output) as u64);
     }
 
-    report.source = Some(card::source_name(source));
     report.dtype = options.dtype_name();
-    report.bytes_before = Some(checkpoint.weight_bytes());
     report.bytes_after = Some(writer.bytes());
     writer.finish()?;
     for name in carried(source)? {
@@ -317,14 +364,10 @@ fn compress_planned(
         report.carried.push(name.to_string_lossy().into_owned());
     }
     stage.write("config.json", config_json(checkpoint, &plan.config, options.dtype).as_bytes())?;
-    let directory = source.canonicalize().map_err(Error::io(source))?;
-    stage.write("README.md", card::model_card(&directory, checkpoint.config(), &report).as_bytes())?;
     report.seconds = Some(start.elapsed().as_secs_f64());
     stage.write(REPORT_FILE, (report.to_json(true) + "\n").as_bytes())?;
     progress.check()?;
-    stage.commit()?;
-    journal.succeed();
-    Ok(report)
+    Ok(Written { stage, report })
 }
 
 /// One tensor of the compressed checkpoint and the source of its values.
@@ -631,7 +674,7 @@ pub(super) fn carried(source: &Path) -> Result<Vec<PathBuf>> {
     let mut names = Vec::new();
     for name in files_in(source)? {
         let text = name.to_string_lossy();
-        let written = ["config.json", "README.md", REPORT_FILE].contains(&&*text);
+        let written = ["config.json", CARD_FILE, REPORT_FILE, FIGURE_FILE, EVALUATION_FILE].contains(&&*text);
         let skipped = written || text.starts_with('.') || text.ends_with(".index.json") || is_weight_file(&text);
         if !skipped {
             names.push(name);

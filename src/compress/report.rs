@@ -1,11 +1,13 @@
 //! The report of a compression or of a plan: the JSON shared by Python, the command line and `compression_report.json`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::plan::{Job, Plan, Untouched};
-use crate::spec::MatrixSpec;
+use crate::spec::{MatrixSpec, Usage};
 
 /// What the command line, the report and the card say of a budget that was spent in the Frobenius norm.
 pub const UNCALIBRATED_BUDGET: &str = "This budget is spent without a calibration: the model will be far worse than a \
@@ -41,6 +43,12 @@ pub struct MatrixReport {
     pub parameters_before: usize,
     /// Its parameters after.
     pub parameters_after: usize,
+    /// Its MACs for one token before, where its usage is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub macs_before: Option<usize>,
+    /// Its MACs for one token after, where its usage is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub macs_after: Option<usize>,
     /// `‖W − Ŵ‖² / ‖W‖²` of the `f32` factors, once it is computed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lost_energy: Option<f64>,
@@ -73,6 +81,9 @@ pub struct Report {
     /// What a reader must know of the result: [`UNCALIBRATED_BUDGET`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<&'static str>,
+    /// What the caller states of the run, such as its budget.
+    #[serde(flatten)]
+    pub facts: Map<String, Value>,
     /// The files copied from the source, beside the weights and the configuration.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub carried: Vec<String>,
@@ -109,6 +120,7 @@ impl Report {
             calibrated: false,
             calibration: None,
             note: None,
+            facts: Map::new(),
             carried: Vec::new(),
             matrices: plan.jobs.iter().map(MatrixReport::planned).collect(),
             untouched: plan.untouched.clone(),
@@ -132,6 +144,13 @@ impl Report {
 }
 
 impl MatrixReport {
+    /// Adds its MACs for one token, in this operation.
+    pub(super) fn count_macs(&mut self, usage: Usage) {
+        let (m, n) = self.shape;
+        self.macs_before = Some(usage.dense_macs(m, n));
+        self.macs_after = self.spec.macs(m, n, usage).ok();
+    }
+
     fn planned(job: &Job) -> Self {
         let Job { matrix, spec, parameters } = job;
         Self {
@@ -141,8 +160,43 @@ impl MatrixReport {
             spec: spec.clone(),
             parameters_before: matrix.parameters(),
             parameters_after: *parameters,
+            macs_before: None,
+            macs_after: None,
             lost_energy: None,
             seconds: None,
         }
+    }
+}
+
+/// The source's name in a report and a card: its hub id if it is in the hub's cache, otherwise that of its folder. A
+/// path would tell the readers of a published model of its maker's machine.
+#[must_use]
+pub fn source_name(source: &Path) -> String {
+    let absolute = std::path::absolute(source).unwrap_or_else(|_| source.to_owned());
+    hub_id(&absolute).unwrap_or_else(|| {
+        absolute.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    })
+}
+
+/// The hub id of a model in huggingface_hub's cache: `models--ORG--NAME/snapshots/REVISION`.
+#[must_use]
+pub fn hub_id(source: &Path) -> Option<String> {
+    let snapshots = source.parent()?;
+    let id = snapshots.parent()?.file_name()?.to_str()?.strip_prefix("models--")?;
+    (snapshots.file_name()? == "snapshots").then(|| id.replace("--", "/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hub_cache_path_gives_the_hubs_name() {
+        let path = Path::new("/cache/hub/models--openai-community--gpt2/snapshots/607a30d");
+        assert_eq!(hub_id(path).unwrap(), "openai-community/gpt2");
+        assert_eq!(source_name(path), "openai-community/gpt2");
+        assert_eq!(hub_id(Path::new("/models--a--b/other/c")), None);
+        assert_eq!(hub_id(Path::new("gpt2")), None);
+        assert_eq!(source_name(Path::new("/home/me/gpt2")), "gpt2");
     }
 }

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use faer::Mat;
+
 use super::low_rank::{LowRank, Roots, Spectrum};
 use super::moment::{Norm, Weight};
 use crate::error::Result;
@@ -33,6 +35,7 @@ pub struct GroupedLowRank {
 }
 
 /// The spectra of all groups of a matrix.
+#[derive(Clone)]
 pub struct GroupedSpectrum {
     order: Permutation,
     groups: Vec<Spectrum>,
@@ -83,6 +86,11 @@ impl GroupedSpectrum {
     #[must_use]
     pub fn energies(&self) -> Vec<f64> {
         self.groups.iter().flat_map(Spectrum::energies).collect()
+    }
+
+    /// The matrices of each group but the roots, which all groups share, for a caller who keeps them elsewhere meanwhile.
+    pub fn matrices(&mut self) -> Vec<&mut Mat<f64>> {
+        self.groups.iter_mut().map(Spectrum::vectors).collect()
     }
 
     /// The nearest matrix to the same `view` whose groups have these ranks.

@@ -54,6 +54,7 @@ pub fn low_rank(view: MatrixView<'_>, rank: usize, norm: &Norm, progress: &Progr
 
 /// The eigendecomposition of a matrix in a norm. The nearest matrices of every rank follow from it, so it is computed
 /// once for any number of ranks.
+#[derive(Clone)]
 pub struct Spectrum {
     pub(super) roots: Arc<Roots>,
     pub(super) whitened: Whitened,
@@ -107,6 +108,20 @@ impl Spectrum {
     pub fn bytes(&self) -> usize {
         let size = self.whitened.energies.len();
         size * size * size_of::<f64>() + self.bytes_of_roots()
+    }
+
+    /// Its matrices, for a caller who keeps them elsewhere meanwhile.
+    pub fn matrices(&mut self) -> Vec<&mut Mat<f64>> {
+        let Roots(root, inverse) = Arc::make_mut(&mut self.roots);
+        let roots = [root, inverse].into_iter().filter_map(|root| match root {
+            Weight::Full(matrix) => Some(matrix),
+            _ => None,
+        });
+        roots.chain([&mut self.whitened.vectors]).collect()
+    }
+
+    pub(super) fn vectors(&mut self) -> &mut Mat<f64> {
+        &mut self.whitened.vectors
     }
 
     /// The part of [`bytes`](Self::bytes) that spectra in one norm share.
@@ -208,6 +223,7 @@ struct Sides<'a> {
 }
 
 /// `(C^½, C^−½)` of the weight of the shorter side.
+#[derive(Clone)]
 pub(super) struct Roots(Weight, Weight);
 
 impl Roots {
@@ -227,6 +243,7 @@ struct Directions {
 
 /// Eigenvalues of `S X C Xᵀ S` for the roots `S` of the shorter side's weight, in ascending order and not negative, and
 /// its eigenvectors.
+#[derive(Clone)]
 pub(super) struct Whitened {
     energies: Vec<f64>,
     vectors: Mat<f64>,

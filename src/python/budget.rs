@@ -1,11 +1,13 @@
 //! `MatrixInfo`, `Choice`, `spend_budget` and `SpentBudget`: one budget for the matrices of a model in memory.
 
+use std::sync::Arc;
+
 use numpy::{PyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
 use super::jobs;
 use super::moments::{MomentArrays, place, same_length};
-use super::specs::spec_to_python;
+use super::specs::{spec_from_python, spec_to_python};
 use super::terms::Fitted;
 use crate::compress::{self, BudgetMatrix, BudgetOptions, Keep, Place};
 use crate::error::{Error, Result};
@@ -17,7 +19,10 @@ use crate::spec::Usage;
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Choice>()?;
     module.add_class::<MatrixInfo>()?;
+    module.add_class::<SpectrumStore>()?;
     module.add_class::<SpentBudget>()?;
+    module.add_function(wrap_pyfunction!(macs, module)?)?;
+    module.add_function(wrap_pyfunction!(least_parameters, module)?)?;
     module.add_function(wrap_pyfunction!(spend_budget, module)?)
 }
 
@@ -79,6 +84,34 @@ pub(super) struct Choice {
     lost_energy: f64,
     /// Its energies in descending order, float64.
     energies: Py<PyArray1<f64>>,
+}
+
+/// The spectra of the matrices of one model in one norm, which several budgets share.
+#[pyclass(frozen, module = "tqcompressor._core")]
+pub(super) struct SpectrumStore {
+    pub store: Arc<compress::SpectrumStore>,
+}
+
+#[pymethods]
+impl SpectrumStore {
+    #[new]
+    fn new(matrices: usize) -> Self {
+        Self { store: Arc::new(compress::SpectrumStore::shared(matrices)) }
+    }
+}
+
+/// `(before, after)`: the MACs for one token of a matrix of this shape, in × out, while it is dense and by its spec.
+#[pyfunction]
+fn macs(spec: &Bound<'_, PyAny>, shape: (usize, usize), usage: &str) -> PyResult<(usize, usize)> {
+    let (spec, usage) = (spec_from_python(spec)?, Usage::from_name(usage)?);
+    Ok((usage.dense_macs(shape.0, shape.1), spec.macs(shape.0, shape.1, usage)?))
+}
+
+/// The fewest parameters to which a budget can compress a matrix of this shape, in × out: those of rank 1, of each group
+/// of rows where `counted` says that it is an embedding whose tokens have frequencies.
+#[pyfunction]
+fn least_parameters(shape: (usize, usize), counted: bool) -> PyResult<usize> {
+    Ok(compress::least_parameters(shape.0, shape.1, counted)?)
 }
 
 /// A budget after planning, with the results that fitting reuses.
@@ -182,7 +215,7 @@ fn spend_budget<'py>(
     let spent = jobs::run(py, progress, |progress| {
         let load = |i: usize| Ok(data[i]);
         let keep = if keep { Keep::Here } else { Keep::Nothing };
-        pool.install(|| compress::SpentBudget::spend(&budgeted, options, &keep, progress, load))
+        pool.install(|| compress::SpentBudget::spend(&budgeted, options, &keep, None, progress, load))
     })?;
     Ok(SpentBudget { spent })
 }

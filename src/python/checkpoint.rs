@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::arrays::contiguous;
-use super::budget::{MatrixInfo, SpentBudget, target};
+use super::budget::{MatrixInfo, SpectrumStore, SpentBudget, target};
 use super::errors::warn;
 use super::jobs;
 use super::moments::{MomentArrays, calibration, same_length};
@@ -33,6 +33,9 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Checkpoint>()?;
     module.add_class::<Journal>()?;
     module.add_class::<ModelPlan>()?;
+    module.add_class::<Written>()?;
+    module.add_function(wrap_pyfunction!(hub_id, module)?)?;
+    module.add_function(wrap_pyfunction!(source_name, module)?)?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
     module.add_function(wrap_pyfunction!(expand_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(check_destination, module)?)?;
@@ -300,7 +303,7 @@ impl Checkpoint {
     }
 
     #[pyo3(signature = (
-        names, moments, *, parameters, lost_energy, max_macs, effort, journal, threads, progress
+        names, moments, *, parameters, lost_energy, max_macs, effort, journal, spectra, threads, progress
     ))]
     #[allow(clippy::too_many_arguments)]
     fn spend_budget<'py>(
@@ -313,6 +316,7 @@ impl Checkpoint {
         max_macs: Option<f64>,
         effort: &str,
         journal: Option<&Journal>,
+        spectra: Option<&SpectrumStore>,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<SpentBudget> {
@@ -324,16 +328,19 @@ impl Checkpoint {
         let pool = jobs::rayon_pool(threads)?;
         let spent = jobs::run(py, progress, |progress| {
             let keep = journal.map_or(Keep::Nothing, |journal| Keep::Journal(Arc::clone(&journal.kept)));
-            pool.install(|| compress::spend_budget(&self.opened, &names, &calibration, options, &keep, progress))
+            let spectra = spectra.map(|shared| &shared.store);
+            pool.install(|| {
+                compress::spend_budget(&self.opened, &names, &calibration, options, &keep, spectra, progress)
+            })
         })?;
         Ok(SpentBudget { spent })
     }
 
-    /// Writes the compressed checkpoint to the destination of a journal. Fits are computed in the norms of `moments`, or
+    /// Writes the compressed checkpoint beside the destination of a journal. Fits are computed in the norms of `moments`, or
     /// taken from a budget that was planned for the matrices `names` with these moments. `progress` is called with
     /// `(done, total, phase)`.
     #[pyo3(signature = (
-        journal, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, measured, threads, progress
+        journal, config, names, moments, *, spent, dtype, overwrite, max_shard_bytes, measured, facts, threads, progress
     ))]
     #[allow(clippy::too_many_arguments)]
     fn compress<'py>(
@@ -348,13 +355,15 @@ impl Checkpoint {
         overwrite: bool,
         max_shard_bytes: u64,
         measured: Option<Measured>,
+        facts: &str,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<String> {
+    ) -> PyResult<Written> {
         let config = config_from_python(config)?;
         let measured = measured.map(Into::into);
-        let options =
-            Options { overwrite, max_shard_bytes, calibration: measured, ..Options::default() }.with_dtype(dtype)?;
+        let facts = serde_json::from_str(facts).map_err(|error| Error::Config(format!("facts: {error}")))?;
+        let options = Options { overwrite, max_shard_bytes, calibration: measured, facts, ..Options::default() }
+            .with_dtype(dtype)?;
         same_length(names.len(), &[moments.len()])?;
         let moments: Vec<_> = names.iter().cloned().zip(moments).collect();
         let calibration: Calibration<'_> = calibration(&moments)?;
@@ -369,10 +378,63 @@ impl Checkpoint {
             let phase = if counts.phase().is_empty() { "compress" } else { counts.phase() };
             callback.call1(py, (done, total, phase)).map(|_| ())
         };
-        let journal = &journal.kept;
-        let report = jobs::run_watched(py, tell, |progress| {
-            pool.install(|| compress::compress_journaled(&self.opened, journal, &config, fits, &options, progress))
+        let kept = &journal.kept;
+        let written = jobs::run_watched(py, tell, |progress| {
+            pool.install(|| compress::compress_journaled(&self.opened, kept, &config, fits, &options, progress))
         })?;
-        Ok(report.to_json(false))
+        Ok(Written { journal: Arc::clone(kept), written: Mutex::new(Some(written)) })
     }
+}
+
+/// A compressed checkpoint that is written beside its destination.
+#[pyclass(frozen, module = "tqcompressor._core")]
+struct Written {
+    journal: Arc<compress::Journal>,
+    written: Mutex<Option<compress::Written>>,
+}
+
+impl Written {
+    fn open(&self) -> MutexGuard<'_, Option<compress::Written>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The error of a second use.
+fn committed() -> Error {
+    Error::Config("the checkpoint is in its place already, or was given up".into())
+}
+
+#[pymethods]
+impl Written {
+    /// Its report, as JSON.
+    #[getter]
+    fn report(&self) -> PyResult<String> {
+        Ok(self.open().as_ref().ok_or_else(committed)?.report().to_json(false))
+    }
+
+    /// Adds a small file.
+    fn add(&self, py: Python<'_>, name: &str, contents: &[u8]) -> PyResult<()> {
+        Ok(py.detach(|| self.open().as_ref().ok_or_else(committed)?.add(name, contents))?)
+    }
+
+    /// Makes it the destination, all of it in one step, and closes its journal.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.open().take().ok_or_else(committed)?.commit(&self.journal))?;
+        Ok(())
+    }
+
+    /// Removes it unless it was committed.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| drop(self.open().take()));
+    }
+}
+
+#[pyfunction]
+fn hub_id(source: PathBuf) -> Option<String> {
+    compress::hub_id(&source)
+}
+
+#[pyfunction]
+fn source_name(source: PathBuf) -> String {
+    compress::source_name(&source)
 }

@@ -50,8 +50,10 @@ PYTHON = {
     "verify": "errors _core utils config data evaluate models compression native distillation",
     "integrations": "errors config modules models calibration compression",
     "plots": "errors config decomposition compression evaluate",
+    "frontier": "errors _core utils config data evaluate calibration compression native verify plots",
+    "pages": "errors utils config compression distillation frontier",
     "cli": "errors _core utils config data evaluate decomposition calibration compression conversion native "
-    "distillation verify",
+    "distillation verify frontier pages",
 }
 # Optional packages and packages with a slow import: `import tqcompressor` must not import them.
 HEAVY = {

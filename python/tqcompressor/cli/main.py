@@ -1,5 +1,5 @@
 """The command line: `tqcompressor compress`, `expand`, `convert`, `calibrate`, `distill`, `inspect`, `evaluate`,
-`verify` and `generate`.
+`sweep`, `report`, `verify` and `generate`.
 
 Results go to standard output (as JSON with `--json`), progress and errors to standard error. The exit status is 0,
 2 for wrong usage or invalid input, 130 after Ctrl-C, and 1 for any other failure, a check of `verify` included.
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "distill": _distill,
         "inspect": _inspect,
         "evaluate": _evaluate,
+        "sweep": _sweep,
+        "report": _report,
         "verify": _verify,
         "generate": _generate,
     }
@@ -319,6 +321,7 @@ def _with_estimate(found: BudgetPlan | CompressionReport, estimate: CostEstimate
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from ..compression.card import record_evaluation, report_in
     from ..data.text import check_text, read_passages
     from ..evaluate.results import Comparison
 
@@ -338,7 +341,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     # One model in memory at a time.
     score = _score_native if native else _score_in_torch
+    if options.record:
+        report_in(Path(options.model))
     table = Comparison(tuple(score(name, text, passages, options) for name in models))
+    if options.record:
+        record_evaluation(options.model, {**table.to_dict(), "text": text.name})
     print(table.to_json() if options.json else table)
 
 
@@ -368,7 +375,12 @@ def _evaluate_embeddings(text: Path, options: argparse.Namespace) -> None:
     from ..evaluate.embeddings import embedding_cosine
     from ..verify.subject import load_whole
 
-    only_perplexity = {"--passages": options.passages, "--context": options.context, "--stride": options.stride}
+    only_perplexity = {
+        "--passages": options.passages,
+        "--context": options.context,
+        "--stride": options.stride,
+        "--record": options.record or None,
+    }
     for name, value in only_perplexity.items():
         if value is not None:
             raise ConfigError(f"{name}: expected a causal language model, {options.model} is none")
@@ -443,6 +455,48 @@ def _to_compute(model: PreTrainedModel, options: argparse.Namespace) -> PreTrain
     dtype = options.dtype or ("float32" if torch.device(options.device).type == "cpu" else None)
     moved: PreTrainedModel = model.to(options.device, None if dtype is None else getattr(torch, dtype))
     return moved
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from ..frontier.sweep import sweep
+
+    _quiet_torch_engine(options)
+    try:
+        result = sweep(
+            options.source,
+            options.budgets,
+            options.out,
+            heldout=Path(options.heldout),
+            text=None if options.text is None else [Path(text) for text in options.text],
+            calibration=options.calibration,
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+            engine=options.engine,
+            device=options.device,
+            objective=options.objective,
+            matrices=options.matrices,
+            max_macs=options.max_macs,
+            effort=options.effort,
+            seed=options.seed,
+            dtype=options.dtype,
+            context=options.context,
+            stride=options.stride,
+            keep=options.keep,
+            resume=options.resume,
+            threads=options.threads,
+        )
+    except KeyboardInterrupt:
+        if Path(options.out).is_dir():
+            print(f"tqcompressor: {options.out} has what is finished: go on with --resume", file=sys.stderr)
+        raise
+    print(result.to_json() if options.json else f"{result}\nwritten to {options.out}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ..pages.page import html_report
+
+    html_report(options.source, options.html, sweep=options.sweep, evaluation=options.evaluation)
+    print(json.dumps({"html": options.html}) if options.json else f"written to {options.html}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -112,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     _add_calibrate(commands, common)
 
     _add_evaluate(commands, common)
+    _add_sweep(commands, common)
+    _add_report(commands, common)
     _add_verify(commands, common)
     _add_generate(commands, common)
     return program
@@ -266,6 +268,11 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--passages", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
     evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    evaluate.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the perplexities in DIR, and in its model card (compressed checkpoints)",
+    )
     _add_engine(evaluate)
     _add_threads(evaluate)
     group = evaluate.add_argument_group("engine torch")
@@ -274,6 +281,53 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="dtype to compute in (default: float32 on the CPU, else the checkpoint's)"
     )
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def _add_sweep(commands: Any, common: argparse.ArgumentParser) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        parents=[common],
+        help="measure quality, bytes and tokens per second of several budgets on a text",
+        description="Compress a checkpoint to each of several budgets, with one calibration, and measure each on a "
+        "held-out text. A stopped sweep goes on with --resume, also with other budgets.",
+    )
+    sweep.add_argument("source", metavar="SRC", help="a checkpoint directory with safetensors files, or a hub id")
+    sweep.add_argument(
+        "--budgets", metavar="B", nargs="+", required=True, help="the sizes to keep, each as --budget of compress"
+    )
+    sweep.add_argument("--out", metavar="DIR", required=True, help="the directory of the table and the figures")
+    sweep.add_argument("--heldout", metavar="FILE", required=True, help="raw UTF-8 text to measure quality on")
+    sweep.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 files or globs to calibrate on; see calibrate")
+    _add_sequences(sweep)
+    _add_calibration(sweep)
+    sweep.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
+    sweep.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    sweep.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
+    sweep.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of search and calibration (default: 0)")
+    sweep.add_argument("--dtype", choices=STORED_DTYPES, help="of the results (default: that of each source tensor)")
+    sweep.add_argument("--keep", metavar="DIR", help="keep every compressed model in DIR")
+    sweep.add_argument("--resume", action="store_true", help="go on with the stopped sweep in the directory of --out")
+    sweep.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_engine(sweep)
+    _add_threads(sweep)
+
+
+def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
+    report = commands.add_parser(
+        "report",
+        parents=[common],
+        help="write one HTML page about a compressed checkpoint, or about a sweep",
+        description="Write one HTML page that loads nothing: the plan layer by layer, sizes and perplexities before "
+        "and after, and the budgets of a sweep.",
+    )
+    report.add_argument("source", metavar="DIR", help="a compressed checkpoint directory, or one of a sweep")
+    report.add_argument("--html", metavar="FILE", required=True, help="the page to write")
+    report.add_argument("--sweep", metavar="FILE", help="the sweep.json of its source (default: that in DIR)")
+    report.add_argument(
+        "--evaluation",
+        metavar="FILE",
+        help="what `evaluate --json` printed (default: what `evaluate --record` kept in DIR)",
+    )
 
 
 def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:

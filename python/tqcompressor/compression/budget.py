@@ -58,7 +58,7 @@ class Spending:
 
 def meaning(budget: Budget) -> str:
     """The meaning of a budget, in words. Raises `ConfigError` for an invalid one."""
-    kind, value = _parsed(budget)
+    kind, value = parsed(budget)
     if kind == "share":
         return f"at most {value:.4g} of the model's parameters, all saved tensors counted"
     if kind == "parameters":
@@ -74,7 +74,7 @@ def target_of(budget: Budget, before: int, matrices: int, bytes_each: float, bes
     `matrices` is the number of parameters that the budget may be spent on; `beside` are bytes that the model takes
     besides, of scales. Raises `ConfigError` for a budget that the other parameters exceed.
     """
-    kind, value = _parsed(budget)
+    kind, value = parsed(budget)
     if kind == "lost_energy":
         return {"lost_energy": value}
     allowed = {"share": value * before, "parameters": value, "bytes": (value - beside) / bytes_each}[kind]
@@ -87,7 +87,8 @@ def target_of(budget: Budget, before: int, matrices: int, bytes_each: float, bes
     return {"parameters": left}
 
 
-def _parsed(budget: Budget) -> tuple[str, float]:
+def parsed(budget: Budget) -> tuple[str, float]:
+    """The kind of a budget ("share", "parameters", "bytes" or "lost_energy") and its number; raises as `meaning`."""
     wrong = ConfigError(
         f'budget must be a share of the parameters such as 0.65 or "65%", their number, a size such as "300MB", or '
         f'"lost_energy=0.1", got {budget!r}'

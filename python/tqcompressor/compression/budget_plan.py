@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._core import Choice, MatrixInfo
+from .._core import Choice, MatrixInfo, least_parameters
 from ..config.choices import Objective
 from ..config.specs import MatrixSpec, describe
 from ..config.tq_config import INT8, TQConfig
@@ -176,6 +176,9 @@ class BudgetRequest:
         before, *sizes = model
         spendable = sum(matrix.parameters_before for matrix in matrices)
         target = target_of(spending.budget, before, spendable, *sizes)
+        if "parameters" in target:
+            least = sum(_least(matrix, moments) for matrix, moments in zip(matrices, chosen.values(), strict=True))
+            _check_least(spending, target["parameters"], least, before - spendable + least, before, *sizes)
         limits = {"parameters": None, "lost_energy": None, **target, "max_macs": cap, "effort": spending.effort}
         return cls(spending, matrices, tuple(chosen.values()), before, limits, left_dense or {})
 
@@ -211,6 +214,28 @@ class BudgetRequest:
             left_dense=self.left_dense,
             max_macs=self.limits["max_macs"],
         )
+
+
+def _least(matrix: MatrixInfo, moments: Moments) -> int:
+    """The fewest parameters that a matrix can have."""
+    counts, _ = moments
+    counted = counts is not None and counts.ndim == 1 and bool(np.any(counts > 0))
+    return least_parameters(matrix.shape, matrix.kind == "embedding" and counted)
+
+
+def _check_least(
+    spending: Spending, left: int, least: int, smallest: int, before: int, bytes_each: float, beside: float
+) -> None:
+    """Raises `ConfigError` for a budget that rank 1 of every matrix exceeds, with the smallest that can be met."""
+    if least <= left:
+        return
+    # Rounded up, so that the stated share suffices.
+    share = math.ceil(1e4 * smallest / max(before, 1)) / 1e4
+    size = math.ceil(smallest * bytes_each + beside)
+    raise ConfigError(
+        f"budget {spending.budget}: {meaning(spending.budget)}, but the matrices have {least:,} at rank 1: the "
+        f"smallest budget that can be met is {share:g}, or {smallest:,} parameters, about {size:,} bytes"
+    )
 
 
 def _planned(matrix: MatrixInfo, choice: Choice) -> PlannedMatrix:

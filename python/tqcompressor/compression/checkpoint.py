@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -49,14 +49,16 @@ from .budget import (
     stored_sizes,
 )
 from .budget_plan import BudgetPlan, BudgetRequest
+from .card import card_files, read_config
 from .cost import cost_of
 from .measured import calibrate_checkpoint, sole_file
 from .report import REPORT_FILE, CompressionReport, MatrixReport, UntouchedTensor, read_report
+from .reproduce import shell_command, texts_read, versions
 from .run_key import run_key
 
-# The calibration on a text, in the journal of a run.
 _LOGGER = logging.getLogger(__name__)
-_CALIBRATION = "calibration.safetensors"
+# The calibration on a text, in the journal of a run.
+CALIBRATION_FILE = "calibration.safetensors"
 _PARTIAL_SUMS = "sums.safetensors"
 
 
@@ -89,9 +91,9 @@ def compress_checkpoint(
 
     Every matrix `W` (in × out) that the config names, or that the budget is spent on, becomes a Kronecker sum
     `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a low-rank product, or a sum of both. `out` gets the weights, `config.json`, the
-    tokenizer and other files of the source, a model card, and `compression_report.json`. After `import tqcompressor`,
-    transformers loads it. `out` is written completely or not at all. Equal inputs, efforts and seeds give equal bytes,
-    for any number of threads. Nothing but calibrating on a `text` needs torch.
+    tokenizer and other files of the source, a model card with its figure, and `compression_report.json`. After
+    `import tqcompressor`, transformers loads it. `out` is written completely or not at all. Equal inputs, efforts and
+    seeds give equal bytes, for any number of threads. Nothing but calibrating on a `text` needs torch.
 
     Args:
         source: A directory with `config.json` and safetensors weights (float32, float16 or bfloat16, one file or
@@ -153,6 +155,8 @@ def compress_checkpoint(
         >>> report.parameters_after / report.parameters_before
         0.649...
     """
+    # The arguments as they were given, for the command in the card.
+    given = dict(locals())
     threads = validate.threads(threads)
     stored = stored_dtype(dtype)
     check_options(config, budget, matrices, max_macs, calibration, text, stored)
@@ -216,8 +220,8 @@ def compress_checkpoint(
         )
         announce(progress, f"compressing takes {cost}", _LOGGER)
         if text is not None:
-            known = _calibrated(
-                Path(journal.directory, _CALIBRATION),
+            known = kept_calibration(
+                Path(journal.directory, CALIBRATION_FILE),
                 source,
                 text,
                 seed=seed,
@@ -230,32 +234,80 @@ def compress_checkpoint(
         spent = None
         if spending is not None:
             spending = replace(spending, calibration=known)
-            request, spent = _spend(checkpoint, spending, journal, threads=threads, progress=progress)
+            request, spent = spend(checkpoint, spending, journal, threads=threads, progress=progress)
             resolved = request.plan(spent.choices).config
             moments = list(zip(request.names, request.moments, strict=True))
         else:
             moments = _moments(known, objective, planned)
         # Either the config of the caller or that of the plan.
         assert resolved is not None
-        with phase_reporter(progress) as report_progress:
-            written = checkpoint.compress(
-                journal,
-                resolved,
-                [name for name, _ in moments],
-                [pair for _, pair in moments],
-                spent=spent,
-                dtype=stored,
-                overwrite=overwrite,
-                max_shard_bytes=most,
-                measured=known,
-                threads=threads,
-                progress=report_progress,
-            )
+        unused = {"source", "out", "overwrite", "resume", "threads", "progress", "save_calibration"}
+        arguments = {name: value for name, value in given.items() if name not in unused}
+        if text is not None and known is not None:
+            # A resumed run may read the text from other files than the run that measured it did.
+            arguments["text"] = texts_read(text, known)
+        report = write(
+            checkpoint,
+            source,
+            journal,
+            resolved,
+            moments,
+            spent,
+            facts={
+                "budget": budget,
+                "objective": None if objective == "auto" else objective,
+                "command": shell_command(_core.source_name(source), compress_checkpoint, arguments),
+                "versions": versions(*(() if text is None or is_native(engine, {}) else ("torch", "transformers"))),
+            },
+            dtype=stored,
+            overwrite=overwrite,
+            max_shard_bytes=most,
+            measured=known,
+            threads=threads,
+            progress=progress,
+        )
     _LOGGER.info("written to %s", os.fspath(out))
-    return CompressionReport.from_dict(json.loads(written))
+    return report
 
 
-def _calibrated(path: Path, source: str, text: TextOption, **options: Any) -> Calibration:
+def write(
+    checkpoint: _core.Checkpoint,
+    source: str,
+    journal: _core.Journal,
+    config: TQConfig,
+    moments: Sequence[tuple[str, Moments]],
+    spent: SpentBudget | None,
+    *,
+    facts: Mapping[str, Any],
+    progress: ProgressOption,
+    **options: Any,
+) -> CompressionReport:
+    """Writes a compressed checkpoint, with its card, into the destination of a journal: completely or not at all.
+
+    `facts` are those of the report that the caller knows; the options are those of the boundary.
+    """
+    known = {name: value for name, value in facts.items() if value is not None}
+    with phase_reporter(progress) as report_progress:
+        written = checkpoint.compress(
+            journal,
+            config,
+            [name for name, _ in moments],
+            [pair for _, pair in moments],
+            spent=spent,
+            # Numbers of numpy and the like become text.
+            facts=json.dumps(known, default=str),
+            progress=report_progress,
+            **options,
+        )
+    with closing(written):
+        report = CompressionReport.from_dict(json.loads(written.report))
+        for name, text in card_files(report, read_config(Path(source)), os.path.realpath(source)).items():
+            written.add(name, text.encode("utf-8", "replace"))
+        written.commit()
+    return report
+
+
+def kept_calibration(path: Path, source: str, text: TextOption, **options: Any) -> Calibration:
     """The calibration of a run on its text, kept at `path`, where it is if the run was stopped after it.
 
     If the run was stopped while it was measured, the sums so far are beside it.
@@ -345,28 +397,43 @@ def plan_checkpoint(
 ) -> BudgetPlan:
     """`plan` for the checkpoint in `source`, without torch."""
     checkpoint = _core.Checkpoint.open(local_directory(source))
-    request, spent = _spend(checkpoint, spending, None, threads=threads, progress=progress)
+    request, spent = spend(checkpoint, spending, None, threads=threads, progress=progress)
     return request.plan(spent.choices)
 
 
-def _spend(
+def spend(
     checkpoint: _core.Checkpoint,
     spending: Spending,
     journal: _core.Journal | None,
     *,
+    spectra: _core.SpectrumStore | None = None,
     threads: int | None,
     progress: ProgressOption,
 ) -> tuple[BudgetRequest, SpentBudget]:
-    """Spends a budget on a checkpoint; with a journal, what was spent can be fitted and written."""
+    """Spends a budget on a checkpoint; with a journal, what was spent can be fitted and written.
+
+    Several budgets may share `spectra`, with one calibration and objective.
+    """
+    request = budget_request(checkpoint, spending)
+    with reporter(progress, "plan") as report_progress:
+        spent = checkpoint.spend_budget(
+            request.names,
+            request.moments,
+            **request.limits,
+            journal=journal,
+            spectra=spectra,
+            threads=threads,
+            progress=report_progress,
+        )
+    return request, spent
+
+
+def budget_request(checkpoint: _core.Checkpoint, spending: Spending) -> BudgetRequest:
+    """The request for a budget on a checkpoint; raises `ConfigError` where it cannot be met."""
     listed = checkpoint.list_matrices(matrix_patterns(spending.matrices))
     before = checkpoint.parameters
     sizes = stored_sizes(checkpoint.list_matrices(None), before, checkpoint.bytes / max(before, 1), spending.dtype)
-    request = BudgetRequest.of(listed, sizes, spending)
-    with reporter(progress, "plan") as report_progress:
-        spent = checkpoint.spend_budget(
-            request.names, request.moments, **request.limits, journal=journal, threads=threads, progress=report_progress
-        )
-    return request, spent
+    return BudgetRequest.of(listed, sizes, spending)
 
 
 def inspect(source: StrPath, config: ConfigOption | None = None) -> CompressionReport:

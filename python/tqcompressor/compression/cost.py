@@ -54,7 +54,7 @@ class CostEstimate:
         about 7 minutes and 1.4 GB of memory on 2 threads
         """
         on = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"about {_duration(self.seconds)} and {_size(self.peak_bytes)} of memory on {on}"
+        return f"about {duration(self.seconds)} and {_size(self.peak_bytes)} of memory on {on}"
 
 
 def estimate_cost(
@@ -181,7 +181,8 @@ def _bytes_of_work(matrix: MatrixInfo, calibrated: bool) -> int:
     return size
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """About how long, in words."""
     if seconds < 10:
         return "some seconds"
     if seconds < 90:

@@ -47,10 +47,12 @@ from ..utils import validate
 from ..utils.progress import ProgressOption, reporter
 from .budget import Budget, Spending, calibrated, check_options, meaning, moments_of
 from .budget_plan import BudgetRequest
-from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget
+from .live_card import keep_report
+from .model_plan import matrix_of, plan_model, resolved_plan, spend_budget, usages
 from .refine import EPOCHS
 from .refine import refine as refine_blocks
 from .report import CalibrationRecord, CompressionReport, MatrixReport, UntouchedTensor
+from .reproduce import python_call, versions
 
 # The texts that `calibrate` reads: sequences, batches, or a tokenizer and a text.
 Texts: TypeAlias = TokenBlocks | Iterable[Any] | tuple[PreTrainedTokenizerBase, Any]
@@ -86,8 +88,8 @@ def compress(
     Every `W` (in × out) becomes a Kronecker sum `W[p][:, q] ≈ Σ_k A_k ⊗ B_k`, a low-rank product, or a sum of both. The
     model keeps its device, dtype, training mode and `requires_grad`, and the bias parameters themselves. All users of
     one matrix get the same factors: a head that is tied to an embedding, and the embeddings of an encoder and a
-    decoder. `model.save_pretrained` then writes a compressed checkpoint, and `model.dequantize()` returns a stock
-    model.
+    decoder. `model.save_pretrained` then writes a compressed checkpoint with its model card, `model.push_to_hub`
+    uploads both, and `model.dequantize()` returns a stock model.
 
     Args:
         model: A dense model of transformers with any head or none. A config names its `nn.Linear`, `Conv1D` and
@@ -153,6 +155,8 @@ def compress(
         0.649...
         >>> model.save_pretrained("tiny-gpt2-compressed")
     """
+    # The arguments as they were given, for the call in the card.
+    given = dict(locals())
     require_transformers_model(model)
     warn_of_untied(model, stacklevel=2)
     threads = validate.threads(threads)
@@ -202,7 +206,17 @@ def compress(
         threads=threads,
         progress=progress,
     )
-    return replace(report, note=note)
+    arguments = {name: value for name, value in given.items() if name not in ("model", "threads", "progress")}
+    report = replace(
+        report,
+        note=note,
+        budget=budget,
+        objective=None if objective == "auto" else objective,
+        command=python_call(compress, arguments),
+        versions=versions("torch", "transformers"),
+    )
+    keep_report(model, report)
+    return report
 
 
 def recompress(
@@ -339,6 +353,7 @@ def _compress_planned(
     # The dense matrices that become eight-bit integers.
     dense = None if config.dtype is None else int8_modules(model, specs) if config.dense is None else config.dense
     modules = empty_modules(model, specs, dense)
+    used_as = dict(zip(specs, usages(model, [each for each in plan.matrices if each.spec is not None]), strict=True))
     try_out(model, {**(kept or {}), **specs}, dense)
     before = marks(model)
     try:
@@ -367,7 +382,7 @@ def _compress_planned(
     except BaseException:
         restore(model, before)
         raise
-    return _report(model, plan, results, parameters, time.perf_counter() - started, norm.used)
+    return _report(model, plan, results, used_as, parameters, time.perf_counter() - started, norm.used)
 
 
 def _filled(
@@ -423,6 +438,7 @@ def _report(
     model: PreTrainedModel,
     plan: ModelPlan,
     results: Mapping[str, Fitted],
+    used_as: Mapping[str, str],
     parameters: int,
     seconds: float,
     calibration: Calibration | None,
@@ -436,7 +452,7 @@ def _report(
         effort=config.effort,
         seed=config.seed,
         dtype=config.dtype,
-        matrices=tuple(MatrixReport.of(matrix, results[matrix.name]) for matrix in plan.matrices),
+        matrices=tuple(MatrixReport.of(matrix, results[matrix.name], used_as[matrix.name]) for matrix in plan.matrices),
         untouched=tuple(
             UntouchedTensor(name, tuple(parameter.shape), parameter.numel())
             for name, parameter in model.named_parameters()

@@ -102,7 +102,7 @@ def spend_budget(
             [matrix_of(model, matrix) for matrix in request.matrices],
             request.names,
             [matrix.module for matrix in request.matrices],
-            _usages(model, request.matrices),
+            usages(model, request.matrices),
             request.moments,
             **request.limits,
             keep=keep,
@@ -148,7 +148,7 @@ def _obstacles(model: PreTrainedModel, listed: Sequence[MatrixInfo], spending: S
     return reasons
 
 
-def _usages(model: PreTrainedModel, matrices: Sequence[MatrixInfo]) -> list[str]:
+def usages(model: PreTrainedModel, matrices: Sequence[MatrixInfo]) -> list[str]:
     """The usage of each matrix for a token, by its name at the boundary."""
     tied = {
         bare_name(model, source)

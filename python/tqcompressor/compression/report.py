@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._core import Fitted, MatrixInfo
+from .._core import Fitted, MatrixInfo, macs
 from ..calibration.calibration import Calibration
 from ..config.specs import MatrixSpec, describe, planned_spec
 from ..errors import CheckpointError
@@ -31,6 +31,10 @@ class MatrixReport:
     """In features (or the vocabulary) and out features (or the dimension)."""
     parameters_before: int
     parameters_after: int
+    macs_before: int | None = None
+    """MACs for one token while it is dense, none for an embedding that is only looked up; None where not counted."""
+    macs_after: int | None = None
+    """MACs for one token by its spec."""
     lost_energy: float | None = None
     """`‖W − Ŵ‖² / ‖W‖²` of the float32 factors; None in a plan."""
     seconds: float | None = None
@@ -53,12 +57,17 @@ class MatrixReport:
         return None if all(each is None for each in given) else planned_spec(vars(self))
 
     @classmethod
-    def of(cls, matrix: MatrixInfo, fitted: Fitted | None = None) -> MatrixReport:
-        """The row of a matrix that became what was fitted, or that stays as it is."""
+    def of(cls, matrix: MatrixInfo, fitted: Fitted | None = None, usage: str | None = None) -> MatrixReport:
+        """The row of a matrix that became what was fitted, or that stays as it is.
+
+        `usage` is how the model uses it for a token, by its name at the boundary.
+        """
         counts = {"parameters_before": matrix.parameters_before, "parameters_after": matrix.parameters_after}
         found: dict[str, Any] = {}
         if fitted is not None:
             found = {**fitted.spec.to_dict(), "lost_energy": fitted.lost_energy, "seconds": fitted.seconds}
+            if usage is not None:
+                found["macs_before"], found["macs_after"] = macs(fitted.spec, matrix.shape, usage)
         place = {"name": matrix.name, "tensor": matrix.tensor, "shape": matrix.shape}
         row: MatrixReport = _read(cls, {**place, **counts, **found})
         return row
@@ -128,6 +137,14 @@ class CompressionReport:
     """That calibration, where it is known."""
     note: str | None = None
     """What a reader must know of the result: that a budget was spent without a calibration, what had to stay dense."""
+    budget: float | int | str | None = None
+    """The budget, where one was spent."""
+    objective: str | None = None
+    """The norm of errors that was asked for, where it was not "auto"."""
+    command: str | None = None
+    """What makes the same result again: a command, or the call of a function in Python."""
+    versions: Mapping[str, str] | None = None
+    """The versions of the other programs that the result depends on."""
     carried: tuple[str, ...] | None = None
     """The files copied from the source, beside the weights and the configuration; None where there are none."""
 

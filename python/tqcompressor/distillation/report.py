@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..compression.card import metadata
 from ..utils.tables import format_table
 
 # The report's file in the folder of a distilled checkpoint.
@@ -157,13 +158,18 @@ class TrainingReport:
         )
         return f"{format_table(self.rows())}\n{summary}, {self.heldout_tokens:,} held out{kept}"
 
-    def model_card(self) -> str:
-        """The README of the student's folder, in Markdown."""
+    def model_card(self, teacher: str | None = None) -> str:
+        """The README of the student's folder, in Markdown.
+
+        `teacher` is the directory of the teacher, whose licence and the like are carried over; None where there is
+        none.
+        """
+        task = "text-generation" if self.auto_class == "AutoModelForCausalLM" else None
         header, *rows = self.rows()
         table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
         return (
-            "---\nlibrary_name: transformers\ntags: [tqcompressor, kronecker, distillation]\n---\n\n"
+            f"{metadata(teacher, ['distillation'], pipeline_tag=task)}"
             "# A model compressed with tqcompressor and distilled from its teacher\n\n"
             "Load it with transformers after `pip install tqcompressor`:\n\n"
             f"```python\nimport tqcompressor\nfrom transformers import {self.auto_class}\n\n"

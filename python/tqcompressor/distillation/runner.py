@@ -31,6 +31,7 @@ from .._core import __version__
 from ..calibration.calibrate import calibrate
 from ..calibration.calibration import Calibration
 from ..compression.budget import Budget
+from ..compression.card import CARD_FILE, source_of
 from ..compression.model import compress, recompress_planned
 from ..compression.report import CompressionReport, MatrixReport
 from ..compression.run_key import calibration_digest
@@ -401,7 +402,8 @@ def finish(prepared: Prepared, state: Mapping[str, Any], results: tuple[StageRes
                 student: Any = load_model(prepared.stages[-1].folder / "trained")
                 student.to(getattr(torch, prepared.dtype))
                 save_model(student, prepared.tokenizer, partial)
-                (partial / "README.md").write_text(report.model_card(), encoding="utf-8")
+                source = source_of(prepared.teacher.name_or_path)
+                (partial / CARD_FILE).write_text(report.model_card(source), encoding="utf-8")
             for path in final.iterdir():
                 path.replace(out / path.name)
             final.rmdir()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import (
@@ -204,6 +205,12 @@ class TQQuantizer(HfQuantizer):
         if (guard := guard_name(model)) is not None:
             state[guard] = torch.zeros(1, dtype=torch.uint8)
         return state, {}
+
+    def write_card(self, model: PreTrainedModel, folder: Path) -> None:
+        """Writes the report, the model card and its figure beside the weights that `model` was saved to."""
+        from ..compression.live_card import write_live_card
+
+        write_live_card(model, folder)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replaces every compressed module by the stock one with the product of its factors.

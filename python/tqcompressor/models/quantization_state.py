@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +24,8 @@ _OF_MODEL = (
     "quantization_method",
     "is_quantized",
     "resize_token_embeddings",
+    "save_pretrained",
+    "_upload_modified_files",
     _CONVERSIONS,
     _DENSE_CONVERSIONS,
 )
@@ -56,6 +60,8 @@ def attach(model: PreTrainedModel, config: TQConfig) -> None:
         vars(part).setdefault(_DENSE_CONVERSIONS, vars(part).get(_CONVERSIONS))
         part._weight_conversions = []
         part.resize_token_embeddings = MethodType(resize_token_embeddings, part)
+        part.save_pretrained = MethodType(save_pretrained, part)
+        part._upload_modified_files = MethodType(_upload_modified_files, part)
     for part in _submodels(model):
         if next(compressed_modules(part), None) is not None:
             part.save_pretrained = MethodType(_refuse_to_save, part)
@@ -98,6 +104,24 @@ def _submodels(model: PreTrainedModel) -> list[Any]:
 
     inner = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     return [part for part in inner if part is not model and part is not model.base_model]
+
+
+def save_pretrained(
+    part: Any, save_directory: str | PathLike[str], is_main_process: bool = True, *arguments: Any, **options: Any
+) -> None:
+    """`save_pretrained` of a compressed model: that of its class, and the model card beside the weights."""
+    type(part).save_pretrained(part, save_directory, is_main_process, *arguments, **options)
+    if is_main_process:
+        part.hf_quantizer.write_card(part, Path(save_directory))
+
+
+def _upload_modified_files(part: Any, working_dir: str | PathLike[str], *arguments: Any, **options: Any) -> Any:
+    """`_upload_modified_files` of a compressed model, which `push_to_hub` ends with.
+
+    Before it, transformers puts the card of the repository in the place of ours, or an empty one where there is none.
+    """
+    part.hf_quantizer.write_card(part, Path(working_dir))
+    return type(part)._upload_modified_files(part, working_dir, *arguments, **options)
 
 
 def _refuse_to_save(part: Any, *_: object, **__: object) -> None:

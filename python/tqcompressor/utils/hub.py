@@ -37,3 +37,17 @@ def local_directory(source: StrPath, weights: Sequence[str] = ("*.safetensors",)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: no such directory, and the hub does not give it: {reason}") from error
+
+
+def cached_directory(name: str) -> str | None:
+    """The directory of a model in the hub's cache; None where it is not there. Never uses the network."""
+    if not _HUB_ID.fullmatch(name):
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        found = try_to_load_from_cache(name, "config.json")
+    except (ImportError, HFValidationError):
+        return None
+    return os.path.dirname(found) if isinstance(found, str) else None

@@ -171,7 +171,7 @@ fn files_go_along_and_the_config_is_resolved() {
     compress(&from, &to, &Options { dtype: Some(Float::Bf16), ..Options::default() }).unwrap();
     assert_eq!(
         names(&to),
-        ["README.md", "compression_report.json", "config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
+        ["compression_report.json", "config.json", "merges.txt", "model.safetensors", "tokenizer.json"]
     );
     let config: Value = serde_json::from_slice(&fs::read(to.join("config.json")).unwrap()).unwrap();
     assert_eq!(
@@ -185,8 +185,6 @@ fn files_go_along_and_the_config_is_resolved() {
     TQConfig::from_json(&quantization.to_string()).unwrap();
     let floating = |dtype: &Dtype| !matches!(dtype, Dtype::I64 | Dtype::U8);
     assert!(tensors(&to).values().all(|(dtype, ..)| !floating(dtype) || *dtype == Dtype::BF16));
-    let card = fs::read_to_string(to.join("README.md")).unwrap();
-    assert!(card.starts_with("---\nlibrary_name: transformers\n") && card.contains("import tqcompressor"), "{card}");
     let report: Value = serde_json::from_slice(&fs::read(to.join("compression_report.json")).unwrap()).unwrap();
     assert_eq!(report["matrices"].as_array().unwrap().len(), 9);
     assert!(report["matrices"][0]["lost_energy"].is_number() && report["matrices"][0].get("kind").is_none());
@@ -208,7 +206,7 @@ fn threads_shards_and_runs_give_the_same_tensors() {
     let one = run("one", 1, u64::MAX);
     assert_eq!(run("four", 4, u64::MAX), one);
     assert_eq!(run("sharded", 2, 1000), one);
-    for name in ["model.safetensors", "config.json", "README.md"] {
+    for name in ["model.safetensors", "config.json"] {
         assert_eq!(
             fs::read(root.path().join("one").join(name)).unwrap(),
             fs::read(root.path().join("four").join(name)).unwrap()

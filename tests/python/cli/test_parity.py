@@ -21,6 +21,8 @@ COMMANDS = {
     "distill": [tqcompressor.distill, tqcompressor.TrainingConfig, tqcompressor.DistillConfig],
     "inspect": [tqcompressor.inspect, tqcompressor.plan],
     "evaluate": [evaluate.score, NativeModel.score],
+    "sweep": [tqcompressor.sweep],
+    "report": [tqcompressor.html_report],
     "verify": [tqcompressor.verify_checkpoint],
     "generate": [NativeModel.from_pretrained, NativeModel.generate],
 }
@@ -43,7 +45,10 @@ ONLY_ON_THE_COMMAND_LINE = {
         "device": "of the model, which from_pretrained loads",
         "engine": "score or NativeModel.score",
         "threads": "of torch, or NativeModel.from_pretrained(threads=…)",
+        "record": "record_evaluation(folder, comparison.to_dict())",
     },
+    "sweep": {},
+    "report": {},
     "verify": {},
     "generate": {"model": "the source of from_pretrained", "prompt": "one of the prompts"},
 }
@@ -62,6 +67,8 @@ ONLY_IN_PYTHON = {
     },
     "inspect": {},
     "evaluate": {"tokenizer": "the checkpoint's own", "name": "the name of the checkpoint"},
+    "sweep": {},
+    "report": {},
     "verify": {},
     "generate": {
         "source": "the model of the command",

@@ -159,6 +159,7 @@ def test_other_files_go_along_and_weights_do_not(tmp_path):
         "compression_report.json",
         "config.json",
         "generation_config.json",
+        "lost_energy.svg",
         "model.safetensors",
         "tokenizer.json",
         "vocab.json",
@@ -167,7 +168,7 @@ def test_other_files_go_along_and_weights_do_not(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     front = set(card.split("---\n")[1].splitlines())
     assert {"library_name: transformers", "license: mit", "- tqcompressor", "pipeline_tag: text-generation"} <= front
-    assert "import tqcompressor" in card and "| `h.1.mlp.c_fc` | 8 × 32 | block 2 × 4, rank 8, permuted rows |" in card
+    assert "import tqcompressor" in card and "| `h.1.mlp.c_fc` | 8 × 32 | block 2×4, rank 8, permute rows |" in card
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
     assert json.loads(header[8 : 8 + length])["__metadata__"] == {"format": "pt"}
