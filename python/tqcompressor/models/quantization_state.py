@@ -106,12 +106,11 @@ def _submodels(model: PreTrainedModel) -> list[Any]:
     return [part for part in inner if part is not model and part is not model.base_model]
 
 
-def save_pretrained(
-    part: Any, save_directory: str | PathLike[str], is_main_process: bool = True, *arguments: Any, **options: Any
-) -> None:
+def save_pretrained(part: Any, save_directory: str | PathLike[str], *arguments: Any, **options: Any) -> None:
     """`save_pretrained` of a compressed model: that of its class, and the model card beside the weights."""
-    type(part).save_pretrained(part, save_directory, is_main_process, *arguments, **options)
-    if is_main_process:
+    type(part).save_pretrained(part, save_directory, *arguments, **options)
+    # The first argument behind the folder.
+    if arguments[0] if arguments else options.get("is_main_process", True):
         part.hf_quantizer.write_card(part, Path(save_directory))
 
 

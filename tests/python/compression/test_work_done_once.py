@@ -108,7 +108,7 @@ def test_a_checkpoint_is_opened_once(tmp_path, monkeypatch):
             return _core.Checkpoint.open(directory)
 
     class Core:
-        Checkpoint = Opening
+        Checkpoint, source_name = Opening, staticmethod(_core.source_name)
 
     monkeypatch.setattr(checkpoint, "_core", Core)
     source = Checkpoint(width=32, vocabulary=64).write(tmp_path / "in")
