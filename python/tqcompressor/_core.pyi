@@ -17,6 +17,7 @@ from .config.tq_config import TQConfig
 __all__ = [
     "KEPT_SPECTRA",
     "MODEL_TYPES",
+    "NATIVE_MODEL_TYPES",
     "TEXT_HEAD",
     "UNCALIBRATED_BUDGET",
     "Checkpoint",
@@ -62,6 +63,8 @@ __all__ = [
 __version__: str
 MODEL_TYPES: list[str]
 """Those whose checkpoints can be compressed on disk."""
+NATIVE_MODEL_TYPES: list[str]
+"""Those that the native runtime computes."""
 TEXT_HEAD: int
 """How many bytes at the beginning of a file `foreign_text` looks at."""
 UNCALIBRATED_BUDGET: str
@@ -535,7 +538,7 @@ def head_loss(
 
 @final
 class Runtime:
-    """A GPT-2 in memory with its thread pool. Token sequences are neither empty nor padded."""
+    """A decoder in memory with its thread pool. Token sequences are neither empty nor padded."""
 
     @staticmethod
     def load(
@@ -544,6 +547,7 @@ class Runtime:
         progress: _ProgressCallback | None,
         *,
         int8: bool = False,
+        kv_dtype: str = "float32",
     ) -> Runtime: ...
     @property
     def vocab_size(self) -> int: ...
@@ -580,8 +584,18 @@ class Runtime:
 
     @property
     def tied(self) -> bool: ...
-    def linear_layers(self) -> list[tuple[str, int]]:
-        """The linear layers by their names in configs, and the inputs of each; the head is "lm_head"."""
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def embeddings(self) -> tuple[str, str | None]:
+        """The names in configs of the embeddings of tokens and of positions."""
+
+    @property
+    def output_head(self) -> str:
+        """The name of the head in configs."""
+
+    def linear_layers(self) -> list[tuple[list[str], int]]:
+        """The linear layers by their names in configs: those that share their inputs, and how many these are."""
 
     def input_moments(
         self,

@@ -21,7 +21,7 @@ pub struct Geometry {
 ///
 /// # Errors
 /// A message that names the key with a value of the wrong type.
-pub(super) fn optional_number(config: &Map<String, Value>, key: &str) -> Result<Option<usize>, String> {
+pub(crate) fn optional_number(config: &Map<String, Value>, key: &str) -> Result<Option<usize>, String> {
     match config.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => value
@@ -37,7 +37,7 @@ pub(super) fn optional_number(config: &Map<String, Value>, key: &str) -> Result<
 ///
 /// # Errors
 /// A message that names the key with a value of the wrong type.
-pub(super) fn optional_flag(config: &Map<String, Value>, key: &str) -> Result<Option<bool>, String> {
+pub(crate) fn optional_flag(config: &Map<String, Value>, key: &str) -> Result<Option<bool>, String> {
     match config.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => value.as_bool().map(Some).ok_or_else(|| format!("{key}: expected true or false, got {value}")),

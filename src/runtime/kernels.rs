@@ -139,6 +139,36 @@ dispatched! {
     }
 }
 
+dispatched! {
+    /// `out = x / √(mean of squares + epsilon) · weight`.
+    pub(super) fn rms_norm(x: &[f32], epsilon: f32, weight: &[f32], out: &mut [f32]) {
+        let squares = total(x, |value| value * value) / x.len() as f32;
+        let inverse = (squares + epsilon).sqrt().recip();
+        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * inverse * weight;
+        }
+    }
+}
+
+dispatched! {
+    /// Turns pairs of values, one from each half of `head`, by angles with these cosines and sines.
+    pub(super) fn turn(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+        let (first, second) = head.split_at_mut(cosines.len());
+        for (((x, y), &cosine), &sine) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
+            (*x, *y) = (*x * cosine - *y * sine, *y * cosine + *x * sine);
+        }
+    }
+}
+
+dispatched! {
+    /// `out *= factors`, value by value.
+    pub(super) fn multiply(out: &mut [f32], factors: &[f32]) {
+        for (out, &factor) in out.iter_mut().zip(factors) {
+            *out *= factor;
+        }
+    }
+}
+
 #[inline(always)]
 fn total(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0.0_f32; LANES];

@@ -146,6 +146,22 @@ impl Rows {
         Ok(Self { tensor, scales, rows, length })
     }
 
+    /// Whether [`stack`](Self::stack) takes these rows.
+    pub fn can_stack(&self, below: &Self) -> bool {
+        let alike = self.length == below.length && self.tensor.dtype() == below.tensor.dtype();
+        alike && self.scales.is_some() == below.scales.is_some()
+    }
+
+    /// Adds rows of the same length and dtype behind these.
+    pub fn stack(&mut self, below: &Self) -> Result<()> {
+        self.tensor = Tensor::cat(&[&self.tensor, &below.tensor], 0).map_err(unexpected)?;
+        self.rows += below.rows;
+        if let (Some(scales), Some(others)) = (&mut self.scales, &below.scales) {
+            scales.extend_from_slice(others);
+        }
+        Ok(())
+    }
+
     /// Calls `work` with the values.
     pub fn with<T>(&self, work: impl FnOnce(Stored<'_>) -> T) -> T {
         let (storage, layout) = self.tensor.storage_and_layout();
