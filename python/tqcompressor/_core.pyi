@@ -17,7 +17,6 @@ from .config.tq_config import TQConfig
 __all__ = [
     "KEPT_SPECTRA",
     "MODEL_TYPES",
-    "NATIVE_MODEL_TYPES",
     "TEXT_HEAD",
     "UNCALIBRATED_BUDGET",
     "Checkpoint",
@@ -49,6 +48,7 @@ __all__ = [
     "head_loss",
     "hidden_state_loss",
     "list_matrices",
+    "native_refusal",
     "nearest_kronecker_sum",
     "plan",
     "quantize",
@@ -63,8 +63,6 @@ __all__ = [
 __version__: str
 MODEL_TYPES: list[str]
 """Those whose checkpoints can be compressed on disk."""
-NATIVE_MODEL_TYPES: list[str]
-"""Those that the native runtime computes."""
 TEXT_HEAD: int
 """How many bytes at the beginning of a file `foreign_text` looks at."""
 UNCALIBRATED_BUDGET: str
@@ -535,6 +533,9 @@ def head_loss(
     threads: int | None,
 ) -> tuple[float, tuple[_Float32Array, _Float32Array] | None]:
     """`distillation_loss` of `hidden @ head.T` for pairs `(hidden, head)`, with the gradients by both."""
+
+def native_refusal(config: str) -> str | None:
+    """Why the native runtime does not compute the model of a `config.json`, given as its text; None if it does."""
 
 @final
 class Runtime:

@@ -13,6 +13,6 @@ mod matrix;
 pub use decoder::{DecoderRoles, Norm};
 pub use description::{Family, fused_parts, model_types, split_part};
 pub use geometry::Geometry;
-pub(crate) use geometry::{optional_flag, optional_number};
+pub(crate) use geometry::{given, optional_flag, optional_number};
 pub use gpt2::Gpt2Geometry;
 pub use matrix::{Kind, Matrix};

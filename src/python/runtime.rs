@@ -18,10 +18,19 @@ use crate::runtime::{self, Continuation, Decoder, Sampling, ThreadPool};
 const LOGITS: usize = 1 << 22;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add("NATIVE_MODEL_TYPES", runtime::MODEL_TYPES)?;
+    module.add_function(wrap_pyfunction!(native_refusal, module)?)?;
     module.add_class::<Runtime>()?;
     module.add_class::<Tokenizer>()?;
     module.add_class::<DecodeStream>()
+}
+
+/// Why the native runtime does not compute the model of a `config.json`, given as its text.
+#[pyfunction]
+fn native_refusal(py: Python<'_>, config: &str) -> PyResult<Option<String>> {
+    jobs::run_here(py, |_| {
+        let config = serde_json::from_str(config).map_err(|error| Error::Config(format!("config.json: {error}")))?;
+        Ok(runtime::refusal(&config))
+    })
 }
 
 /// A model in memory, and its number of threads.

@@ -77,7 +77,7 @@ impl KvCache {
             self.keys.write(at, key).and_then(|()| self.values.write(at, value)).map_err(|value| {
                 let name = self.float.name();
                 Error::Config(format!(
-                    "kv_dtype {name}: a key or value of {value:e} is beyond its range: load the model with kv_dtype float32"
+                    "kv_dtype {name}: a key or value of {value:.1e} is beyond its range: load the model with kv_dtype float32"
                 ))
             })?;
         }
@@ -297,7 +297,7 @@ mod tests {
                 attend(heads, &row, &[span], &mut [&mut cache], &pool)
             };
             let message = run(Float::F16).unwrap_err().to_string();
-            assert!(message.contains("float16") && message.contains("7e4"), "{message}");
+            assert!(message.contains("float16") && message.contains("7.0e4"), "{message}");
             assert!(run(Float::F32).unwrap()[0].is_finite());
         }
     }

@@ -3,10 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::rotary::Rotary;
-use crate::family::{Gpt2Geometry, optional_flag, optional_number};
+use crate::family::{Gpt2Geometry, given, optional_flag, optional_number};
 
 /// The `model_type`s that the runtime computes.
-pub const MODEL_TYPES: [&str; 4] = ["gpt2", "llama", "mistral", "qwen2"];
+const MODEL_TYPES: [&str; 4] = ["gpt2", "llama", "mistral", "qwen2"];
 
 /// A nonlinearity of the hidden units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,8 @@ pub struct DecoderConfig {
     pub scale_scores: bool,
     /// And by the number of the layer.
     pub scale_by_layer: bool,
-    /// The number of tokens that a token sees in each layer, itself included; `None` for all before it.
+    /// The number of tokens that a token sees, itself included, or `None` for all before it, in each of the first layers;
+    /// the last one counts for all other layers.
     pub windows: Vec<Option<usize>>,
     /// Whether `architectures` names a model with a language-model head.
     pub language_model: bool,
@@ -111,6 +112,12 @@ struct Defaults {
 }
 
 impl DecoderConfig {
+    /// The number of tokens that a token sees in a layer, itself included; `None` for all before it.
+    #[must_use]
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.windows.get(layer).or(self.windows.last()).copied().flatten()
+    }
+
     /// Reads the `config.json` of a `model_type`, and a `generation_config.json` if there is one; `language_model` is
     /// whether there is a head.
     ///
@@ -171,7 +178,7 @@ impl DecoderConfig {
             biases: Biases { attention: true, attention_output: true, mlp: true },
             scale_scores: optional_flag(config, "scale_attn_weights")?.unwrap_or(true),
             scale_by_layer: optional_flag(config, "scale_attn_by_inverse_layer_idx")?.unwrap_or(false),
-            windows: vec![None; geometry.layers],
+            windows: vec![None],
             language_model: false,
             begin_token: None,
             end_tokens: Vec::new(),
@@ -256,6 +263,13 @@ impl DecoderConfig {
     }
 }
 
+/// Why the runtime does not compute the model of a `config.json`; `None` if it does.
+#[must_use]
+pub fn refusal(config: &Map<String, Value>) -> Option<String> {
+    let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("none");
+    DecoderConfig::new(model_type, config, None, false).err()
+}
+
 /// The window of each layer. Llama ignores the keys, every layer of a Mistral has one, and Qwen2 has flags for it.
 fn windows(
     model_type: &str,
@@ -266,14 +280,16 @@ fn windows(
     let default = default.filter(|_| !config.contains_key("sliding_window"));
     let window = |key| Ok::<_, String>(optional_number(config, key)?.or(default));
     match model_type {
-        "mistral" => Ok(vec![window("sliding_window")?; layers]),
+        "mistral" => Ok(vec![window("sliding_window")?]),
         "qwen2" => {
             let in_use = optional_flag(config, "use_sliding_window")?.unwrap_or(false);
             let window = if in_use { window("sliding_window")? } else { None };
             let Some(types) = given(config, "layer_types") else {
                 let first = given(config, "max_window_layers").map_or(Some(28), Value::as_u64);
                 let first = first.ok_or("max_window_layers: expected a number of layers")?;
-                return Ok((0..layers).map(|layer| window.filter(|_| layer as u64 >= first)).collect());
+                let without = window.map_or(0, |_| layers.min(usize::try_from(first).unwrap_or(layers)));
+                let with = (without < layers).then_some(window);
+                return Ok(std::iter::repeat_n(None, without).chain(with).collect());
             };
             let types = types.as_array().filter(|types| types.len() == layers);
             let types = types.ok_or_else(|| format!("layer_types: expected a list of {layers} names"))?;
@@ -287,13 +303,8 @@ fn windows(
             };
             types.iter().map(of).collect()
         }
-        _ => Ok(vec![None; layers]),
+        _ => Ok(vec![None]),
     }
-}
-
-/// A key's value; null is as good as absent.
-pub(super) fn given<'a>(config: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
-    config.get(key).filter(|value| !value.is_null())
 }
 
 fn epsilon(config: &Map<String, Value>, key: &str, default: f64) -> Result<f32, String> {

@@ -24,7 +24,7 @@ mod tests;
 mod thread_pool;
 mod tokenizer;
 
-pub use config::{Activation, Biases, DecoderConfig, MODEL_TYPES};
+pub use config::{Activation, Biases, DecoderConfig, refusal};
 pub use generate::{Continuation, Sampling};
 pub use kronecker::Strategy;
 pub use linear::Linear;

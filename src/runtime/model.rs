@@ -274,7 +274,7 @@ impl Decoder {
         let DecoderConfig { heads, key_value_heads, head_width, scale_scores, scale_by_layer, .. } = self.config;
         let by_width = if scale_scores { (head_width as f32).sqrt().recip() } else { 1.0 };
         let by_layer = if scale_by_layer { ((layer + 1) as f32).recip() } else { 1.0 };
-        let window = self.config.windows[layer];
+        let window = self.config.window(layer);
         Heads { heads, key_value_heads, width: head_width, scale: by_width * by_layer, window }
     }
 

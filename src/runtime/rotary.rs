@@ -4,9 +4,9 @@ use std::f32::consts::PI;
 
 use serde_json::{Map, Value};
 
-use super::config::given;
 use super::kernels::turn;
 use super::thread_pool::ThreadPool;
+use crate::family::given;
 
 /// Values that one task turns.
 const PIECE: usize = 1 << 14;

@@ -1,13 +1,28 @@
 """Llama and its relatives in the native runtime, against transformers: configs, logits, greedy tokens, refusals."""
 
 import json
+import textwrap
 
 import numpy as np
 import pytest
 import torch
-from helpers.models import llama_model
-from helpers.native import LLAMA_SPECS, compressed, largest_difference, reference, torch_logits
-from tqcompressor import KroneckerSpec, LowRankSpec, NativeModel, TQConfig, compress_checkpoint, errors, evaluate
+from helpers.models import llama_model, tiny_model
+from helpers.native import LLAMA_SPECS, TEXT, compressed, largest_difference, reference, torch_logits
+from helpers.processes import run_script
+from helpers.tokenizer import BYTE_LEVEL_RULES, save_byte_tokenizer
+from tokenizers import pre_tokenizers
+from tqcompressor import (
+    Calibration,
+    KroneckerSpec,
+    LowRankSpec,
+    NativeModel,
+    TQConfig,
+    _core,
+    compress_checkpoint,
+    errors,
+    evaluate,
+)
+from transformers import AutoTokenizer
 
 # Of the largest logit.
 CLOSE = 3e-5
@@ -112,6 +127,123 @@ def test_weights_quantized_on_loading_are_those_of_the_files(folders, tmp_path):
     stored = NativeModel.from_pretrained(tmp_path / "int8")
     loaded = NativeModel.from_pretrained(tmp_path / "floats", dtype="int8")
     assert np.array_equal(stored.logits([TOKENS]), loaded.logits([TOKENS])) and stored.bytes == loaded.bytes
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """`(native, model)` with a context of 8,192 tokens, and its folder with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("long")
+    model = llama_model(hidden_size=16, head_dim=4, intermediate_size=16, vocab_size=300, max_position_embeddings=8192)
+    model.save_pretrained(folder)
+    save_byte_tokenizer(folder, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    return folder, model
+
+
+def test_perplexity_and_last_words_are_those_of_torch(long):
+    folder, model = long
+    native, tokenizer = NativeModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for options in ({}, {"context": 100, "stride": 30}):
+        ours = native.perplexity(TEXT[:3000], **options)
+        theirs = evaluate.perplexity(model, tokenizer, TEXT[:3000], **options)
+        assert ours.negative_log_likelihood == pytest.approx(theirs.negative_log_likelihood, rel=1e-5)
+        assert (ours.tokens, ours.context, ours.stride) == (theirs.tokens, theirs.context, theirs.stride)
+    passages = [" ".join(TEXT.split()[at : at + 9]) for at in range(0, 90, 10)]
+    ours, theirs = native.last_word_accuracy(passages), evaluate.last_word_accuracy(model, tokenizer, passages)
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-4) and ours.accuracy == theirs.accuracy
+
+
+def test_the_whole_context_is_read_in_memory_that_grows_with_it(long, tmp_path):
+    folder, model = long
+    tokens = np.random.default_rng(0).integers(300, size=8192).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]), logits_to_keep=64).logits[0].numpy()
+    script = f"""
+        import resource, numpy as np
+        from tqcompressor import _core
+        tokens = np.random.default_rng(0).integers(300, size=8192).tolist()
+        runtime = _core.Runtime.load({str(folder)!r}, 2, None)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        np.save({str(tmp_path / "logits.npy")!r}, runtime.logits([tokens])[-64:])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    kilobytes = int(run_script(textwrap.dedent(script)))
+    # The scores of one head would take 256 MiB.
+    assert kilobytes < 100 << 10
+    assert largest_difference(np.load(tmp_path / "logits.npy"), expected) < CLOSE
+    native = NativeModel.from_pretrained(folder)
+    (found,) = native.generate_tokens([tokens[:-3]], max_new_tokens=3, eos_token_id=[])
+    assert len(found) == 3
+    with pytest.raises(errors.ConfigError, match="context of 8192"):
+        native.generate_tokens([tokens], max_new_tokens=1)
+    with pytest.raises(errors.ConfigError, match="at most 8192"):
+        native.logits([[*tokens, 1]])
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_keys_and_values_may_be_halves(tmp_path, kind, kv_dtype):
+    changes = {"sliding_window": 9} if kind == "mistral" else {}
+    model = tiny_model(n_positions=64) if kind == "gpt2" else llama_model(kind, **changes)
+    # Smaller weights, whose attention a rounded key does not turn.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 0.3
+    model.save_pretrained(tmp_path)
+    whole, halves = NativeModel.from_pretrained(tmp_path), NativeModel.from_pretrained(tmp_path, kv_dtype=kv_dtype)
+    expected = whole.logits([TOKENS])[0]
+    difference = largest_difference(halves.logits([TOKENS])[0], expected)
+    assert 0 < difference < (2e-3 if kv_dtype == "float16" else 2e-2)
+    # One by one as at once.
+    (found,) = halves.generate_tokens([TOKENS[:9]], max_new_tokens=30, eos_token_id=[])
+    assert found == halves.logits([[*TOKENS[:9], *found[:-1]]])[0, 8:].argmax(-1).tolist()
+
+
+def test_a_key_beyond_a_half_is_refused(tmp_path):
+    model = llama_model(attention_bias=True)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias += 1e5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(errors.ConfigError, match=r"kv_dtype float16: a key or value of 1\.0e5 .* kv_dtype float32"):
+        NativeModel.from_pretrained(tmp_path, kv_dtype="float16").logits([TOKENS])
+    assert np.isfinite(NativeModel.from_pretrained(tmp_path).logits([TOKENS])).all()
+    with pytest.raises(errors.DtypeError, match="kv_dtype: expected float32, float16 or bfloat16, got 'float64'"):
+        NativeModel.from_pretrained(tmp_path, kv_dtype="float64")
+
+
+@pytest.mark.parametrize("rule", BYTE_LEVEL_RULES)
+def test_byte_level_tokenizers_give_the_tokens_of_their_library(tmp_path, rule):
+    theirs = save_byte_tokenizer(tmp_path, BYTE_LEVEL_RULES[rule])
+    ours = _core.Tokenizer.load(tmp_path)
+    for text in (
+        TEXT[:5000],
+        "1234567 3.14 it's  \n\n  naïve 世界😀\t",
+        "<|im_start|>user\nHi 42<|im_end|> <|im_end|>",
+        "",
+    ):
+        tokens = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == tokens
+        for skip in (False, True):
+            expected = theirs.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(tokens, skip) == expected
+
+
+def test_the_command_line_needs_no_torch(long, tmp_path):
+    folder, _ = long
+    (tmp_path / "text.txt").write_text(TEXT[:2000], encoding="utf-8")
+    text, calibration, out = (str(tmp_path / name) for name in ("text.txt", "calibration.safetensors", "out"))
+    commands = [
+        ["calibrate", str(folder), "--text", text, "--out", calibration, "--num-samples", "4", "--seq-len", "32"],
+        ["compress", str(folder), "--budget", "0.8", "--calibration", calibration, "--out", out],
+        ["evaluate", out, "--teacher", str(folder), "--text", text, "--context", "64"],
+        ["generate", out, "--prompt", "He", "--max-new-tokens", "5", "--kv-dtype", "float16"],
+    ]
+    script = f"""
+        import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'tokenizers']))
+        from tqcompressor.cli.main import main
+        assert [main(command) for command in {commands!r}] == [0, 0, 0, 0]
+    """
+    run_script(textwrap.dedent(script))
+    assert Calibration.load(calibration).model_type == "llama"
 
 
 @pytest.mark.parametrize(
