@@ -22,6 +22,9 @@ const FEW: usize = 2 * TOGETHER;
 const TASK: usize = 1 << 16;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
+/// Products that are added up one by one; sums of these are added up. One long sum would lose twice as many digits, at
+/// the same speed.
+const SUMMED: usize = 128;
 
 /// A stored matrix, or several: floating values, or eight-bit integers with scales that broadcast against them.
 #[derive(Clone, Debug)]
@@ -350,7 +353,12 @@ pub(super) fn product_by_panels(
         let (first, height) = (index * height, y.ncols());
         panel(first..first + height, &mut |rows| {
             let rows = MatRef::from_row_major_slice(rows, height, length);
-            matmul(y.as_mut(), Accum::Replace, x, rows.transpose(), 1.0, Par::Seq);
+            for first in (0..length).step_by(SUMMED) {
+                let width = SUMMED.min(length - first);
+                let how = if first == 0 { Accum::Replace } else { Accum::Add };
+                let (x, rows) = (x.subcols(first, width), rows.subcols(first, width));
+                matmul(y.as_mut(), how, x, rows.transpose(), 1.0, Par::Seq);
+            }
         });
     });
 }
