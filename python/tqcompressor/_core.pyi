@@ -53,6 +53,7 @@ __all__ = [
     "least_parameters",
     "list_matrices",
     "macs",
+    "native_refusal",
     "nearest_kronecker_sum",
     "plan",
     "quantize",
@@ -590,9 +591,12 @@ def head_loss(
 ) -> tuple[float, tuple[_Float32Array, _Float32Array] | None]:
     """`distillation_loss` of `hidden @ head.T` for pairs `(hidden, head)`, with the gradients by both."""
 
+def native_refusal(config: str) -> str | None:
+    """Why the native runtime does not compute the model of a `config.json`, given as its text; None if it does."""
+
 @final
 class Runtime:
-    """A GPT-2 in memory with its thread pool. Token sequences are neither empty nor padded."""
+    """A decoder in memory with its thread pool. Token sequences are neither empty nor padded."""
 
     @staticmethod
     def load(
@@ -601,6 +605,7 @@ class Runtime:
         progress: _ProgressCallback | None,
         *,
         int8: bool = False,
+        kv_dtype: str = "float32",
     ) -> Runtime: ...
     @property
     def vocab_size(self) -> int: ...
@@ -637,8 +642,18 @@ class Runtime:
 
     @property
     def tied(self) -> bool: ...
-    def linear_layers(self) -> list[tuple[str, int]]:
-        """The linear layers by their names in configs, and the inputs of each; the head is "lm_head"."""
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def embeddings(self) -> tuple[str, str | None]:
+        """The names in configs of the embeddings of tokens and of positions."""
+
+    @property
+    def output_head(self) -> str:
+        """The name of the head in configs."""
+
+    def linear_layers(self) -> list[tuple[list[str], int]]:
+        """The linear layers by their names in configs: those that share their inputs, and how many these are."""
 
     def input_moments(
         self,

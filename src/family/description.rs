@@ -10,6 +10,7 @@ use indexmap::IndexMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::decoder::DecoderRoles;
 use super::geometry::{Geometry, optional_flag, optional_number};
 use super::matrix::{Kind, Matrix};
 use crate::error::{Error, Result};
@@ -50,6 +51,8 @@ pub struct Family {
     ignored: Vec<String>,
     /// Tensors outside the layers that every model of the family has, bare.
     required: Vec<String>,
+    /// What each module does, in families that the native runtime computes.
+    pub decoder: Option<DecoderRoles>,
     /// The order in which the model uses its tensors, as prefixes of their names; by default that of the modules.
     #[serde(default)]
     order: Order,
@@ -246,6 +249,12 @@ impl Family {
             Entry::Stack { count } => Some((prefix.as_str(), count.as_slice())),
             Entry::Module(_) => None,
         })
+    }
+
+    /// The prefix of the first stack of layers: "h.".
+    #[must_use]
+    pub fn layer_prefix(&self) -> &str {
+        self.stacks().next().map_or("", |(prefix, _)| prefix)
     }
 
     /// Splits the bare name "h.3.mlp.c_fc" into `(3, "mlp.c_fc")`.

@@ -17,13 +17,18 @@ pub struct Geometry {
     pub head: bool,
 }
 
+/// A key's value; null is as good as absent.
+pub(crate) fn given<'a>(config: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    config.get(key).filter(|value| !value.is_null())
+}
+
 /// A positive integer of a config; null is as good as absent.
 ///
 /// # Errors
 /// A message that names the key with a value of the wrong type.
-pub(super) fn optional_number(config: &Map<String, Value>, key: &str) -> Result<Option<usize>, String> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(None),
+pub(crate) fn optional_number(config: &Map<String, Value>, key: &str) -> Result<Option<usize>, String> {
+    match given(config, key) {
+        None => Ok(None),
         Some(value) => value
             .as_u64()
             .and_then(|number| usize::try_from(number).ok())
@@ -37,9 +42,9 @@ pub(super) fn optional_number(config: &Map<String, Value>, key: &str) -> Result<
 ///
 /// # Errors
 /// A message that names the key with a value of the wrong type.
-pub(super) fn optional_flag(config: &Map<String, Value>, key: &str) -> Result<Option<bool>, String> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(None),
+pub(crate) fn optional_flag(config: &Map<String, Value>, key: &str) -> Result<Option<bool>, String> {
+    match given(config, key) {
+        None => Ok(None),
         Some(value) => value.as_bool().map(Some).ok_or_else(|| format!("{key}: expected true or false, got {value}")),
     }
 }

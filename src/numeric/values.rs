@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::vec::HalfBitsVecExt as _;
 use half::{bf16, f16};
 
-use super::float::Element;
+use super::float::{Element, Float};
 use super::memory::zeros;
 
 /// Borrowed row-major values.
@@ -57,12 +57,12 @@ impl<'a> Values<'a> {
     /// Zeros of the same dtype and number.
     #[must_use]
     pub fn zeros(&self) -> OwnedValues {
-        // Zeros of integers, which come as untouched pages from the allocator; zeros of halves would be written.
-        match self {
-            Self::F32(values) => OwnedValues::F32(zeros(values.len())),
-            Self::F16(values) => OwnedValues::F16(zeros::<u16>(values.len()).reinterpret_into()),
-            Self::Bf16(values) => OwnedValues::Bf16(zeros::<u16>(values.len()).reinterpret_into()),
-        }
+        let float = match self {
+            Self::F32(_) => Float::F32,
+            Self::F16(_) => Float::F16,
+            Self::Bf16(_) => Float::Bf16,
+        };
+        OwnedValues::zeros(float, self.len())
     }
 
     /// Row `index` as f32: the row itself, or a copy in `scratch`, which grows to the width of a row.
@@ -88,6 +88,36 @@ impl<'a> Values<'a> {
 }
 
 impl OwnedValues {
+    /// Zeros of a dtype.
+    #[must_use]
+    pub fn zeros(float: Float, length: usize) -> Self {
+        // Zeros of integers, which come as untouched pages from the allocator; zeros of halves would be written.
+        match float {
+            Float::F32 => Self::F32(zeros(length)),
+            Float::F16 => Self::F16(zeros::<u16>(length).reinterpret_into()),
+            Float::Bf16 => Self::Bf16(zeros::<u16>(length).reinterpret_into()),
+        }
+    }
+
+    /// Writes `values` from place `at` on. Halves are rounded to nearest, ties to even.
+    ///
+    /// # Errors
+    /// The first finite value that this dtype can only hold as an infinity.
+    pub(crate) fn write(&mut self, at: usize, values: &[f32]) -> Result<(), f32> {
+        fn downcast<E: Element>(place: &mut [E], values: &[f32], is_infinite: impl Fn(E) -> bool) -> Result<(), f32> {
+            E::downcast(values, place);
+            let overflows = |(half, value): &(&E, &f32)| is_infinite(**half) && value.is_finite();
+            place.iter().zip(values).find(overflows).map_or(Ok(()), |(_, value)| Err(*value))
+        }
+        let range = at..at + values.len();
+        match self {
+            Self::F32(place) => place[range].copy_from_slice(values),
+            Self::F16(place) => downcast(&mut place[range], values, f16::is_infinite)?,
+            Self::Bf16(place) => downcast(&mut place[range], values, bf16::is_infinite)?,
+        }
+        Ok(())
+    }
+
     /// The rows, to be written by different threads.
     pub(crate) fn rows_mut(&mut self, width: usize) -> Vec<ValuesMut<'_>> {
         match self {

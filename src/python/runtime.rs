@@ -1,4 +1,4 @@
-//! `Runtime`, a GPT-2 without torch, and `Tokenizer`.
+//! `Runtime`, a decoder without torch, and `Tokenizer`.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,22 +10,33 @@ use super::arrays::shaped;
 use super::errors::warn;
 use super::jobs;
 use crate::error::{Error, Result};
+use crate::numeric::Float;
 use crate::progress::Progress;
-use crate::runtime::{self, Continuation, Gpt2, Sampling, ThreadPool};
+use crate::runtime::{self, Continuation, Decoder, Sampling, ThreadPool};
 
 /// Logits computed between two checks for Ctrl-C: 16 MB.
 const LOGITS: usize = 1 << 22;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(native_refusal, module)?)?;
     module.add_class::<Runtime>()?;
     module.add_class::<Tokenizer>()?;
     module.add_class::<DecodeStream>()
 }
 
+/// Why the native runtime does not compute the model of a `config.json`, given as its text.
+#[pyfunction]
+fn native_refusal(py: Python<'_>, config: &str) -> PyResult<Option<String>> {
+    jobs::run_here(py, |_| {
+        let config = serde_json::from_str(config).map_err(|error| Error::Config(format!("config.json: {error}")))?;
+        Ok(runtime::refusal(&config))
+    })
+}
+
 /// A model in memory, and its number of threads.
 #[pyclass(frozen, module = "tqcompressor._core")]
 struct Runtime {
-    model: Gpt2,
+    model: Decoder,
     threads: Option<usize>,
 }
 
@@ -35,18 +46,20 @@ type Scores<'py> = (Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<bool>>);
 #[pymethods]
 impl Runtime {
     #[staticmethod]
-    #[pyo3(signature = (directory, threads, progress, *, int8 = false))]
+    #[pyo3(signature = (directory, threads, progress, *, int8 = false, kv_dtype = "float32"))]
     fn load(
         py: Python<'_>,
         directory: PathBuf,
         threads: Option<usize>,
         progress: Option<Py<PyAny>>,
         int8: bool,
+        kv_dtype: &str,
     ) -> PyResult<Self> {
+        let kv_float = jobs::run_here(py, |_| Float::from_name(kv_dtype))?;
         let pool = jobs::rayon_pool(threads)?;
-        let model = jobs::run(py, progress, |progress| pool.install(|| Gpt2::load_as(&directory, int8, progress)))?;
+        let model = jobs::run(py, progress, |progress| pool.install(|| Decoder::load_as(&directory, int8, progress)))?;
         warn(py, model.warning())?;
-        Ok(Self { model, threads })
+        Ok(Self { model: model.with_cache_of(kv_float), threads })
     }
 
     #[getter]
@@ -157,7 +170,23 @@ impl Runtime {
         self.model.tied()
     }
 
-    fn linear_layers(&self) -> Vec<(String, usize)> {
+    #[getter]
+    fn model_type(&self) -> &str {
+        self.model.model_type()
+    }
+
+    /// The names of the embeddings in configs: of tokens, and of positions.
+    #[getter]
+    fn embeddings(&self) -> (&str, Option<&str>) {
+        self.model.embeddings()
+    }
+
+    #[getter]
+    fn output_head(&self) -> &str {
+        self.model.head_name()
+    }
+
+    fn linear_layers(&self) -> Vec<(Vec<String>, usize)> {
         self.model.linear_layers()
     }
 

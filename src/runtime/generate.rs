@@ -4,7 +4,7 @@ use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use super::kernels::largest;
-use super::model::{Cache, Gpt2, fitting};
+use super::model::{Cache, Decoder, fitting};
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -52,7 +52,7 @@ pub struct Continuation<'a> {
     pub sampling: Sampling,
 }
 
-impl Gpt2 {
+impl Decoder {
     /// Continues every prompt by up to `most` tokens, fewer where one of `end_tokens` comes first, which is the last
     /// one returned. `on_token` is called for every token as soon as it is known, with the number of its prompt.
     ///

@@ -139,6 +139,36 @@ dispatched! {
     }
 }
 
+dispatched! {
+    /// `out = x / √(mean of squares + epsilon) · weight`.
+    pub(super) fn rms_norm(x: &[f32], epsilon: f32, weight: &[f32], out: &mut [f32]) {
+        let squares = total(x, |value| value * value) / x.len() as f32;
+        let inverse = (squares + epsilon).sqrt().recip();
+        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * inverse * weight;
+        }
+    }
+}
+
+dispatched! {
+    /// Turns pairs of values, one from each half of `head`, by angles with these cosines and sines.
+    pub(super) fn turn(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+        let (first, second) = head.split_at_mut(cosines.len());
+        for (((x, y), &cosine), &sine) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
+            (*x, *y) = (*x * cosine - *y * sine, *y * cosine + *x * sine);
+        }
+    }
+}
+
+dispatched! {
+    /// `out *= factors`, value by value.
+    pub(super) fn multiply(out: &mut [f32], factors: &[f32]) {
+        for (out, &factor) in out.iter_mut().zip(factors) {
+            *out *= factor;
+        }
+    }
+}
+
 #[inline(always)]
 fn total(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0.0_f32; LANES];
@@ -171,6 +201,38 @@ dispatched! {
         for x in values.iter_mut() {
             let power = power_of_two(-(*x * LOG2_E).abs());
             *x *= if *x >= 0.0 { 1.0 } else { power } / (1.0 + power);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::noise;
+
+    proptest! {
+        #[test]
+        fn norms_are_those_of_their_formulas(length in 1..200_usize, epsilon in 0.0..0.1_f32, scale in 1e-3..1e3_f32, seed in any::<u64>()) {
+            let x: Vec<f32> = noise(length, seed).into_iter().map(|value| scale * value).collect();
+            let (weight, bias) = (noise(length, seed ^ 1), noise(length, seed ^ 2));
+            let (mut rms, mut layer) = (vec![0.0; length], vec![0.0; length]);
+            rms_norm(&x, epsilon, &weight, &mut rms);
+            layer_norm(&x, epsilon, &weight, &bias, &mut layer);
+            let mean = |term: &dyn Fn(f64) -> f64| x.iter().map(|&x| term(f64::from(x))).sum::<f64>() / length as f64;
+            let (squares, middle) = (mean(&|x| x * x), mean(&|x| x));
+            let variance = mean(&|x| (x - middle) * (x - middle));
+            for i in 0..length {
+                let (x, weight) = (f64::from(x[i]), f64::from(weight[i]));
+                let exact = x / (squares + f64::from(epsilon)).sqrt() * weight;
+                prop_assert!((f64::from(rms[i]) - exact).abs() < 1e-5 * exact.abs().max(1.0), "{} {exact}", rms[i]);
+                // Few values may be so near their mean that the difference is rounding alone.
+                if length > 8 {
+                    let exact = (x - middle) / (variance + f64::from(epsilon)).sqrt() * weight + f64::from(bias[i]);
+                    prop_assert!((f64::from(layer[i]) - exact).abs() < 1e-3 * exact.abs().max(1.0), "{} {exact}", layer[i]);
+                }
+            }
         }
     }
 }

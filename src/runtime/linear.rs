@@ -82,6 +82,38 @@ impl Linear {
         Ok(Self::of_term(shape.rows(), shape.columns(), StoredTerm::Kronecker(kronecker)))
     }
 
+    /// Several maps of the same inputs as one, whose outputs are theirs side by side. Dense maps become one matrix.
+    ///
+    /// # Errors
+    /// Of no map, of maps of other inputs, and of maps whose outputs are in an order.
+    pub(super) fn side_by_side(maps: Vec<Self>) -> Result<Self> {
+        let rows = maps.first().map_or(0, |map| map.rows);
+        let columns = maps.iter().map(|map| map.columns).sum();
+        if maps.is_empty() || maps.iter().any(|map| map.rows != rows || !map.outputs.is_identity()) {
+            return Err(unlike("maps side by side", format!("maps of {rows} inputs"), format!("{} maps", maps.len())));
+        }
+        let mut bias = Vec::new();
+        if maps.iter().any(|map| !map.bias.is_empty()) {
+            for map in &maps {
+                bias.extend_from_slice(&map.bias);
+                bias.resize(bias.len() + map.columns - map.bias.len(), 0.0);
+            }
+        }
+        let mut parts: Vec<Part> = Vec::new();
+        for part in maps.into_iter().flat_map(|map| map.parts) {
+            if let (Some(last), [StoredTerm::Dense(below)]) = (parts.last_mut(), part.terms.as_slice())
+                && let [StoredTerm::Dense(above)] = last.terms.as_mut_slice()
+                && above.can_stack(below)
+            {
+                above.stack(below)?;
+                last.columns += part.columns;
+            } else {
+                parts.push(part);
+            }
+        }
+        Ok(Self { rows, columns, parts, outputs: Order::default(), bias })
+    }
+
     fn of_term(rows: usize, columns: usize, term: StoredTerm) -> Self {
         Self {
             rows,

@@ -11,17 +11,17 @@ use half::{bf16, f16};
 use indexmap::IndexMap;
 use rayon::prelude::*;
 
-use super::config::Gpt2Config;
+use super::config::DecoderConfig;
 use super::kronecker::Kronecker;
 use super::linear::{Linear, Part, StoredTerm};
 use super::low_rank::LowRank;
-use super::model::{Block, Gpt2, LayerNorm, Size};
+use super::model::{Block, Decoder, Norm, Size};
 use super::order::Order;
 use super::rows::{Rows, Weights, move_together};
 use crate::checkpoint::files::read_object_if_any;
 use crate::checkpoint::read::{CODES, Checkpoint, Tensor as Stored};
 use crate::error::{Error, Result};
-use crate::family::Gpt2Geometry;
+use crate::family::{self, DecoderRoles, Kind, fused_parts};
 use crate::fit::GroupedLowRank;
 use crate::numeric::Float;
 use crate::numeric::int8::{Quantized, Scales, quantize};
@@ -31,7 +31,7 @@ use crate::plan::specs_of;
 use crate::progress::Progress;
 use crate::spec::{GroupedShape, KroneckerShape, KroneckerSpec, LowRankShape, MatrixSpec, RowGroup, TermSpec};
 
-impl Gpt2 {
+impl Decoder {
     /// Reads the checkpoint in `directory` on the current rayon pool: `config.json` and safetensors files with a
     /// language model's or a bare model's weights, dense or with the factors that its `quantization_config` names.
     ///
@@ -56,37 +56,52 @@ impl Gpt2 {
     pub fn load_as(directory: &Path, int8: bool, progress: &Progress) -> Result<Self> {
         let checkpoint = Checkpoint::open_any(directory)?;
         let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
-        if checkpoint.model_type() != "gpt2" {
-            let model_type = checkpoint.model_type();
-            return Err(problem(format!("the native runtime computes GPT-2 only, got model_type \"{model_type}\"")));
-        }
-        let geometry = &Gpt2Geometry::from_config(checkpoint.config()).map_err(problem)?;
+        let (model_type, family) = (checkpoint.model_type(), checkpoint.family());
         let generation = read_object_if_any(&directory.join("generation_config.json"))?;
-        let config = Gpt2Config::new(checkpoint.config(), generation.as_ref(), geometry, checkpoint.has_head());
+        let config = DecoderConfig::new(model_type, checkpoint.config(), generation.as_ref(), checkpoint.has_head());
         let config = config.map_err(problem)?;
+        let roles = family.decoder.as_ref().expect("what the runtime computes is described");
         let specs = specs_of(checkpoint.config()).map_err(problem)?;
-        let loader = Loader::new(&checkpoint, &specs, int8, progress);
-        loader.check(geometry)?;
-        progress.expect(geometry.layers as u64 + 2);
-        let (d, vocabulary) = (geometry.width, geometry.vocabulary);
+        let loader = Loader::new(&checkpoint, &config, roles, &specs, int8, progress);
+        loader.check()?;
+        progress.expect(config.layers as u64 + 2);
+        let (d, vocabulary) = (config.width, config.vocabulary);
         // Load the largest tensors first and alone: until copied, they are in memory twice.
-        let tokens = loader.embedding("wte", vocabulary, d)?;
-        let positions = loader.embedding("wpe", geometry.positions, d)?;
-        let head = if checkpoint.tied() { None } else { loader.head(vocabulary, d)? };
-        let blocks = (0..geometry.layers).into_par_iter().map(|layer| loader.block(layer, geometry));
+        let tokens = loader.embedding(family.token_embedding.as_deref().unwrap_or_default(), vocabulary, d)?;
+        let positions = roles.position_embedding.as_deref();
+        let positions = positions.map(|module| loader.embedding(module, config.positions, d)).transpose()?;
+        let head = family.output_head.as_deref().filter(|_| !checkpoint.tied());
+        let head = head.map(|module| loader.linear(module, d, vocabulary, false)).transpose()?;
+        let blocks = (0..config.layers).into_par_iter().map(|layer| loader.block(layer));
         // Collect first, so that the first error in model order is reported.
         let blocks = blocks.collect::<Vec<_>>().into_iter().collect::<Result<_>>()?;
-        let last_norm = loader.norm("ln_f", d)?;
+        let last_norm = loader.norm(&roles.last_norm)?;
         progress.finish();
         let size = loader.read.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let warning = checkpoint.warning().map(str::to_owned);
-        Ok(Self { config, tokens, positions, blocks, last_norm, head, size, warning })
+        let (model_type, warning) = (model_type.to_owned(), checkpoint.warning().map(str::to_owned));
+        let cache_float = Float::F32;
+        Ok(Self {
+            config,
+            family,
+            roles,
+            model_type,
+            tokens,
+            positions,
+            blocks,
+            last_norm,
+            head,
+            size,
+            warning,
+            cache_float,
+        })
     }
 }
 
 /// A mapped checkpoint, tensors by their bare names.
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    config: &'a DecoderConfig,
+    roles: &'a DecoderRoles,
     tensors: IndexMap<Cow<'a, str>, (&'a str, &'a Stored)>,
     specs: &'a IndexMap<String, MatrixSpec>,
     int8: bool,
@@ -114,6 +129,8 @@ impl Orientation {
 impl<'a> Loader<'a> {
     fn new(
         checkpoint: &'a Checkpoint,
+        config: &'a DecoderConfig,
+        roles: &'a DecoderRoles,
         specs: &'a IndexMap<String, MatrixSpec>,
         int8: bool,
         progress: &'a Progress,
@@ -121,7 +138,7 @@ impl<'a> Loader<'a> {
         let family = checkpoint.family();
         let bare = |(name, tensor): (&'a String, &'a Stored)| (family.bare(name), (name.as_str(), tensor));
         let tensors = checkpoint.tensors().iter().map(bare).collect();
-        Self { checkpoint, tensors, specs, int8, progress, read: Mutex::default() }
+        Self { checkpoint, config, roles, tensors, specs, int8, progress, read: Mutex::default() }
     }
 
     fn problem(&self, problem: String) -> Error {
@@ -129,28 +146,23 @@ impl<'a> Loader<'a> {
     }
 
     /// Refuses two tensors of one name, and what belongs to no module of this model.
-    fn check(&self, geometry: &Gpt2Geometry) -> Result<()> {
+    fn check(&self) -> Result<()> {
+        let (family, layers) = (self.checkpoint.family(), self.config.layers);
         if self.tensors.len() != self.checkpoint.tensors().len() {
             let mut seen = HashSet::new();
-            let twice = self.checkpoint.tensors().keys().find(|name| !seen.insert(self.checkpoint.family().bare(name)));
+            let twice = self.checkpoint.tensors().keys().find(|name| !seen.insert(family.bare(name)));
             return Err(self.problem(format!("tensor '{}' is there under two names", twice.expect("there are fewer"))));
         }
         for (bare, (stored, _)) in &self.tensors {
             let module = bare.rsplit_once('.').map_or(&**bare, |(module, _)| module);
-            let foreign = match self.checkpoint.family().layer_of(module) {
-                Some((layer, _)) => layer >= geometry.layers as u64,
-                None => false,
-            };
-            if foreign {
-                let layers = geometry.layers;
+            if family.layer_of(module).is_some_and(|(layer, _)| layer >= layers as u64) {
                 return Err(self.problem(format!("tensor '{stored}' does not belong to a model of {layers} layers")));
             }
         }
         for name in self.specs.keys() {
-            let known = name.as_str() == "wte"
-                || name.as_str() == "wpe"
-                || name.as_str() == "lm_head"
-                || self.checkpoint.family().layer_of(name).is_some_and(|(layer, _)| layer < geometry.layers as u64);
+            let top = [&family.token_embedding, &self.roles.position_embedding, &family.output_head];
+            let known = top.iter().any(|top| top.as_ref() == Some(name))
+                || family.layer_of(name).is_some_and(|(layer, _)| layer < layers as u64);
             if !known {
                 return Err(self.problem(format!("quantization_config: '{name}' is no matrix of this model")));
             }
@@ -158,27 +170,33 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    fn block(&self, layer: usize, geometry: &Gpt2Geometry) -> Result<Block> {
+    fn block(&self, layer: usize) -> Result<Block> {
         self.progress.check()?;
-        let d = geometry.width;
-        let name = |module: &str| format!("h.{layer}.{module}");
-        let mut expansion = self.linear(&name("mlp.c_fc"), d, geometry.inner, &[])?;
-        let mut projection = self.linear(&name("mlp.c_proj"), geometry.inner, d, &[])?;
-        // The activation is elementwise, so the hidden units may be stored in any order. Use c_proj's input order,
-        // which is free for a dense or Kronecker c_fc; otherwise keep c_fc's output order.
-        let wanted = projection.keep_input_order();
-        expansion.put_outputs_in(&wanted);
-        let mut hidden_order = wanted.inverse();
-        if hidden_order.is_identity() {
-            hidden_order = expansion.keep_output_order();
-            projection.take_inputs_from(&hidden_order);
-        }
+        let DecoderConfig { width: d, heads, key_value_heads, head_width, inner, biases, .. } = *self.config;
+        let prefix = self.checkpoint.family().layer_prefix();
+        let name = |module: &str| format!("{prefix}{layer}.{module}");
+        let expansion = |module: &String| self.linear(&name(module), d, inner, biases.mlp);
+        let mut expansion = self.roles.mlp.iter().map(expansion).collect::<Result<Vec<_>>>()?;
+        let mut projection = self.linear(&name(&self.roles.mlp_output), inner, d, biases.mlp)?;
+        let hidden_order = share_hidden_order(&mut expansion, &mut projection);
+        let (queries, others) = (heads * head_width, key_value_heads * head_width);
+        let widths = match self.roles.attention.len() {
+            1 => vec![queries + 2 * others],
+            _ => vec![queries, others, others],
+        };
+        let of_attention = self.roles.attention.iter().zip(widths);
+        let of_attention = of_attention.map(|(module, width)| self.linear(&name(module), d, width, biases.attention));
         let mut block = Block {
-            attention_norm: self.norm(&name("ln_1"), d)?,
-            query_key_value: self.linear(&name("attn.c_attn"), d, 3 * d, &[".q", ".k", ".v"])?,
-            attention_projection: self.linear(&name("attn.c_proj"), d, d, &[])?,
-            mlp_norm: self.norm(&name("ln_2"), d)?,
-            expansion,
+            attention_norm: self.norm(&name(&self.roles.attention_norm))?,
+            query_key_value: Linear::side_by_side(of_attention.collect::<Result<_>>()?)?,
+            attention_projection: self.linear(
+                &name(&self.roles.attention_output),
+                queries,
+                d,
+                biases.attention_output,
+            )?,
+            mlp_norm: self.norm(&name(&self.roles.mlp_norm))?,
+            expansion: Linear::side_by_side(expansion)?,
             hidden_order,
             projection,
         };
@@ -189,26 +207,33 @@ impl<'a> Loader<'a> {
         Ok(block)
     }
 
-    /// A `Conv1D`: compressed as a whole or in parts of equal width, or dense.
-    fn linear(&self, module: &str, m: usize, n: usize, parts: &[&str]) -> Result<Linear> {
-        let bias = self.vector(&format!("{module}.bias"), n)?;
-        let spec = |part: &str| self.specs.get(&format!("{module}{part}"));
-        let found = if parts.iter().any(|part| spec(part).is_some()) {
+    /// A linear module of `m` inputs and `n` outputs: compressed as a whole or in the parts of a fused weight, or dense.
+    fn linear(&self, module: &str, m: usize, n: usize, bias: bool) -> Result<Linear> {
+        let bias = if bias { self.vector(&format!("{module}.bias"), n)? } else { Vec::new() };
+        let kind = self.checkpoint.family().kind_of(&format!("{module}.weight")).unwrap_or(Kind::Linear);
+        let parts = fused_parts(module, kind, m, n).map_err(|error| error.in_tensor(module))?.unwrap_or_default();
+        let spec = |name: &str| self.specs.get(name);
+        let part_name = |part: &String| format!("{module}.{part}");
+        let found = if parts.iter().any(|part| spec(&part_name(part)).is_some()) {
             let columns = n / parts.len();
-            let part = |part: &&str| {
-                let name = format!("{module}{part}");
-                let spec = self.specs.get(&name).ok_or_else(|| {
+            let part = |part: &String| {
+                let name = part_name(part);
+                let spec = spec(&name).ok_or_else(|| {
                     self.problem(format!("quantization_config: '{name}' is missing beside the parts of {module}"))
                 })?;
                 Ok(Part { columns, terms: self.terms(&name, spec, m, columns, Orientation::AsStored)? })
             };
             parts.iter().map(part).collect::<Result<_>>()?
         } else {
-            let terms = match spec("") {
+            let terms = match spec(module) {
                 Some(spec) => self.terms(module, spec, m, n, Orientation::AsStored)?,
                 None => {
-                    let weight = self.dense(module, &[m, n], Scales::Columns)?;
-                    vec![StoredTerm::Dense(Rows::new(&weight.transposed())?)]
+                    let rows = if kind == Kind::Linear {
+                        Rows::new(&self.dense(module, &[n, m], Scales::Rows)?)
+                    } else {
+                        Rows::new(&self.dense(module, &[m, n], Scales::Columns)?.transposed())
+                    };
+                    vec![StoredTerm::Dense(rows?)]
                 }
             };
             vec![Part { columns: n, terms }]
@@ -250,16 +275,6 @@ impl<'a> Loader<'a> {
             parts.push(Part { columns: group.rows, terms });
         }
         Ok((parts, Order::new(places.as_slice().iter().copied())))
-    }
-
-    /// A head of its own: an `nn.Linear`, stored out × in.
-    fn head(&self, vocabulary: usize, d: usize) -> Result<Option<Linear>> {
-        let terms = match self.specs.get("lm_head") {
-            Some(spec) => self.terms("lm_head", spec, d, vocabulary, Orientation::AsStored)?,
-            None => vec![StoredTerm::Dense(Rows::new(&self.dense("lm_head", &[vocabulary, d], Scales::Rows)?)?)],
-        };
-        let parts = vec![Part { columns: vocabulary, terms }];
-        Ok(Some(Linear { rows: d, columns: vocabulary, parts, outputs: Order::default(), bias: Vec::new() }))
     }
 
     /// The matrices of all groups of a factor, which are stored one behind the other, with a scale for each row.
@@ -373,10 +388,13 @@ impl<'a> Loader<'a> {
         }))
     }
 
-    fn norm(&self, module: &str, d: usize) -> Result<LayerNorm> {
-        Ok(LayerNorm {
-            weight: self.vector(&format!("{module}.weight"), d)?,
-            bias: self.vector(&format!("{module}.bias"), d)?,
+    fn norm(&self, module: &str) -> Result<Norm> {
+        let weight = self.vector(&format!("{module}.weight"), self.config.width)?;
+        Ok(match self.roles.norm {
+            family::Norm::Layer => {
+                Norm::Layer { weight, bias: self.vector(&format!("{module}.bias"), self.config.width)? }
+            }
+            family::Norm::Rms => Norm::Rms { weight },
         })
     }
 
@@ -475,6 +493,26 @@ impl<'a> Loader<'a> {
         let (stored, _) = self.found(name, &[length])?;
         self.checkpoint.permutation(stored, length)
     }
+}
+
+/// Puts the hidden units into an order that costs fewest gathers, and returns it: the activation, and the product with a
+/// gate, are elementwise, so that units may be stored in any order that all maps share.
+fn share_hidden_order(expansion: &mut [Linear], projection: &mut Linear) -> Order {
+    // The projection's order is free for dense maps and Kronecker sums before it; otherwise keep that of a map before it.
+    let wanted = projection.keep_input_order();
+    expansion.iter_mut().for_each(|map| map.put_outputs_in(&wanted));
+    let mut order = wanted.inverse();
+    for kept in 0..expansion.len() {
+        if !order.is_identity() {
+            break;
+        }
+        order = expansion[kept].keep_output_order();
+        let inverse = order.inverse();
+        let others = expansion.iter_mut().enumerate().filter(|(map, _)| *map != kept);
+        others.for_each(|(_, map)| map.put_outputs_in(&inverse));
+        projection.take_inputs_from(&order);
+    }
+    order
 }
 
 /// On huge pages: reading is a third faster.

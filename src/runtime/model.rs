@@ -1,12 +1,16 @@
-//! The forward pass of GPT-2: embeddings, blocks, the final layer norm and the head.
+//! The forward pass of a decoder: embeddings, blocks, the final norm and the head.
+
+use std::slice;
 
 use super::attention::{Heads, KvCache, Span, attend};
-use super::config::{Activation, Gpt2Config};
-use super::kernels::{add_scaled, gelu_tanh, layer_norm, silu};
+use super::config::{Activation, DecoderConfig};
+use super::kernels::{add_scaled, gelu_tanh, layer_norm, multiply, rms_norm, silu};
 use super::linear::Linear;
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
+use crate::family::{DecoderRoles, Family};
+use crate::numeric::Float;
 use crate::progress::Progress;
 
 /// Values of one task of an elementwise operation.
@@ -26,22 +30,27 @@ pub(super) fn fitting(sequences: &[&[u32]]) -> usize {
     fits.count().max(1)
 }
 
-/// A GPT-2 with a language-model head, dense or compressed, in memory.
+/// A decoder with a language-model head, dense or compressed, in memory.
 ///
 /// Weights stay in the dtype that they are stored in; everything is computed in f32.
 #[derive(Clone, Debug)]
-pub struct Gpt2 {
-    pub(super) config: Gpt2Config,
+pub struct Decoder {
+    pub(super) config: DecoderConfig,
+    pub(super) family: &'static Family,
+    pub(super) roles: &'static DecoderRoles,
+    pub(super) model_type: String,
     /// The token embedding, stored as the map from hidden states to logits. A lookup reads a column.
     pub(super) tokens: Linear,
-    /// The position embedding, stored likewise.
-    pub(super) positions: Linear,
+    /// The position embedding, stored likewise, where there is one.
+    pub(super) positions: Option<Linear>,
     pub(super) blocks: Vec<Block>,
-    pub(super) last_norm: LayerNorm,
+    pub(super) last_norm: Norm,
     /// `None` if tied to the token embedding.
     pub(super) head: Option<Linear>,
     pub(super) warning: Option<String>,
     pub(super) size: Size,
+    /// The dtype of cached keys and values.
+    pub(super) cache_float: Float,
 }
 
 /// How large a model is.
@@ -56,20 +65,23 @@ pub struct Size {
 /// `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
-    pub attention_norm: LayerNorm,
+    pub attention_norm: Norm,
+    /// To queries, keys and values, side by side.
     pub query_key_value: Linear,
     pub attention_projection: Linear,
-    pub mlp_norm: LayerNorm,
+    pub mlp_norm: Norm,
+    /// To the hidden units; to their gates and to what these are multiplied with, side by side.
     pub expansion: Linear,
     /// Hidden value `i` is at place `hidden_order.at(i)` of what `expansion` returns and `projection` reads.
     pub hidden_order: Order,
     pub projection: Linear,
 }
 
+/// A norm with its weights.
 #[derive(Clone, Debug)]
-pub(super) struct LayerNorm {
-    pub weight: Vec<f32>,
-    pub bias: Vec<f32>,
+pub(super) enum Norm {
+    Layer { weight: Vec<f32>, bias: Vec<f32> },
+    Rms { weight: Vec<f32> },
 }
 
 /// Keys and values of one sequence's tokens so far, for all layers.
@@ -94,15 +106,40 @@ impl Cache {
     }
 }
 
-/// Receives the inputs of every linear layer: its name in configs ("h.0.mlp.c_fc", "lm_head") and `(count, rows)`
-/// values.
-pub type Observer<'a> = &'a mut dyn FnMut(&str, &[f32]) -> Result<()>;
+/// Receives the inputs of every linear layer: `(count, rows)` values, and the names in configs of the layers that read
+/// them ("h.0.mlp.c_fc"; "layers.0.mlp.gate_proj" and "layers.0.mlp.up_proj"; "lm_head").
+pub type Observer<'a> = &'a mut dyn FnMut(&[String], &[f32]) -> Result<()>;
 
-impl Gpt2 {
+impl Decoder {
     /// Its hyperparameters.
     #[must_use]
-    pub fn config(&self) -> &Gpt2Config {
+    pub fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    /// Its `model_type`.
+    #[must_use]
+    pub fn model_type(&self) -> &str {
+        &self.model_type
+    }
+
+    /// The names of its embeddings in configs: that of tokens ("wte"), and that of positions where there is one.
+    #[must_use]
+    pub fn embeddings(&self) -> (&str, Option<&str>) {
+        (self.family.token_embedding.as_deref().unwrap_or_default(), self.roles.position_embedding.as_deref())
+    }
+
+    /// The name of its head in configs: "lm_head".
+    #[must_use]
+    pub fn head_name(&self) -> &str {
+        self.family.output_head.as_deref().unwrap_or_default()
+    }
+
+    /// The same with caches that keep keys and values in this dtype; float32 by default. Half the size is float16, whose
+    /// values are rounded to 11 bits.
+    #[must_use]
+    pub fn with_cache_of(self, cache_float: Float) -> Self {
+        Self { cache_float, ..self }
     }
 
     /// How large it is.
@@ -122,7 +159,7 @@ impl Gpt2 {
                 self.config.positions
             )));
         }
-        let layers = self.blocks.iter().map(|_| KvCache::new(self.heads(0), capacity)).collect();
+        let layers = self.blocks.iter().map(|_| KvCache::new(self.heads(0), capacity, self.cache_float)).collect();
         Ok(Cache { length: 0, capacity, layers })
     }
 
@@ -130,11 +167,12 @@ impl Gpt2 {
     /// caches, which they are added to. Sequences may be of any lengths: none is padded.
     ///
     /// # Errors
-    /// [`Error::Config`] for a token out of range or a sequence longer than its cache; [`Error::Cancelled`]; what
-    /// `observer` returns.
+    /// [`Error::Config`] for a token out of range, a sequence longer than its cache, or a key or value that the dtype of
+    /// the cache does not hold; [`Error::Cancelled`]; what `observer` returns.
     ///
     /// # Cost
-    /// Two MACs per token and parameter of the blocks, and `2·width` per pair of tokens and layer.
+    /// A MAC per token and parameter of the blocks, and `2·width` per pair of tokens and layer. Memory grows with the
+    /// tokens and not with their square.
     pub fn forward(
         &self,
         sequences: &[&[u32]],
@@ -152,29 +190,41 @@ impl Gpt2 {
             .zip(caches.iter())
             .map(|(sequence, cache)| Span { tokens: sequence.len(), before: cache.length })
             .collect();
+        let positions = spans.iter().flat_map(|span| span.before..span.before + span.tokens);
+        let turns = self.config.rotary.as_ref().map(|rotary| rotary.turns(positions));
+        let turned = self.config.heads + self.config.key_value_heads;
         let mut x = self.embed(sequences, &spans, pool);
         let count = x.len() / d;
         let observed = observer.is_some();
-        let mut observe = |layer: usize, module: &str, x: &[f32]| match &mut observer {
+        let mut observe = |layer: usize, modules: &[String], x: &[f32]| match &mut observer {
             None => Ok(()),
-            Some(observer) => observer(&format!("h.{layer}.{module}"), x),
+            Some(observer) => observer(&self.in_layer(layer, modules), x),
         };
         for (layer, block) in self.blocks.iter().enumerate() {
             progress.check()?;
             let normed = block.attention_norm.forward(&x, self.config.epsilon, pool);
-            observe(layer, "attn.c_attn", &normed)?;
-            let qkv = block.query_key_value.forward(&normed, count, pool);
+            observe(layer, &self.roles.attention, &normed)?;
+            let mut qkv = block.query_key_value.forward(&normed, count, pool);
+            let heads = self.heads(layer);
+            if let Some(turns) = &turns {
+                turns.apply(&mut qkv, heads.row(), turned, pool);
+            }
             let mut kv_caches: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
-            let attended = attend(self.heads(layer), &qkv, &spans, &mut kv_caches, pool);
-            observe(layer, "attn.c_proj", &attended)?;
+            let attended = attend(heads, &qkv, &spans, &mut kv_caches, pool)?;
+            observe(layer, slice::from_ref(&self.roles.attention_output), &attended)?;
             add_scaled(&mut x, 1.0, &block.attention_projection.forward(&attended, count, pool));
             progress.check()?;
             let normed = block.mlp_norm.forward(&x, self.config.epsilon, pool);
-            observe(layer, "mlp.c_fc", &normed)?;
+            observe(layer, &self.roles.mlp, &normed)?;
             let mut inner = block.expansion.forward(&normed, count, pool);
-            self.config.activation.apply(&mut inner, pool);
+            if self.roles.gated() {
+                inner = self.config.activation.gate(&inner, self.config.inner, pool);
+            } else {
+                self.config.activation.apply(&mut inner, pool);
+            }
             if observed {
-                observe(layer, "mlp.c_proj", &block.hidden_order.gather(&inner, pool))?;
+                let gathered = block.hidden_order.gather(&inner, pool);
+                observe(layer, slice::from_ref(&self.roles.mlp_output), &gathered)?;
             }
             add_scaled(&mut x, 1.0, &block.projection.forward(&inner, count, pool));
         }
@@ -183,7 +233,7 @@ impl Gpt2 {
         }
         let hidden = self.last_norm.forward(&x, self.config.epsilon, pool);
         if let Some(observer) = &mut observer {
-            observer("lm_head", &hidden)?;
+            observer(&[self.head_name().to_owned()], &hidden)?;
         }
         Ok(hidden)
     }
@@ -221,10 +271,16 @@ impl Gpt2 {
     }
 
     fn heads(&self, layer: usize) -> Heads {
-        let Gpt2Config { width, heads, scale_scores, scale_by_layer, .. } = self.config;
-        let by_width = if scale_scores { ((width / heads) as f32).sqrt().recip() } else { 1.0 };
+        let DecoderConfig { heads, key_value_heads, head_width, scale_scores, scale_by_layer, .. } = self.config;
+        let by_width = if scale_scores { (head_width as f32).sqrt().recip() } else { 1.0 };
         let by_layer = if scale_by_layer { ((layer + 1) as f32).recip() } else { 1.0 };
-        Heads { heads, width: width / heads, scale: by_width * by_layer }
+        let window = self.config.window(layer);
+        Heads { heads, key_value_heads, width: head_width, scale: by_width * by_layer, window }
+    }
+
+    /// The names in configs of modules of a layer.
+    pub(super) fn in_layer(&self, layer: usize, modules: &[String]) -> Vec<String> {
+        modules.iter().map(|module| format!("{}{layer}.{module}", self.family.layer_prefix())).collect()
     }
 
     fn check(&self, sequence: &[u32], cache: &Cache) -> Result<()> {
@@ -250,20 +306,26 @@ impl Gpt2 {
         let mut x = vec![0.0; tokens.len() * d];
         pool.for_each(x.chunks_exact_mut(d).zip(tokens), |(row, (token, position))| {
             self.tokens.add_column(token as usize, row);
-            self.positions.add_column(position, row);
+            if let Some(positions) = &self.positions {
+                positions.add_column(position, row);
+            }
         });
         x
     }
 }
 
-impl LayerNorm {
+impl Norm {
     fn forward(&self, x: &[f32], epsilon: f32, pool: &ThreadPool) -> Vec<f32> {
         let mut y = vec![0.0; x.len()];
-        let d = self.weight.len();
+        let (Self::Layer { weight, .. } | Self::Rms { weight }) = self;
+        let d = weight.len();
         let rows = (PIECE / d).max(1);
         pool.for_each(y.chunks_mut(rows * d).zip(x.chunks(rows * d)), |(y, x)| {
             for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                layer_norm(x, epsilon, &self.weight, &self.bias, y);
+                match self {
+                    Self::Layer { weight, bias } => layer_norm(x, epsilon, weight, bias, y),
+                    Self::Rms { weight } => rms_norm(x, epsilon, weight, y),
+                }
             }
         });
         y
@@ -272,7 +334,27 @@ impl LayerNorm {
 
 impl Activation {
     fn apply(self, values: &mut [f32], pool: &ThreadPool) {
-        pool.for_each(values.chunks_mut(PIECE), |values| match self {
+        pool.for_each(values.chunks_mut(PIECE), |values| self.of(values));
+    }
+
+    /// `activation(gate) · up`, `(count, inner)`, of rows of gates and what they are multiplied with, `(count, 2·inner)`.
+    fn gate(self, rows: &[f32], inner: usize, pool: &ThreadPool) -> Vec<f32> {
+        let mut products = vec![0.0; rows.len() / 2];
+        let at_a_time = (PIECE / inner).max(1);
+        let pieces = products.chunks_mut(at_a_time * inner).zip(rows.chunks(at_a_time * 2 * inner));
+        pool.for_each(pieces, |(products, rows)| {
+            for (products, row) in products.chunks_exact_mut(inner).zip(rows.chunks_exact(2 * inner)) {
+                let (gates, others) = row.split_at(inner);
+                products.copy_from_slice(gates);
+                self.of(products);
+                multiply(products, others);
+            }
+        });
+        products
+    }
+
+    fn of(self, values: &mut [f32]) {
+        match self {
             Self::GeluTanh => gelu_tanh(values),
             Self::Silu => silu(values),
             Self::Gelu => values.iter_mut().for_each(|x| {
@@ -281,6 +363,6 @@ impl Activation {
             }),
             Self::Relu => values.iter_mut().for_each(|x| *x = x.max(0.0)),
             Self::Tanh => values.iter_mut().for_each(|x| *x = x.tanh()),
-        });
+        }
     }
 }

@@ -1,9 +1,12 @@
 //! Second moments of the inputs of linear layers: `Σ xᵀx` over the tokens of a text.
 
+use std::slice;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::model::{Block, Gpt2, fitting};
+use super::config::DecoderConfig;
+use super::model::{Decoder, fitting};
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::numeric::spill::Spill;
@@ -125,9 +128,9 @@ fn mean_of(size: usize, mut sum: &[f64], tokens: usize) -> Vec<f32> {
     mean
 }
 
-impl Gpt2 {
+impl Decoder {
     /// `E[xᵀx]`, row-major `(m, m)`, of the inputs of the layers in `names` ("h.0.attn.c_attn", "lm_head"), over all
-    /// tokens of all `sequences`. The sums take `max_memory` bytes and that of one layer; what exceeds it is in a
+    /// tokens of all `sequences`. Of layers that share their inputs it is enough to name one. The sums take `max_memory` bytes and that of one layer; what exceeds it is in a
     /// temporary file.
     ///
     /// # Errors
@@ -153,7 +156,7 @@ impl Gpt2 {
             return Err(Error::Config("tokens: expected at least one, got none".into()));
         }
         let layers = self.linear_layers();
-        let size = |name: &String| match layers.iter().find(|(known, _)| known == name) {
+        let size = |name: &String| match layers.iter().find(|(known, _)| known.contains(name)) {
             Some(&(_, size)) => Ok(size),
             None => Err(Error::Config(format!("names: expected linear layers, got {name:?}"))),
         };
@@ -163,9 +166,9 @@ impl Gpt2 {
         while !rest.is_empty() {
             let (batch, others) = rest.split_at(fitting(rest));
             let mut caches = batch.iter().map(|tokens| self.cache(tokens.len())).collect::<Result<Vec<_>>>()?;
-            let mut observe = |name: &str, x: &[f32]| {
+            let mut observe = |readers: &[String], x: &[f32]| {
                 progress.check()?;
-                if let Some(at) = names.iter().position(|wanted| wanted == name) {
+                for (at, _) in names.iter().enumerate().filter(|(_, wanted)| readers.contains(wanted)) {
                     moments.add(at, x, pool)?;
                 }
                 Ok(())
@@ -177,20 +180,19 @@ impl Gpt2 {
         moments.means(tokens)
     }
 
-    /// Every linear layer by its name in configs, in model order, with its number of inputs; the head, if the
-    /// checkpoint says that it has one, is "lm_head".
+    /// All linear layers in model order: the names in configs of those that share their inputs, and the number of
+    /// inputs; the head, if the checkpoint says that it has one, is the last.
     #[must_use]
-    pub fn linear_layers(&self) -> Vec<(String, usize)> {
-        let of_block = |(layer, block): (usize, &Block)| {
-            [
-                ("attn.c_attn", &block.query_key_value),
-                ("attn.c_proj", &block.attention_projection),
-                ("mlp.c_fc", &block.expansion),
-                ("mlp.c_proj", &block.projection),
-            ]
-            .map(|(module, linear)| (format!("h.{layer}.{module}"), linear.rows))
-        };
-        let head = self.config.language_model.then(|| ("lm_head".to_owned(), self.config.width));
-        self.blocks.iter().enumerate().flat_map(of_block).chain(head).collect()
+    pub fn linear_layers(&self) -> Vec<(Vec<String>, usize)> {
+        let DecoderConfig { width, heads, head_width, inner, .. } = self.config;
+        let modules = [
+            (self.roles.attention.as_slice(), width),
+            (slice::from_ref(&self.roles.attention_output), heads * head_width),
+            (&self.roles.mlp, width),
+            (slice::from_ref(&self.roles.mlp_output), inner),
+        ];
+        let of_layer = |layer: usize| modules.map(|(modules, inputs)| (self.in_layer(layer, modules), inputs));
+        let head = self.config.language_model.then(|| (vec![self.head_name().to_owned()], width));
+        (0..self.blocks.len()).flat_map(of_layer).chain(head).collect()
     }
 }

@@ -22,6 +22,9 @@ const FEW: usize = 2 * TOGETHER;
 const TASK: usize = 1 << 16;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
+/// Products that are added up one by one; sums of these are added up. One long sum would lose twice as many digits, at
+/// the same speed.
+const SUMMED: usize = 128;
 
 /// A stored matrix, or several: floating values, or eight-bit integers with scales that broadcast against them.
 #[derive(Clone, Debug)]
@@ -144,6 +147,22 @@ impl Rows {
         }
         let scales = scales.as_ref().map(|scales| scales.flatten_all()?.to_vec1()).transpose().map_err(unexpected)?;
         Ok(Self { tensor, scales, rows, length })
+    }
+
+    /// Whether [`stack`](Self::stack) takes these rows.
+    pub fn can_stack(&self, below: &Self) -> bool {
+        let alike = self.length == below.length && self.tensor.dtype() == below.tensor.dtype();
+        alike && self.scales.is_some() == below.scales.is_some()
+    }
+
+    /// Adds rows of the same length and dtype behind these.
+    pub fn stack(&mut self, below: &Self) -> Result<()> {
+        self.tensor = Tensor::cat(&[&self.tensor, &below.tensor], 0).map_err(unexpected)?;
+        self.rows += below.rows;
+        if let (Some(scales), Some(others)) = (&mut self.scales, &below.scales) {
+            scales.extend_from_slice(others);
+        }
+        Ok(())
     }
 
     /// Calls `work` with the values.
@@ -334,7 +353,12 @@ pub(super) fn product_by_panels(
         let (first, height) = (index * height, y.ncols());
         panel(first..first + height, &mut |rows| {
             let rows = MatRef::from_row_major_slice(rows, height, length);
-            matmul(y.as_mut(), Accum::Replace, x, rows.transpose(), 1.0, Par::Seq);
+            for first in (0..length).step_by(SUMMED) {
+                let width = SUMMED.min(length - first);
+                let how = if first == 0 { Accum::Replace } else { Accum::Add };
+                let (x, rows) = (x.subcols(first, width), rows.subcols(first, width));
+                matmul(y.as_mut(), how, x, rows.transpose(), 1.0, Par::Seq);
+            }
         });
     });
 }

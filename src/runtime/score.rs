@@ -2,7 +2,7 @@
 
 use super::generate::most_probable;
 use super::kernels::sum_of_exponentials;
-use super::model::Gpt2;
+use super::model::Decoder;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -19,7 +19,7 @@ pub struct TokenScore {
     pub most_probable: bool,
 }
 
-impl Gpt2 {
+impl Decoder {
     /// Scores the last `scored[i]` tokens of each sequence, given all tokens before them, sequence by sequence.
     ///
     /// # Errors

@@ -41,11 +41,11 @@ fn pool() -> ThreadPool {
     ThreadPool::new(2).unwrap()
 }
 
-fn load(directory: &Path) -> Result<Gpt2> {
-    Gpt2::load(directory, &Progress::default())
+fn load(directory: &Path) -> Result<Decoder> {
+    Decoder::load(directory, &Progress::default())
 }
 
-fn logits(model: &Gpt2, tokens: &[u32], pool: &ThreadPool) -> Vec<f32> {
+fn logits(model: &Decoder, tokens: &[u32], pool: &ThreadPool) -> Vec<f32> {
     let mut cache = model.cache(tokens.len()).unwrap();
     let hidden = model.forward(&[tokens], &mut [&mut cache], None, pool, &Progress::default()).unwrap();
     model.logits(&hidden, pool)
@@ -126,8 +126,8 @@ fn an_eight_bit_model_computes_what_it_expands_to_and_loading_makes_the_same_of_
         let wide = Options { overwrite: true, dtype: Some(Float::F32), ..Options::default() };
         expand_checkpoint(&Checkpoint::open_any(&codes).unwrap(), &dense, &wide, &Progress::default()).unwrap();
         let model = load(&codes).unwrap();
-        let quantized = Gpt2::load_as(floats, true, &Progress::default()).unwrap();
-        let already = Gpt2::load_as(&codes, true, &Progress::default()).unwrap();
+        let quantized = Decoder::load_as(floats, true, &Progress::default()).unwrap();
+        let already = Decoder::load_as(&codes, true, &Progress::default()).unwrap();
         let expanded = load(&dense).unwrap();
         for length in [1_u32, 2, 5, 6] {
             let tokens: Vec<u32> = (0..length).map(|i| (7 * i + length) % 20).collect();
@@ -271,8 +271,8 @@ fn moments_are_means_of_outer_products_in_the_layers_own_order() {
         assert_eq!(model.input_moments(&sequences, &names, room, &pool, &progress).unwrap(), dense, "in a file or not");
     }
     let mut exact = vec![0.0_f64; 64];
-    let mut observe = |name: &str, x: &[f32]| {
-        for x in x.chunks_exact(8).filter(|_| name == "h.0.attn.c_proj") {
+    let mut observe = |readers: &[String], x: &[f32]| {
+        for x in x.chunks_exact(8).filter(|_| readers == ["h.0.attn.c_proj"]) {
             for (i, sum) in exact.iter_mut().enumerate() {
                 *sum += f64::from(x[i / 8]) * f64::from(x[i % 8]) / 7.0;
             }

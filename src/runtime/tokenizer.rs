@@ -25,6 +25,10 @@ const PARTS: [&str; 2] = ["vocab.json", "merges.txt"];
 /// The files that name special tokens; the first one that has a name decides.
 const NAMES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
 
+/// What to do without a tokenizer that can be read.
+const WAY_OUT: &str = "Save the one that transformers loads: AutoTokenizer.from_pretrained(...).save_pretrained(...), or give \
+                       tokens in place of text (generate_tokens, logits)";
+
 /// The token that begins and ends texts of a GPT-2 tokenizer, unless a file names another.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
@@ -52,7 +56,8 @@ impl Tokenizer {
         let path = directory.join(WHOLE_FILE);
         let mut tokenizer = match read(&path)? {
             Some(bytes) => {
-                let not_a_tokenizer = |words: String| problem(path.clone())(format!("not a tokenizer: {words}"));
+                let not_a_tokenizer =
+                    |words: String| problem(path.clone())(format!("not a tokenizer: {words}. {WAY_OUT}"));
                 // The library panics at JSON that is broken in some places.
                 serde_json::from_slice::<Value>(&bytes).map_err(|error| not_a_tokenizer(error.to_string()))?;
                 guarded(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(not_a_tokenizer)?
@@ -238,7 +243,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>> {
 fn byte_pairs(directory: &Path, prefix_space: bool) -> Result<tokenizers::Tokenizer> {
     let problem = |problem: String| Error::Checkpoint { path: directory.to_owned(), problem };
     if let Some(missing) = PARTS.iter().find(|file| !directory.join(file).is_file()) {
-        return Err(problem(format!("no tokenizer: there is neither '{WHOLE_FILE}' nor '{missing}'")));
+        return Err(problem(format!("no tokenizer: there is neither '{WHOLE_FILE}' nor '{missing}'. {WAY_OUT}")));
     }
     for file in PARTS {
         read(&directory.join(file))?;

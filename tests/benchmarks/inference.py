@@ -8,6 +8,10 @@ memory is the largest peak beyond the process before loading. The bandwidth limi
 whichever moves more; `of limit` is the bytes of weights that a token needs, times tokens/s, over it, `of read` the same
 over that of the sum. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
 `cargo bench` times native layers: by the factors, by the matrix, and by what the cost model chooses of the two.
+
+`--checkpoint DIR` runs given checkpoints in place of these, of any family that the native runtime has, and no layers.
+They also score `--score` random tokens, all in one window, as a perplexity does. "torch as stored" computes in the
+dtype of the weights.
 """
 
 import argparse
@@ -27,7 +31,9 @@ from whole_checkpoint import COMPRESS, MAKE, headers, weights_size
 
 MODELS = ("dense", "compressed", "6 layers")
 ENGINES = tuple(inference_engines.ENGINES)
+DEFAULT_ENGINES = [name for name in ENGINES if name != "torch as stored"]
 FLOATS = ("F32", "F16", "BF16")
+TIMES = ("decode seconds", "prefill seconds", "score seconds")
 Measured = dict[str, Any]
 
 
@@ -35,8 +41,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="fresh processes for each model and engine")
     parser.add_argument("--passes", type=int, default=2, help="runs in each process")
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--checkpoint", nargs="*", metavar="DIR", default=[], help="checkpoints to run in place of the random models"
+    )
+    parser.add_argument(
+        "--score", type=int, default=2000, metavar="N", help="tokens of a text of --checkpoint to score"
+    )
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(DEFAULT_ENGINES))
     parser.add_argument(
         "--layers", nargs="*", choices=list(inference_layers.LAYERS), default=list(inference_layers.LAYERS)
     )
@@ -50,17 +62,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
     lengths = {"prompt": 8, "new": options.new_tokens, "prefill": 32 if options.quick else 512}
+    lengths["score"] = options.score if options.checkpoint else 0
+    wanted = options.checkpoint or options.models
     with tempfile.TemporaryDirectory() as folder:
         # What is compiled is kept from one process to the next, but not beyond this run, unless the caller says where.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
-        models = make_models(Path(folder), options.models, options.dtype, options.quick)
+        models = {name: Path(name) for name in options.checkpoint}
+        models = models or make_models(Path(folder), options.models, options.dtype, options.quick)
         limits: list[dict[str, float]] = []
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
             limits.append(
                 child(inference_layers, {"bandwidth": options.threads, "quick": options.quick}, options.threads)
             )
-            for model in options.models:
+            for model in wanted:
                 for engine in options.engines:
                     earlier = runs.setdefault((model, engine), [])
                     if any("failed" in result for result in earlier):
@@ -82,8 +97,8 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         best = {key: best_of(results) for key, results in runs.items()}
         for (model, engine), result in best.items():
             yield row(model, engine, result, models[model], lengths["prefill"], bandwidth)
-        yield from ratios(best)
-    if options.layers:
+        yield from ratios(best, wanted)
+    if options.layers and not options.checkpoint:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
         task |= {"threads": options.threads}
         yield from child(inference_layers, task, options.threads)
@@ -120,21 +135,25 @@ def best_of(results: list[Measured]) -> Measured:
     if any(result["generated"] != results[0]["generated"] for result in results):
         raise SystemExit("the generated tokens differ from run to run")
     worst = ("decode MB", "prefill MB", "first calls seconds")
-    best = {name: min(result[name] for result in results) for name in ("decode seconds", "prefill seconds")}
+    times = [name for name in TIMES if name in results[0]]
+    best = {name: min(result[name] for result in results) for name in times}
+    best |= {name: results[0][name] for name in ("log-likelihood",) if name in results[0]}
     return best | {name: max(result[name] for result in results) for name in worst}
 
 
 def weights_read(folder: Path, int8: bool = False) -> int:
-    """Bytes of weights that one token needs: all but the positions', the tied embedding once, as the head.
+    """Bytes of weights that one token needs: all but the embeddings', of which a tied one is read as the head.
 
     With `int8` one byte each, without the scales and the few that are not quantized.
     """
     tensors = [item for header in headers(folder) for item in header.items() if item[0] != "__metadata__"]
     size = {"F32": 4, "F16": 2, "BF16": 2}
+    own_head = any(name.startswith("lm_head.") for name, _ in tensors)
+    unread = [".wpe.", *([".wte.", ".embed_tokens."] if own_head else [])]
     spans = [
         (tensor["data_offsets"], size[tensor["dtype"]] if int8 else 1)
         for name, tensor in tensors
-        if tensor["dtype"] in FLOATS and ".wpe." not in f".{name}"
+        if tensor["dtype"] in FLOATS and not any(module in f".{name}" for module in unread)
     ]
     return sum((end - begin) // width for (begin, end), width in spans)
 
@@ -146,32 +165,38 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
     # Eight-bit weights are quantized on loading: their files have more bytes.
     int8 = engine == "native int8"
     bytes_per_second = weights_read(folder, int8) / result["decode seconds"]
-    return head | {
-        "decode tokens/s": 1 / result["decode seconds"],
-        "ms/token": 1000 * result["decode seconds"],
-        "of limit": bytes_per_second / max(bandwidth.values()),
-        "of read": bytes_per_second / bandwidth["read"],
-        "prefill tokens/s": prefill / result["prefill seconds"],
-        "prefill seconds": result["prefill seconds"],
-        "decode MB": result["decode MB"],
-        "prefill MB": result["prefill MB"],
-        "weights MB": weights_size(folder) / 2**20,
-        "compile seconds": result["first calls seconds"] if engine == "torch compiled" else 0.0,
-    }
+    scored = {}
+    if "score seconds" in result:
+        scored = {"score seconds": result["score seconds"], "nats/token": -result["log-likelihood"]}
+    return (
+        head
+        | scored
+        | {
+            "decode tokens/s": 1 / result["decode seconds"],
+            "ms/token": 1000 * result["decode seconds"],
+            "of limit": bytes_per_second / max(bandwidth.values()),
+            "of read": bytes_per_second / bandwidth["read"],
+            "prefill tokens/s": prefill / result["prefill seconds"],
+            "prefill seconds": result["prefill seconds"],
+            "decode MB": result["decode MB"],
+            "prefill MB": result["prefill MB"],
+            "weights MB": weights_size(folder) / 2**20,
+            "compile seconds": result["first calls seconds"] if engine == "torch compiled" else 0.0,
+        }
+    )
 
 
-def ratios(best: Mapping[tuple[str, str], Measured]) -> Iterator[dict]:
+def ratios(best: Mapping[tuple[str, str], Measured], models: Sequence[str] = MODELS) -> Iterator[dict]:
     """Tokens/s of the compressed model over others' in one engine, and of the native runtime over torch's."""
     pairs = [(("compressed", engine), (other, engine)) for other in ("dense", "6 layers") for engine in ENGINES]
     torch = [other for other in ENGINES if other.startswith("torch")]
-    pairs += [((model, "native"), (model, other)) for other in torch for model in MODELS]
-    pairs += [((model, "native int8"), (model, "native")) for model in MODELS]
+    pairs += [((model, "native"), (model, other)) for other in torch for model in models]
+    pairs += [((model, "native int8"), (model, "native")) for model in models]
     for ours, theirs in pairs:
         if all(key in best and "failed" not in best[key] for key in (ours, theirs)):
-            times = {name: best[theirs][name] / best[ours][name] for name in ("decode seconds", "prefill seconds")}
+            times = {name: best[theirs][name] / best[ours][name] for name in TIMES if name in best[ours]}
             yield {
                 "tokens/s of": ", ".join(ours),
                 "over": ", ".join(theirs),
-                "decode": times["decode seconds"],
-                "prefill": times["prefill seconds"],
+                **{name.removesuffix(" seconds"): time for name, time in times.items()},
             }

@@ -18,10 +18,12 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model: `generate(prompt, count)` is greedy, and `prefill(tokens)` may tell the token that follows."""
+    """A loaded model: `generate(prompt, count)` is greedy, `prefill(tokens)` may tell the token that follows, and
+    `score(tokens)` is the mean log-likelihood of all but the first."""
 
     generate: Callable[[Tokens, int], Tokens]
     prefill: Callable[[Tokens], int | None]
+    score: Callable[[Tokens], float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Lengths:
     prompt: int
     new: int
     prefill: int
+    score: int = 0
 
 
 def native(folder: Path, threads: int, _: Lengths, *, int8: bool = False) -> Engine:
@@ -46,14 +49,17 @@ def native(folder: Path, threads: int, _: Lengths, *, int8: bool = False) -> Eng
         # Scoring one more token reads all before it and takes the logits of the last, as `prefill` of torch does.
         runtime.score([[*tokens, tokens[0]]], [1])
 
-    return Engine(generate, prefill)
+    def score(tokens: Tokens) -> float:
+        return float(runtime.score([tokens], [len(tokens) - 1])[0].mean())
+
+    return Engine(generate, prefill, score)
 
 
-def eager(folder: Path, threads: int, _: Lengths) -> Engine:
-    """transformers' model as it is."""
+def eager(folder: Path, threads: int, _: Lengths, *, dtype: str = "float32") -> Engine:
+    """transformers' model as it is; with the dtype "auto", in that of its weights."""
     from transformers import DynamicCache
 
-    model = torch_model(folder, threads)
+    model = torch_model(folder, threads, dtype)
 
     def generate(prompt: Tokens, count: int) -> Tokens:
         cache = DynamicCache(config=model.config)
@@ -62,7 +68,7 @@ def eager(folder: Path, threads: int, _: Lengths) -> Engine:
     def prefill(tokens: Tokens) -> int:
         return greedy(model, model, DynamicCache(config=model.config), tokens, 1)[0]
 
-    return Engine(generate, prefill)
+    return Engine(generate, prefill, partial(torch_score, model))
 
 
 def compiled(folder: Path, threads: int, lengths: Lengths) -> Engine:
@@ -76,7 +82,8 @@ def compiled(folder: Path, threads: int, lengths: Lengths) -> Engine:
     def cache(length: int) -> Any:
         made = StaticCache(config=model.config, max_cache_len=length)
         heads = model.config.num_attention_heads
-        size = model.config.hidden_size // heads
+        size = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+        heads = getattr(model.config, "num_key_value_heads", heads)
         made.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
         return made
 
@@ -91,24 +98,35 @@ def compiled(folder: Path, threads: int, lengths: Lengths) -> Engine:
         long.reset()
         return greedy(step, step, long, tokens, 1)[0]
 
-    return Engine(generate, prefill)
+    return Engine(generate, prefill, partial(torch_score, step))
 
 
 ENGINES = {
     "torch eager": eager,
+    "torch as stored": partial(eager, dtype="auto"),
     "torch compiled": compiled,
     "native": native,
     "native int8": partial(native, int8=True),
 }
 
 
-def torch_model(folder: Path, threads: int) -> Any:
+def torch_score(model: Callable, tokens: Tokens) -> float:
+    """The mean log-likelihood of all but the first token."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([tokens])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+        return -float(torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:]))
+
+
+def torch_model(folder: Path, threads: int, dtype: str = "float32") -> Any:
     import torch
     import tqcompressor  # noqa: F401  registers compressed checkpoints
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def greedy(first: Callable, then: Callable, cache: Any, prompt: Tokens, count: int) -> Tokens:
@@ -168,7 +186,12 @@ def measure(engine: str, folder: Path, threads: int, lengths: Lengths, passes: i
     restart_peak()
     _, first_prefill = timed(lambda: model.prefill(text))
     prefill = min(timed(lambda: model.prefill(text))[1] for _ in range(passes))
-    return {
+    scored: dict[str, float] = {}
+    if lengths.score:
+        words = np.random.default_rng(1).integers(vocabulary, size=lengths.score).tolist()
+        runs = [timed(lambda: model.score(words)) for _ in range(passes + 1)]
+        scored = {"score seconds": min(seconds for _, seconds in runs), "log-likelihood": runs[0][0]}
+    return scored | {
         "decode seconds": (min(whole) - one) / (lengths.new - 1),
         "prefill seconds": prefill,
         "decode MB": decode_peak,

@@ -524,7 +524,10 @@ def _generate(options: argparse.Namespace) -> None:
     def show(prompt: int, text: str) -> None:
         print(text, end="", flush=True)
 
-    text = NativeModel.from_pretrained(options.model, dtype=options.dtype, threads=options.threads).generate(
+    model = NativeModel.from_pretrained(
+        options.model, dtype=options.dtype, kv_dtype=options.kv_dtype, threads=options.threads
+    )
+    text = model.generate(
         options.prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

@@ -369,7 +369,8 @@ def _add_engine(parser: Any) -> None:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="native runs GPT-2 on the CPU in float32, without torch (default: torch if it is installed)",
+        help="native runs GPT-2, Llama, Mistral and Qwen2 on the CPU in float32, without torch (default: torch if it "
+        "is installed)",
     )
 
 
@@ -389,10 +390,14 @@ def _add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
         "generate",
         parents=[common],
         help="continue a text; needs no torch",
-        description="Continue a text with a GPT-2, dense or compressed, printed as it is generated. Needs no torch.",
+        description="Continue a text with a GPT-2, Llama, Mistral or Qwen2, dense or compressed, printed as it is "
+        "generated. Needs no torch.",
     )
     generate.add_argument("model", metavar="DIR", help="a checkpoint, compressed or not, or a hub id")
     generate.add_argument("--dtype", choices=["int8"], help="quantize the weights on loading (default: as stored)")
+    generate.add_argument(
+        "--kv-dtype", choices=DTYPES, default="float32", help="dtype of cached keys and values (default: float32)"
+    )
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
     generate.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="(default: 128, or fewer if the context is full)"

@@ -49,8 +49,8 @@ def calibrate_checkpoint(
         source: A checkpoint directory, dense or compressed, or a hub id.
         text: As for `calibrate`: a str is the text itself, a `pathlib.Path` is a file or a glob pattern, a list holds
             either.
-        engine: "torch"; "native", which needs no torch, computes GPT-2 only and measures no gradients; or "auto", which
-            is torch where it is installed.
+        engine: "torch"; "native", which needs no torch, computes the models that `NativeModel` does and measures no
+            gradients; or "auto", which is torch where it is installed.
         num_samples: How many sequences are drawn.
         seq_len: Tokens of a sequence. Default: 128, or the model's longest input if that is shorter.
         sensitivity: Whether gradients are measured. The native engine warns that it cannot: half of the GPT-2 of

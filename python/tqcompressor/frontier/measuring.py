@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from .. import _core
 from ..errors import MissingDependencyError
 from ..utils.progress import ProgressOption
 from .results import Measure
 
-# Families that the native runtime computes.
-_NATIVE = ("gpt2",)
 # Speed is the best of several runs, which end after so many or so long.
 _RUNS, _SECONDS = 3, 2.0
 # Tokens that are read before, and that are written.
@@ -51,7 +51,8 @@ class Measuring:
             MissingDependencyError: It needs torch and transformers, which are not installed.
         """
         architecture = str((config.get("architectures") or [""])[0])
-        known = config.get("model_type") in _NATIVE and architecture.endswith(("LMHeadModel", "Model", "ForCausalLM"))
+        known = architecture.endswith(("LMHeadModel", "Model", "ForCausalLM"))
+        known = known and _core.native_refusal(json.dumps(config)) is None
         # What it does not compute, it refuses.
         if engine == "native" or (engine == "auto" and known and options["device"] == "cpu"):
             return cls("perplexity", "native", source=source, **options)

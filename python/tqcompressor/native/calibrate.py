@@ -1,4 +1,4 @@
-"""Second moments of a GPT-2's layer inputs, measured by the native runtime."""
+"""Second moments of a decoder's layer inputs, measured by the native runtime."""
 
 from __future__ import annotations
 
@@ -54,19 +54,22 @@ def measure(
     if tokens == 0:
         raise TextError("sequences: expected at least one token, got none")
     rows = sequences.tolist()
-    names = [name for name, _ in runtime.linear_layers()]
+    layers = [names for names, _ in runtime.linear_layers()]
     # What no machine has is as good as no bound.
     max_memory = min(validate.integer("max_memory", max_memory, 0), sys.maxsize)
     with reporter(progress, "calibrate") as report:
-        found = runtime.input_moments(rows, names, max_memory, report)
-    moments = {f"input.{name}": moment for name, moment in zip(names, found, strict=True)}
-    for name, ids, size in (
-        ("wte", sequences, runtime.vocab_size),
-        ("wpe", np.broadcast_to(np.arange(sequences.shape[1]), sequences.shape), runtime.context),
-    ):
+        found = runtime.input_moments(rows, [names[0] for names in layers], max_memory, report)
+    # Layers that read one tensor share what was measured once.
+    moments = {f"input.{name}": moment for names, moment in zip(layers, found, strict=True) for name in names}
+    of_tokens, of_positions = runtime.embeddings
+    inputs = {of_tokens: (sequences, runtime.vocab_size)}
+    if of_positions is not None:
+        positions = np.broadcast_to(np.arange(sequences.shape[1]), sequences.shape)
+        inputs[of_positions] = (positions, runtime.context)
+    for name, (ids, size) in inputs.items():
         counts = np.bincount(ids.ravel(), minlength=size)
         moments[f"input.{name}"] = (counts / tokens).astype(np.float32)
     if runtime.tied:
         # A tied head and its embedding share one matrix. Without a head there is nothing to merge.
-        merge_tied(moments, "wte", "lm_head")
-    return Calibration(moments, tokens, seed, sensitivity=False, model_type="gpt2", texts=texts)
+        merge_tied(moments, of_tokens, runtime.output_head)
+    return Calibration(moments, tokens, seed, sensitivity=False, model_type=runtime.model_type, texts=texts)

@@ -1,4 +1,4 @@
-"""GPT-2 without torch: the extension module's runtime generates and scores text, with numpy arrays in and out."""
+"""Decoders without torch: the extension module's runtime generates and scores text, with numpy arrays in and out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _LARGEST_COUNT = (1 << 63) - 1
 
 
 class NativeModel:
-    """A GPT-2 checkpoint, dense or compressed, that runs on the CPU without torch and transformers.
+    """A checkpoint, dense or compressed, that runs on the CPU without torch and transformers.
+
+    It is a GPT-2, a Llama, a Mistral or a Qwen2 (`model_type` "gpt2", "llama", "mistral", "qwen2"), with grouped
+    queries, windows of attention, and rotations of the types `default`, `linear` and `llama3`.
 
     Weights stay in their stored dtype; everything is computed in float32. The results do not depend on the number of
     threads, and Python threads may share a model.
@@ -51,25 +54,30 @@ class NativeModel:
         source: StrPath,
         *,
         dtype: Literal["int8"] | None = None,
+        kv_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         threads: int | None = None,
         progress: ProgressOption = None,
     ) -> NativeModel:
         """Loads a checkpoint.
 
         Args:
-            source: A directory with `config.json` and safetensors files of a GPT-2, with or without its head, dense or
-                compressed by this package; or the id of a model on the hub, fetched by huggingface_hub if that is
-                installed. For text it needs the tokenizer too: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+            source: A directory with `config.json` and safetensors files, with or without the head, dense or compressed
+                by this package; or the id of a model on the hub, fetched by huggingface_hub if that is installed. For
+                text it needs the tokenizer too: `tokenizer.json`, or `vocab.json` and `merges.txt`.
             dtype: "int8": weights that are not eight-bit integers yet become so, as
                 `compress_checkpoint(…, dtype="int8")` writes them. Default: weights stay in the dtype that they have.
+            kv_dtype: The dtype of cached keys and values. "float16" takes half of the memory, at the error of its
+                rounding.
             threads: Worker threads. Default: one for every processor that this process may use.
             progress: True, False, None (a bar when on a terminal or in a notebook) or a callable `(done, total)`.
 
         Raises:
-            CheckpointError: There is no such directory, or its checkpoint is faulty: a tensor is missing, superfluous
-                or of another shape than `config.json` says, a file is truncated, the config is invalid.
+            CheckpointError: There is no such directory, its `config.json` asks for what the runtime does not compute,
+                or the checkpoint is faulty: a tensor is missing, superfluous or of another shape than `config.json`
+                says, a file is truncated, the config is invalid.
             NonFiniteError: A weight is NaN or infinite.
-            DtypeError: A weight is not float32, float16, bfloat16 or int8 with its scales, or `dtype` is another.
+            DtypeError: A weight is not float32, float16, bfloat16 or int8 with its scales, or `dtype` or `kv_dtype` is
+                another.
             ConfigError: `threads` is not an integer from 1 up.
             OSError: A file cannot be read.
 
@@ -78,9 +86,12 @@ class NativeModel:
         threads = validate.threads(threads)
         if dtype not in (None, "int8"):
             raise DtypeError(f'dtype: expected "int8" or none, got {dtype!r}')
+        if kv_dtype not in ("float32", "float16", "bfloat16"):
+            raise DtypeError(f"kv_dtype: expected float32, float16 or bfloat16, got {kv_dtype!r}")
         directory = local_directory(source)
         with reporter(progress, "load") as report:
-            return cls(directory, _core.Runtime.load(directory, threads, report, int8=dtype is not None))
+            runtime = _core.Runtime.load(directory, threads, report, int8=dtype is not None, kv_dtype=kv_dtype)
+        return cls(directory, runtime)
 
     @property
     def context(self) -> int:
@@ -171,11 +182,11 @@ class NativeModel:
 
         Raises:
             ConfigError: An option is out of its range, a prompt is empty or holds a token out of range, or it has no
-                room for `max_new_tokens` in the context.
+                room for `max_new_tokens` in the context; or `kv_dtype` does not hold a key or value.
             DtypeError: A prompt's tokens are not integers.
 
-        Cost: one forward pass over the prompts, then for each token of all prompts one pass over the weights; and
-            `8 · layers · width` bytes for every token of a sequence.
+        Cost: one forward pass over the prompts, then for each token of all prompts one pass over the weights; and two
+        values of `kv_dtype` for every layer, token of a sequence, and value of the heads of keys.
         """
         sequences = [checked_tokens(prompt, self.vocab_size) for prompt in prompts]
         if max_new_tokens is None:

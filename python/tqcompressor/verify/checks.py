@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import _core
 from ..compression.report import REPORT_FILE, read_report
 from ..data.text import open_text
 from ..distillation.report import REPORT_FILE as TRAINING_REPORT_FILE
@@ -241,9 +242,8 @@ def _native(subject: Subject) -> Measured:
 
     from ..native.model import NativeModel
 
-    kind = subject.config.get("model_type")
-    if kind != "gpt2":
-        raise NotApplicable(f"the native runtime computes GPT-2 only, not {kind!r}")
+    if (refusal := _core.native_refusal(json.dumps(subject.config))) is not None:
+        raise NotApplicable(refusal)
     if not subject.is_causal:
         raise NotApplicable(f"a {type(subject.model).__name__} has no language model's head")
     native = NativeModel.from_pretrained(subject.settings.source, progress=False)

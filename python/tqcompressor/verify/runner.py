@@ -36,7 +36,7 @@ def verify_checkpoint(
     - `fresh-process`: a fresh process loads it, and computes the same.
     - `size`: parameters and bytes are as `compression_report.json` or `training_report.json` says, and the specs of the
       former those of `config.json`.
-    - `native`: the native runtime computes what torch does, for GPT-2.
+    - `native`: the native runtime computes what torch does, for the families that it has.
     - `generation`: generation with the cache is that without, for models that generate.
     - `round-trip`: saving and loading changes no bit.
     - `perplexity`: of a causal language model, at most `max_perplexity_ratio` times the teacher's.

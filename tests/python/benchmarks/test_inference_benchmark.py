@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import llama_model
 from tqcompressor import compress_checkpoint
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -28,6 +29,19 @@ def folders(tmp_path_factory):
     compressed = tmp_path_factory.mktemp("inference") / "compressed"
     compress_checkpoint(DENSE, compressed, {"specs": SPECS}, effort="fast")
     return {"dense": DENSE, "compressed": compressed}
+
+
+def test_engines_score_a_llama_alike(benchmark, tmp_path, monkeypatch):
+    engines = benchmark("inference_engines")
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    llama_model(head_dim=6).save_pretrained(tmp_path)
+    text, scores, tokens = list(range(1, 40)), {}, {}
+    for name, engine in engines.ENGINES.items():
+        loaded = engine(tmp_path, torch.get_num_threads(), engines.Lengths(prompt=5, new=12, prefill=39))
+        scores[name], tokens[name] = loaded.score(text), loaded.generate(text[:5], 12)
+    assert scores.pop("native int8") == pytest.approx(scores["native"], rel=0.1)
+    assert list(scores.values()) == pytest.approx([scores["native"]] * len(scores), rel=1e-5)
+    assert tokens["native"] == tokens["torch eager"] == tokens["torch compiled"] == tokens["torch as stored"]
 
 
 @pytest.mark.parametrize("model", ["dense", "compressed"])

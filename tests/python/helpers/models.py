@@ -42,6 +42,20 @@ def tiny_model(class_name="GPT2LMHeadModel", seed=0, **changes):
     return model.eval()
 
 
+def llama_model(model_type="llama", seed=0, **changes):
+    """A small model of Llama's family, with weights as large as those of `tiny_model`, in evaluation mode."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 48, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **tokens, "initializer_range": 0.3, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, float("norm" in name), 0.5)
+    return model.eval()
+
+
 def some_ids(seed=0):
     return torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
 

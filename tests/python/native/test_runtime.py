@@ -9,7 +9,17 @@ import pytest
 import torch
 import transformers
 from helpers.models import tiny_model
-from helpers.native import HEAD_SPECS, PROMPTS, SPECS, TEXT, TINY, compressed, reference
+from helpers.native import (
+    HEAD_SPECS,
+    PROMPTS,
+    SPECS,
+    TEXT,
+    TINY,
+    compressed,
+    largest_difference,
+    reference,
+    torch_logits,
+)
 from tqcompressor import NativeModel, _core, errors, evaluate
 from tqcompressor.native.tokens import TextStreams
 
@@ -25,16 +35,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained():
     return NativeModel.from_pretrained(TINY)
-
-
-def largest_difference(ours, expected):
-    """The largest difference relative to the largest logit."""
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
-
-
-def torch_logits(model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].numpy()
 
 
 @pytest.mark.parametrize("name", ["dense", *SPECS])

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tqcompressor
-from helpers.native import HEAD_SPECS, SPECS, compressed
+from helpers.models import llama_model
+from helpers.native import HEAD_SPECS, LLAMA_SPECS, SPECS, compressed
 from helpers.tokenizer import save_tokenizer
 from tqcompressor import Calibration, NativeModel
 from tqcompressor.cli import main as cli
 from tqcompressor.errors import ConfigError, StorageError, TextError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 TEXT = TINY / "heldout.txt"
@@ -28,8 +29,8 @@ def same(ours, theirs):
         assert np.abs(moment - theirs.moments[name]).max() <= 1e-5 * largest, name
 
 
-def in_torch(folder, text, **options):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def in_torch(folder, text, tokenizer=AutoTokenizer, **options):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizer.from_pretrained(folder)
     return tqcompressor.calibrate(model.float(), tokenizer, text, sensitivity=False, progress=False, **options)
 
 
@@ -50,6 +51,27 @@ def test_moments_of_compressed_models_are_those_of_torch(tmp_path, tied):
     for folder in compressed(GPT2LMHeadModel(config), specs, tmp_path).values():
         save_tokenizer(folder)
         same(NativeModel.from_pretrained(folder).calibrate(words, **options), in_torch(folder, words, **options))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("llama", {"tie_word_embeddings": True}), ("qwen2", {"tie_word_embeddings": False}), ("mistral", {"head_dim": 6})],
+    ids=str,
+)
+def test_moments_of_llamas_relatives_are_those_of_torch(tmp_path, model_type, changes):
+    specs = {"low rank": LLAMA_SPECS["low rank"], "up alone": LLAMA_SPECS["up alone"]}
+    if changes.get("head_dim"):
+        specs = {}
+    words, options = "a b c d e f g h " * 40, {"num_samples": 5, "seq_len": 30}
+    for folder in compressed(llama_model(model_type, **changes), specs, tmp_path).values():
+        save_tokenizer(folder)
+        native = NativeModel.from_pretrained(folder)
+        found = native.calibrate(words, **options)
+        # AutoTokenizer would give a Qwen2 the rules of the published tokenizer, whatever the file says.
+        same(found, in_torch(folder, words, PreTrainedTokenizerFast, **options))
+        # Measured once.
+        assert found.moments["input.layers.0.self_attn.q_proj"] is found.moments["input.layers.0.self_attn.v_proj"]
+        assert [len(names) for names, _ in native._runtime.linear_layers()][:4] == [3, 1, 2, 1]
 
 
 def test_memory_and_threads_make_no_difference():
