@@ -290,7 +290,7 @@ def t5():
 
 
 FAMILIES = {
-    "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), "perplexity"),
+    "gpt_neox": (lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)), "perplexity"),
     "bert": (lambda: transformers.BertModel(transformers.BertConfig(**SIZES)), "cosine"),
     "t5": (t5, "cosine"),
 }
