@@ -45,7 +45,7 @@ def block_error(model, student, of):
 @pytest.fixture
 def fast_learning(monkeypatch):
     # Few steps must do.
-    monkeypatch.setattr(refining, "_LEARNING_RATE", 2e-3)
+    monkeypatch.setattr(refining, "_LEARNING_RATES", (2e-3,))
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,20 @@ def test_a_block_that_gets_worse_is_put_back(monkeypatch):
     model, read = gpt2(), some_batches()
     plain, refined = copy.deepcopy(model), copy.deepcopy(model)
     compress(plain, budget=0.7)
-    monkeypatch.setattr(refining, "_LEARNING_RATE", 1e4)
+    monkeypatch.setattr(refining, "_LEARNING_RATES", (1e4, 1e3))
     compress(refined, budget=0.7, refine=read)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in refined.state_dict().items())
+
+
+def test_a_smaller_rate_is_tried_where_a_larger_one_is_too_large(monkeypatch):
+    model, read = llama(), some_batches()
+    rates = {}
+    for name, chosen in (("small", (2e-3,)), ("large first", (1e4, 2e-3))):
+        student = copy.deepcopy(model)
+        monkeypatch.setattr(refining, "_LEARNING_RATES", chosen)
+        compress(student, budget=0.6, refine=read)
+        rates[name] = student.state_dict()
+    assert all(torch.equal(value, rates["large first"][name]) for name, value in rates["small"].items())
 
 
 @pytest.mark.parametrize("step", [1, 5, 20])
