@@ -108,9 +108,10 @@ def compress(
         refine: Whether the factors are trained afterwards, one transformer block after the other, to give the outputs
             of the dense block from the inputs that reach the block in the compressed model: in the norm of the
             gradients at the outputs if there is a calibration. Nothing else changes, and a block that gets worse on an
-            eighth of the batches is trained again with a smaller learning rate, or put back. True reads `text`; or batches or `TokenBlocks`, as for `calibrate`, or
-            `(tokenizer, text)`. It needs no labels, and helps a model whose errors add up from block to block: a
-            perplexity of 39.3 instead of 45.7 for SmolLM2-135M with 65% of its blocks' parameters, and 74.2 with and
+            eighth of the batches is trained again with a smaller learning rate, or put back. True reads `text`; or
+            batches or `TokenBlocks`, as for `calibrate`, or `(tokenizer, text)`. It needs no labels, and helps a model
+            whose errors add up from block to block: a perplexity of 39.3 instead of 45.7 for SmolLM2-135M with 65% of
+            its blocks' parameters; at half of them a cosine of 0.846 instead of 0.836 for MiniLM, and 74.2 with and
             without it for the GPT-2 of `tests/data`. Lost energies in the report are those of before.
         refine_epochs: How often `refine` reads its text.
         matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
