@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,14 @@ from ..errors import NonFiniteError, TextError
 from ..models.matrices import require_transformers_model
 from ..utils import validate
 from ..utils.progress import ProgressOption, Report, reporter
-from ..utils.torch_utils import evaluating
+from ..utils.torch_utils import evaluating, frozen
 from .batches import Batch, batches_and_texts, mask_of
 from .calibration import Calibration, merge_tied
 from .hooks import ReadingPass, run
 from .nonfinite import first_nonfinite, hint
 from .partial import PartialSums, key_of
 from .sharing import NotShared
-from .units import Unit, units
+from .units import units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +137,6 @@ def calibrate(
         found = measure(
             model,
             batches,
-            units(model),
             sensitivity=sensitivity,
             samples=samples,
             seed=seed,
@@ -170,7 +168,6 @@ def calibration_of(
 def measure(
     model: nn.Module,
     batches: Sequence[Batch],
-    wanted: Sequence[Unit],
     *,
     sensitivity: bool,
     seed: int,
@@ -179,18 +176,19 @@ def measure(
     report: Report | None = None,
     partial_sums: PartialSums | None = None,
 ) -> Moments:
-    """The moments of the units `wanted`, by their names in a `Calibration`; a tied head's are in its embedding's.
+    """The moments of all units, by their names in a `Calibration`; a tied head's are in its embedding's.
 
     With `partial_sums`, the sums are saved now and then, and those of a run that was stopped are taken. Raises as
     `calibrate`.
     """
+    wanted = units(model)
     tokens = sum(int(mask_of(batch).sum()) for batch in batches)
     if tokens == 0:
         raise TextError("all tokens are padding")
     max_memory = validate.integer("max_memory", max_memory, 0)
     scale = _HALF_SCALE if any(parameter.dtype == torch.float16 for parameter in model.parameters()) else 1.0
     apart = set() if partial_sums is None else partial_sums.apart()
-    with _frozen(model, sensitivity):
+    with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(sensitivity), frozen(model):
         while True:
             reading = ReadingPass(model, wanted, sensitivity, samples, max_memory, apart)
             generator = torch.Generator().manual_seed(seed)
@@ -218,17 +216,3 @@ def measure(
         if unit.tied_to is not None:
             merge_tied(moments, unit.tied_to, unit.name)
     return moments
-
-
-@contextmanager
-def _frozen(model: nn.Module, sensitivity: bool) -> Iterator[None]:
-    """Evaluation mode, without gradients of parameters, within the block; everything is restored afterwards."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(sensitivity):
-        try:
-            for parameter, _ in required:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, before in required:
-                parameter.requires_grad_(before)

@@ -22,7 +22,7 @@ from ..models.blocks import Call, input_of, recorded_calls, transformer_blocks
 from ..models.matrices import bare_name
 from ..modules.dense_weight import CompressedBase
 from ..utils.progress import Report
-from ..utils.torch_utils import evaluating
+from ..utils.torch_utils import evaluating, frozen
 
 EPOCHS = 4
 # The next one is for a block that got worse with the one before: small losses and few steps need small rates.
@@ -57,7 +57,7 @@ def refine(
     Cost: two forward passes of the model and `3·epochs` of its blocks, and the hidden states of all tokens, twice.
     """
     blocks = transformer_blocks(model)
-    with evaluating(model), _restored(model):
+    with evaluating(model), frozen(model):
         states, shifted, calls = _read(model, list(blocks.values()), dense, batches)
         masks = [mask_of(batch).to(states[0].device) for batch in batches]
         for index, (name, block) in enumerate(blocks.items()):
@@ -177,6 +177,7 @@ def _descend(
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
+    optimizer.zero_grad()
 
 
 def _factors(modules: Any) -> list[nn.Parameter]:
@@ -236,17 +237,3 @@ def _in_float32(block: nn.Module) -> Iterator[None]:
     finally:
         for tensor, dtype in tensors:
             tensor.data = tensor.data.to(dtype)
-
-
-@contextmanager
-def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block no parameter has a gradient; afterwards each requires one as before."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, before in required:
-            parameter.requires_grad_(before)
-            parameter.grad = None

@@ -58,6 +58,19 @@ def evaluating(model: Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def frozen(model: Module) -> Iterator[None]:
+    """Within the block no parameter requires a gradient; afterwards each does as before."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, before in required:
+            parameter.requires_grad_(before)
+
+
 def mean_embedding(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mean `(rows, width)`, in float32, of hidden states `(rows, positions, width)` where the mask is 1."""
     hidden = hidden.float()

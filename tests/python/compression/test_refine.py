@@ -94,6 +94,15 @@ def test_nothing_but_factors_of_blocks_changes(family, fast_learning):
     assert plain.config.to_dict() == refined.config.to_dict()
 
 
+def test_gradients_of_the_caller_stay():
+    model, read = llama(), some_batches()
+    model(**read[0], labels=read[0]["input_ids"]).loss.backward()
+    kept = {name: value.grad.clone() for name, value in model.named_parameters() if "norm" in name}
+    compress(model, TQConfig({"layers.*": KroneckerSpec((2, 2), 2)}, effort="fast"), refine=read, refine_epochs=1)
+    for name, value in model.named_parameters():
+        assert torch.equal(value.grad, kept[name]) if name in kept else value.grad is None or "layers" not in name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_stays(dtype, fast_learning):
     model, read = llama().to(dtype), some_batches()
