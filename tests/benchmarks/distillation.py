@@ -28,7 +28,7 @@ from pathlib import Path
 
 import healing
 import torch
-from measuring import ROOT, fresh_process
+from measuring import ROOT, lines_of_fresh_process
 from quality_data import DATA
 from tqcompressor import KroneckerSpec, TQConfig, compress, token_blocks
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
@@ -117,8 +117,7 @@ def means(results: list[dict]) -> Iterator[dict]:
 
 
 def in_fresh_process(task: dict) -> dict:
-    _, _, output = fresh_process([__file__, json.dumps(task)], threads=1)
-    return json.loads(output.splitlines()[-1])
+    return lines_of_fresh_process([__file__, json.dumps(task)], 1)[-1]
 
 
 def one_student(task: argparse.Namespace) -> dict:

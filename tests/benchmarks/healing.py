@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from measuring import fresh_process
+from measuring import lines_of_fresh_process
 from quality_data import DATA, Subject, smollm2
 from tqcompressor import calibrate, compress
 from tqcompressor.distillation.config import TrainingConfig
@@ -56,8 +56,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def in_fresh_process(task: dict, threads: int) -> dict:
-    _, _, output = fresh_process([__file__, json.dumps(task)], threads=threads)
-    return json.loads(output.splitlines()[-1])
+    return lines_of_fresh_process([__file__, json.dumps(task)], threads)[-1]
 
 
 def of(task: argparse.Namespace) -> Subject:

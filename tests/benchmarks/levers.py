@@ -180,7 +180,7 @@ def by_trials(work: Work, scope: str) -> Found:
 
 def lost(work: Work, name: str, difference: np.ndarray) -> float:
     """The loss that the plan adds up for a layer."""
-    bare = name.removeprefix(f"{work.subject.model.base_model_prefix}.")
+    bare = work.subject.bare(name)
     inputs, outputs = work.calibration.input(bare), work.calibration.output(bare)
     return float(np.vdot(difference, inputs @ difference @ outputs))
 
@@ -190,7 +190,7 @@ def with_factors(work: Work, factors: Sequence[float]) -> Calibration:
     old, moments = work.calibration, dict(work.calibration.moments)
     for block, factor in zip(work.subject.blocks, factors, strict=True):
         for layer in block.layers:
-            name = f"output.{layer.removeprefix(f'{work.subject.model.base_model_prefix}.')}"
+            name = f"output.{work.subject.bare(layer)}"
             moments[name] = (moments[name] * factor).astype(np.float32)
     return Calibration(moments, old.tokens, old.seed, old.sensitivity)
 

@@ -1,6 +1,7 @@
 """What all benchmarks share: facts of the machine, interleaved timing, a process's memory, runs of a fresh one."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -66,6 +67,12 @@ def fresh_process(arguments: Sequence[str], threads: int | None = None) -> tuple
     if process.returncode:
         sys.exit(f"{' '.join(arguments)} failed with status {process.returncode}")
     return seconds, usage.ru_maxrss / 1024, output
+
+
+def lines_of_fresh_process(arguments: Sequence[str], threads: int) -> list[dict]:
+    """Runs `python ARGUMENTS` and returns the lines of JSON that it prints."""
+    _, _, output = fresh_process(arguments, threads)
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 def restart_peak() -> float:

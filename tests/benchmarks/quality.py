@@ -29,7 +29,7 @@ from pathlib import Path
 
 import peers
 import quality_layers
-from measuring import fresh_process
+from measuring import lines_of_fresh_process
 from quality_data import DATA, Subject, minilm, smollm2, tiny_gpt2
 from quality_methods import METHODS, OURS, WHOLE_METHODS, Method, Study, matrices_parameters
 from transformers.utils.logging import disable_progress_bar
@@ -98,8 +98,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def in_fresh_process(task: dict, threads: int) -> list[dict]:
-    _, _, output = fresh_process([__file__, json.dumps(task)], threads=threads)
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return lines_of_fresh_process([__file__, json.dumps(task)], threads)
 
 
 def sizes(subject: Subject) -> dict[str, int]:

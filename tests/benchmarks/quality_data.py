@@ -95,6 +95,10 @@ class Subject:
         """The kind of each layer: its name without the number of the block."""
         return {name: re.sub(r"\d+", "*", name) for name in self.layers}
 
+    def bare(self, name: str) -> str:
+        """The name of a layer in a calibration."""
+        return name.removeprefix(f"{self.model.base_model_prefix}.")
+
     def copy(self) -> PreTrainedModel:
         return copy.deepcopy(self.model)
 

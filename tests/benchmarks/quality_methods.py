@@ -24,6 +24,7 @@ from quality_data import (
     token_counts,
 )
 from torch import nn
+from tqcompressor.models.blocks import Call, recorded_calls
 from transformers import PreTrainedModel
 
 OURS = ("tqcompressor", "tqcompressor, refined")
@@ -45,19 +46,15 @@ class Study:
             return collect_inputs(self.subject, self.batches)
         calibration = self.our_calibration
         tokens = calibration.tokens
-        moments = {name: calibration.input(self.bare(name)) for name in self.subject.layers}
+        moments = {name: calibration.input(self.subject.bare(name)) for name in self.subject.layers}
         return {name: Inputs(moment.astype(float) * tokens, None, tokens) for name, moment in moments.items()}
-
-    def bare(self, name: str) -> str:
-        """The name of a layer in a calibration."""
-        return name.removeprefix(f"{self.subject.model.base_model_prefix}.")
 
     def gradients(self, name: str) -> NDArray[np.float64]:
         """The second moment of the gradients at the outputs of a layer, of our calibration.
 
         Ours has one for each of the fused query, key and value, without those between them.
         """
-        bare, calibration = self.bare(name), self.our_calibration
+        bare, calibration = self.subject.bare(name), self.our_calibration
         parts = [calibration.output(bare)]
         if parts[0] is None:
             parts = [calibration.output(f"{bare}.{part}") for part in "qkv"]
@@ -216,32 +213,17 @@ def aa_svd(study: Study, share: float) -> Compressed:
     return model, kept
 
 
-Calls = list[tuple[tuple, dict]]
-"""What a block is called with beside the hidden states, batch by batch."""
-
-
 @torch.no_grad()
-def block_calls(subject: Subject, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[Calls]]:
-    """The hidden states before the first block, batch by batch, and the other arguments of every block."""
-    blocks = subject.model.get_submodule(subject.block_list)
-    states: list[torch.Tensor] = []
-    calls: list[Calls] = [[] for _ in blocks]
-
-    def keep(index: int) -> Callable:
-        def hook(_module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            keywords = dict(keywords)
-            hidden = arguments[0] if arguments else keywords.pop("hidden_states")
-            if index == 0:
-                states.append(hidden)
-            calls[index].append((arguments[1:], keywords))
-
-        return hook
-
-    handles = [block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(blocks)]
+def block_calls(subject: Subject, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[list[Call]]]:
+    """The hidden states before the first block, batch by batch, and how every block is called."""
+    blocks = list(subject.model.get_submodule(subject.block_list))
+    states, calls = [], [[] for _ in blocks]
     for batch in batches:
-        subject.model(**batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
+        with recorded_calls(blocks) as found:
+            subject.model(**batch, use_cache=False)
+        states.append(found[0][0])
+        for own, (_, call, _) in zip(calls, found, strict=True):
+            own.append(call)
     return states, calls
 
 
@@ -249,7 +231,7 @@ def block_calls(subject: Subject, batches: Sequence[Batch]) -> tuple[list[torch.
 def run_block(
     block: nn.Module,
     states: Sequence[torch.Tensor],
-    calls: Calls,
+    calls: Sequence[Call],
     layers: Mapping[str, nn.Module],
     masks: Sequence[torch.Tensor],
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -259,10 +241,9 @@ def run_block(
         layer.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0]))
         for name, layer in layers.items()
     ]
-    outputs = [block(hidden, *others, **keywords) for hidden, (others, keywords) in zip(states, calls, strict=True)]
+    after = [call.of(block, hidden) for hidden, call in zip(states, calls, strict=True)]
     for handle in handles:
         handle.remove()
-    after = [output[0] if isinstance(output, tuple) else output for output in outputs]
     return after, {
         name: torch.cat([x[mask] for x, mask in zip(found, masks, strict=True)]) for name, found in inputs.items()
     }

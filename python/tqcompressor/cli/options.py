@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 files or globs to calibrate on; see calibrate")
     _add_sequences(group)
     group.add_argument("--save-calibration", metavar="FILE", help="keep the calibration in a safetensors file")
-    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_device(group)
     _add_engine(group)
     compress.add_argument(
         "--heal-tokens",
@@ -234,7 +234,7 @@ def _add_calibrate(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     calibrate.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of sequences and gradients (default: 0)")
     calibrate.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
-    calibrate.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_device(calibrate)
     calibrate.add_argument(
         "--partial", metavar="FILE", help="keep the sums so far in FILE, where a run that was stopped goes on"
     )
@@ -266,8 +266,7 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--teacher", metavar="DIR", help="the checkpoint that DIR was made from")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="raw UTF-8 text")
     evaluate.add_argument("--passages", metavar="FILE", help='passages, one a line, or .jsonl with "text"')
-    evaluate.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
-    evaluate.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    _add_windows(evaluate)
     evaluate.add_argument(
         "--record",
         action="store_true",
@@ -280,7 +279,7 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=DTYPES, help="dtype to compute in (default: float32 on the CPU, else the checkpoint's)"
     )
-    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_device(group)
 
 
 def _add_sweep(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -300,14 +299,13 @@ def _add_sweep(commands: Any, common: argparse.ArgumentParser) -> None:
     sweep.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 files or globs to calibrate on; see calibrate")
     _add_sequences(sweep)
     _add_calibration(sweep)
-    sweep.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
-    sweep.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    _add_windows(sweep)
     sweep.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT, help="of the search (default: %(default)s)")
     sweep.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of search and calibration (default: 0)")
     sweep.add_argument("--dtype", choices=STORED_DTYPES, help="of the results (default: that of each source tensor)")
     sweep.add_argument("--keep", metavar="DIR", help="keep every compressed model in DIR")
     sweep.add_argument("--resume", action="store_true", help="go on with the stopped sweep in the directory of --out")
-    sweep.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_device(sweep)
     _add_engine(sweep)
     _add_threads(sweep)
 
@@ -357,11 +355,19 @@ def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
         default=0.9,
         help="smallest mean cosine of an encoder's embeddings with the teacher's (default: %(default)s)",
     )
-    verify.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
-    verify.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+    _add_windows(verify)
     verify.add_argument("--batch-size", type=_positive, metavar="N", help="windows or texts at a time")
     verify.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default: float32)")
-    verify.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    _add_device(verify)
+
+
+def _add_windows(parser: Any) -> None:
+    parser.add_argument("--context", type=_positive, metavar="N", help="window in tokens (default: the model's)")
+    parser.add_argument("--stride", type=_positive, metavar="N", help="window step (default: half of the context)")
+
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
 def _add_engine(parser: Any) -> None:

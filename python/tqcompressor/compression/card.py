@@ -20,7 +20,7 @@ from ..utils.hub import StrPath, cached_directory
 from ..utils.utf8 import decoded, read_json
 from .figure import report_figure
 from .kinds import kind_of
-from .report import REPORT_FILE, CompressionReport, read_report
+from .report import REPORT_FILE, CalibrationRecord, CompressionReport, read_report
 
 CARD_FILE = "README.md"
 FIGURE_FILE = "lost_energy.svg"
@@ -185,11 +185,8 @@ def facts_of(report: CompressionReport, code: Callable[[str], str] | None = None
     asked = f", objective {code(report.objective)}" if report.objective not in (None, "auto") else ""
     rows = [["norm of errors", norm + asked]]
     if (record := report.calibration) is not None:
-        texts = ", ".join(f"{tokens:,} of {code(name)}" for name, tokens in record.texts.items())
         gradients = ", with gradients" if record.sensitivity else ""
-        rows.append(
-            ["calibration", f"{record.tokens:,} tokens{': ' + texts if texts else ''}, seed {record.seed}{gradients}"]
-        )
+        rows.append(["calibration", f"{_tokens(record, code)}, seed {record.seed}{gradients}"])
     if report.budget is not None:
         rows.append(["budget", code(str(report.budget))])
     if report.effort is not None:
@@ -393,9 +390,14 @@ def _readings(report: CompressionReport) -> str:
     """What a calibration was measured on, as a sentence."""
     if (record := report.calibration) is None:
         return ""
-    texts = ", ".join(f"{tokens:,} of {_code(name)}" for name, tokens in record.texts.items())
     gradients = " and gradients" if record.sensitivity else ""
-    return f" Inputs{gradients} were measured on {record.tokens:,} tokens{': ' + texts if texts else ''}."
+    return f" Inputs{gradients} were measured on {_tokens(record, _code)}."
+
+
+def _tokens(record: CalibrationRecord, code: Callable[[str], str]) -> str:
+    """How many tokens a calibration read, of which texts."""
+    texts = ", ".join(f"{tokens:,} of {code(name)}" for name, tokens in record.texts.items())
+    return f"{record.tokens:,} tokens{': ' + texts if texts else ''}"
 
 
 def _matrices(report: CompressionReport) -> str:

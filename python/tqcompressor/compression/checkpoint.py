@@ -242,10 +242,6 @@ def compress_checkpoint(
         # Either the config of the caller or that of the plan.
         assert resolved is not None
         unused = {"source", "out", "overwrite", "resume", "threads", "progress", "save_calibration"}
-        arguments = {name: value for name, value in given.items() if name not in unused}
-        if text is not None and known is not None:
-            # A resumed run may read the text from other files than the run that measured it did.
-            arguments["text"] = texts_read(text, known)
         report = write(
             checkpoint,
             source,
@@ -253,16 +249,12 @@ def compress_checkpoint(
             resolved,
             moments,
             spent,
-            facts={
-                "budget": budget,
-                "objective": None if objective == "auto" else objective,
-                "command": shell_command(_core.source_name(source), compress_checkpoint, arguments),
-                "versions": versions(*(() if text is None or is_native(engine, {}) else ("torch", "transformers"))),
-            },
+            known,
+            given={name: value for name, value in given.items() if name not in unused},
+            native=is_native(engine, {}),
             dtype=stored,
             overwrite=overwrite,
             max_shard_bytes=most,
-            measured=known,
             threads=threads,
             progress=progress,
         )
@@ -277,15 +269,28 @@ def write(
     config: TQConfig,
     moments: Sequence[tuple[str, Moments]],
     spent: SpentBudget | None,
+    calibration: Calibration | None,
     *,
-    facts: Mapping[str, Any],
+    given: Mapping[str, Any],
+    native: bool,
     progress: ProgressOption,
     **options: Any,
 ) -> CompressionReport:
     """Writes a compressed checkpoint, with its card, into the destination of a journal: completely or not at all.
 
-    `facts` are those of the report that the caller knows; the options are those of the boundary.
+    `given` are the arguments of the call, for the command in the card, and `native` says by which engine its text is
+    read; the options are those of the boundary.
     """
+    objective, text = given.get("objective"), given.get("text")
+    if text is not None and calibration is not None:
+        # A resumed run may read the text from other files than the run that measured it did.
+        given = {**given, "text": texts_read(text, calibration)}
+    facts = {
+        "budget": given.get("budget"),
+        "objective": None if objective == "auto" else objective,
+        "command": shell_command(_core.source_name(source), compress_checkpoint, given),
+        "versions": versions(*(() if text is None or native else ("torch", "transformers"))),
+    }
     known = {name: value for name, value in facts.items() if value is not None}
     with phase_reporter(progress) as report_progress:
         written = checkpoint.compress(
@@ -296,6 +301,7 @@ def write(
             spent=spent,
             # Numbers of numpy and the like become text.
             facts=json.dumps(known, default=str),
+            measured=calibration,
             progress=report_progress,
             **options,
         )

@@ -11,9 +11,8 @@ from typing import Any
 from .._core import Fitted, MatrixInfo, macs
 from ..calibration.calibration import Calibration
 from ..config.specs import MatrixSpec, describe, planned_spec
-from ..errors import CheckpointError
 from ..utils.tables import format_table
-from ..utils.utf8 import read_json
+from ..utils.utf8 import read_form
 
 # The report's file in the folder of a compressed checkpoint.
 REPORT_FILE = "compression_report.json"
@@ -215,13 +214,14 @@ def read_report(path: Path) -> CompressionReport:
         CheckpointError: It is no report.
         OSError: It cannot be read.
     """
-    try:
-        report = CompressionReport.from_dict(read_json(path))
+
+    def build(data: Any) -> CompressionReport:
+        report = CompressionReport.from_dict(data)
         # Values of other types show when they are written.
         str(report), report.to_json()
         return report
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a compression report: {error}") from None
+
+    return read_form(path, build, "a compression report")
 
 
 def _read(cls: Any, data: Mapping[str, Any]) -> Any:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..compression.budget import Budget
-from ..errors import CheckpointError
 from ..utils.tables import format_table
-from ..utils.utf8 import read_json
+from ..utils.utf8 import read_form
 from .figure import Point, frontier_figure
 
 if TYPE_CHECKING:
@@ -167,10 +166,11 @@ def read_sweep(path: Path) -> SweepResult:
         CheckpointError: It is no result of a sweep.
         OSError: It cannot be read.
     """
-    try:
-        result = SweepResult.from_dict(read_json(path))
+
+    def build(data: Any) -> SweepResult:
+        result = SweepResult.from_dict(data)
         # Values of other types show when they are written.
         str(result), result.to_json()
         return result
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the result of a sweep: {error}") from None
+
+    return read_form(path, build, "the result of a sweep")

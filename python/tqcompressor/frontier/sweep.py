@@ -21,14 +21,12 @@ from ..compression.card import read_config, record_evaluation
 from ..compression.checkpoint import (
     CALIBRATION_FILE,
     budget_request,
-    compress_checkpoint,
     kept_calibration,
     spend,
     write,
 )
 from ..compression.cost import duration
 from ..compression.report import CompressionReport
-from ..compression.reproduce import shell_command, texts_read, versions
 from ..compression.run_key import run_key, text_digest
 from ..config.choices import (
     DEFAULT_EFFORT,
@@ -289,7 +287,7 @@ class _Work:
                 _check_budget(self.checkpoint, replace(spending, budget=budget))
         begun = time.perf_counter()
         for done, budget in enumerate(left):
-            row = self._measured(replace(spending, budget=budget), text, native=native)
+            row = self._measured(replace(spending, budget=budget), native=native)
             kept = finished.get(parsed(budget))
             # The figures of a finished budget stay, also where its model had to be made again.
             finished[parsed(budget)] = row if kept is None else kept
@@ -316,10 +314,10 @@ class _Work:
         found = self.measuring(self.source, self.options["progress"])
         return _row(None, self.checkpoint.parameters, self.checkpoint.bytes, None, 0.0, found)
 
-    def _measured(self, spending: Spending, text: TextOption | None, *, native: bool) -> SweepRow:
+    def _measured(self, spending: Spending, *, native: bool) -> SweepRow:
         place = self.places[spending.budget]
         start = time.perf_counter()
-        report, macs = self._compressed(spending, place, text, native=native)
+        report, macs = self._compressed(spending, place, native=native)
         seconds = time.perf_counter() - start
         try:
             found = self.measuring(os.fspath(place), self.options["progress"])
@@ -337,9 +335,7 @@ class _Work:
             record_evaluation(place, {"models": models, "text": sources(self.measuring.text)[0][0]})
         return row
 
-    def _compressed(
-        self, spending: Spending, place: Path, text: TextOption | None, *, native: bool
-    ) -> tuple[CompressionReport, int]:
+    def _compressed(self, spending: Spending, place: Path, *, native: bool) -> tuple[CompressionReport, int]:
         if not self.keep and place.exists():
             # A killed run left it.
             shutil.rmtree(place)
@@ -350,10 +346,6 @@ class _Work:
             request, spent = spend(self.checkpoint, spending, journal, spectra=self.spectra, **self.options)
             plan = request.plan(spent.choices)
             self.dense_macs = plan.macs_before
-            given = {**self.arguments, "budget": spending.budget}
-            if text is not None and spending.calibration is not None:
-                given["text"] = texts_read(text, spending.calibration)
-            torch = text is not None and not native
             report = write(
                 self.checkpoint,
                 self.source,
@@ -361,16 +353,12 @@ class _Work:
                 plan.config,
                 list(zip(request.names, request.moments, strict=True)),
                 spent,
-                facts={
-                    "budget": spending.budget,
-                    "objective": None if spending.objective == "auto" else spending.objective,
-                    "command": shell_command(_core.source_name(self.source), compress_checkpoint, given),
-                    "versions": versions(*(("torch", "transformers") if torch else ())),
-                },
+                spending.calibration,
+                given={**self.arguments, "budget": spending.budget},
+                native=native,
                 dtype=spending.dtype,
                 overwrite=self.overwrite,
                 max_shard_bytes=byte_count("max_shard_size", _SHARD),
-                measured=spending.calibration,
                 **self.options,
             )
         return report, plan.macs_after

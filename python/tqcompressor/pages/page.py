@@ -18,7 +18,7 @@ from ..frontier.results import SWEEP_FILE, SweepResult, read_sweep
 from ..utils.atomic_io import WholeFile
 from ..utils.hub import StrPath
 from ..utils.svg import escape
-from ..utils.utf8 import read_json
+from ..utils.utf8 import read_form
 
 # Nothing is loaded, whatever a name in the page holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -100,25 +100,22 @@ def html_report(
 
 
 def _evaluation(path: Path) -> Mapping[str, Any]:
-    try:
-        found = read_json(path)
+    def build(found: Any) -> Mapping[str, Any]:
         if not isinstance(found, dict) or not scores_of(found):
             raise ValueError("no perplexity in it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the output of evaluate --json: {error}") from None
-    return found
+        return found
+
+    return read_form(path, build, "the output of evaluate --json")
 
 
 def _training(folder: Path) -> TrainingReport | None:
-    path = folder / TRAINING_REPORT_FILE
-    if not path.exists():
-        return None
-    try:
-        report = TrainingReport.from_dict(read_json(path))
+    def build(data: Any) -> TrainingReport:
+        report = TrainingReport.from_dict(data)
         report.rows()
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a report of a distillation: {error}") from None
-    return report
+        return report
+
+    path = folder / TRAINING_REPORT_FILE
+    return read_form(path, build, "a report of a distillation") if path.exists() else None
 
 
 def _page(

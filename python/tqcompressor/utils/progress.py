@@ -49,7 +49,7 @@ def _all_of(*reports: Report | None) -> Report | None:
 
 @contextmanager
 def _logged(description: str) -> Iterator[Report | None]:
-    """Yields the callback that logs every tenth of a job; None where nobody reads the log."""
+    """Yields the callback that logs every tenth of a job; None where the log leaves that level out."""
     if not description or not _LOGGER.isEnabledFor(logging.INFO):
         yield None
         return

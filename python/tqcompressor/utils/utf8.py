@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import _core
+from ..errors import CheckpointError
+
+_Form = TypeVar("_Form")
 
 # Bytes at the beginning of a file that show its encoding.
 HEAD = _core.TEXT_HEAD
@@ -45,3 +49,16 @@ def read_json(path: Path) -> Any:
     if (words := _core.foreign_json(data[:HEAD])) is not None:
         raise ValueError(words)
     return parsed(decoded(data))
+
+
+def read_form(path: Path, build: Callable[[Any], _Form], what: str) -> _Form:
+    """What `build` makes of the value in a JSON file.
+
+    Raises:
+        CheckpointError: It is not JSON, or `build` cannot make anything of it: it is not `what`.
+        OSError: It cannot be read.
+    """
+    try:
+        return build(read_json(path))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: not {what}: {error}") from None
