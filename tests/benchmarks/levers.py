@@ -9,7 +9,7 @@ Every row is the effort "fast" with one thing changed, at budgets of the blocks'
 - allocation by trials: the loss that the plan adds up is corrected by measured ones. "alone" compresses one block at a
   time and leaves the others dense, "restored" makes one block at a time dense again in the compressed model; each
   block's gradients are scaled by what was measured over what was added up;
-- refined: `compress(refine=…)` on the calibration's sequences.
+- refined: `compress(refine=…)` on the calibration's sequences; "trials, refined" with the allocation of "restored".
 """
 
 import argparse
@@ -81,6 +81,9 @@ class Work:
         tqcompressor.compress(model, budget=allowed, calibration=calibration, **options)
         return model
 
+    def refining(self) -> dict[str, object]:
+        return {"refine": self.batches, "refine_epochs": self.options.epochs}
+
 
 Found = Iterator[tuple[float, str, PreTrainedModel]]
 """Budgets, what was done, and the models."""
@@ -150,7 +153,7 @@ def progressive(work: Work, scope: str) -> Found:
         calibration = work.calibrate(model)
 
 
-def by_trials(work: Work, scope: str) -> Found:
+def by_trials(work: Work, scope: str, kinds: Sequence[str], refine: bool) -> Found:
     batches = work.batches[:: max(1, len(work.batches) // TRIAL_BATCHES)]
     wanted = [log_softmax(work.subject.model, batch) for batch in batches]
     for budget in work.options.budgets:
@@ -158,7 +161,9 @@ def by_trials(work: Work, scope: str) -> Found:
         # Dense modules, so that a block's weights can be exchanged.
         dequantized, dense = copy.deepcopy(first).dequantize(), work.subject.copy()
         whole = loss(first, batches, wanted)
-        for name, model, other in (("alone", dense, dequantized), ("restored", dequantized, work.subject.model)):
+        exchanged = {"alone": (dense, dequantized), "restored": (dequantized, work.subject.model)}
+        for name in kinds:
+            model, other = exchanged[name]
             factors = []
             for block in work.subject.blocks:
                 kept: dict[str, np.ndarray] = {}
@@ -175,7 +180,9 @@ def by_trials(work: Work, scope: str) -> Found:
             # Measured on few tokens: no block counts for more than four times the middle one, or less than a quarter.
             middle = float(np.median(factors))
             scaled = [min(max(factor, middle / 4), 4 * middle) / middle for factor in factors]
-            yield budget, f"allocated by trials, {name}", work.compressed(with_factors(work, scaled), budget, scope)
+            options = work.refining() if refine else {}
+            found = work.compressed(with_factors(work, scaled), budget, scope, **options)
+            yield budget, f"allocated by trials, {name}{', refined' * refine}", found
 
 
 def lost(work: Work, name: str, difference: np.ndarray) -> float:
@@ -208,13 +215,10 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], wanted: Sequence[torc
 
 
 def refined(work: Work, scope: str) -> Found:
+    tokens, epochs = work.calibration.tokens, work.options.epochs
     for budget in work.options.budgets:
-        options = {"refine": work.batches, "refine_epochs": work.options.epochs}
-        yield (
-            budget,
-            f"refined, {work.options.epochs} epochs",
-            work.compressed(work.calibration, budget, scope, **options),
-        )
+        model = work.compressed(work.calibration, budget, scope, **work.refining())
+        yield budget, f"refined, {tokens:,} tokens, {epochs} epochs", model
 
 
 LEVERS: dict[str, Callable] = {
@@ -224,6 +228,7 @@ LEVERS: dict[str, Callable] = {
     "text labels": calibrated("gradients of the text's tokens", partial(of_labels, likeliest=None)),
     "likeliest labels": calibrated(f"labels of the {LIKELIEST} likeliest", partial(of_labels, likeliest=LIKELIEST)),
     "progressive": progressive,
-    "trials": by_trials,
+    "trials": partial(by_trials, kinds=("alone", "restored"), refine=False),
     "refined": refined,
+    "trials, refined": partial(by_trials, kinds=("restored",), refine=True),
 }

@@ -1,8 +1,9 @@
-"""Trains the factors of a compressed model, one transformer block after the other, on the original block's outputs."""
+"""Trains the blocks of a compressed model, one after the other, on the outputs of the original blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -42,13 +43,14 @@ def refine(
     seed: int = 0,
     report: Report | None = None,
 ) -> None:
-    """Trains the factors of every block of `model` to give the outputs that the dense block has.
+    """Trains the factors and the vectors of every block of `model` to give the outputs that the dense block has.
 
     A block's inputs are those that it gets in the compressed model, so that it also makes up for what the blocks before
     it lost. With the original's outputs `Y`, on its own inputs, and the moment `G` of the gradients at the outputs,
     which is the identity without a calibration, the loss is `tr((Ŷ − Y) G (Ŷ − Y)ᵀ)` over the tokens. An eighth of the
     batches is held out: a block that got worse on it is put back, and trained with a tenth of the learning rate, twice
-    at most. Nothing but factors changes.
+    at most. Vectors are the block's biases and the gains of its norms, unless other modules share them; nothing else
+    changes. If anything is raised, vectors have the values from before.
 
     `dense` are the modules that the compressed ones replaced, by full name. Every block computes in float32.
 
@@ -57,7 +59,8 @@ def refine(
     Cost: two forward passes of the model and `3·epochs` of its blocks, and the hidden states of all tokens, twice.
     """
     blocks = transformer_blocks(model)
-    with evaluating(model), frozen(model):
+    vectors = _vectors(model, blocks.values())
+    with evaluating(model), frozen(model), _kept_unless_done([each for own in vectors for each in own]):
         states, shifted, calls = _read(model, list(blocks.values()), dense, batches)
         masks = [mask_of(batch).to(states[0].device) for batch in batches]
         for index, (name, block) in enumerate(blocks.items()):
@@ -67,7 +70,7 @@ def refine(
                 with torch.no_grad(), _placed(model, own), _in_float32(block):
                     states = [call.of(block, each) for call, each in zip(called, states, strict=True)]
                 if own:
-                    _train(model, name, calibration, called, shifted, states, masks, epochs, seed)
+                    _train(model, name, vectors[index], calibration, called, shifted, states, masks, epochs, seed)
                 with torch.no_grad():
                     shifted = [call.of(block, each) for call, each in zip(called, shifted, strict=True)]
             if report is not None:
@@ -102,6 +105,7 @@ def _read(
 def _train(
     model: PreTrainedModel,
     name: str,
+    vectors: Sequence[nn.Parameter],
     calibration: Calibration | None,
     calls: Sequence[Call],
     inputs: Sequence[torch.Tensor],
@@ -110,7 +114,7 @@ def _train(
     epochs: int,
     seed: int,
 ) -> None:
-    """Trains the factors of one block, and keeps them where they got better."""
+    """Trains the factors and vectors of one block, and keeps them where they got better."""
     block = model.get_submodule(name)
     gradients = _gradients(model, name, calibration, wanted[0].shape[-1])
 
@@ -140,10 +144,13 @@ def _train(
     if before == 0:
         return
     factors = [module for module in block.modules() if isinstance(module, CompressedBase)]
-    saved = [(parameter, parameter.detach().clone()) for parameter in _factors(factors)]
+    saved = [(parameter, parameter.detach().clone()) for parameter in (*_factors(factors), *vectors)]
     for rate in _LEARNING_RATES:
         with balanced(model, moments, within=f"{name}."):
-            trained = _factors(module for module in block.modules() if isinstance(module, CompressedBase))
+            trained = [
+                *_factors(module for module in block.modules() if isinstance(module, CompressedBase)),
+                *vectors,
+            ]
             for parameter in trained:
                 parameter.requires_grad_(True)
             _descend(trained, distance, split, before, rate, epochs, seed)
@@ -189,6 +196,38 @@ def _factors(modules: Any) -> list[nn.Parameter]:
         if name.rpartition(".")[2] != "bias"
     }
     return list(found.values())
+
+
+def _vectors(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> list[list[nn.Parameter]]:
+    """The float vectors of each block that no other module has, factors apart."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    factors = {id(each) for each in _factors(each for each in model.modules() if isinstance(each, CompressedBase))}
+    return [
+        [
+            parameter
+            for parameter in block.parameters()
+            if parameter.ndim == 1
+            and parameter.is_floating_point()
+            and owners[id(parameter)] == 1
+            and id(parameter) not in factors
+        ]
+        for block in blocks
+    ]
+
+
+@contextmanager
+def _kept_unless_done(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients are those from before the block afterwards; values too, if it raises."""
+    kept = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in parameters]
+    try:
+        yield
+    except BaseException:
+        for parameter, value, _ in kept:
+            parameter.data.copy_(value)
+        raise
+    finally:
+        for parameter, _, gradient in kept:
+            parameter.grad = gradient
 
 
 def _gradients(model: PreTrainedModel, block: str, calibration: Calibration | None, width: int) -> torch.Tensor | None:

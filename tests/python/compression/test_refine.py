@@ -1,4 +1,4 @@
-"""Refining: blocks get closer to the dense model's, nothing but factors changes, and what fails leaves no trace."""
+"""Refining: blocks get closer to the dense model's, nothing else changes, and what fails leaves no trace."""
 
 import copy
 
@@ -73,7 +73,7 @@ def test_every_kind_of_factors_learns(spec, fast_learning):
 
 
 @pytest.mark.parametrize("family", [gpt2, bert, opt, llama])
-def test_nothing_but_factors_of_blocks_changes(family, fast_learning):
+def test_nothing_but_factors_and_vectors_of_blocks_changes(family, fast_learning):
     model, read = family(), some_batches()
     model.train()
     next(model.parameters()).requires_grad_(False)
@@ -89,9 +89,25 @@ def test_nothing_but_factors_of_blocks_changes(family, fast_learning):
     for name, value in refined.state_dict().items():
         if not torch.equal(value, plain.state_dict()[name]):
             changed.append(name)
-            assert name.startswith(tuple(factors)) and not name.endswith(("bias", "permutation")), name
+            assert name.startswith(blocks), name
+            assert value.ndim == 1 or name.startswith(tuple(factors)), name
+            assert not name.endswith("permutation"), name
     assert len(changed) >= len(factors)
+    assert any("norm" in name or "ln_" in name or "LayerNorm" in name for name in changed)
     assert plain.config.to_dict() == refined.config.to_dict()
+
+
+def test_a_vector_that_is_shared_stays(fast_learning):
+    model, read = llama(), some_batches()
+    first, second = model.model.layers[:2]
+    second.input_layernorm.weight = first.input_layernorm.weight
+    model.model.norm.weight = first.post_attention_layernorm.weight
+    before = {name: value.clone() for name, value in model.named_parameters() if "norm" in name}
+    compress(model, TQConfig({"layers.*": LowRankSpec(3)}, effort="fast"), refine=read)
+    after = dict(model.named_parameters())
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"model.layers.1.post_attention_layernorm.weight"}
+    assert second.input_layernorm.weight is first.input_layernorm.weight
 
 
 def test_gradients_of_the_caller_stay():
