@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str | os.PathLike[str]] | None = None) -> int:
     """Runs one command and returns the exit status."""
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "compress": _compress,
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "verify": _verify,
         "generate": _generate,
     }
+    options = parser().parse_args(None if arguments is None else [os.fspath(word) for word in arguments])
     try:
-        options = parser().parse_args(arguments)
         status = commands[options.command](options)
         # Flush here: at interpreter exit, the error of a closed pipe could not be caught.
         sys.stdout.flush()

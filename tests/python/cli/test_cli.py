@@ -56,6 +56,13 @@ def test_inspect_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_arguments_may_be_paths(capsys):
+    assert cli.main(["inspect", TINY, "--recipe", "tq-81m"]) == 0
+    assert line_of(capsys.readouterr().out, "total")[1:] == [f"{PARAMETERS:,}", f"{AFTER:,}"]
+    with pytest.raises(TypeError, match="int"):
+        cli.main(["inspect", TINY, "--budget", 1])
+
+
 def test_inspect_as_json(capsys):
     assert cli.main(["inspect", str(TINY), "--recipe", "tq-81m", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
