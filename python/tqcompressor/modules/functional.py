@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import _core
+from ..utils.operators import operator
 from ..utils.torch_utils import without_autocast
 from .base import gathered, inverse
 
@@ -117,22 +118,6 @@ def _rust_makes_it(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and not transformed
 
 
-@torch.library.custom_op(
-    "tqcompressor::kronecker_matrix",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? rows, Tensor? columns) -> Tensor",
-)
-def _in_rust(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    factors = (a.detach().contiguous().numpy(), b.detach().contiguous().numpy())
-    of_rows, of_columns = (None if order is None else order.contiguous().numpy() for order in (rows, columns))
-    return torch.from_numpy(_core.expand(*factors, of_rows, of_columns, torch.get_num_threads()))
-
-
-@_in_rust.register_fake
-def _(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    return a.new_empty(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
-
-
 def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -151,7 +136,22 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return by_a, by_b, None, None
 
 
-_in_rust.register_autograd(_backward, setup_context=_keep_factors)
+def _fake_matrix(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+) -> torch.Tensor:
+    return a.new_empty(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
+
+
+@operator(
+    "kronecker_matrix(Tensor a, Tensor b, Tensor? rows, Tensor? columns) -> Tensor",
+    _fake_matrix,
+    _backward,
+    _keep_factors,
+)
+def _in_rust(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+    factors = (a.detach().contiguous().numpy(), b.detach().contiguous().numpy())
+    of_rows, of_columns = (None if order is None else order.contiguous().numpy() for order in (rows, columns))
+    return torch.from_numpy(_core.expand(*factors, of_rows, of_columns, torch.get_num_threads()))
 
 
 def low_rank_matmul(
