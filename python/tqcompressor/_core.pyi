@@ -40,6 +40,7 @@ __all__ = [
     "distillation_loss",
     "expand",
     "expand_checkpoint",
+    "expand_gradients",
     "find_permutation",
     "fit_many",
     "fit_within",
@@ -507,6 +508,16 @@ def expand(
     a: _Float32Array, b: _Float32Array, rows: _Int64Array | None, columns: _Int64Array | None, threads: int
 ) -> _Float32Array:
     """`K[rows][:, columns]` for `K = Σ_k A_k ⊗ B_k`, in float32; rows and columns are permutations."""
+
+def expand_gradients(
+    gradient: _Float32Array,
+    a: _Float32Array,
+    b: _Float32Array,
+    rows: _Int64Array | None,
+    columns: _Int64Array | None,
+    threads: int,
+) -> tuple[_Float32Array, _Float32Array]:
+    """The gradients by `a` and `b` that follow from the gradient by the matrix of `expand`."""
 
 def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
