@@ -38,9 +38,9 @@ __all__ = [
     "apply",
     "check_destination",
     "distillation_loss",
-    "distillation_loss_in_place",
     "expand",
     "expand_checkpoint",
+    "expand_gradients",
     "find_permutation",
     "fit_many",
     "fit_within",
@@ -509,15 +509,28 @@ def expand(
 ) -> _Float32Array:
     """`K[rows][:, columns]` for `K = Σ_k A_k ⊗ B_k`, in float32; rows and columns are permutations."""
 
+def expand_gradients(
+    gradient: _Float32Array,
+    a: _Float32Array,
+    b: _Float32Array,
+    rows: _Int64Array | None,
+    columns: _Int64Array | None,
+    threads: int,
+) -> tuple[_Float32Array, _Float32Array]:
+    """The gradients by `a` and `b` that follow from the gradient by the matrix of `expand`."""
+
 def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""
 
 # A half-precision matrix is passed as its bits, with its dtype beside it.
 _FloatMatrix = _Float32Array | NDArray[np.uint16]
 
+# In what follows `out` is the place of the gradient by the student's values: None, an array of the same shape and
+# dtype, or the student's array itself.
 def distillation_loss(
     student: _FloatMatrix,
     student_dtype: str,
+    out: _FloatMatrix | None,
     teacher: _FloatMatrix | None,
     teacher_dtype: str,
     labels: _Int64Array | None,
@@ -526,33 +539,18 @@ def distillation_loss(
     cross_entropy: float,
     reverse: bool,
     ignore_index: int,
-    gradient: bool,
-    threads: int | None,
-) -> tuple[float, _FloatMatrix | None]:
-    """`divergence·KL_T + cross_entropy·CE`, the mean over rows of logits, and its gradient by the student's."""
-
-def distillation_loss_in_place(
-    student: _Float32Array,
-    teacher: _Float32Array | None,
-    labels: _Int64Array | None,
-    temperature: float,
-    divergence: float,
-    cross_entropy: float,
-    reverse: bool,
-    ignore_index: int,
-    first: int,
-    scale: float,
-    gradient: bool,
+    part: tuple[int, float] | None,
     threads: int | None,
 ) -> float:
-    """`scale` times the sum of some rows' losses, the gradient written over the student's logits.
+    """`divergence·KL_T + cross_entropy·CE`, the mean over rows of logits.
 
-    `first` is the number of the first row, for errors.
+    For a `part` of a larger batch, (the first row's number, a factor), the sum of the rows' losses times the factor.
     """
 
 def topk_distillation_loss(
     student: _FloatMatrix,
     student_dtype: str,
+    out: _FloatMatrix | None,
     tokens: _Int64Array,
     probabilities: _Float32Array,
     labels: _Int64Array | None,
@@ -560,22 +558,21 @@ def topk_distillation_loss(
     divergence: float,
     cross_entropy: float,
     ignore_index: int,
-    gradient: bool,
     threads: int | None,
-) -> tuple[float, _FloatMatrix | None]:
+) -> float:
     """`distillation_loss` against a teacher's most probable tokens (rows, k); all other tokens count as one."""
 
 def hidden_state_loss(
     student: _FloatMatrix,
     student_dtype: str,
+    out: _FloatMatrix | None,
     teacher: _FloatMatrix,
     teacher_dtype: str,
     mask: NDArray[np.bool_] | None,
     kind: str,
-    gradient: bool,
     threads: int | None,
-) -> tuple[float, _FloatMatrix | None]:
-    """The mean distance of hidden states, "mse" or "cosine", and its gradient by the student's."""
+) -> float:
+    """The mean distance of hidden states, "mse" or "cosine"."""
 
 def head_loss(
     student: tuple[_Float32Array, _Float32Array],
@@ -586,10 +583,10 @@ def head_loss(
     cross_entropy: float,
     reverse: bool,
     ignore_index: int,
-    gradient: bool,
+    out: tuple[_Float32Array, _Float32Array] | None,
     threads: int | None,
-) -> tuple[float, tuple[_Float32Array, _Float32Array] | None]:
-    """`distillation_loss` of `hidden @ head.T` for pairs `(hidden, head)`, with the gradients by both."""
+) -> float:
+    """`distillation_loss` of `hidden @ head.T` for pairs `(hidden, head)`; `out` holds the gradients by both."""
 
 def native_refusal(config: str) -> str | None:
     """Why the native runtime does not compute the model of a `config.json`, given as its text; None if it does."""

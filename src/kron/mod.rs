@@ -10,6 +10,6 @@ mod view;
 mod tests;
 
 pub use decompose::{KroneckerSum, lost_energy, nearest_kronecker_sum};
-pub use expand::expand;
+pub use expand::{expand, expand_gradients};
 pub use gram::{block_gram, eigenvectors, top_eigenvectors};
 pub use view::MatrixView;

@@ -3,12 +3,14 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::distillation::{Chunk, distillation_loss_in_place};
+use super::distillation::{Batch, Part, distillation_loss_of_part};
 use super::labels::Labels;
 use super::objective::Objective;
 use super::parallel::for_each;
+use super::student::Student;
 use crate::error::{Error, Result};
-use crate::numeric::memory::zeros;
+use crate::numeric::memory::{prefer_huge_pages, zeros};
+use crate::numeric::{Values, ValuesMut};
 use crate::progress::{Parallelism, Progress};
 
 /// Bytes of logits in memory, student and teacher together. More bytes mean fewer passes over the head's gradient.
@@ -46,16 +48,16 @@ pub struct HeadBatch<'a> {
     pub ignore_index: i64,
 }
 
-/// Gradients by the student's hidden states and head.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HeadGradients {
+/// Places of the gradients by the student's hidden states and head, whatever they hold before.
+#[derive(Debug)]
+pub struct HeadGradients<'a> {
     /// By the hidden states, `(rows, width)`.
-    pub hidden: Vec<f32>,
+    pub hidden: &'a mut [f32],
     /// By the head, `(vocabulary, width)`.
-    pub weight: Vec<f32>,
+    pub weight: &'a mut [f32],
 }
 
-/// [`distillation_loss`](super::distillation_loss) of `hidden · weightᵀ`, with the gradients by both.
+/// [`distillation_loss`](super::distillation_loss) of `hidden · weightᵀ`; `gradients` are written where they are wanted.
 ///
 /// # Errors
 /// As [`distillation_loss`](super::distillation_loss): what is not finite is named by its place among the logits.
@@ -66,12 +68,17 @@ pub struct HeadGradients {
 pub fn head_loss(
     batch: &HeadBatch<'_>,
     objective: &Objective,
-    gradient: bool,
+    mut gradients: Option<HeadGradients<'_>>,
     parallelism: Parallelism,
     progress: &Progress,
-) -> Result<(f64, Option<HeadGradients>)> {
+) -> Result<f64> {
     let labels = Labels { labels: batch.labels, ignore_index: batch.ignore_index };
     batch.check(objective, &labels)?;
+    if let Some(gradients) = &mut gradients {
+        gradients.check(&batch.student)?;
+        prefer_huge_pages(gradients.weight);
+        gradients.weight.fill(0.0);
+    }
     let HeadBatch { student, rows, vocabulary, .. } = *batch;
     let teacher = batch.teacher.filter(|_| objective.divergence > 0.0);
     let scale = 1.0 / labels.counted(rows).max(1) as f64;
@@ -79,8 +86,6 @@ pub fn head_loss(
     let chunk = (LOGITS_BYTES / (models * vocabulary * size_of::<f32>())).clamp(1, rows.max(1));
     let mut student_logits = zeros(chunk * vocabulary);
     let mut teacher_logits = zeros(if teacher.is_some() { chunk * vocabulary } else { 0 });
-    let mut gradients =
-        gradient.then(|| HeadGradients { hidden: zeros(student.hidden.len()), weight: zeros(student.weight.len()) });
     let mut total = 0.0;
     progress.expect(rows as u64);
     for first in (0..rows).step_by(chunk) {
@@ -90,22 +95,37 @@ pub fn head_loss(
         if let Some(teacher) = teacher {
             teacher.logits(first, count, &mut teacher_logits[..count * vocabulary], parallelism, progress)?;
         }
-        let loss = Chunk {
-            teacher: teacher.map(|_| &teacher_logits[..count * vocabulary]),
+        let compared = Batch {
+            teacher: teacher.map(|_| Values::F32(&teacher_logits[..count * vocabulary])),
             labels: batch.labels.map(|labels| &labels[first..first + count]),
             vocabulary,
             ignore_index: batch.ignore_index,
-            first,
-            scale,
         };
-        total += distillation_loss_in_place(student_logits, &loss, objective, gradient, parallelism, progress)?;
+        let logits = if gradients.is_some() {
+            Student::Overwritten(ValuesMut::F32(student_logits))
+        } else {
+            Student::Read(Values::F32(student_logits))
+        };
+        let part = Part { first, scale };
+        total += distillation_loss_of_part(logits, &compared, part, objective, parallelism, progress)?;
         // The gradient has overwritten the logits.
         if let Some(gradients) = &mut gradients {
             student.add_gradients(first, count, student_logits, gradients, parallelism, progress)?;
         }
-        progress.advance(count as u64);
     }
-    Ok((total, gradients))
+    Ok(total)
+}
+
+impl HeadGradients<'_> {
+    fn check(&self, student: &Head<'_>) -> Result<()> {
+        for (values, out) in [(student.hidden, &*self.hidden), (student.weight, &*self.weight)] {
+            if values.len() != out.len() {
+                let expected = format!("the student's {} values", values.len());
+                return Err(Error::Shape { operation: "out", expected, got: out.len().to_string() });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Head<'a> {
@@ -148,7 +168,7 @@ impl<'a> Head<'a> {
         first: usize,
         count: usize,
         logits: &[f32],
-        gradients: &mut HeadGradients,
+        gradients: &mut HeadGradients<'_>,
         parallelism: Parallelism,
         progress: &Progress,
     ) -> Result<()> {

@@ -1,9 +1,10 @@
 //! Distances between hidden states of student and teacher.
 
-use super::parallel::{RowMut, mean_over_rows};
+use super::parallel::sum_over_rows;
+use super::student::Student;
 use crate::error::{Error, Result};
+use crate::numeric::Values;
 use crate::numeric::simd::{LANES, dispatched};
-use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
 /// A distance between two vectors.
@@ -29,12 +30,10 @@ impl HiddenDistance {
     }
 }
 
-/// Hidden states of `rows` tokens.
+/// What the hidden states of `rows` tokens are compared with.
 #[derive(Clone, Copy, Debug)]
 pub struct HiddenBatch<'a> {
-    /// The student's, `(rows, width)`.
-    pub student: Values<'a>,
-    /// The teacher's, of the same shape; any of the dtypes.
+    /// The teacher's states, `(rows, width)`; any of the dtypes.
     pub teacher: Values<'a>,
     /// Values per row.
     pub width: usize,
@@ -42,30 +41,42 @@ pub struct HiddenBatch<'a> {
     pub mask: Option<&'a [bool]>,
 }
 
-/// The mean distance over the rows that count, and its gradient by the student's states, in their dtype.
+/// The mean distance over the rows that count; its gradient by the student's states is written where [`Student`] says.
 ///
 /// All sums are f64. No row that counts: the loss is 0.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::NonFinite`] in "student_hidden" or "teacher_hidden", [`Error::Cancelled`].
+/// [`Error::Shape`] and [`Error::Dtype`], with nothing written; [`Error::NonFinite`] in "student_hidden" or
+/// "teacher_hidden" and [`Error::Cancelled`].
 ///
 /// # Cost
-/// One pass; memory beyond the gradient: up to three rows of f32 per thread.
+/// One pass; memory: up to three rows of f32 per thread.
 pub fn hidden_state_loss(
+    student: Student<'_>,
     batch: &HiddenBatch<'_>,
     distance: HiddenDistance,
-    gradient: bool,
     parallelism: Parallelism,
     progress: &Progress,
-) -> Result<(f64, Option<OwnedValues>)> {
-    let rows = batch.check()?;
+) -> Result<f64> {
+    let rows = batch.check(&student)?;
     let counted = batch.mask.map_or(rows, |mask| mask.iter().filter(|&&counts| counts).count());
-    let work = |[student, teacher, scratch]: &mut [Vec<f32>; 3], row: usize, scale: Option<f64>, out: RowMut<'_>| {
+    let work = |scratch: &mut ([Vec<f32>; 2], Vec<f32>), row: usize, scale: Option<f64>, student: Student<'_>| {
+        progress.advance(1);
         if batch.mask.is_some_and(|mask| !mask[row]) {
+            student.clear_gradient();
             return Ok(0.0);
         }
-        let student = batch.student.row(row, batch.width, student);
-        let teacher = batch.teacher.row(row, batch.width, teacher);
+        let (buffers, buffer) = scratch;
+        let teacher = batch.teacher.row(row, batch.width, buffer);
+        student.work(buffers, |student, out| distance.of_row(row, [student, teacher], scale, out))
+    };
+    progress.expect(rows as u64);
+    sum_over_rows(student, batch.width, 1.0 / counted.max(1) as f64, parallelism, progress, work)
+}
+
+impl HiddenDistance {
+    /// The distance of a row's student and teacher, and its gradient times `scale`, where it is wanted, in `out`.
+    fn of_row(self, row: usize, [student, teacher]: [&[f32]; 2], scale: Option<f64>, out: &mut [f32]) -> Result<f64> {
         let products = Products::of(student, teacher);
         // Squares of finite f32 are finite in f64, as are their sums.
         for (name, values, squares) in
@@ -77,12 +88,12 @@ pub fn hidden_state_loss(
             }
         }
         // The gradient is `own·s + other·t`.
-        let (value, own, other) = match distance {
-            HiddenDistance::MeanSquaredError => {
-                let width = batch.width as f64;
+        let (value, own, other) = match self {
+            Self::MeanSquaredError => {
+                let width = student.len() as f64;
                 (products.difference / width, 2.0 / width, -2.0 / width)
             }
-            HiddenDistance::Cosine => {
+            Self::Cosine => {
                 let norms = products.student.sqrt() * products.teacher.sqrt();
                 if norms == 0.0 {
                     (1.0, 0.0, 0.0)
@@ -93,21 +104,21 @@ pub fn hidden_state_loss(
             }
         };
         if let Some(scale) = scale {
-            out.fill(scratch, |out| combine(student, teacher, own * scale, other * scale, out));
+            combine(student, teacher, own * scale, other * scale, out);
         }
         Ok(value)
-    };
-    mean_over_rows(batch.student, batch.width, counted, gradient, parallelism, progress, work)
+    }
 }
 
 impl HiddenBatch<'_> {
-    fn check(&self) -> Result<usize> {
+    fn check(&self, student: &Student<'_>) -> Result<usize> {
         let shape = |operation, expected, got: String| Err(Error::Shape { operation, expected, got });
-        let values = self.student.len();
+        let values = student.values().len();
         if self.width == 0 || !values.is_multiple_of(self.width) {
             let expected = format!("rows of at least one value, here {}", self.width);
             return shape("student_hidden", expected, format!("{values} values"));
         }
+        student.check()?;
         if self.teacher.len() != values {
             return shape("teacher_hidden", format!("the student's {values} values"), self.teacher.len().to_string());
         }
@@ -176,6 +187,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::numeric::ValuesMut;
     use crate::testing::noise;
 
     proptest! {
@@ -184,11 +196,15 @@ mod tests {
             let [student, teacher] = [seed, !seed].map(|seed| -> Vec<f32> {
                 noise(rows * width, seed).into_iter().map(|value| 3.0 * value).collect()
             });
-            let batch = HiddenBatch { student: Values::F32(&student), teacher: Values::F32(&teacher), width, mask: None };
+            let batch = HiddenBatch { teacher: Values::F32(&teacher), width, mask: None };
             for distance in [HiddenDistance::MeanSquaredError, HiddenDistance::Cosine] {
-                let (value, gradient) =
-                    hidden_state_loss(&batch, distance, true, Parallelism::Sequential, &Progress::default()).unwrap();
-                let Some(OwnedValues::F32(gradient)) = gradient else { panic!("a gradient of f32") };
+                let (mut apart, mut gradient) = (vec![f32::NAN; student.len()], student.clone());
+                let loss = |student: Student<'_>| {
+                    hidden_state_loss(student, &batch, distance, Parallelism::Sequential, &Progress::default()).unwrap()
+                };
+                let value = loss(Student::Overwritten(ValuesMut::F32(&mut gradient)));
+                prop_assert_eq!(loss(Student::Apart(Values::F32(&student), ValuesMut::F32(&mut apart))), value);
+                prop_assert_eq!(&apart, &gradient);
                 // Central differences of the definition in f64.
                 let definition = |student: &[f64]| -> f64 {
                     let rows = student.chunks(width).zip(teacher.chunks(width)).map(|(s, t)| {

@@ -14,13 +14,15 @@ mod labels;
 mod logits;
 mod objective;
 mod parallel;
+mod student;
 #[cfg(test)]
 mod tests;
 mod tiles;
 mod topk;
 
-pub use distillation::{Batch, Chunk, distillation_loss, distillation_loss_in_place};
+pub use distillation::{Batch, Part, distillation_loss, distillation_loss_of_part};
 pub use head::{Head, HeadBatch, HeadGradients, head_loss};
 pub use hidden::{HiddenBatch, HiddenDistance, hidden_state_loss};
 pub use objective::{Direction, Objective};
+pub use student::Student;
 pub use topk::{TopKBatch, topk_distillation_loss};

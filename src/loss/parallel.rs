@@ -2,58 +2,31 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::student::Student;
 use crate::error::{Error, Result};
-use crate::numeric::{OwnedValues, Values, ValuesMut};
 use crate::progress::{Parallelism, Progress};
 
-/// Where the gradient of one row goes.
-pub(super) enum RowMut<'a> {
-    Wanted(ValuesMut<'a>),
-    /// Nowhere; the row has so many values.
-    Unwanted(usize),
-}
-
-impl RowMut<'_> {
-    /// Calls `write` with a buffer of f32 for the row. An unwanted row stays in `scratch`.
-    pub fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
-        match self {
-            Self::Wanted(values) => values.fill(scratch, write),
-            Self::Unwanted(width) => {
-                scratch.resize(width, 0.0);
-                write(scratch)
-            }
-        }
-    }
-}
-
-/// The mean of a loss over the `counted` ones of the student's rows, and its gradient in the student's dtype if wanted.
+/// `scale` times the sum of the losses of the student's rows; their gradients are scaled alike.
 ///
-/// `work` takes a scratch, a row's number, the factor of its gradient (`None` without a gradient) and the gradient's
-/// place. It returns the row's loss: 0 for a row that does not count.
-pub(super) fn mean_over_rows<S: Default>(
-    student: Values<'_>,
+/// `work` takes a scratch, a row's number, the factor of its gradient (`None` without a gradient) and the row. It
+/// returns the row's loss: 0 for a row that does not count.
+pub(super) fn sum_over_rows<S: Default>(
+    student: Student<'_>,
     width: usize,
-    counted: usize,
-    gradient: bool,
+    scale: f64,
     parallelism: Parallelism,
     progress: &Progress,
-    work: impl Fn(&mut S, usize, Option<f64>, RowMut<'_>) -> Result<f64> + Sync,
-) -> Result<(f64, Option<OwnedValues>)> {
-    let scale = 1.0 / counted.max(1) as f64;
-    let mut losses = vec![0.0; student.len() / width];
-    let mut written = gradient.then(|| student.zeros());
-    let outputs: Vec<_> = match &mut written {
-        Some(written) => written.rows_mut(width).into_iter().map(RowMut::Wanted).collect(),
-        None => losses.iter().map(|_| RowMut::Unwanted(width)).collect(),
-    };
-    progress.expect(losses.len() as u64);
-    let items = losses.iter_mut().zip(outputs).enumerate();
-    for_each(items, parallelism, progress, S::default, |scratch, (row, (loss, out))| {
-        progress.advance(1);
-        *loss = work(scratch, row, gradient.then_some(scale), out)?;
+    work: impl Fn(&mut S, usize, Option<f64>, Student<'_>) -> Result<f64> + Sync,
+) -> Result<f64> {
+    let gradient = student.wants_gradient().then_some(scale);
+    let rows = student.split(width);
+    let mut losses = vec![0.0; rows.len()];
+    let items = losses.iter_mut().zip(rows).enumerate();
+    for_each(items, parallelism, progress, S::default, |scratch, (row, (loss, student))| {
+        *loss = work(scratch, row, gradient, student)?;
         Ok(())
     })?;
-    Ok((losses.iter().sum::<f64>() * scale, written))
+    Ok(losses.iter().sum::<f64>() * scale)
 }
 
 /// Calls `work` on every item. Each thread reuses a scratch of its own.

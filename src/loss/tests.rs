@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::error::Error;
-use crate::numeric::{Element, OwnedValues, Values};
+use crate::error::{Error, Result};
+use crate::numeric::{Element, Values, ValuesMut};
 use crate::progress::{Parallelism, Progress};
 
 const IGNORE: i64 = -100;
@@ -38,12 +38,23 @@ fn oracle_row(z: &[f32], t: &[f32], label: usize, objective: &Objective) -> (f64
     (objective.divergence * divergence - objective.cross_entropy * log_s[label], gradient.collect())
 }
 
-fn run(batch: &Batch<'_>, objective: &Objective) -> (f64, Vec<f32>) {
-    let parallelism = Parallelism::Sequential;
-    match distillation_loss(batch, objective, true, parallelism, &Progress::default()).unwrap() {
-        (value, Some(OwnedValues::F32(gradient))) => (value, gradient),
-        other => panic!("a gradient of f32, not {other:?}"),
-    }
+/// The loss and its gradient, which is the same in other memory, full of NaN before, and over the logits.
+fn try_run(student: &[f32], batch: &Batch<'_>, objective: &Objective) -> Result<(f64, Vec<f32>)> {
+    let (parallelism, progress) = (Parallelism::Sequential, Progress::default());
+    let (mut apart, mut over) = (vec![f32::NAN; student.len()], student.to_vec());
+    let target = Student::Apart(Values::F32(student), ValuesMut::F32(&mut apart));
+    let value = distillation_loss(target, batch, objective, parallelism, &progress)?;
+    let target = Student::Overwritten(ValuesMut::F32(&mut over));
+    assert_eq!(distillation_loss(target, batch, objective, parallelism, &progress)?, value);
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&over), bits(&apart));
+    let target = Student::Read(Values::F32(student));
+    assert_eq!(distillation_loss(target, batch, objective, parallelism, &progress)?, value);
+    Ok((value, apart))
+}
+
+fn run(student: &[f32], batch: &Batch<'_>, objective: &Objective) -> (f64, Vec<f32>) {
+    try_run(student, batch, objective).unwrap()
 }
 
 /// Entries above 1e-3 of their row's largest, to `tolerance` of themselves; the others to as much of that limit.
@@ -75,13 +86,12 @@ proptest! {
         let direction = if reverse { Direction::Reverse } else { Direction::Forward };
         let objective = Objective::new(temperature, alpha * temperature * temperature, 1.0 - alpha, direction).unwrap();
         let batch = Batch {
-            student: Values::F32(&student),
             teacher: Some(Values::F32(&teacher)),
             labels: Some(&labels),
             vocabulary,
             ignore_index: IGNORE,
         };
-        let (value, gradient) = run(&batch, &objective);
+        let (value, gradient) = run(&student, &batch, &objective);
         let counted = labels.iter().filter(|&&label| label != IGNORE).count() as f64;
         let mut expected_value = 0.0;
         for (row, &label) in labels.iter().enumerate() {
@@ -101,8 +111,6 @@ proptest! {
             }
         }
         prop_assert!((value - expected_value).abs() <= 2e-6 * (1.0 + expected_value.abs() + temperature * temperature));
-        let without = distillation_loss(&batch, &objective, false, Parallelism::Sequential, &Progress::default()).unwrap();
-        prop_assert_eq!(without, (value, None));
     }
 
     #[test]
@@ -118,16 +126,18 @@ proptest! {
             student, teacher: Some(teacher), labels: Some(&labels), rows, vocabulary, ignore_index: IGNORE,
         };
         let progress = Progress::default();
-        let (value, gradients) = head_loss(&batch, &objective, true, Parallelism::Sequential, &progress).unwrap();
-        let gradients = gradients.unwrap();
+        let (mut by_states, mut by_head) = (vec![f32::NAN; hidden.len()], vec![f32::NAN; weight.len()]);
+        let gradients = HeadGradients { hidden: &mut by_states, weight: &mut by_head };
+        let value = head_loss(&batch, &objective, Some(gradients), Parallelism::Sequential, &progress).unwrap();
+        prop_assert_eq!(head_loss(&batch, &objective, None, Parallelism::Sequential, &progress).unwrap(), value);
         let product = |head: &Head<'_>| -> Vec<f32> {
             let rows = head.hidden.chunks(head.width);
             rows.flat_map(|h| head.weight.chunks(head.width).map(|w| h.iter().zip(w).map(|(a, b)| a * b).sum())).collect()
         };
         let (logits, teacher_logits) = (product(&student), product(&teacher));
         let (expected, by_logits) = run(
+            &logits,
             &Batch {
-                student: Values::F32(&logits),
                 teacher: Some(Values::F32(&teacher_logits)),
                 labels: Some(&labels),
                 vocabulary,
@@ -140,27 +150,21 @@ proptest! {
             for column in 0..width {
                 let by_hidden: f32 =
                     (0..vocabulary).map(|token| by_logits[row * vocabulary + token] * weight[token * width + column]).sum();
-                prop_assert!((gradients.hidden[row * width + column] - by_hidden).abs() < 1e-5);
+                prop_assert!((by_states[row * width + column] - by_hidden).abs() < 1e-5);
             }
         }
         for token in 0..vocabulary {
             for column in 0..width {
                 let by_weight: f32 =
                     (0..rows).map(|row| by_logits[row * vocabulary + token] * hidden[row * width + column]).sum();
-                prop_assert!((gradients.weight[token * width + column] - by_weight).abs() < 1e-5);
+                prop_assert!((by_head[token * width + column] - by_weight).abs() < 1e-5);
             }
         }
     }
 }
 
-fn batch<'a>(student: &'a [f32], teacher: &'a [f32], labels: &'a [i64], vocabulary: usize) -> Batch<'a> {
-    Batch {
-        student: Values::F32(student),
-        teacher: Some(Values::F32(teacher)),
-        labels: Some(labels),
-        vocabulary,
-        ignore_index: IGNORE,
-    }
+fn batch<'a>(teacher: &'a [f32], labels: &'a [i64], vocabulary: usize) -> Batch<'a> {
+    Batch { teacher: Some(Values::F32(teacher)), labels: Some(labels), vocabulary, ignore_index: IGNORE }
 }
 
 #[test]
@@ -171,7 +175,7 @@ fn sure_rows_keep_their_digits() {
     for (temperature, direction) in [(1.0, Direction::Forward), (1.3, Direction::Forward), (1.0, Direction::Reverse)] {
         for weights in [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] {
             let objective = Objective::new(temperature, weights.0, weights.1, direction).unwrap();
-            let (_, gradient) = run(&batch(&student, &teacher, &[1500], 2000), &objective);
+            let (_, gradient) = run(&student, &batch(&teacher, &[1500], 2000), &objective);
             let (_, mut expected) = oracle_row(&student, &teacher, 1500, &objective);
             expected[1500] = 0.0;
             expected[1500] = -expected.iter().sum::<f64>();
@@ -193,7 +197,7 @@ fn rows_whose_largest_logit_comes_last_are_the_oracles() {
             [(1.0, Direction::Forward), (2.0, Direction::Forward), (0.7, Direction::Reverse)]
         {
             let objective = Objective::new(temperature, 1.0, 1.0, direction).unwrap();
-            let (value, gradient) = run(&batch(&student, &teacher, &[5990], 6000), &objective);
+            let (value, gradient) = run(&student, &batch(&teacher, &[5990], 6000), &objective);
             let (expected_value, expected) = oracle_row(&student, &teacher, 5990, &objective);
             assert!((value - expected_value).abs() < 1e-6 * expected_value, "{value}, expected {expected_value}");
             assert_close(&gradient, &expected, 1e-4);
@@ -208,7 +212,7 @@ fn logits_of_ten_thousand_are_finite() {
     for direction in [Direction::Forward, Direction::Reverse] {
         for temperature in [0.5, 1.0, 2.0, 10.0] {
             let objective = Objective::new(temperature, 1.0, 1.0, direction).unwrap();
-            let (value, gradient) = run(&batch(&student, &teacher, &[7, 8, 9], 100), &objective);
+            let (value, gradient) = run(&student, &batch(&teacher, &[7, 8, 9], 100), &objective);
             assert!(value.is_finite() && gradient.iter().all(|value| value.is_finite()));
         }
     }
@@ -220,13 +224,16 @@ fn results_do_not_depend_on_threads() {
     let (student, teacher) = (noise(rows * vocabulary, 1, 5.0), noise(rows * vocabulary, 2, 5.0));
     let labels: Vec<i64> = (0..rows as i64).collect();
     let objective = Objective::distillation(3.0, 0.4).unwrap();
-    let batch = batch(&student, &teacher, &labels, vocabulary);
-    let expected = distillation_loss(&batch, &objective, true, Parallelism::Sequential, &Progress::default()).unwrap();
+    let batch = batch(&teacher, &labels, vocabulary);
+    let expected = run(&student, &batch, &objective);
     for threads in [1, 2, 5] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let found =
-            pool.install(|| distillation_loss(&batch, &objective, true, Parallelism::Rayon, &Progress::default()));
-        assert_eq!(found.unwrap(), expected);
+        let mut over = student.clone();
+        let value = pool.install(|| {
+            let target = Student::Overwritten(ValuesMut::F32(&mut over));
+            distillation_loss(target, &batch, &objective, Parallelism::Rayon, &Progress::default())
+        });
+        assert_eq!((value.unwrap(), over), expected);
     }
 }
 
@@ -234,7 +241,7 @@ fn results_do_not_depend_on_threads() {
 fn halves_are_their_upcast_values_with_a_rounded_gradient() {
     fn check<T: Element + PartialEq + std::fmt::Debug>(
         values: impl Fn(&[T]) -> Values<'_>,
-        owned: impl Fn(OwnedValues) -> Vec<T>,
+        values_mut: impl Fn(&mut [T]) -> ValuesMut<'_>,
     ) {
         let (student, teacher) = (noise(3000, 1, 4.0), noise(3000, 2, 4.0));
         let labels = [3, IGNORE, 999];
@@ -243,68 +250,75 @@ fn halves_are_their_upcast_values_with_a_rounded_gradient() {
             (vec![T::default(); 3000], vec![0.0; 3000], vec![T::default(); 3000]);
         T::downcast(&student, &mut halves);
         T::upcast(&halves, &mut upcast);
-        let (expected_value, expected) = run(&batch(&upcast, &teacher, &labels, 1000), &objective);
+        let batch = batch(&teacher, &labels, 1000);
+        let (expected_value, expected) = run(&upcast, &batch, &objective);
         T::downcast(&expected, &mut rounded);
-        let half = Batch { student: values(&halves), ..batch(&upcast, &teacher, &labels, 1000) };
-        let (value, gradient) =
-            distillation_loss(&half, &objective, true, Parallelism::Sequential, &Progress::default()).unwrap();
-        assert_eq!(value, expected_value);
-        assert_eq!(owned(gradient.unwrap()), rounded);
+        let mut apart = halves.clone();
+        apart.reverse();
+        let loss = |student: Student<'_>| {
+            distillation_loss(student, &batch, &objective, Parallelism::Sequential, &Progress::default()).unwrap()
+        };
+        assert_eq!(loss(Student::Apart(values(&halves), values_mut(&mut apart))), expected_value);
+        assert_eq!(loss(Student::Overwritten(values_mut(&mut halves))), expected_value);
+        assert_eq!((apart, halves), (rounded.clone(), rounded));
     }
-    check(
-        |values| Values::F16(values),
-        |owned| match owned {
-            OwnedValues::F16(values) => values,
-            other => panic!("{other:?}"),
-        },
-    );
-    check(
-        |values| Values::Bf16(values),
-        |owned| match owned {
-            OwnedValues::Bf16(values) => values,
-            other => panic!("{other:?}"),
-        },
-    );
+    check(|values| Values::F16(values), |values| ValuesMut::F16(values));
+    check(|values| Values::Bf16(values), |values| ValuesMut::Bf16(values));
+}
+
+#[test]
+fn a_place_that_does_not_fit_is_refused_and_left() {
+    let (values, objective) = (noise(10, 1, 1.0), Objective::distillation(2.0, 0.5).unwrap());
+    let refused = |student: Student<'_>| {
+        let batch = batch(&values, &[1, 2], 5);
+        distillation_loss(student, &batch, &objective, Parallelism::Sequential, &Progress::default()).unwrap_err()
+    };
+    let mut short = [7.0; 9];
+    let error = refused(Student::Apart(Values::F32(&values), ValuesMut::F32(&mut short)));
+    assert!(matches!(error, Error::Shape { operation: "out", .. }) && short == [7.0; 9], "{error}");
+    let mut halves = [half::f16::ONE; 10];
+    let error = refused(Student::Apart(Values::F32(&values), ValuesMut::F16(&mut halves)));
+    assert!(matches!(error, Error::Dtype { .. }) && halves == [half::f16::ONE; 10], "{error}");
 }
 
 #[test]
 fn no_row_that_counts_gives_zero() {
     let objective = Objective::distillation(2.0, 0.5).unwrap();
-    assert_eq!(run(&batch(&[], &[], &[], 5), &objective), (0.0, vec![]));
+    assert_eq!(run(&[], &batch(&[], &[], 5), &objective), (0.0, vec![]));
     // Ignored rows are not read.
     let values = [f32::NAN; 10];
-    assert_eq!(run(&batch(&values, &values, &[IGNORE; 2], 5), &objective), (0.0, vec![0.0; 10]));
+    assert_eq!(run(&values, &batch(&values, &[IGNORE; 2], 5), &objective), (0.0, vec![0.0; 10]));
 }
 
 #[test]
 fn bad_input_is_refused() {
     let objective = Objective::distillation(2.0, 0.5).unwrap();
-    let refused = |batch: &Batch<'_>, objective: &Objective| {
-        distillation_loss(batch, objective, true, Parallelism::Sequential, &Progress::default()).unwrap_err()
-    };
+    let refused =
+        |student: &[f32], batch: &Batch<'_>, objective: &Objective| try_run(student, batch, objective).unwrap_err();
     let (mut student, teacher) = (noise(10, 1, 1.0), noise(10, 2, 1.0));
-    assert!(matches!(refused(&batch(&student, &teacher[..5], &[1, 2], 5), &objective), Error::Shape { .. }));
-    assert!(matches!(refused(&batch(&student, &teacher, &[1], 5), &objective), Error::Shape { .. }));
-    assert!(matches!(refused(&batch(&student, &teacher, &[], 0), &objective), Error::Shape { .. }));
+    assert!(matches!(refused(&student, &batch(&teacher[..5], &[1, 2], 5), &objective), Error::Shape { .. }));
+    assert!(matches!(refused(&student, &batch(&teacher, &[1], 5), &objective), Error::Shape { .. }));
+    assert!(matches!(refused(&student, &batch(&teacher, &[], 0), &objective), Error::Shape { .. }));
     for label in [-1, 5] {
-        let error = refused(&batch(&student, &teacher, &[1, label], 5), &objective);
+        let error = refused(&student, &batch(&teacher, &[1, label], 5), &objective);
         assert!(matches!(error, Error::Label { row: 1, vocabulary: 5, .. }), "{error}");
     }
-    let unlabelled = Batch { labels: None, ..batch(&student, &teacher, &[], 5) };
-    assert!(matches!(refused(&unlabelled, &objective), Error::Config(_)));
-    let alone = Batch { teacher: None, ..batch(&student, &teacher, &[1, 2], 5) };
-    assert!(matches!(refused(&alone, &objective), Error::Config(_)));
+    let unlabelled = Batch { labels: None, ..batch(&teacher, &[], 5) };
+    assert!(matches!(refused(&student, &unlabelled, &objective), Error::Config(_)));
+    let alone = Batch { teacher: None, ..batch(&teacher, &[1, 2], 5) };
+    assert!(matches!(refused(&student, &alone, &objective), Error::Config(_)));
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         student[8] = bad;
         for (error, name) in [
-            (refused(&batch(&student, &teacher, &[1, 2], 5), &objective), "student_logits"),
-            (refused(&batch(&teacher, &student, &[1, 2], 5), &objective), "teacher_logits"),
+            (refused(&student, &batch(&teacher, &[1, 2], 5), &objective), "student_logits"),
+            (refused(&teacher, &batch(&student, &[1, 2], 5), &objective), "teacher_logits"),
         ] {
             let message = error.to_string();
             assert!(message.contains(name) && message.contains("row 1, column 3"), "{message}");
         }
-        let alone = Batch { teacher: None, ..batch(&student, &[], &[1, 2], 5) };
-        let message = refused(&alone, &Objective::new(1.0, 0.0, 1.0, Direction::Forward).unwrap()).to_string();
+        let alone = Batch { teacher: None, ..batch(&[], &[1, 2], 5) };
+        let message =
+            refused(&student, &alone, &Objective::new(1.0, 0.0, 1.0, Direction::Forward).unwrap()).to_string();
         assert!(message.contains("row 1, column 3"), "{message}");
     }
     for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-9] {
@@ -320,7 +334,7 @@ fn a_cancelled_loss_stops() {
     let (values, progress) = (noise(10, 1, 1.0), Progress::default());
     progress.cancel();
     let objective = Objective::distillation(2.0, 0.5).unwrap();
-    let error =
-        distillation_loss(&batch(&values, &values, &[1, 2], 5), &objective, true, Parallelism::Rayon, &progress);
+    let student = Student::Read(Values::F32(&values));
+    let error = distillation_loss(student, &batch(&values, &[1, 2], 5), &objective, Parallelism::Rayon, &progress);
     assert!(matches!(error, Err(Error::Cancelled)));
 }

@@ -7,10 +7,10 @@ use super::kernels::{Coefficients, Inputs, Outputs, Plain, measure, write_gradie
 use super::labels::{Labels, rows_of_logits};
 use super::logits::{NotFinite, Row};
 use super::objective::{Direction, Objective};
-use super::parallel::{RowMut, mean_over_rows};
+use super::parallel::sum_over_rows;
+use super::student::Student;
 use super::tiles::TILE;
 use crate::error::{Error, Result};
-use crate::numeric::{OwnedValues, Values};
 use crate::progress::{Parallelism, Progress};
 
 /// Tolerance of a sum of probabilities above 1: rounding to half precision may exceed it.
@@ -18,11 +18,9 @@ const EXCESS: f64 = 1e-3;
 /// Replaces logits that are handled separately: finite, with an exponential of 0 beside any other.
 const APART: f32 = f32::MIN;
 
-/// Logits of `rows` tokens, with the teacher's most probable tokens of each row.
+/// The teacher's most probable tokens for each of `rows` tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct TopKBatch<'a> {
-    /// The student's logits, `(rows, vocabulary)`.
-    pub student: Values<'a>,
     /// The teacher's `count` most probable tokens, `(rows, count)`, distinct within a row.
     pub tokens: &'a [i64],
     /// The teacher's softmax at the objective's temperature on these tokens, `(rows, count)`.
@@ -52,32 +50,41 @@ pub struct TopKBatch<'a> {
 /// # Cost
 /// That of the loss without a teacher, and two exponentials in f64 per named token.
 pub fn topk_distillation_loss(
+    student: Student<'_>,
     batch: &TopKBatch<'_>,
     objective: &Objective,
-    gradient: bool,
     parallelism: Parallelism,
     progress: &Progress,
-) -> Result<(f64, Option<OwnedValues>)> {
-    let rows = batch.check(objective)?;
+) -> Result<f64> {
+    let rows = batch.check(&student, objective)?;
     let labels = Labels { labels: batch.labels, ignore_index: batch.ignore_index };
-    let work = |scratch: &mut Scratch, row: usize, scale, out: RowMut<'_>| {
-        let Some(label) = labels.of(row) else { return Ok(0.0) };
+    let work = |scratch: &mut Scratch, row: usize, scale, student: Student<'_>| {
+        progress.advance(1);
+        let Some(label) = labels.of(row) else {
+            student.clear_gradient();
+            return Ok(0.0);
+        };
         let range = row * batch.count..(row + 1) * batch.count;
         let (tokens, probabilities) = (&batch.tokens[range.clone()], &batch.probabilities[range]);
-        let Scratch { student, gradient, named } = scratch;
-        let student = batch.student.row(row, batch.vocabulary, student);
-        named.gather(student, tokens, probabilities, label, objective, row)?;
-        out.fill(gradient, |out| named.row_loss(objective, scale, out))
-            .map_err(|which| non_finite(which, row, &Row { student, teacher: None, label: None }))
+        let Scratch { student: buffers, named } = scratch;
+        student.work(buffers, |student, out| {
+            named.gather(student, tokens, probabilities, label, objective, row)?;
+            named
+                .row_loss(objective, scale, out)
+                .map_err(|which| non_finite(which, row, &Row { student, teacher: None, label: None }))
+        })
     };
-    mean_over_rows(batch.student, batch.vocabulary, labels.counted(rows), gradient, parallelism, progress, work)
+    progress.expect(rows as u64);
+    let scale = 1.0 / labels.counted(rows).max(1) as f64;
+    sum_over_rows(student, batch.vocabulary, scale, parallelism, progress, work)
 }
 
 impl TopKBatch<'_> {
     /// Checks everything but the values, and returns the number of rows.
-    fn check(&self, objective: &Objective) -> Result<usize> {
+    fn check(&self, student: &Student<'_>, objective: &Objective) -> Result<usize> {
         let shape = |operation, expected, got: String| Err(Error::Shape { operation, expected, got });
-        let rows = rows_of_logits(self.student, self.vocabulary)?;
+        let rows = rows_of_logits(student.values(), self.vocabulary)?;
+        student.check()?;
         if !(1..=self.vocabulary).contains(&self.count) {
             return shape("teacher_tokens", format!("1 to {} per row", self.vocabulary), self.count.to_string());
         }
@@ -99,8 +106,7 @@ impl TopKBatch<'_> {
 /// Buffers that a thread reuses for all of its rows.
 #[derive(Default)]
 struct Scratch {
-    student: Vec<f32>,
-    gradient: Vec<f32>,
+    student: [Vec<f32>; 2],
     named: Named,
 }
 

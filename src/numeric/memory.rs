@@ -1,6 +1,6 @@
 //! Large blocks of memory.
 
-use crate::portable::prefer_huge_pages;
+use crate::portable;
 
 /// Zeros, on huge pages where the system has them.
 ///
@@ -14,8 +14,13 @@ use crate::portable::prefer_huge_pages;
 pub fn zeros<T: Copy + Default>(length: usize) -> Vec<T> {
     // The system returns zeroed memory, so no page is touched before its first use.
     let mut values = vec![T::default(); length];
-    if size_of_val(values.as_slice()) > 4 << 20 {
-        prefer_huge_pages(&mut values);
-    }
+    prefer_huge_pages(&mut values);
     values
+}
+
+/// Asks for huge pages for a large block; smaller ones stay as they are.
+pub fn prefer_huge_pages<T>(values: &mut [T]) {
+    if size_of_val(values) > 4 << 20 {
+        portable::prefer_huge_pages(values);
+    }
 }

@@ -19,5 +19,4 @@ pub(crate) mod spill;
 pub mod values;
 
 pub use float::{Element, Float};
-pub(crate) use values::ValuesMut;
-pub use values::{OwnedValues, Values};
+pub use values::{OwnedValues, Values, ValuesMut};

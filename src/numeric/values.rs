@@ -6,7 +6,7 @@ use half::vec::HalfBitsVecExt as _;
 use half::{bf16, f16};
 
 use super::float::{Element, Float};
-use super::memory::zeros;
+use super::memory::{prefer_huge_pages, zeros};
 
 /// Borrowed row-major values.
 #[derive(Clone, Copy, Debug)]
@@ -31,9 +31,13 @@ pub enum OwnedValues {
 }
 
 /// Values to be written.
-pub(crate) enum ValuesMut<'a> {
+#[derive(Debug)]
+pub enum ValuesMut<'a> {
+    /// float32
     F32(&'a mut [f32]),
+    /// float16
     F16(&'a mut [f16]),
+    /// bfloat16
     Bf16(&'a mut [bf16]),
 }
 
@@ -54,15 +58,35 @@ impl<'a> Values<'a> {
         self.len() == 0
     }
 
-    /// Zeros of the same dtype and number.
+    /// The dtype.
     #[must_use]
-    pub fn zeros(&self) -> OwnedValues {
-        let float = match self {
+    pub fn float(&self) -> Float {
+        match self {
             Self::F32(_) => Float::F32,
             Self::F16(_) => Float::F16,
             Self::Bf16(_) => Float::Bf16,
-        };
-        OwnedValues::zeros(float, self.len())
+        }
+    }
+
+    /// The values as f32: themselves, or a copy in `scratch`, which grows to their number.
+    pub(crate) fn as_f32<'b>(self, scratch: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        match self {
+            Self::F32(values) => values,
+            Self::F16(values) => Element::as_f32(values, scratch),
+            Self::Bf16(values) => Element::as_f32(values, scratch),
+        }
+    }
+
+    /// The rows of `width` values.
+    pub(crate) fn split(self, width: usize) -> Vec<Self> {
+        match self {
+            Self::F32(values) => values.chunks(width).map(Self::F32).collect(),
+            Self::F16(values) => values.chunks(width).map(Self::F16).collect(),
+            Self::Bf16(values) => values.chunks(width).map(Self::Bf16).collect(),
+        }
     }
 
     /// Row `index` as f32: the row itself, or a copy in `scratch`, which grows to the width of a row.
@@ -79,11 +103,12 @@ impl<'a> Values<'a> {
         'a: 'b,
     {
         let range = rows.start * width..rows.end * width;
-        match *self {
-            Self::F32(values) => &values[range],
-            Self::F16(values) => Element::as_f32(&values[range], scratch),
-            Self::Bf16(values) => Element::as_f32(&values[range], scratch),
-        }
+        let part = match *self {
+            Self::F32(values) => Self::F32(&values[range]),
+            Self::F16(values) => Self::F16(&values[range]),
+            Self::Bf16(values) => Self::Bf16(&values[range]),
+        };
+        part.as_f32(scratch)
     }
 }
 
@@ -117,30 +142,63 @@ impl OwnedValues {
         }
         Ok(())
     }
-
-    /// The rows, to be written by different threads.
-    pub(crate) fn rows_mut(&mut self, width: usize) -> Vec<ValuesMut<'_>> {
-        match self {
-            Self::F32(values) => values.chunks_mut(width).map(ValuesMut::F32).collect(),
-            Self::F16(values) => values.chunks_mut(width).map(ValuesMut::F16).collect(),
-            Self::Bf16(values) => values.chunks_mut(width).map(ValuesMut::Bf16).collect(),
-        }
-    }
 }
 
-impl ValuesMut<'_> {
-    /// Calls `write` with a buffer of f32, in place or in `scratch`. Halves are then rounded to nearest, ties to even.
-    pub(crate) fn fill<T>(self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
-        fn downcast<E: Element, T>(values: &mut [E], scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
-            scratch.resize(values.len(), 0.0);
-            let result = write(scratch);
-            E::downcast(scratch, values);
-            result
-        }
+impl<'a> ValuesMut<'a> {
+    /// The values, to be read.
+    #[must_use]
+    pub fn values(&self) -> Values<'_> {
         match self {
-            Self::F32(values) => write(values),
-            Self::F16(values) => downcast(values, scratch, write),
-            Self::Bf16(values) => downcast(values, scratch, write),
+            Self::F32(values) => Values::F32(values),
+            Self::F16(values) => Values::F16(values),
+            Self::Bf16(values) => Values::Bf16(values),
         }
+    }
+
+    /// The rows of `width` values, to be written by different threads.
+    pub(crate) fn split(self, width: usize) -> Vec<Self> {
+        match self {
+            Self::F32(values) => values.chunks_mut(width).map(Self::F32).collect(),
+            Self::F16(values) => values.chunks_mut(width).map(Self::F16).collect(),
+            Self::Bf16(values) => values.chunks_mut(width).map(Self::Bf16).collect(),
+        }
+    }
+
+    /// Writes zeros.
+    pub(crate) fn clear(self) {
+        match self {
+            Self::F32(values) => values.fill(0.0),
+            Self::F16(values) => values.fill(f16::ZERO),
+            Self::Bf16(values) => values.fill(bf16::ZERO),
+        }
+    }
+
+    /// Asks for huge pages where that helps, as `memory::zeros` does.
+    pub(crate) fn prefer_huge_pages(&mut self) {
+        match self {
+            Self::F32(values) => prefer_huge_pages(values),
+            Self::F16(values) => prefer_huge_pages(values),
+            Self::Bf16(values) => prefer_huge_pages(values),
+        }
+    }
+
+    /// Writes values. Halves are rounded to nearest, ties to even.
+    pub(crate) fn assign(&mut self, values: &[f32]) {
+        match self {
+            Self::F32(place) => place.copy_from_slice(values),
+            Self::F16(place) => Element::downcast(values, place),
+            Self::Bf16(place) => Element::downcast(values, place),
+        }
+    }
+
+    /// Calls `write` with a buffer of f32, in place or in `scratch`; see [`assign`](Self::assign) for halves.
+    pub(crate) fn fill<T>(mut self, scratch: &mut Vec<f32>, write: impl FnOnce(&mut [f32]) -> T) -> T {
+        if let Self::F32(values) = self {
+            return write(values);
+        }
+        scratch.resize(self.values().len(), 0.0);
+        let result = write(scratch);
+        self.assign(scratch);
+        result
     }
 }

@@ -1,4 +1,4 @@
-//! `nearest_kronecker_sum`, `find_permutation`, `reconstruct`, `expand`, `apply` and `quantize`.
+//! `nearest_kronecker_sum`, `find_permutation`, `reconstruct`, `expand`, `expand_gradients`, `apply` and `quantize`.
 
 use half::bf16;
 use numpy::{PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
@@ -26,6 +26,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(find_permutation, module)?)?;
     module.add_function(wrap_pyfunction!(reconstruct, module)?)?;
     module.add_function(wrap_pyfunction!(expand, module)?)?;
+    module.add_function(wrap_pyfunction!(expand_gradients, module)?)?;
     module.add_function(wrap_pyfunction!(apply, module)?)?;
     module.add_function(wrap_pyfunction!(quantize, module)?)
 }
@@ -145,9 +146,6 @@ fn expand<'py>(
     threads: usize,
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let shape = factor_shape(&a, &b)?;
-    let order = |indices: Option<PyReadonlyArray1<'py, i64>>, length| {
-        indices.map(|indices| permutation(&indices, length)).transpose()
-    };
     let (rows, columns) = (order(rows, shape.rows())?, order(columns, shape.columns())?);
     let (a, b) = (contiguous(a.as_slice().ok(), "A")?, contiguous(b.as_slice().ok(), "B")?);
     let (rows, columns) = (rows.as_ref().map(Permutation::as_slice), columns.as_ref().map(Permutation::as_slice));
@@ -158,6 +156,37 @@ fn expand<'py>(
         crate::kron::expand(shape, a, b, rows, columns, parallelism, progress)
     })?;
     Ok(shaped(py, (shape.rows(), shape.columns()), matrix))
+}
+
+/// `(by A, by B)`.
+type FactorGradients<'py> = (Bound<'py, PyArray3<f32>>, Bound<'py, PyArray3<f32>>);
+
+#[pyfunction]
+fn expand_gradients<'py>(
+    py: Python<'py>,
+    gradient: PyReadonlyArray2<'py, f32>,
+    a: PyReadonlyArray3<'py, f32>,
+    b: PyReadonlyArray3<'py, f32>,
+    rows: Option<PyReadonlyArray1<'py, i64>>,
+    columns: Option<PyReadonlyArray1<'py, i64>>,
+    threads: usize,
+) -> PyResult<FactorGradients<'py>> {
+    let shape = factor_shape(&a, &b)?;
+    let (rows, columns) = (order(rows, shape.rows())?, order(columns, shape.columns())?);
+    let factors = [contiguous(a.as_slice().ok(), "A")?, contiguous(b.as_slice().ok(), "B")?];
+    let (gradient, _) = matrix(&gradient)?;
+    let (rows, columns) = (rows.as_ref().map(Permutation::as_slice), columns.as_ref().map(Permutation::as_slice));
+    let small = shape.rows() * shape.columns() <= SMALL;
+    let [by_a, by_b] = jobs::run_by_size(py, small, Some(threads), |parallelism, progress| {
+        crate::kron::expand_gradients(shape, factors, gradient, rows, columns, parallelism, progress)
+    })?;
+    let KroneckerShape { m1, n1, m2, n2, rank } = shape;
+    Ok((shaped(py, (rank, m1, n1), by_a), shaped(py, (rank, m2, n2), by_b)))
+}
+
+/// A permutation that may be missing.
+fn order(indices: Option<PyReadonlyArray1<'_, i64>>, length: usize) -> Result<Option<Permutation>> {
+    indices.map(|indices| permutation(&indices, length)).transpose()
 }
 
 #[pyfunction]

@@ -9,6 +9,10 @@ whichever moves more; `of limit` is the bytes of weights that a token needs, tim
 over that of the sum. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
 `cargo bench` times native layers: by the factors, by the matrix, and by what the cost model chooses of the two.
 
+llama.cpp, by the package llama-cpp-python, runs the dense models in float16 and Q8_0, whatever the dtype of the
+checkpoint; an engine whose package is missing is left out. Build it for the machine that it runs on:
+`pip install llama-cpp-python --no-binary llama-cpp-python`.
+
 `--checkpoint DIR` runs given checkpoints in place of these, of any family that the native runtime has, and no layers.
 They also score `--score` random tokens, all in one window, as a perplexity does. "torch as stored" computes in the
 dtype of the weights.
@@ -24,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import inference_engines
 import inference_layers
 from measuring import ROOT, fresh_process
@@ -33,6 +38,8 @@ MODELS = ("dense", "compressed", "6 layers")
 ENGINES = tuple(inference_engines.ENGINES)
 DEFAULT_ENGINES = [name for name in ENGINES if name != "torch as stored"]
 FLOATS = ("F32", "F16", "BF16")
+# Bytes of a weight, where they are not those of the checkpoint.
+WIDTHS = {"native int8": 1, "llama.cpp Q8_0": 1, "llama.cpp float16": 2}
 TIMES = ("decode seconds", "prefill seconds", "score seconds")
 Measured = dict[str, Any]
 
@@ -69,6 +76,14 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         models = {name: Path(name) for name in options.checkpoint}
         models = models or make_models(Path(folder), options.models, options.dtype, options.quick)
+        engines, ggufs = [], {}
+        for engine in options.engines:
+            if (package := inference_engines.missing(engine)) is None:
+                engines.append(engine)
+            else:
+                print(f"{engine}: left out, as the package {package} is not installed", file=sys.stderr)
+        if any(engine.startswith("llama.cpp") for engine in engines):
+            ggufs = make_ggufs(Path(folder), models)
         limits: list[dict[str, float]] = []
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
@@ -76,13 +91,16 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                 child(inference_layers, {"bandwidth": options.threads, "quick": options.quick}, options.threads)
             )
             for model in wanted:
-                for engine in options.engines:
+                for engine in engines:
+                    of_llama_cpp = engine.startswith("llama.cpp")
+                    if of_llama_cpp and model not in ggufs:
+                        continue
                     earlier = runs.setdefault((model, engine), [])
                     if any("failed" in result for result in earlier):
                         continue
                     task = {
                         "engine": engine,
-                        "folder": str(models[model]),
+                        "folder": str((ggufs if of_llama_cpp else models)[model]),
                         "threads": options.threads,
                         "lengths": lengths,
                     }
@@ -117,6 +135,20 @@ def make_models(folder: Path, wanted: Sequence[str], dtype: str, quick: bool) ->
     return models
 
 
+def make_ggufs(folder: Path, models: Mapping[str, Path]) -> dict[str, Path]:
+    """A folder of GGUF files for each model that llama.cpp has."""
+    made = {}
+    for number, (name, source) in enumerate(models.items()):
+        if not source.exists():
+            continue
+        if (reason := gguf_models.refusal(source)) is not None:
+            print(f"{name}: left out for llama.cpp: {reason}", file=sys.stderr)
+            continue
+        made[name] = folder / f"gguf-{number}"
+        fresh_process([gguf_models.__file__, str(source), str(made[name])])
+    return made
+
+
 def child(module: Any, task: Mapping[str, Any], threads: int) -> Any:
     """What the last line says that the module prints when it is run with the task."""
     return json.loads(fresh_process([module.__file__, json.dumps(task)], threads)[2].splitlines()[-1])
@@ -141,30 +173,28 @@ def best_of(results: list[Measured]) -> Measured:
     return best | {name: max(result[name] for result in results) for name in worst}
 
 
-def weights_read(folder: Path, int8: bool = False) -> int:
+def weights_read(folder: Path, width: int | None = None) -> int:
     """Bytes of weights that one token needs: all but the embeddings', of which a tied one is read as the head.
 
-    With `int8` one byte each, without the scales and the few that are not quantized.
+    With `width` so many bytes each, without scales and the few of another dtype; else as stored.
     """
     tensors = [item for header in headers(folder) for item in header.items() if item[0] != "__metadata__"]
     size = {"F32": 4, "F16": 2, "BF16": 2}
     own_head = any(name.startswith("lm_head.") for name, _ in tensors)
     unread = [".wpe.", *([".wte.", ".embed_tokens."] if own_head else [])]
     spans = [
-        (tensor["data_offsets"], size[tensor["dtype"]] if int8 else 1)
+        (tensor["data_offsets"], size[tensor["dtype"]], width or size[tensor["dtype"]])
         for name, tensor in tensors
         if tensor["dtype"] in FLOATS and not any(module in f".{name}" for module in unread)
     ]
-    return sum((end - begin) // width for (begin, end), width in spans)
+    return sum((end - begin) // stored * read for (begin, end), stored, read in spans)
 
 
 def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, bandwidth: Mapping[str, float]) -> dict:
     head = {"model": model, "engine": engine}
     if "failed" in result:
         return head | {"failed": result["failed"]}
-    # Eight-bit weights are quantized on loading: their files have more bytes.
-    int8 = engine == "native int8"
-    bytes_per_second = weights_read(folder, int8) / result["decode seconds"]
+    bytes_per_second = weights_read(folder, WIDTHS.get(engine)) / result["decode seconds"]
     scored = {}
     if "score seconds" in result:
         scored = {"score seconds": result["score seconds"], "nats/token": -result["log-likelihood"]}
@@ -187,11 +217,14 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
 
 
 def ratios(best: Mapping[tuple[str, str], Measured], models: Sequence[str] = MODELS) -> Iterator[dict]:
-    """Tokens/s of the compressed model over others' in one engine, and of the native runtime over torch's."""
+    """Tokens/s of the compressed model over others' in one engine, and of the native runtime over other engines'."""
     pairs = [(("compressed", engine), (other, engine)) for other in ("dense", "6 layers") for engine in ENGINES]
     torch = [other for other in ENGINES if other.startswith("torch")]
     pairs += [((model, "native"), (model, other)) for other in torch for model in models]
     pairs += [((model, "native int8"), (model, "native")) for model in models]
+    # A compressed model against the dense one that llama.cpp has.
+    peers = {"native": "llama.cpp float16", "native int8": "llama.cpp Q8_0"}
+    pairs += [((model, our), (other, peer)) for our, peer in peers.items() for other in models for model in models]
     for ours, theirs in pairs:
         if all(key in best and "failed" not in best[key] for key in (ours, theirs)):
             times = {name: best[theirs][name] / best[ours][name] for name in TIMES if name in best[ours]}

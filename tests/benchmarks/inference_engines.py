@@ -1,6 +1,7 @@
 """One model in one engine, measured in a process of its own: the child of the benchmark `inference`."""
 
 import gc
+import importlib.util
 import json
 import signal
 import sys
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 from measuring import resident, restart_peak
 
 Tokens = list[int]
@@ -101,13 +103,78 @@ def compiled(folder: Path, threads: int, lengths: Lengths) -> Engine:
     return Engine(generate, prefill, partial(torch_score, step))
 
 
+def llama_cpp(folder: Path, threads: int, lengths: Lengths, *, kind: str) -> Engine:
+    """llama.cpp by its C functions, which llama-cpp-python binds; `folder` is one of `gguf_models.write`."""
+    import ctypes
+
+    import numpy as np
+    from llama_cpp import llama_cpp as library
+
+    silent = library.llama_log_callback(lambda *_: None)
+    library.llama_log_set(silent, None)
+    library.llama_backend_init()
+    model = library.llama_model_load_from_file(
+        str(folder / f"{kind}.gguf").encode(), library.llama_model_default_params()
+    )
+    parameters = library.llama_context_default_params()
+    longest = max(lengths.prompt + lengths.new, lengths.prefill, lengths.score)
+    parameters.n_ctx, parameters.n_batch = longest, longest
+    parameters.n_threads = parameters.n_threads_batch = threads
+    context = library.llama_init_from_model(model, parameters)
+    if not context:
+        raise SystemExit(f"llama.cpp does not load {folder / kind}.gguf")
+    vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    # Freed when the process ends. The callback must live as long as the library may call it.
+    keep = (silent, model)
+
+    def logits(tokens: Tokens, *, first: int = 0, last: bool = True) -> Any:
+        """Logits of the last token, or of all, after the tokens at positions from `first` on."""
+        if first == 0:
+            library.llama_memory_clear(library.llama_get_memory(context), True)
+        batch = library.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index], batch.pos[index] = token, first + index
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = not last or index == len(tokens) - 1
+        if library.llama_decode(context, batch):
+            raise SystemExit("llama.cpp failed")
+        library.llama_batch_free(batch)
+        assert keep
+        values = ctypes.cast(library.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(values, shape=(1 if last else len(tokens), vocabulary))
+
+    def generate(prompt: Tokens, count: int) -> Tokens:
+        tokens = [int(logits(prompt)[0].argmax())]
+        while len(tokens) < count:
+            tokens.append(int(logits(tokens[-1:], first=len(prompt) + len(tokens) - 1)[0].argmax()))
+        return tokens
+
+    def score(tokens: Tokens) -> float:
+        values = logits(tokens[:-1], last=False)
+        values -= values.max(-1, keepdims=True)
+        named = values[np.arange(len(values)), tokens[1:]].astype(np.float64)
+        return float((named - np.log(np.exp(values, out=values).sum(-1, dtype=np.float64))).mean())
+
+    return Engine(generate, lambda tokens: int(logits(tokens)[0].argmax()), score)
+
+
 ENGINES = {
     "torch eager": eager,
     "torch as stored": partial(eager, dtype="auto"),
     "torch compiled": compiled,
     "native": native,
     "native int8": partial(native, int8=True),
+    **{f"llama.cpp {kind}": partial(llama_cpp, kind=kind) for kind in gguf_models.FILES},
 }
+# The package beyond this one's own that an engine needs, by the beginning of its name.
+PACKAGES = {"llama.cpp": "llama_cpp"}
+
+
+def missing(engine: str) -> str | None:
+    """The package that an engine needs and that is not installed."""
+    package = PACKAGES.get(engine.split(" ")[0])
+    return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
 def torch_score(model: Callable, tokens: Tokens) -> float:
@@ -146,6 +213,10 @@ def greedy(first: Callable, then: Callable, cache: Any, prompt: Tokens, count: i
 def warm_up(engine: str) -> None:
     """What an engine imports and allocates once, whatever the model: not counted as the memory of one."""
     if engine.startswith("native"):
+        return
+    if engine.startswith("llama.cpp"):
+        import llama_cpp  # noqa: F401
+
         return
     import torch
     import tqcompressor  # noqa: F401

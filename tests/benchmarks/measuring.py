@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS = ("tqcompressor", "numpy", "scipy", "torch", "transformers", "safetensors")
+PEERS = ("tqcompressor", "numpy", "scipy", "torch", "transformers", "safetensors", "llama-cpp-python")
 # Warnings and bars of transformers, which would stand between the figures.
 SILENCE = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 THREAD_VARIABLES = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -33,6 +33,13 @@ from .teacher_cache import CachedTeacher
 
 # Columns of a `CachedTeacherDataset` besides the tokens.
 _CACHED = ("teacher_tokens", "teacher_probabilities")
+# Views, and operations that make new memory whose values their backward passes do not need.
+_VIEWS = frozenset(
+    f"{name}Backward0" for name in ("View", "UnsafeView", "Slice", "Unsqueeze", "Transpose", "Permute", "T")
+)
+_NEED_NO_RESULT = frozenset(
+    f"{name}Backward0" for name in ("Mm", "Addmm", "Bmm", "Mul", "Div", "Add", "ToCopy", "Clone", "IndexSelect", "Cat")
+)
 
 
 class DistillTrainer(Trainer):
@@ -46,6 +53,10 @@ class DistillTrainer(Trainer):
     Items of the datasets have "input_ids" and optionally "attention_mask" and "labels". Without labels, every attended
     token is a label of a causal model. The trainer shifts these labels by one position, like the causal models of
     transformers; those of a masked language model, which are required, stay where they are.
+
+    In a training step the gradient of the loss is written over the student's logits where a matrix product or the like
+    has made them, so that a hook that keeps the model's outputs finds the gradient there. Evaluation, and a subclass
+    that calls `compute_loss(..., return_outputs=True)`, leave the logits as they are.
 
     Args:
         model: The student, compressed or not: a causal or masked language model, or a model that returns hidden states.
@@ -129,10 +140,12 @@ class DistillTrainer(Trainer):
         labels = self._labels(inputs)
         wants_hidden = model.training and bool(self.hidden_pairs)
         outputs = model(**inputs, use_cache=False, output_hidden_states=wants_hidden)
+        # The logits of a training step are read by the loss alone, unless a caller asks for them.
+        inplace = model.training and not return_outputs and _may_be_overwritten(outputs.logits)
         if not model.training or not self.distill.needs_teacher:
-            loss = cross_entropy(outputs.logits, labels)
+            loss = cross_entropy(outputs.logits, labels, inplace=inplace)
         else:
-            loss = self._distillation(outputs, inputs, labels, *cached)
+            loss = self._distillation(outputs, inputs, labels, inplace, *cached)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -169,10 +182,11 @@ class DistillTrainer(Trainer):
         outputs: Any,
         inputs: Mapping[str, Any],
         labels: torch.Tensor,
+        inplace: bool,
         tokens: torch.Tensor | None,
         probabilities: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha}
+        options: Any = {"temperature": self.distill.temperature, "alpha": self.distill.alpha, "inplace": inplace}
         teacher_outputs: Any = None
         if self.teacher is not None and (tokens is None or self.hidden_pairs):
             # Accelerate applies the mixed precision only to the model that it prepares, the student.
@@ -180,9 +194,9 @@ class DistillTrainer(Trainer):
                 teacher_outputs = self.teacher(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_pairs))
         loss: torch.Tensor
         if tokens is not None and probabilities is not None:
-            loss = topk_distillation_loss(outputs.logits, tokens, probabilities, labels, **weights)
+            loss = topk_distillation_loss(outputs.logits, tokens, probabilities, labels, **options)
         elif teacher_outputs is not None:
-            loss = distillation_loss(outputs.logits, teacher_outputs.logits, labels, **weights)
+            loss = distillation_loss(outputs.logits, teacher_outputs.logits, labels, **options)
         else:
             raise ConfigError("teacher: expected one, since the training set has no cached teacher probabilities")
         if self.hidden_pairs:
@@ -229,6 +243,14 @@ class DistillTrainer(Trainer):
             guard = guard_name(model)
             load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if name != guard]
         super()._issue_warnings_after_load(load_result)
+
+
+def _may_be_overwritten(logits: torch.Tensor) -> bool:
+    """Whether the operation that made the logits needs them no more, as far as it is one of the usual ones."""
+    node = logits.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in _NEED_NO_RESULT and logits.is_contiguous()
 
 
 def _own_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

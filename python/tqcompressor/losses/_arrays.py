@@ -24,6 +24,24 @@ class DistillationOptions(TypedDict, total=False):
     threads: int | None
 
 
+class TensorOptions(DistillationOptions, total=False):
+    """Those of losses of logits that are tensors."""
+
+    inplace: bool
+
+
+class ArrayOptions(DistillationOptions, total=False):
+    """Those of losses of arrays."""
+
+    out: NDArray[Any] | None
+
+
+class HeadOptions(DistillationOptions, total=False):
+    """Those of the loss of a head of arrays."""
+
+    out: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+
+
 class LossWeights(NamedTuple):
     """`divergence · KL at the temperature + cross_entropy · CE`, in the order that the kernels take."""
 
@@ -90,7 +108,8 @@ def float_matrix(value: ArrayLike, name: str) -> tuple[NDArray[Any], str]:
     check_rows(name, dtype, array.shape)
     if dtype in ("float32", "float64"):
         return single_matrix(array, name), "float32"
-    return np.ascontiguousarray(array).reshape(-1, array.shape[-1]).view(np.uint16), dtype
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return np.ascontiguousarray(native).reshape(-1, array.shape[-1]).view(np.uint16), dtype
 
 
 def single_matrix(value: ArrayLike, name: str) -> NDArray[np.float32]:
@@ -120,8 +139,43 @@ def mask_rows(mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return np.ascontiguousarray(array).reshape(-1)
 
 
-def gradient_like(gradient: NDArray[Any] | None, value: ArrayLike) -> NDArray[Any]:
-    """The gradient in the shape of `value`; bits of a half precision become values of its dtype."""
-    assert gradient is not None
+def check_place(tensor: bool, inplace: bool, out: object) -> None:
+    """Raises `ConfigError` for `inplace` with arrays and for `out` with tensors."""
+    if tensor and out is not None:
+        raise ConfigError("out: expected it with numpy arrays only; for tensors there is inplace=True")
+    if inplace and not tensor:
+        raise ConfigError("inplace: expected it with torch tensors only; for arrays there is out=student_logits")
+
+
+def gradient_place(
+    out: NDArray[Any] | None, value: ArrayLike, rows: NDArray[Any], *others: NDArray[Any] | None, name: str = "out"
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The rows of the values, and those that their gradient is written to: new ones, or those of `out`.
+
+    `rows` are those of `value`, and `others` what else is read. Where `out` is the memory of the rows, both results are
+    the same array. Raises `ConfigError`, `DtypeError` and `ShapeError` for an `out` that cannot take the gradient.
+    """
+    if out is None:
+        return rows, np.empty_like(rows)
+    if not isinstance(out, np.ndarray):
+        raise ConfigError(f"{name}: expected a numpy array, got {type(out).__name__}")
+    like = np.asarray(value)
+    dtype = like.dtype.newbyteorder("=") if rows.dtype == np.uint16 else rows.dtype
+    if out.dtype != dtype:
+        raise DtypeError(f"{name}: expected the gradient's dtype {dtype}, got {out.dtype}")
+    check_shape(name, like.shape, out.shape)
+    if not (out.flags.c_contiguous and out.flags.writeable):
+        raise ConfigError(f"{name}: expected a C-contiguous array that may be written, got another")
+    place = out.reshape(rows.shape).view(rows.dtype)
+    same = place.ctypes.data == rows.ctypes.data
+    if any(read is not None and np.may_share_memory(place, read) for read in ((None if same else rows), *others)):
+        raise ConfigError(f"{name}: expected memory of its own or exactly that of the logits, got an overlap")
+    return (place, place) if same else (rows, place)
+
+
+def gradient_like(rows: NDArray[Any], value: ArrayLike, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """`out`, or rows of a gradient in the shape of `value`; bits of a half precision become values of its dtype."""
+    if out is not None:
+        return out
     array = np.asarray(value)
-    return (gradient.view(array.dtype) if gradient.dtype == np.uint16 else gradient).reshape(array.shape)
+    return (rows.view(array.dtype.newbyteorder("=")) if rows.dtype == np.uint16 else rows).reshape(array.shape)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from .. import _core
-from ..errors import DtypeError, ShapeError
+from ..errors import ConfigError, DtypeError, ShapeError
+from ..utils.operators import operator
 from ._arrays import LossWeights, check_rows, check_shape, check_tokens_shape
 from ._torch_reference import (
     array,
@@ -27,7 +28,6 @@ from ._torch_reference import (
     for_rust,
     row_chunks,
     rows_in_torch,
-    tensor_like,
     thread_count,
     topk_rows_in_torch,
 )
@@ -49,6 +49,7 @@ def logit_loss(
     labels: torch.Tensor | None,
     weights: LossWeights,
     threads: int | None,
+    inplace: bool,
 ) -> torch.Tensor:
     """`distillation_loss`, `cross_entropy` and `kl_divergence` of `tqcompressor.losses`, for tensors."""
     _check_rows("student_logits", student)
@@ -59,6 +60,10 @@ def logit_loss(
     if labels is not None:
         labels = flat_labels(labels, student.shape[:-1])
     wanted = torch.is_grad_enabled() and student.requires_grad
+    if inplace and wanted and not torch.compiler.is_compiling():
+        return _over_logits(
+            student, (teacher, labels), lambda rows: _logits(rows, rows, teacher, labels, weights, threads)
+        )
     loss: torch.Tensor = _distillation_loss(flat(student), teacher, labels, *weights, wanted, threads)[0]
     return loss
 
@@ -111,6 +116,7 @@ def topk_loss(
     labels: torch.Tensor | None,
     weights: LossWeights,
     threads: int | None,
+    inplace: bool,
 ) -> torch.Tensor:
     """`tqcompressor.losses.topk_distillation_loss`, for tensors."""
     _check_rows("student_logits", student)
@@ -121,10 +127,11 @@ def topk_loss(
     if labels is not None:
         labels = flat_labels(labels, student.shape[:-1])
     wanted = torch.is_grad_enabled() and student.requires_grad
-    kept = probabilities.detach().to(computed_dtype(student))
-    arguments = (flat(student), flat(tokens).long(), flat(kept), labels)
+    named = (flat(tokens).long(), flat(probabilities.detach().to(computed_dtype(student))))
+    if inplace and wanted and not torch.compiler.is_compiling():
+        return _over_logits(student, (*named, labels), lambda rows: _topk(rows, rows, *named, labels, weights, threads))
     numbers = (weights.temperature, weights.divergence, weights.cross_entropy, weights.ignore_index)
-    loss: torch.Tensor = _topk_loss(*arguments, *numbers, wanted, threads)[0]
+    loss: torch.Tensor = _topk_loss(flat(student), *named, labels, *numbers, wanted, threads)[0]
     return loss
 
 
@@ -140,30 +147,210 @@ def _check_head(side: str, hidden: torch.Tensor, head: torch.Tensor) -> None:
         raise ShapeError(f"{side}_head: expected the shape {expected}, got {tuple(head.shape)}")
 
 
+def _over_logits(
+    student: torch.Tensor, others: tuple[torch.Tensor | None, ...], loss: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A loss that writes its gradient over the rows of the student's logits, once nothing speaks against that."""
+    expected = "inplace: expected student_logits that may be overwritten, got"
+    if not student.is_contiguous():
+        raise ConfigError(
+            f"{expected} strides {student.stride()} for the shape {tuple(student.shape)}: call .contiguous() first, or "
+            "leave inplace out"
+        )
+    owner = student if student._base is None else student._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ConfigError(f"{expected} a leaf that requires a gradient, or a view of one: leave inplace out")
+    for other in others:
+        if other is not None and _overlap(student, other):
+            raise ConfigError(f"{expected} memory that they share with another argument: leave inplace out")
+    found: torch.Tensor = _OverLogits.apply(student, loss)
+    return found
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the memory between the first and the last value of each has a byte in common."""
+    if one.device != other.device or one.numel() == 0 or other.numel() == 0:
+        return False
+    begins, ends = [], []
+    for tensor in (one, other):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begins.append(tensor.data_ptr())
+        ends.append(tensor.data_ptr() + (last + 1) * tensor.element_size())
+    return max(begins) < min(ends)
+
+
+class _OverLogits(torch.autograd.Function):
+    """A loss whose gradient is in the memory of the logits."""
+
+    @staticmethod
+    def forward(ctx: Context, student: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        values = student.detach()
+        try:
+            value = loss(flat(values))
+        finally:
+            # Whatever keeps the logits for its own backward pass fails there, rather than compute with the gradient.
+            torch.autograd.graph.increment_version(student)
+        ctx.set_materialize_grads(False)
+        # Of the logits themselves, torch would build the graph anew if they are a view.
+        ctx.save_for_backward(values)
+        ctx.given = False
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Context, by_value: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        return None if by_value is None else _scale(ctx, ctx.saved_tensors[0], by_value), None
+
+
 def _mean_in_torch(
-    student: torch.Tensor, counted: torch.Tensor, gradient: bool, of_rows: Callable[[slice], RowsLoss]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of a loss over the counted rows of `student (rows, vocabulary)`, and its gradient, a chunk at a time."""
+    student: torch.Tensor, counted: torch.Tensor, out: torch.Tensor | None, of_rows: Callable[[slice], RowsLoss]
+) -> torch.Tensor:
+    """The mean of a loss over the counted rows of `student (rows, vocabulary)`, a chunk at a time.
+
+    The gradient is written to `out`, which may be `student`.
+    """
     dtype = computed_dtype(student)
     scale = counted.sum().clamp(min=1).to(dtype).reciprocal()
     loss = student.new_zeros((), dtype=dtype)
-    by_logits = student.new_empty(student.shape if gradient else 0)
     for rows in row_chunks(*student.shape):
         value, gradient_of_rows = of_rows(rows)
         loss += value * scale
-        if gradient_of_rows is not None:
-            by_logits[rows] = gradient_of_rows.mul_(scale)
-    return loss, by_logits
+        if out is not None and gradient_of_rows is not None:
+            out[rows] = gradient_of_rows.mul_(scale)
+    return loss
 
 
-# Operators. They return the value, in float32 (float64 for float64), then the gradients, empty unless `gradient`.
+# Losses of rows. They return the value, in float32 (float64 for float64), and write the gradient to `out`, which may be
+# the student's rows themselves; None where it is not wanted.
 
 
-@torch.library.custom_op(
-    "tqcompressor::distillation_loss",
-    mutates_args=(),
-    schema=f"(Tensor student, Tensor? teacher, Tensor? labels, {_WEIGHTS}, bool gradient, int? threads)"
+def _logits(
+    out: torch.Tensor | None,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    weights: LossWeights,
+    threads: int | None,
+) -> torch.Tensor:
+    if for_rust(student, teacher):
+        values, dtype, place = _student_arrays(out, student)
+        compared = (None, "") if teacher is None else array(teacher)
+        targets = None if labels is None else labels.contiguous().numpy()
+        arguments = (values, dtype, place, *compared, targets, *weights, None, thread_count(threads))
+        return student.new_tensor(_core.distillation_loss(*arguments), dtype=torch.float32)
+    counted = counted_rows(student, labels, weights.ignore_index)
+    check_on_cpu(student, teacher, labels, counted)
+
+    def of_rows(rows: slice) -> RowsLoss:
+        chunk = (student[rows], None if teacher is None else teacher[rows], None if labels is None else labels[rows])
+        return rows_in_torch(*chunk, counted[rows], weights, out is not None)
+
+    return _mean_in_torch(student, counted, out, of_rows)
+
+
+def _topk(
+    out: torch.Tensor | None,
+    student: torch.Tensor,
+    tokens: torch.Tensor,
+    probabilities: torch.Tensor,
+    labels: torch.Tensor | None,
+    weights: LossWeights,
+    threads: int | None,
+) -> torch.Tensor:
+    if for_rust(student, probabilities):
+        values, dtype, place = _student_arrays(out, student)
+        named = (tokens.contiguous().numpy(), probabilities.contiguous().numpy())
+        targets = None if labels is None else labels.contiguous().numpy()
+        numbers = (weights.temperature, weights.divergence, weights.cross_entropy, weights.ignore_index)
+        arguments = (values, dtype, place, *named, targets, *numbers, thread_count(threads))
+        return student.new_tensor(_core.topk_distillation_loss(*arguments), dtype=torch.float32)
+    counted = counted_rows(student, labels, weights.ignore_index)
+    check_soft_labels(student.shape[-1], tokens, probabilities, counted)
+    check_on_cpu(student, None, labels, counted)
+
+    def of_rows(rows: slice) -> RowsLoss:
+        targets = None if labels is None else labels[rows]
+        chunk = (student[rows], tokens[rows], probabilities[rows], targets, counted[rows])
+        return topk_rows_in_torch(*chunk, weights, out is not None)
+
+    return _mean_in_torch(student, counted, out, of_rows)
+
+
+def _student_arrays(out: torch.Tensor | None, student: torch.Tensor) -> tuple[Any, str, Any]:
+    """The student's array with its dtype, and that of the gradient: the same one if `out` is the student."""
+    values, dtype = array(student)
+    if out is None or out is student:
+        return values, dtype, None if out is None else values
+    return values, dtype, array(out)[0]
+
+
+def _place(student: torch.Tensor, gradient: bool) -> torch.Tensor | None:
+    return student.new_empty(student.shape) if gradient else None
+
+
+def _or_empty(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if out is None else out
+
+
+# Operators. They return the value, then the gradients, empty unless `gradient`.
+
+
+def _fake_of_rows(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
+
+
+def _fake_of_head(
+    hidden: torch.Tensor, head: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    by_hidden = hidden.new_empty(hidden.shape if arguments[-2] else (0,))
+    return fake_loss(hidden), by_hidden, head.new_empty(head.shape if arguments[-2] else (0,))
+
+
+def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    # Else torch allocates zeros for the gradients of the gradients, as large as the gradients.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.unused = len(inputs) - len(output) + 1
+    ctx.given = False
+
+
+def _return_gradients(ctx: Context, by_value: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    gradients = [None if by_value is None else _scale(ctx, gradient, by_value) for gradient in ctx.saved_tensors]
+    return *gradients, *([None] * ctx.unused)
+
+
+def _scale(ctx: Context, gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """A kept gradient times the gradient `by` the loss, without a second one in memory where that is possible."""
+    # Traced tensors have no value and no backward pass of their own.
+    at_hand = type(gradient) is torch.Tensor and type(by) is torch.Tensor and not torch.is_grad_enabled()
+    # Usually the loss itself is differentiated. Reading a value from another device would synchronise with it.
+    if at_hand and by.device.type == "cpu" and by.item() == 1:
+        # An earlier backward pass has returned the same memory.
+        ctx.given = True
+        # The gradient is an output of the operator: detached, it does not keep the graph alive.
+        return gradient.detach()
+    if at_hand and not ctx.given and not _graph_is_kept():
+        return gradient.detach().mul_(by.to(gradient.device))
+    scaled: torch.Tensor = _scaled_gradient(gradient, by)
+    return scaled
+
+
+def _graph_is_kept() -> bool:
+    """Whether another backward pass may follow the one that runs. torch has no public name for it."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
+def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
+    raise RuntimeError("the losses of tqcompressor are not twice differentiable")
+
+
+@operator(
+    f"distillation_loss(Tensor student, Tensor? teacher, Tensor? labels, {_WEIGHTS}, bool gradient, int? threads)"
     " -> (Tensor, Tensor)",
+    _fake_of_rows,
+    _return_gradients,
+    _keep_gradients,
 )
 def _distillation_loss(
     student: torch.Tensor,
@@ -178,27 +365,16 @@ def _distillation_loss(
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = LossWeights(temperature, divergence, cross_entropy, reverse, ignore_index)
-    if for_rust(student, teacher):
-        student_array, student_dtype = array(student)
-        teacher_array, teacher_dtype = (None, "") if teacher is None else array(teacher)
-        targets = None if labels is None else labels.contiguous().numpy()
-        arguments = (student_array, student_dtype, teacher_array, teacher_dtype, targets)
-        value, written = _core.distillation_loss(*arguments, *weights, gradient, thread_count(threads))
-        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
-    counted = counted_rows(student, labels, ignore_index)
-    check_on_cpu(student, teacher, labels, counted)
-
-    def of_rows(rows: slice) -> RowsLoss:
-        chunk = (student[rows], None if teacher is None else teacher[rows], None if labels is None else labels[rows])
-        return rows_in_torch(*chunk, counted[rows], weights, gradient)
-
-    return _mean_in_torch(student, counted, gradient, of_rows)
+    out = _place(student, gradient)
+    return _logits(out, student, teacher, labels, weights, threads), _or_empty(out, student)
 
 
-@torch.library.custom_op(
-    "tqcompressor::hidden_state_loss",
-    mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? mask, str kind, bool gradient, int? threads) -> (Tensor, Tensor)",
+@operator(
+    "hidden_state_loss(Tensor student, Tensor teacher, Tensor? mask, str kind, bool gradient, int? threads)"
+    " -> (Tensor, Tensor)",
+    _fake_of_rows,
+    _return_gradients,
+    _keep_gradients,
 )
 def _hidden_state_loss(
     student: torch.Tensor,
@@ -209,11 +385,12 @@ def _hidden_state_loss(
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if for_rust(student, teacher):
+        out = _place(student, gradient)
         flags = None if mask is None else mask.contiguous().numpy()
-        value, written = _core.hidden_state_loss(
-            *array(student), *array(teacher), flags, kind, gradient, thread_count(threads)
-        )
-        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
+        values, dtype, place = _student_arrays(out, student)
+        arguments = (values, dtype, place, *array(teacher), flags, kind, thread_count(threads))
+        value = _core.hidden_state_loss(*arguments)
+        return student.new_tensor(value, dtype=torch.float32), _or_empty(out, student)
     counted = torch.ones_like(student[:, 0], dtype=torch.bool) if mask is None else mask
     check_on_cpu(student, teacher, None, counted, ("student_hidden", "teacher_hidden"))
     s, t = student.to(computed_dtype(student)), teacher.to(computed_dtype(student))
@@ -233,11 +410,12 @@ def _hidden_state_loss(
     return loss, (torch.where(counted[:, None], by_states, 0.0) / count).to(student.dtype)
 
 
-@torch.library.custom_op(
-    "tqcompressor::head_loss",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor head, Tensor? teacher_hidden, Tensor? teacher_head, Tensor? labels, "
+@operator(
+    "head_loss(Tensor hidden, Tensor head, Tensor? teacher_hidden, Tensor? teacher_head, Tensor? labels, "
     f"{_WEIGHTS}, bool gradient, int? threads) -> (Tensor, Tensor, Tensor)",
+    _fake_of_head,
+    _return_gradients,
+    _keep_gradients,
 )
 def _head_loss(
     hidden: torch.Tensor,
@@ -312,20 +490,23 @@ def _head_loss_on_cpu(
                 teacher_parts[0][chunk], teacher_parts[1].T, out=buffers[1][: chunk.stop - first]
             ).numpy()
         targets = None if labels is None else labels[chunk].contiguous().numpy()
-        total += _core.distillation_loss_in_place(
-            logits.numpy(), teacher_logits, targets, *weights, first, 1 / max(counted, 1), gradient, threads
-        )
+        part = (first, 1 / max(counted, 1))
+        values = logits.numpy()
+        place = values if gradient else None
+        arguments = (values, "float32", place, teacher_logits, "float32", targets, *weights, part, threads)
+        total += _core.distillation_loss(*arguments)
         if gradient:
             torch.mm(logits, weight, out=by_hidden[chunk])
             by_head.addmm_(logits.T, states[chunk])
     return hidden.new_tensor(total, dtype=torch.float32), by_hidden.to(hidden.dtype), by_head.to(head.dtype)
 
 
-@torch.library.custom_op(
-    "tqcompressor::topk_distillation_loss",
-    mutates_args=(),
-    schema="(Tensor student, Tensor tokens, Tensor probabilities, Tensor? labels, float temperature, float divergence, "
-    "float cross_entropy, int ignore_index, bool gradient, int? threads) -> (Tensor, Tensor)",
+@operator(
+    "topk_distillation_loss(Tensor student, Tensor tokens, Tensor probabilities, Tensor? labels, float temperature, "
+    "float divergence, float cross_entropy, int ignore_index, bool gradient, int? threads) -> (Tensor, Tensor)",
+    _fake_of_rows,
+    _return_gradients,
+    _keep_gradients,
 )
 def _topk_loss(
     student: torch.Tensor,
@@ -339,91 +520,13 @@ def _topk_loss(
     gradient: bool,
     threads: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if for_rust(student, probabilities):
-        targets = None if labels is None else labels.contiguous().numpy()
-        named = (tokens.contiguous().numpy(), probabilities.contiguous().numpy())
-        numbers = (temperature, divergence, cross_entropy)
-        value, written = _core.topk_distillation_loss(
-            *array(student), *named, targets, *numbers, ignore_index, gradient, thread_count(threads)
-        )
-        return student.new_tensor(value, dtype=torch.float32), tensor_like(written, student)
-    counted = counted_rows(student, labels, ignore_index)
-    check_soft_labels(student.shape[-1], tokens, probabilities, counted)
-    check_on_cpu(student, None, labels, counted)
     weights = LossWeights(temperature, divergence, cross_entropy, ignore_index=ignore_index)
-
-    def of_rows(rows: slice) -> RowsLoss:
-        targets = None if labels is None else labels[rows]
-        chunk = (student[rows], tokens[rows], probabilities[rows], targets, counted[rows])
-        return topk_rows_in_torch(*chunk, weights, gradient)
-
-    return _mean_in_torch(student, counted, gradient, of_rows)
+    out = _place(student, gradient)
+    return _topk(out, student, tokens, probabilities, labels, weights, threads), _or_empty(out, student)
 
 
-@torch.library.custom_op(
-    "tqcompressor::scaled_gradient", mutates_args=(), schema="(Tensor gradient, Tensor by) -> Tensor"
+@operator(
+    "scaled_gradient(Tensor gradient, Tensor by) -> Tensor", lambda gradient, by: torch.empty_like(gradient), _refuse
 )
 def _scaled_gradient(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return (gradient * by.to(gradient.device)).to(gradient.dtype)
-
-
-# Shapes for tracing, and backward passes.
-
-
-@_distillation_loss.register_fake
-def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
-
-
-@_hidden_state_loss.register_fake
-def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
-
-
-@_head_loss.register_fake
-def _(hidden: torch.Tensor, head: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wanted = arguments[-2]
-    by_hidden = hidden.new_empty(hidden.shape if wanted else (0,))
-    return fake_loss(hidden), by_hidden, head.new_empty(head.shape if wanted else (0,))
-
-
-@_topk_loss.register_fake
-def _(student: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_loss(student), student.new_empty(student.shape if arguments[-2] else (0,))
-
-
-@_scaled_gradient.register_fake
-def _(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(gradient)
-
-
-def _keep_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    # Else torch allocates zeros for the gradients of the gradients, as large as the gradients.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.unused = len(inputs) - len(output) + 1
-
-
-def _return_gradients(ctx: Context, by_value: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    gradients = [None if by_value is None else _scale(gradient, by_value) for gradient in ctx.saved_tensors]
-    return *gradients, *([None] * ctx.unused)
-
-
-def _scale(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    # Usually the loss itself is differentiated: `by` is 1, and the product would only allocate a second gradient.
-    # Traced tensors have no value, and reading one from another device would synchronise with it.
-    at_hand = type(gradient) is torch.Tensor and type(by) is torch.Tensor and by.device.type == "cpu"
-    if at_hand and not torch.is_grad_enabled() and by.item() == 1:
-        # The gradient is an output of the operator: detached, it does not keep the graph alive.
-        return gradient.detach()
-    scaled: torch.Tensor = _scaled_gradient(gradient, by)
-    return scaled
-
-
-def _refuse(ctx: Context, by_gradient: torch.Tensor) -> None:
-    raise RuntimeError("the losses of tqcompressor are not twice differentiable")
-
-
-for _operator in (_distillation_loss, _hidden_state_loss, _head_loss, _topk_loss):
-    _operator.register_autograd(_return_gradients, setup_context=_keep_gradients)
-_scaled_gradient.register_autograd(_refuse)

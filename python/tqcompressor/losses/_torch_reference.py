@@ -53,14 +53,6 @@ def array(tensor: torch.Tensor) -> tuple[Any, str]:
     return bits.numpy(), _IN_RUST[tensor.dtype]
 
 
-def tensor_like(gradient: Any, like: torch.Tensor) -> torch.Tensor:
-    """A gradient from Rust in the dtype of `like`; an empty tensor for None."""
-    if gradient is None:
-        return like.new_empty(0)
-    tensor = torch.from_numpy(gradient)
-    return tensor if like.dtype == torch.float32 else tensor.view(like.dtype)
-
-
 # Logits computed at a time: bounds the memory of the intermediate tensors.
 _CHUNK = 1 << 24
 

@@ -11,7 +11,15 @@ from .. import _core
 from ..errors import ConfigError
 from ..utils import validate
 from ..utils.torch_utils import is_tensor
-from ._arrays import DistillationOptions, check_alpha, distillation_weights, label_rows, single_matrix
+from ._arrays import (
+    DistillationOptions,
+    HeadOptions,
+    check_alpha,
+    distillation_weights,
+    gradient_place,
+    label_rows,
+    single_matrix,
+)
 from .factored_head import dense_head, dense_head_of_arrays, is_factored
 
 if TYPE_CHECKING:
@@ -39,7 +47,7 @@ def head_distillation_loss(
     teacher_hidden: ArrayLike | None = None,
     teacher_head: ArrayLike | None = None,
     labels: ArrayLike | None = None,
-    **options: Unpack[DistillationOptions],
+    **options: Unpack[HeadOptions],
 ) -> ValueAndHeadGradients: ...
 
 
@@ -54,6 +62,7 @@ def head_distillation_loss(
     alpha: float = 0.5,
     ignore_index: int = -100,
     threads: int | None = None,
+    out: Any = None,
 ) -> Any:
     """`distillation_loss` of the logits `hidden @ head.T` of student and teacher, computed a chunk of rows at a time.
 
@@ -64,7 +73,8 @@ def head_distillation_loss(
     `student_head` may also be a factored head or embedding of any kind; its factors get the gradients. For numpy it may
     be a `KroneckerDecomposition` of the (vocabulary, width) matrix or a tuple (A, B, p, q), and the gradients are
     `(by the hidden states, (by A, by B))`. Blocks of one row take `rank / n2` of a dense head's MACs; for other blocks
-    the dense head is formed.
+    the dense head is formed. For a dense head of arrays, the pair `out` of float32 arrays takes the gradients, whatever
+    it holds; neither may share memory with an argument.
 
     Computed in float32 on the CPU, whatever the dtype. Errors as for `distillation_loss`; a `NonFiniteError` names
     row and column of the logits. Cost: one matrix product for each of student, teacher and gradient, by torch for
@@ -86,6 +96,8 @@ def head_distillation_loss(
         if labels is None:
             raise ConfigError("labels: expected them where there is no teacher")
     weights = distillation_weights(temperature, alpha, labels, ignore_index)
+    if out is not None and (is_tensor(student_hidden) or is_factored(student_head) or len(out) != 2):
+        raise ConfigError("out: expected a pair of arrays, for a dense head of arrays; leave it out for any other")
     if is_tensor(student_hidden):
         from ._torch_ops import head_loss
 
@@ -101,6 +113,13 @@ def head_distillation_loss(
     if teacher_hidden is not None:
         teacher = (single_matrix(teacher_hidden, "teacher_hidden"), single_matrix(teacher_head, "teacher_head"))
     rows = None if labels is None else label_rows(labels, shape[:-1])
-    value, gradients = _core.head_loss(student, teacher, rows, *weights, True, threads)
-    assert gradients is not None
+    read = (*student, *(teacher or ()), rows)
+    places = (None, None) if out is None else out
+    gradients = (
+        gradient_place(places[0], student_hidden, student[0], *read, places[1], name="out[0]")[1],
+        gradient_place(places[1], student_head, student[1], *read, name="out[1]")[1],
+    )
+    value = _core.head_loss(student, teacher, rows, *weights, gradients, threads)
+    if out is not None:
+        return value, tuple(out)
     return value, (gradients[0].reshape(shape), gradients[1]) if by_factors is None else by_factors(gradients)

@@ -6,13 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import ConfigError
 from ..utils import validate
 from ..utils.torch_utils import is_tensor
-from ._arrays import check_shape, float_matrix, gradient_like, mask_rows
+from ._arrays import check_place, check_shape, float_matrix, gradient_like, gradient_place, mask_rows
 from .logits import ValueAndGradient
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def hidden_state_loss(
     kind: HiddenKind = "mse",
     mask: ArrayLike | None = None,
     threads: int | None = None,
+    out: NDArray[Any] | None = None,
 ) -> ValueAndGradient: ...
 
 
@@ -57,12 +58,14 @@ def hidden_state_loss(
     kind: HiddenKind = "mse",
     mask: Any = None,
     threads: int | None = None,
+    out: Any = None,
 ) -> Any:
     """The mean distance of hidden states (..., width) over the rows where `mask` (...) is true.
 
     `kind` is "mse", `‖s − t‖² / width`; "relative_mse", the same divided by the mean of `t²` over the counted rows,
     so that states of any scale weigh alike; or "cosine", `1 − s·t / (‖s‖‖t‖)`. The cosine distance of a zero state is
-    1, and its gradient zero. If no row counts, the loss is 0. Dtypes, errors and torch as for `distillation_loss`.
+    1, and its gradient zero. If no row counts, the loss is 0. Dtypes, errors, torch and `out` as for
+    `distillation_loss`; there is no `inplace`, since the layers that follow need the states in their backward pass.
 
     >>> import numpy as np
     >>> hidden_state_loss(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]]))[0]
@@ -75,6 +78,7 @@ def hidden_state_loss(
     threads = validate.threads(threads)
     check_hidden_kind("kind", kind)
     core_kind: HiddenKind = "cosine" if kind == "cosine" else "mse"
+    check_place(is_tensor(student_hidden), False, out)
     if is_tensor(student_hidden):
         from ._torch_ops import hidden_state_loss
 
@@ -85,14 +89,13 @@ def hidden_state_loss(
     shape = np.shape(student_hidden)
     check_shape("teacher_hidden", shape, np.shape(teacher_hidden))
     flags = None if mask is None else mask_rows(mask, shape[:-1])
-    value, gradient = _core.hidden_state_loss(
-        student, student_dtype, teacher, teacher_dtype, flags, core_kind, True, threads
-    )
-    like = gradient_like(gradient, student_hidden)
+    student, gradient = gradient_place(out, student_hidden, student, teacher, flags)
+    value = _core.hidden_state_loss(student, student_dtype, gradient, teacher, teacher_dtype, flags, core_kind, threads)
+    like = gradient_like(gradient, student_hidden, out)
     if kind != "relative_mse":
         return value, like
     scale = _mean_square(np.asarray(teacher_hidden, np.float64), None if mask is None else np.asarray(mask))
-    return value / scale, (like / scale).astype(like.dtype)
+    return value / scale, np.divide(like, scale, out=like, casting="unsafe")
 
 
 def _mean_square(states: Any, mask: Any) -> Any:

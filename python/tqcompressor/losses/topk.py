@@ -12,12 +12,15 @@ from ..errors import DtypeError
 from ..utils import validate
 from ..utils.torch_utils import is_tensor
 from ._arrays import (
-    DistillationOptions,
+    ArrayOptions,
+    TensorOptions,
+    check_place,
     check_shape,
     check_tokens_shape,
     distillation_weights,
     float_matrix,
     gradient_like,
+    gradient_place,
     label_rows,
     single_matrix,
 )
@@ -34,7 +37,7 @@ def topk_distillation_loss(
     teacher_tokens: torch.Tensor,
     teacher_probabilities: torch.Tensor,
     labels: torch.Tensor | None = None,
-    **options: Unpack[DistillationOptions],
+    **options: Unpack[TensorOptions],
 ) -> torch.Tensor: ...
 
 
@@ -44,7 +47,7 @@ def topk_distillation_loss(
     teacher_tokens: ArrayLike,
     teacher_probabilities: ArrayLike,
     labels: ArrayLike | None = None,
-    **options: Unpack[DistillationOptions],
+    **options: Unpack[ArrayOptions],
 ) -> ValueAndGradient: ...
 
 
@@ -58,6 +61,8 @@ def topk_distillation_loss(
     alpha: float = 0.5,
     ignore_index: int = -100,
     threads: int | None = None,
+    inplace: bool = False,
+    out: Any = None,
 ) -> Any:
     """`distillation_loss` against k tokens of the teacher per row; all other tokens count as one, the tail.
 
@@ -68,9 +73,10 @@ def topk_distillation_loss(
 
     `teacher_tokens` (..., k) are integers, distinct within a row. `teacher_probabilities` (..., k) are floats, taken as
     float32, made at the same temperature. A row whose sum is above 1, as in half precision, is normalised; a sum above
-    1.001 is an error. Other shapes, dtypes and errors are those of `distillation_loss`. `LabelError` also for tokens
-    outside the vocabulary, for duplicate tokens, and for probabilities that are negative, NaN or of a wrong sum (for
-    the whole vocabulary, below 0.999 too), in rows that count. Tensors of other devices are not searched for these.
+    1.001 is an error. Other shapes, dtypes, errors and the place of the gradient are those of `distillation_loss`.
+    `LabelError` also for tokens outside the vocabulary, for duplicate tokens, and for probabilities that are negative,
+    NaN or of a wrong sum (for the whole vocabulary, below 0.999 too), in rows that count. Tensors of other devices are
+    not searched for these.
 
     Cost: that of `cross_entropy` at a temperature, one pass, and two float64 exponentials per teacher token.
 
@@ -83,10 +89,11 @@ def topk_distillation_loss(
     """
     threads = validate.threads(threads)
     weights = distillation_weights(temperature, alpha, labels, ignore_index)
+    check_place(is_tensor(student_logits), inplace, out)
     if is_tensor(student_logits):
         from ._torch_ops import topk_loss
 
-        return topk_loss(student_logits, teacher_tokens, teacher_probabilities, labels, weights, threads)
+        return topk_loss(student_logits, teacher_tokens, teacher_probabilities, labels, weights, threads, inplace)
     student, dtype = float_matrix(student_logits, "student_logits")
     shape = np.shape(student_logits)
     tokens = validate.array("teacher_tokens", teacher_tokens)
@@ -97,9 +104,11 @@ def topk_distillation_loss(
     check_shape("teacher_probabilities", tokens.shape, np.shape(teacher_probabilities))
     rows = None if labels is None else label_rows(labels, shape[:-1])
     tokens = np.ascontiguousarray(tokens, dtype=np.int64).reshape(-1, tokens.shape[-1])
-    value, gradient = _core.topk_distillation_loss(
+    student, gradient = gradient_place(out, student_logits, student, tokens, probabilities, rows)
+    value = _core.topk_distillation_loss(
         student,
         dtype,
+        gradient,
         tokens,
         probabilities,
         rows,
@@ -107,7 +116,6 @@ def topk_distillation_loss(
         weights.divergence,
         weights.cross_entropy,
         weights.ignore_index,
-        True,
         threads,
     )
-    return value, gradient_like(gradient, student_logits)
+    return value, gradient_like(gradient, student_logits, out)

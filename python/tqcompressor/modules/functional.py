@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import _core
+from ..utils.operators import operator
 from ..utils.torch_utils import without_autocast
 from .base import gathered, inverse
 
@@ -98,7 +99,8 @@ def kronecker_matrix(
     Shapes: `a (rank, m1, n1)`, `b (rank, m2, n2)`, `rows (m1·m2,)` and `columns (n1·n2,)` permutations, None for the
     identity; the result is `(m1·m2, n1·n2)`. Gradients flow to both factors.
 
-    Cost: `rank` MACs an entry. 768 × 3072, rank 4, both sides permuted: 2.7 ms on one core.
+    Cost: `rank` MACs an entry, and twice as many for the gradients. 768 × 3072, rank 4, both sides permuted: 2.7 ms on
+    one core, and 5.1 ms for the gradients (73.6 ms by the same formulas in torch).
     """
     if _rust_makes_it(a, b):
         matrix: torch.Tensor = _in_rust(a, b, rows, columns)
@@ -117,41 +119,66 @@ def _rust_makes_it(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and not transformed
 
 
-@torch.library.custom_op(
-    "tqcompressor::kronecker_matrix",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? rows, Tensor? columns) -> Tensor",
-)
-def _in_rust(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    factors = (a.detach().contiguous().numpy(), b.detach().contiguous().numpy())
-    of_rows, of_columns = (None if order is None else order.contiguous().numpy() for order in (rows, columns))
-    return torch.from_numpy(_core.expand(*factors, of_rows, of_columns, torch.get_num_threads()))
-
-
-@_in_rust.register_fake
-def _(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    return a.new_empty(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
-
-
 def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     a, b, rows, columns = ctx.saved_tensors
+    # Rust's gradients have no derivatives of their own.
+    make = _gradients_in_torch if torch.is_grad_enabled() else _gradients_in_rust
+    by_a, by_b = make(gradient, a, b, rows, columns)
+    return by_a if ctx.needs_input_grad[0] else None, by_b if ctx.needs_input_grad[1] else None, None, None
+
+
+def _gradients_in_torch(
+    gradient: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     (m1, n1), (m2, n2) = a.shape[1:], b.shape[1:]
     ordered = gathered(gradient, inverse(rows), inverse(columns))
     blocks = ordered.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1 * n1, m2 * n2)
-    by_a = by_b = None
     with without_autocast(a):
-        if ctx.needs_input_grad[0]:
-            by_a = (b.flatten(1) @ blocks.t()).view_as(a)
-        if ctx.needs_input_grad[1]:
-            by_b = (a.flatten(1) @ blocks).view_as(b)
-    return by_a, by_b, None, None
+        return (b.flatten(1) @ blocks.t()).view_as(a), (a.flatten(1) @ blocks).view_as(b)
 
 
-_in_rust.register_autograd(_backward, setup_context=_keep_factors)
+@operator(
+    "kronecker_matrix_gradients(Tensor gradient, Tensor a, Tensor b, Tensor? rows, Tensor? columns)"
+    " -> (Tensor, Tensor)",
+    lambda gradient, a, b, rows, columns: (a.new_empty(a.shape), b.new_empty(b.shape)),
+)
+def _gradients_in_rust(
+    gradient: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    arrays = [tensor.contiguous().numpy() for tensor in (gradient, a, b)]
+    orders = [None if order is None else order.contiguous().numpy() for order in (rows, columns)]
+    by_a, by_b = _core.expand_gradients(arrays[0], arrays[1], arrays[2], orders[0], orders[1], torch.get_num_threads())
+    return torch.from_numpy(by_a), torch.from_numpy(by_b)
+
+
+def _fake_matrix(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+) -> torch.Tensor:
+    return a.new_empty(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
+
+
+@operator(
+    "kronecker_matrix(Tensor a, Tensor b, Tensor? rows, Tensor? columns) -> Tensor",
+    _fake_matrix,
+    _backward,
+    _keep_factors,
+)
+def _in_rust(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
+    factors = (a.detach().contiguous().numpy(), b.detach().contiguous().numpy())
+    of_rows, of_columns = (None if order is None else order.contiguous().numpy() for order in (rows, columns))
+    return torch.from_numpy(_core.expand(*factors, of_rows, of_columns, torch.get_num_threads()))
 
 
 def low_rank_matmul(

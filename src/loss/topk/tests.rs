@@ -1,6 +1,7 @@
 //! The top-k loss against its definition in f64.
 
 use super::*;
+use crate::numeric::{Values, ValuesMut};
 use crate::testing::noise;
 
 const VOCABULARY: usize = 2300;
@@ -27,7 +28,6 @@ fn likeliest(teacher: &[f32], count: usize, temperature: f64) -> (Vec<i64>, Vec<
 fn run(student: &[f32], tokens: &[i64], probabilities: &[f32], label: i64, objective: &Objective) -> (f64, Vec<f32>) {
     let labels = [label];
     let batch = TopKBatch {
-        student: Values::F32(student),
         tokens,
         probabilities,
         count: tokens.len(),
@@ -36,10 +36,14 @@ fn run(student: &[f32], tokens: &[i64], probabilities: &[f32], label: i64, objec
         ignore_index: -100,
     };
     let progress = Progress::default();
-    match topk_distillation_loss(&batch, objective, true, Parallelism::Sequential, &progress).unwrap() {
-        (value, Some(OwnedValues::F32(gradient))) => (value, gradient),
-        other => panic!("a gradient of f32, not {other:?}"),
-    }
+    let (mut apart, mut over) = (vec![f32::NAN; student.len()], student.to_vec());
+    let loss = |student: Student<'_>| {
+        topk_distillation_loss(student, &batch, objective, Parallelism::Sequential, &progress).unwrap()
+    };
+    let value = loss(Student::Apart(Values::F32(student), ValuesMut::F32(&mut apart)));
+    assert_eq!(loss(Student::Overwritten(ValuesMut::F32(&mut over))), value);
+    assert_eq!(over, apart);
+    (value, apart)
 }
 
 #[test]

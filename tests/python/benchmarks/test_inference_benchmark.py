@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import llama_model
+from safetensors.torch import load_file
 from tqcompressor import compress_checkpoint
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -31,12 +32,17 @@ def folders(tmp_path_factory):
     return {"dense": DENSE, "compressed": compressed}
 
 
+def own(engines):
+    """The engines that run a checkpoint as it is."""
+    return [(name, engine) for name, engine in engines.ENGINES.items() if not name.startswith("llama.cpp")]
+
+
 def test_engines_score_a_llama_alike(benchmark, tmp_path, monkeypatch):
     engines = benchmark("inference_engines")
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     llama_model(head_dim=6).save_pretrained(tmp_path)
     text, scores, tokens = list(range(1, 40)), {}, {}
-    for name, engine in engines.ENGINES.items():
+    for name, engine in own(engines):
         loaded = engine(tmp_path, torch.get_num_threads(), engines.Lengths(prompt=5, new=12, prefill=39))
         scores[name], tokens[name] = loaded.score(text), loaded.generate(text[:5], 12)
     assert scores.pop("native int8") == pytest.approx(scores["native"], rel=0.1)
@@ -51,7 +57,7 @@ def test_engines_generate_and_read_alike(benchmark, folders, monkeypatch, model)
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     text = np.random.default_rng(1).integers(8192, size=20).tolist()
     generated, read = {}, {}
-    for name, engine in engines.ENGINES.items():
+    for name, engine in own(engines):
         loaded = engine(folders[model], torch.get_num_threads(), engines.Lengths(prompt=5, new=12, prefill=20))
         generated[name] = [loaded.generate(text[:5], 12) for _ in range(2)]
         read[name] = [loaded.prefill(text) for _ in range(2)]
@@ -59,6 +65,65 @@ def test_engines_generate_and_read_alike(benchmark, folders, monkeypatch, model)
     assert {len(tokens) for tokens in generated["native"]} == {12}
     (following,) = engines.ENGINES["native"](folders[model], 1, None).generate(text, 1)
     assert read["torch eager"] == read["torch compiled"] == [following] * 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama of wide heads"])
+def test_gguf_files_hold_the_weights(benchmark, tmp_path, kind):
+    gguf = pytest.importorskip("gguf")
+    source, heads = DENSE, None
+    if kind != "gpt2":
+        heads = 8 if "wide" in kind else 4
+        model = llama_model(hidden_size=64, num_attention_heads=heads, intermediate_size=96, head_dim=16)
+        model.save_pretrained(source := tmp_path / "model")
+    benchmark("gguf_models").write(source, tmp_path / "gguf")
+    weights = {name: values.float() for name, values in load_file(source / "model.safetensors").items()}
+    files = {name: gguf.GGUFReader(tmp_path / "gguf" / f"{name}.gguf") for name in ("float16", "Q8_0")}
+    for name, file in files.items():
+        assert len(file.tensors) == len(weights)
+        found = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in file.tensors}
+        if kind == "gpt2":
+            pairs = [("blk.1.attn_qkv.weight", weights["transformer.h.1.attn.c_attn.weight"].T)]
+            pairs += [("token_embd.weight", weights["transformer.wte.weight"])]
+            pairs += [("blk.0.ffn_up.bias", weights["transformer.h.0.mlp.c_fc.bias"])]
+        else:
+            rotated = weights["model.layers.1.self_attn.k_proj.weight"].reshape(2, 2, 8, 64).transpose(1, 2)
+            pairs = [("blk.1.attn_k.weight", rotated.reshape(32, 64))]
+            pairs += [("blk.0.ffn_gate.weight", weights["model.layers.0.mlp.gate_proj.weight"])]
+        for tensor, expected in pairs:
+            largest = expected.abs().max().item()
+            error = np.abs(found[tensor] - expected.numpy()).max()
+            assert error <= largest * (0.0005 if name == "float16" else 0.005)
+
+
+def test_what_llama_cpp_cannot_run_is_left_out_with_a_line(benchmark, folders, tmp_path, monkeypatch, capsys):
+    inference, engines = benchmark("inference"), benchmark("inference_engines")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    models = {"compressed": folders["compressed"], "other": other, "6 layers": tmp_path / "not made"}
+    assert inference.make_ggufs(tmp_path, models) == {}
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["compressed", "other"]
+    assert "factored" in printed[0] and "bert" in printed[1]
+    monkeypatch.setitem(engines.PACKAGES, "llama.cpp", "no_such_package")
+    assert engines.missing("llama.cpp Q8_0") == "no_such_package" and engines.missing("native int8") is None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_llama_cpp_runs_the_same_model(benchmark, tmp_path, kind):
+    pytest.importorskip("llama_cpp", exc_type=ImportError)
+    engines, source = benchmark("inference_engines"), DENSE
+    if kind == "llama":
+        llama_model(hidden_size=64, head_dim=16, intermediate_size=96).save_pretrained(source := tmp_path / "model")
+    benchmark("gguf_models").write(source, tmp_path / "gguf")
+    text, lengths = list(range(1, 40)), engines.Lengths(prompt=5, new=12, prefill=39, score=39)
+    native = engines.ENGINES["native"](source, 2, lengths)
+    theirs = engines.ENGINES["llama.cpp float16"](tmp_path / "gguf", 2, lengths)
+    assert theirs.score(text) == pytest.approx(native.score(text), rel=2e-3)
+    assert theirs.generate(text[:5], 12) == native.generate(text[:5], 12) == theirs.generate(text[:5], 12)
+    assert [theirs.prefill(text)] == native.generate(text, 1)
+    eight = engines.ENGINES["llama.cpp Q8_0"](tmp_path / "gguf", 2, lengths)
+    assert eight.score(text) == pytest.approx(native.score(text), rel=0.05)
 
 
 def test_a_token_reads_all_weights_but_the_positions(benchmark, folders):
@@ -70,6 +135,7 @@ def test_a_token_reads_all_weights_but_the_positions(benchmark, folders):
     embedding, layer = 8192 * 64 + 4, 4 * (128 * 256 + 2 * 4)
     compressed = dense - 8192 * 256 + embedding - 256 * 1024 + layer
     assert inference.weights_read(folders["compressed"]) == 2 * compressed
+    assert inference.weights_read(folders["dense"], 1) == dense
 
 
 def measured(decode, prefill, memory=1.0):

@@ -134,6 +134,49 @@ def test_loss_and_gradients_equal_the_formula(distill, padded, tmp_path):
         assert torch.allclose(found[name], parameter.grad, rtol=0, atol=1e-4 * largest), name
 
 
+def with_last(model, last):
+    """The model, whose logits pass a last operation."""
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: last(logits))
+    return model
+
+
+@pytest.mark.parametrize("distill", [DistillConfig(), DistillConfig(alpha=0.0, hidden_weight=0.0)])
+@pytest.mark.parametrize(
+    ("last", "overwritten"),
+    [
+        (lambda logits: logits, True),
+        (lambda logits: 30.0 * torch.tanh(logits / 30.0), True),
+        (lambda logits: logits.bfloat16().float(), True),
+        (torch.tanh, False),
+        (lambda logits: logits.log_softmax(-1), False),
+        (lambda logits: logits.transpose(0, 1).contiguous().transpose(0, 1), False),
+    ],
+    ids=["head", "soft cap", "upcast", "tanh", "log softmax", "strided"],
+)
+def test_a_training_step_overwrites_its_logits_where_nothing_needs_them(distill, last, overwritten, tmp_path):
+    student = with_last(make_student(), last)
+    trainer = make_trainer(tmp_path, student, tiny_model(), distill)
+    kept, batch = [], {"input_ids": Samples().ids[:4]}
+    student.register_forward_hook(lambda module, inputs, outputs: kept.append((outputs.logits, outputs.logits.clone())))
+    student.train()
+    losses, gradients = [], []
+    for return_outputs in (False, True):
+        loss = trainer.compute_loss(student, dict(batch), return_outputs=return_outputs)
+        loss = loss[0] if return_outputs else loss
+        # As for two accumulated batches.
+        (loss / 2).backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad for parameter in student.parameters()])
+        student.zero_grad()
+    assert losses[0] == losses[1]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    (training, before), (returned, logits) = kept
+    assert torch.equal(training, before) != overwritten and torch.equal(returned, logits)
+    student.eval()
+    trainer.compute_loss(student, dict(batch))
+    assert torch.equal(*kept[-1])
+
+
 def test_evaluation_is_the_cross_entropy_of_the_labels(tmp_path):
     student, teacher = make_student(), tiny_model()
     trainer = make_trainer(tmp_path, student, teacher)

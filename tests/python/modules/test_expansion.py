@@ -43,6 +43,9 @@ def test_rust_makes_what_torch_makes_with_the_same_gradients(m1, n1, m2, n2, ran
 def test_torch_finds_nothing_wrong_with_the_operator():
     torch.library.opcheck(expansion._in_rust, case(3, 4, 2, 5, 3, (True, True), 0))
     torch.library.opcheck(expansion._in_rust, case(3, 1, 2, 1, 1, (False, True), 0))
+    with torch.no_grad():
+        arguments = (torch.ones(6, 20), *case(3, 4, 2, 5, 3, (True, True), 0))
+        torch.library.opcheck(expansion._gradients_in_rust, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_matrix_of_many_entries_is_the_same_on_any_number_of_threads():
@@ -56,6 +59,32 @@ def test_a_matrix_of_many_entries_is_the_same_on_any_number_of_threads():
     np.testing.assert_allclose(first[at], expected[:, columns], atol=1e-6)
 
 
+def test_gradients_of_many_entries_are_the_same_on_any_number_of_threads_and_those_of_torch():
+    rng = np.random.default_rng(0)
+    a, b, gradient = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((2, 1025, 1024), (2, 2, 3), (2050, 3072))
+    )
+    rows, columns = rng.permutation(2050), rng.permutation(3072)
+    first = _core.expand_gradients(gradient, a, b, rows, columns, 1)
+    for found, again in zip(first, _core.expand_gradients(gradient, a, b, rows, columns, 3), strict=True):
+        assert (found == again).all()
+    arguments = (torch.from_numpy(array) for array in (gradient.astype(float), a, b.astype(float), rows, columns))
+    gradient, a, *rest = arguments
+    for found, expected in zip(first, expansion._gradients_in_torch(gradient, a.double(), *rest), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_second_derivative_is_that_of_torch():
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        a, b, rows, columns = case(3, 4, 2, 3, 2, (True, True), 0, dtype)
+        matrix = kronecker_matrix(a, b, rows, columns)
+        (by_a,) = torch.autograd.grad(matrix.square().sum(), a, create_graph=True)
+        found.append(torch.autograd.grad(by_a.square().sum(), (a, b)))
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
+
+
 def test_bad_factors_and_orders_are_refused():
     a, b = np.ones((2, 3, 4), np.float32), np.ones((2, 2, 2), np.float32)
     rows, columns = np.arange(6), np.arange(8)
@@ -67,6 +96,8 @@ def test_bad_factors_and_orders_are_refused():
         _core.expand(a, b, np.zeros(6, np.int64), None, 1)
     with pytest.raises(ShapeError, match="contiguous"):
         _core.expand(a.transpose(0, 2, 1), b, None, None, 1)
+    with pytest.raises(ShapeError, match="6 × 8 matrix"):
+        _core.expand_gradients(np.ones((8, 6), np.float32)[:5], a, b, rows, columns, 1)
 
 
 def test_many_rows_compile_whole_with_equal_gradients():
