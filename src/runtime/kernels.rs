@@ -210,6 +210,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::numeric::simd::level::testing::on_each;
     use crate::testing::noise;
 
     proptest! {
@@ -233,6 +234,41 @@ mod tests {
                     prop_assert!((f64::from(layer[i]) - exact).abs() < 1e-3 * exact.abs().max(1.0), "{} {exact}", layer[i]);
                 }
             }
+        }
+    }
+
+    type Change<'a> = &'a dyn Fn(&mut [f32]);
+
+    #[test]
+    fn the_bits_are_the_same_on_every_instruction_set() {
+        for length in [1, 15, 16, 63, 64, 200, 3072] {
+            let (x, weight, bias) = (noise(length, 1), noise(length, 2), noise(length, 3));
+            let rows = noise(5 * length, 4);
+            let results = on_each(|| {
+                let mut out = vec![vec![0.0; length]; 3];
+                layer_norm(&x, 1e-5, &weight, &bias, &mut out[0]);
+                rms_norm(&x, 1e-5, &weight, &mut out[1]);
+                weighted_sum(&mut out[2], &bias[..length.min(5)], &rows);
+                let changed: [Change<'_>; 6] = [
+                    &|values| gelu_tanh(values),
+                    &|values| silu(values),
+                    &|values| softmax(values, 3.0),
+                    &|values| add_scaled(values, 0.7, &weight),
+                    &|values| multiply(values, &weight),
+                    &|values| turn(&mut values[..length / 2 * 2], &weight[..length / 2], &bias[..length / 2]),
+                ];
+                out.extend(changed.map(|change| {
+                    let mut values = x.clone();
+                    change(&mut values);
+                    values
+                }));
+                let mut products = vec![0.0; 5 * 7];
+                dot_rows(&rows, length, &noise(7 * length, 5), 7, &mut products);
+                out.push(products);
+                let sum = sum_of_exponentials(&x, largest(&x));
+                (sum.to_bits(), out.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>())
+            });
+            assert!(results.iter().all(|(_, result)| *result == results[0].1), "{length}");
         }
     }
 }
