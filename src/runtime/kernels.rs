@@ -8,8 +8,11 @@ use crate::numeric::simd::{LANES, Weight, dispatched, dot};
 /// The most vectors of one call of [`dot`]: with more, the sums would not fit in registers.
 pub(super) const TOGETHER: usize = 4;
 
-/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in
-/// the same order whatever their numbers.
+/// The rows of one call of [`dot`]: two at a time read memory faster than one or four.
+pub(super) const ROWS: usize = 2;
+
+/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for as many rows as there is room for, and `count` vectors, of `length` values.
+/// Each product is added up in the same order whatever their numbers. More rows and values may follow, as in [`dot`].
 pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
@@ -20,9 +23,9 @@ pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: u
         3 => each_group::<T, 3>(rows, length, x, out),
         4 => each_group::<T, 4>(rows, length, x, out),
         _ => {
-            for (row, out) in rows.chunks_exact(length).zip(out.chunks_exact_mut(count)) {
-                for (x, out) in x.chunks(TOGETHER * length).zip(out.chunks_mut(TOGETHER)) {
-                    dot_rows(row, length, x, out.len(), out);
+            for (n, out) in out.chunks_exact_mut(count).enumerate() {
+                for (part, out) in out.chunks_mut(TOGETHER).enumerate() {
+                    dot_rows(&rows[n * length..], length, &x[part * TOGETHER * length..], out.len(), out);
                 }
             }
         }
@@ -30,15 +33,15 @@ pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: u
 }
 
 fn each_group<T: Weight, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
-    // Two rows at a time read memory faster than one or four.
-    const N: usize = 2;
-    let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));
-    for (rows, out) in groups.zip(places) {
-        dot::<T, N, R>(rows, x, length, out);
+    let mut rows = rows;
+    let mut groups = out.chunks_exact_mut(ROWS * R);
+    for out in &mut groups {
+        dot::<T, ROWS, R>(rows, x, length, out);
+        rows = &rows[ROWS * length..];
     }
-    let done = rows.len() / (N * length) * N;
-    for (row, out) in rows[done * length..].chunks_exact(length).zip(out[done * R..].chunks_exact_mut(R)) {
-        dot::<T, 1, R>(row, x, length, out);
+    for out in groups.into_remainder().chunks_exact_mut(R) {
+        dot::<T, 1, R>(rows, x, length, out);
+        rows = &rows[length..];
     }
 }
 

@@ -1,9 +1,9 @@
 //! AVX-512: sixteen lanes in one register of 32.
 
 use std::arch::x86_64::{
-    __m512, _mm_loadu_si128, _mm_maskz_loadu_epi8, _mm256_loadu_si256, _mm256_maskz_loadu_epi16, _mm512_add_ps,
-    _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-    _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    __m512, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32,
+    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps, _mm512_mul_ps,
+    _mm512_reduce_add_ps, _mm512_setzero_ps, _mm512_slli_epi32,
 };
 
 use super::lanes::Lanes;
@@ -40,20 +40,9 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn load_some<T: Weight>(at: *const T, count: usize) -> Self {
-        let mask = ((1_u32 << count) - 1) as u16;
+    unsafe fn keep(self, count: usize) -> Self {
         // SAFETY: the caller's.
-        Self(unsafe {
-            match T::FLOAT {
-                None => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, at.cast()))),
-                Some(Float::F32) => _mm512_maskz_loadu_ps(mask, at.cast()),
-                Some(Float::F16) => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
-                Some(Float::Bf16) => {
-                    let bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
-                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-                }
-            }
-        })
+        Self(unsafe { _mm512_maskz_mov_ps(((1_u32 << count) - 1) as u16, self.0) })
     }
 
     #[inline(always)]

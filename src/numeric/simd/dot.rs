@@ -26,10 +26,11 @@ const LINE: usize = 64;
 
 /// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: `N` rows times `R` vectors, at the speed of memory.
 ///
-/// The order of additions, and so the result, is the same for every `N`, `R` and instruction set.
+/// The order of additions, and so the result, is the same for every `N`, `R` and instruction set. Both slices may be longer:
+/// the last few values of a row are read faster if there are others behind them, which do not count.
 #[inline]
 pub fn dot<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
-    assert_eq!((rows.len(), x.len(), out.len()), (N * length, R * length, N * R));
+    assert!(rows.len() >= N * length && x.len() >= R * length && out.len() == N * R);
     match instruction_set() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has what the instruction set names, and the lengths were compared.
@@ -81,27 +82,26 @@ unsafe fn dot_by<V: Lanes, T: Weight, const N: usize, const R: usize>(
     length: usize,
     out: &mut [f32],
 ) {
-    let (rows, x) = (rows.as_ptr(), x.as_ptr());
     // SAFETY: the caller's.
     unsafe {
-        if N * R <= V::SUMS && V::takes(rows, N * length) {
+        if N * R <= V::SUMS && V::takes(rows.as_ptr(), N * length) {
             return block::<V, T, N, R>(rows, x, length, out);
         }
         for (n, out) in out.chunks_exact_mut(R).enumerate() {
-            let row = rows.add(n * length);
-            if !V::takes(row, length) {
+            let row = &rows[n * length..];
+            if !V::takes(row.as_ptr(), length) {
                 dot_of_any(row, x, length, out);
                 continue;
             }
             let mut r = 0;
             if V::SUMS >= 2 {
                 while r + 2 <= R {
-                    block::<V, T, 1, 2>(row, x.add(r * length), length, &mut out[r..r + 2]);
+                    block::<V, T, 1, 2>(row, &x[r * length..], length, &mut out[r..r + 2]);
                     r += 2;
                 }
             }
             while r < R {
-                block::<V, T, 1, 1>(row, x.add(r * length), length, &mut out[r..=r]);
+                block::<V, T, 1, 1>(row, &x[r * length..], length, &mut out[r..=r]);
                 r += 1;
             }
         }
@@ -114,27 +114,30 @@ unsafe fn dot_by<V: Lanes, T: Weight, const N: usize, const R: usize>(
 /// As of [`block`].
 #[cold]
 #[inline(never)]
-unsafe fn dot_of_any<T: Weight>(row: *const T, x: *const f32, length: usize, out: &mut [f32]) {
+unsafe fn dot_of_any<T: Weight>(row: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     for (r, out) in out.chunks_exact_mut(1).enumerate() {
         // SAFETY: the caller's.
-        unsafe { block::<Portable, T, 1, 1>(row, x.add(r * length), length, out) };
+        unsafe { block::<Portable, T, 1, 1>(row, &x[r * length..], length, out) };
     }
 }
 
 /// `N` rows times `R` vectors. The loops over constants are unrolled.
 ///
 /// # Safety
-/// Needs the instruction set; there are `N` rows and `R` vectors of `length` values, and room for the sums.
+/// Needs the instruction set; there are at least `N` rows and `R` vectors of `length` values, and room for the sums.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
 unsafe fn block<V: Lanes, T: Weight, const N: usize, const R: usize>(
-    rows: *const T,
-    x: *const f32,
+    rows: &[T],
+    x: &[f32],
     length: usize,
     out: &mut [f32],
 ) {
     let per_line = LINE / size_of::<T>();
-    // SAFETY: every load stays below `length` in its row or vector.
+    // The last load of all must not go beyond the slices.
+    let whole = N * length + LANES <= rows.len() && R * length + LANES <= x.len();
+    let (rows, x) = (rows.as_ptr(), x.as_ptr());
+    // SAFETY: every load stays in the slices: below `length` in its row or vector, but for the last one.
     unsafe {
         let mut sums = [[[V::zero(); CHAINS]; R]; N];
         let mut i = 0;
@@ -160,10 +163,12 @@ unsafe fn block<V: Lanes, T: Weight, const N: usize, const R: usize>(
             if at < length {
                 let count = (length - at).min(LANES);
                 for n in 0..N {
-                    let values = V::load_some(rows.add(n * length + at), count);
+                    let row = rows.add(n * length + at);
+                    let values = if whole { V::load(row) } else { V::load_some(row, count) };
                     for r in 0..R {
-                        let vector = V::load_some(x.add(r * length + at), count);
-                        sums[n][r][chain] = sums[n][r][chain].add(values.multiply(vector));
+                        let vector = x.add(r * length + at);
+                        let vector = if whole { V::load(vector) } else { V::load_some(vector, count) };
+                        sums[n][r][chain] = sums[n][r][chain].add(values.multiply(vector).keep(count));
                     }
                 }
             }

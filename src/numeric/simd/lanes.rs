@@ -31,7 +31,10 @@ pub(super) trait Lanes: Copy {
     /// The sum of all lanes: the upper half is added to the lower one until one is left.
     unsafe fn total(self) -> f32;
 
-    /// The first `count` values at `at` as f32, and zeros.
+    /// The first `count` lanes, and zeros in place of whatever the others hold.
+    unsafe fn keep(self, count: usize) -> Self;
+
+    /// The first `count` values at `at`, as f32, and zeros: for the end of a slice.
     #[inline(always)]
     unsafe fn load_some<T: Weight>(at: *const T, count: usize) -> Self {
         let mut values = [T::default(); LANES];
@@ -42,3 +45,15 @@ pub(super) trait Lanes: Copy {
         }
     }
 }
+
+/// Bits of lanes that are kept, then of lanes that are not: [`LANES`] of them from `LANES - count` on keep `count`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) static KEPT: [u32; 2 * LANES] = {
+    let mut kept = [0; 2 * LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        kept[lane] = u32::MAX;
+        lane += 1;
+    }
+    kept
+};

@@ -85,10 +85,13 @@ mod tests {
                 let rows: Vec<T> = noise(2 * length, 1).into_iter().map(&stored).collect();
                 let (mut scratch, x) = (Vec::new(), noise(4 * length, 2));
                 let upcast = T::widened(&rows, &mut scratch);
+                let spoiled = [&x[..3 * length], &[f32::NAN; 2 * LANES]].concat();
+                let rows = [&rows[..], &[T::default(); 2 * LANES]].concat();
                 for (set, (together, three, alone)) in on_each(|| {
                     let (mut together, mut three, mut alone) = ([f32::NAN; 8], [f32::NAN; 6], [f32::NAN; 8]);
-                    dot::<T, 2, 4>(&rows, &x, length, &mut together);
-                    dot::<T, 2, 3>(&rows, &x[..3 * length], length, &mut three);
+                    dot::<T, 2, 4>(&rows[..2 * length], &x, length, &mut together);
+                    // Three of the four vectors, so that others follow; `spoiled` has NaN behind what counts.
+                    dot::<T, 2, 3>(&rows, &spoiled, length, &mut three);
                     for (at, alone) in alone.chunks_exact_mut(1).enumerate() {
                         let (n, r) = (at / 4 * length, at % 4 * length);
                         dot::<T, 1, 1>(&rows[n..n + length], &x[r..r + length], length, alone);

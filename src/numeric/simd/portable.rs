@@ -42,6 +42,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn keep(self, count: usize) -> Self {
+        Self(std::array::from_fn(|lane| if lane < count { self.0[lane] } else { 0.0 }))
+    }
+
+    #[inline(always)]
     unsafe fn total(self) -> f32 {
         let mut lanes = self.0;
         let mut width = LANES / 2;

@@ -1,14 +1,14 @@
 //! SSE2, which every x86-64 processor has: sixteen lanes in four registers of 16.
 
 use std::arch::x86_64::{
-    __m128, __m128i, _mm_add_ps, _mm_add_ss, _mm_and_si128, _mm_castsi128_ps, _mm_cvtss_f32, _mm_loadu_ps,
+    __m128, __m128i, _mm_add_ps, _mm_add_ss, _mm_and_ps, _mm_and_si128, _mm_castsi128_ps, _mm_cvtss_f32, _mm_loadu_ps,
     _mm_loadu_si128, _mm_max_epi16, _mm_movehl_ps, _mm_mul_ps, _mm_set1_epi8, _mm_set1_epi16, _mm_set1_ps,
     _mm_setzero_ps, _mm_setzero_si128, _mm_shuffle_ps, _mm_slli_epi16, _mm_srai_epi16, _mm_sub_ps, _mm_unpackhi_epi8,
     _mm_unpackhi_epi16, _mm_unpacklo_epi8, _mm_unpacklo_epi16, _mm_xor_si128,
 };
 
-use super::lanes::Lanes;
-use super::weight::Weight;
+use super::lanes::{KEPT, Lanes};
+use super::weight::{LANES, Weight};
 use crate::numeric::float::Float;
 
 #[derive(Clone, Copy)]
@@ -114,6 +114,16 @@ impl Lanes for Sse2 {
     unsafe fn multiply(self, other: Self) -> Self {
         // SAFETY: SSE2 is part of x86-64.
         Self(std::array::from_fn(|part| unsafe { _mm_mul_ps(self.0[part], other.0[part]) }))
+    }
+
+    #[inline(always)]
+    unsafe fn keep(self, count: usize) -> Self {
+        let kept = &KEPT[LANES - count..][..LANES];
+        // SAFETY: the caller's; there are as many bits.
+        Self(std::array::from_fn(|part| unsafe {
+            let bits = _mm_loadu_ps(kept.as_ptr().cast::<f32>().add(4 * part));
+            _mm_and_ps(self.0[part], bits)
+        }))
     }
 
     #[inline(always)]
