@@ -21,6 +21,8 @@ use crate::numeric::simd::LANES;
 const FEW: usize = 2 * TOGETHER;
 /// Values of rows in one task: few microseconds, as long as one thread waits at the end for the others.
 const TASK: usize = 1 << 14;
+/// The most tasks of a thread in one product: a long list takes time, too.
+const TASKS: usize = 32;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
 /// Products that are added up one by one; sums of these are added up. One long sum would lose twice as many digits, at
@@ -298,7 +300,7 @@ fn few(rows: Stored<'_>, length: usize, first: usize, x: &[f32], count: usize, o
 /// How many of the rows make a task: as many in each, and as many tasks for each thread.
 fn rows_of_task(rows: usize, length: usize, threads: usize) -> usize {
     let tasks = (rows * length).div_ceil(TASK);
-    let tasks = if tasks > 1 { tasks.next_multiple_of(threads) } else { 1 };
+    let tasks = if tasks > 1 { tasks.next_multiple_of(threads).min(TASKS * threads) } else { 1 };
     rows.div_ceil(tasks).next_multiple_of(ROWS)
 }
 

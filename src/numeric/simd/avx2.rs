@@ -3,8 +3,8 @@
 use std::arch::x86_64::{
     __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadl_epi64, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
     _mm256_add_ps, _mm256_and_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_loadu_ps, _mm256_mul_ps,
-    _mm256_setzero_ps, _mm256_slli_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_mul_ps, _mm256_setzero_ps, _mm256_slli_epi32,
 };
 
 use super::lanes::{KEPT, Lanes};
@@ -50,6 +50,12 @@ impl Lanes for Avx2 {
     unsafe fn multiply(self, other: Self) -> Self {
         // SAFETY: the caller's.
         unsafe { Self([_mm256_mul_ps(self.0[0], other.0[0]), _mm256_mul_ps(self.0[1], other.0[1])]) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's.
+        Self(std::array::from_fn(|part| unsafe { _mm256_fmadd_ps(a.0[part], b.0[part], self.0[part]) }))
     }
 
     #[inline(always)]

@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::{
     __m512, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32,
-    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps, _mm512_mul_ps,
-    _mm512_reduce_add_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps,
+    _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_setzero_ps, _mm512_slli_epi32,
 };
 
 use super::lanes::Lanes;
@@ -37,6 +37,12 @@ impl Lanes for Avx512 {
                 }
             }
         })
+    }
+
+    #[inline(always)]
+    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
     }
 
     #[inline(always)]

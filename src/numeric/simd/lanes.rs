@@ -28,6 +28,13 @@ pub(super) trait Lanes: Copy {
     /// The product with another.
     unsafe fn multiply(self, other: Self) -> Self;
 
+    /// The sum with a product, rounded once where the processor has that.
+    #[inline(always)]
+    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
+        // SAFETY: the caller's.
+        unsafe { self.add(a.multiply(b)) }
+    }
+
     /// The sum of all lanes: the upper half is added to the lower one until one is left.
     unsafe fn total(self) -> f32;
 

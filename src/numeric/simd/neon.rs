@@ -1,9 +1,9 @@
 //! NEON, which every AArch64 processor has: sixteen lanes in four registers of 32.
 
 use std::arch::aarch64::{
-    float32x4_t, uint16x4_t, vadd_f32, vaddq_f32, vandq_u32, vcvtq_f32_s32, vdupq_n_f32, vget_high_f32, vget_high_s16,
-    vget_low_f32, vget_low_s16, vld1_s8, vld1_u16, vld1q_f32, vld1q_u32, vmovl_s8, vmovl_s16, vmulq_f32, vpadds_f32,
-    vreinterpretq_f32_u32, vreinterpretq_u32_f32, vshll_n_u16,
+    float32x4_t, uint16x4_t, vadd_f32, vaddq_f32, vandq_u32, vcvtq_f32_s32, vdupq_n_f32, vfmaq_f32, vget_high_f32,
+    vget_high_s16, vget_low_f32, vget_low_s16, vld1_s8, vld1_u16, vld1q_f32, vld1q_u32, vmovl_s8, vmovl_s16, vmulq_f32,
+    vpadds_f32, vreinterpretq_f32_u32, vreinterpretq_u32_f32, vshll_n_u16,
 };
 use std::arch::asm;
 
@@ -63,6 +63,12 @@ impl Lanes for Neon {
     unsafe fn multiply(self, other: Self) -> Self {
         // SAFETY: NEON is part of AArch64.
         Self(std::array::from_fn(|part| unsafe { vmulq_f32(self.0[part], other.0[part]) }))
+    }
+
+    #[inline(always)]
+    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
+        // SAFETY: NEON is part of AArch64.
+        Self(std::array::from_fn(|part| unsafe { vfmaq_f32(self.0[part], a.0[part], b.0[part]) }))
     }
 
     #[inline(always)]

@@ -41,6 +41,12 @@ impl Lanes for Portable {
         Self(std::array::from_fn(|lane| self.0[lane] * other.0[lane]))
     }
 
+    #[cfg(target_arch = "aarch64")]
+    #[inline(always)]
+    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
+        Self(std::array::from_fn(|lane| a.0[lane].mul_add(b.0[lane], self.0[lane])))
+    }
+
     #[inline(always)]
     unsafe fn keep(self, count: usize) -> Self {
         Self(std::array::from_fn(|lane| if lane < count { self.0[lane] } else { 0.0 }))
