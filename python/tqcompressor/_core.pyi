@@ -50,6 +50,8 @@ __all__ = [
     "head_loss",
     "hidden_state_loss",
     "hub_id",
+    "instruction_set",
+    "instruction_sets",
     "least_parameters",
     "list_matrices",
     "macs",
@@ -98,6 +100,15 @@ _Moments = tuple[_Float32Array | None, _Float32Array | None]
 _Origin = tuple[str | PathLike[str], Sequence[str | PathLike[str]], bool]
 # `(stored name, name without the base prefix, shape, kind)`.
 _Weight = tuple[str, str, tuple[int, ...], str]
+
+def instruction_set() -> str:
+    """The instruction set that the kernels use: the best of `instruction_sets`, or what `TQCOMPRESSOR_ISA` names.
+
+    ConfigError if the variable has an unknown name, or that of one which this processor lacks.
+    """
+
+def instruction_sets() -> list[str]:
+    """Those that this processor has, the best last: "baseline", "avx2", "avx512", "neon"."""
 
 def foreign_text(head: bytes) -> str | None:
     """What the beginning of a file that should be UTF-8 shows in its place, with the way out; None if nothing."""

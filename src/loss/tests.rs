@@ -338,3 +338,28 @@ fn a_cancelled_loss_stops() {
     let error = distillation_loss(student, &batch(&values, &[1, 2], 5), &objective, Parallelism::Rayon, &progress);
     assert!(matches!(error, Err(Error::Cancelled)));
 }
+
+#[test]
+fn the_bits_are_the_same_on_every_instruction_set() {
+    use crate::numeric::simd::level::testing::on_each;
+    let vocabulary = 2311;
+    let (student, teacher) = (noise(2 * vocabulary, 1, 9.0), noise(2 * vocabulary, 2, 9.0));
+    let mut close = teacher.clone();
+    close.iter_mut().zip(&student).for_each(|(close, other)| *close += 1e-4 * other);
+    let halves = crate::testing::noise(2 * vocabulary, 3).into_iter().map(half::f16::from_f32).collect::<Vec<_>>();
+    for direction in [Direction::Forward, Direction::Reverse] {
+        let objective = Objective::new(2.0, 0.6, 0.4, direction).unwrap();
+        for student in [Values::F32(&student), Values::F32(&close)] {
+            for teacher in [Values::F32(&teacher), Values::F16(&halves)] {
+                let labels = [7, IGNORE];
+                let batch =
+                    Batch { student, teacher: Some(teacher), labels: Some(&labels), vocabulary, ignore_index: IGNORE };
+                let results = on_each(|| run(&batch, &objective));
+                for (set, (value, gradient)) in &results {
+                    assert_eq!(value.to_bits(), results[0].1.0.to_bits(), "{set:?} {direction:?}");
+                    assert!(gradient.iter().zip(&results[0].1.1).all(|(a, b)| a.to_bits() == b.to_bits()), "{set:?}");
+                }
+            }
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
+use super::simd::halves::{narrow_f16, widen_bf16, widen_f16};
 use crate::error::{Error, Result};
 
 /// Values converted at a time, so that buffers stay in the first-level cache.
@@ -58,11 +59,11 @@ impl Element for f16 {
     const FLOAT: Float = Float::F16;
 
     fn upcast(values: &[Self], out: &mut [f32]) {
-        values.convert_to_f32_slice(out);
+        widen_f16(values, out);
     }
 
     fn downcast(values: &[f32], out: &mut [Self]) {
-        out.convert_from_f32_slice(values);
+        narrow_f16(values, out);
     }
 }
 
@@ -70,9 +71,7 @@ impl Element for bf16 {
     const FLOAT: Float = Float::Bf16;
 
     fn upcast(values: &[Self], out: &mut [f32]) {
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = f32::from_bits(u32::from(value.to_bits()) << 16);
-        }
+        widen_bf16(values, out);
     }
 
     fn downcast(values: &[f32], out: &mut [Self]) {

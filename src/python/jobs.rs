@@ -1,4 +1,7 @@
 //! Long jobs run on their own threads without the GIL, while the calling thread handles signals and progress.
+//!
+//! A job, and not the import, fails for an instruction set that the processor lacks: the command line then prints the error
+//! as any other, and a program that does not use this package goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -9,6 +12,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use crate::error::Result;
+use crate::numeric::simd;
 use crate::progress::{Parallelism, Progress};
 use crate::runtime::ThreadPool;
 
@@ -55,6 +59,7 @@ pub(super) fn run_watched<T: Send>(
     report: impl Fn(Python<'_>, &Progress) -> PyResult<()>,
     job: impl FnOnce(&Progress) -> Result<T> + Send,
 ) -> PyResult<T> {
+    simd::check()?;
     let progress = Progress::default();
     // `detach` needs a `Sync` receiver, hence the mutex. Only this thread locks it.
     let (sender, receiver) = channel();
@@ -93,6 +98,7 @@ pub(super) fn run_detached<T: Send + 'static>(
     py: Python<'_>,
     job: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> PyResult<T> {
+    simd::check()?;
     let (sender, receiver) = channel();
     let receiver = Mutex::new(receiver);
     let work = move || {
@@ -115,6 +121,7 @@ fn no_thread(error: std::io::Error) -> PyErr {
 
 /// Runs a job that takes no longer than a few milliseconds on the calling thread, without the GIL.
 pub(super) fn run_here<T: Send>(py: Python<'_>, job: impl FnOnce(&Progress) -> Result<T> + Send) -> PyResult<T> {
+    simd::check()?;
     result_of(py.detach(|| catch_unwind(AssertUnwindSafe(|| job(&Progress::default())))))
 }
 

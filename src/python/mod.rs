@@ -9,6 +9,7 @@ mod jobs;
 mod kernels;
 mod losses;
 mod moments;
+mod processor;
 mod runtime;
 mod specs;
 mod terms;
@@ -33,5 +34,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     budget::register(module)?;
     checkpoint::register(module)?;
     losses::register(module)?;
+    processor::register(module)?;
     runtime::register(module)
 }

@@ -8,8 +8,11 @@ use crate::numeric::simd::{LANES, Weight, dispatched, dot};
 /// The most vectors of one call of [`dot`]: with more, the sums would not fit in registers.
 pub(super) const TOGETHER: usize = 4;
 
-/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for rows and `count` vectors of `length` values. Each product is added up in
-/// the same order whatever their numbers.
+/// The rows of one call of [`dot`]: two at a time read memory faster than one or four.
+pub(super) const ROWS: usize = 2;
+
+/// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for as many rows as there is room for, and `count` vectors, of `length` values.
+/// Each product is added up in the same order whatever their numbers. More rows and values may follow, as in [`dot`].
 pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
@@ -20,9 +23,9 @@ pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: u
         3 => each_group::<T, 3>(rows, length, x, out),
         4 => each_group::<T, 4>(rows, length, x, out),
         _ => {
-            for (row, out) in rows.chunks_exact(length).zip(out.chunks_exact_mut(count)) {
-                for (x, out) in x.chunks(TOGETHER * length).zip(out.chunks_mut(TOGETHER)) {
-                    dot_rows(row, length, x, out.len(), out);
+            for (n, out) in out.chunks_exact_mut(count).enumerate() {
+                for (part, out) in out.chunks_mut(TOGETHER).enumerate() {
+                    dot_rows(&rows[n * length..], length, &x[part * TOGETHER * length..], out.len(), out);
                 }
             }
         }
@@ -30,15 +33,15 @@ pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: u
 }
 
 fn each_group<T: Weight, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
-    // Two rows at a time read memory faster than one or four.
-    const N: usize = 2;
-    let (groups, places) = (rows.chunks_exact(N * length), out.chunks_exact_mut(N * R));
-    for (rows, out) in groups.zip(places) {
-        dot::<T, N, R>(rows, x, length, out);
+    let mut rows = rows;
+    let mut groups = out.chunks_exact_mut(ROWS * R);
+    for out in &mut groups {
+        dot::<T, ROWS, R>(rows, x, length, out);
+        rows = &rows[ROWS * length..];
     }
-    let done = rows.len() / (N * length) * N;
-    for (row, out) in rows[done * length..].chunks_exact(length).zip(out[done * R..].chunks_exact_mut(R)) {
-        dot::<T, 1, R>(row, x, length, out);
+    for out in groups.into_remainder().chunks_exact_mut(R) {
+        dot::<T, 1, R>(rows, x, length, out);
+        rows = &rows[length..];
     }
 }
 
@@ -210,6 +213,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::numeric::simd::level::testing::on_each;
     use crate::testing::noise;
 
     proptest! {
@@ -233,6 +237,41 @@ mod tests {
                     prop_assert!((f64::from(layer[i]) - exact).abs() < 1e-3 * exact.abs().max(1.0), "{} {exact}", layer[i]);
                 }
             }
+        }
+    }
+
+    type Change<'a> = &'a dyn Fn(&mut [f32]);
+
+    #[test]
+    fn the_bits_are_the_same_on_every_instruction_set() {
+        for length in [1, 15, 16, 63, 64, 200, 3072] {
+            let (x, weight, bias) = (noise(length, 1), noise(length, 2), noise(length, 3));
+            let rows = noise(5 * length, 4);
+            let results = on_each(|| {
+                let mut out = vec![vec![0.0; length]; 3];
+                layer_norm(&x, 1e-5, &weight, &bias, &mut out[0]);
+                rms_norm(&x, 1e-5, &weight, &mut out[1]);
+                weighted_sum(&mut out[2], &bias[..length.min(5)], &rows);
+                let changed: [Change<'_>; 6] = [
+                    &|values| gelu_tanh(values),
+                    &|values| silu(values),
+                    &|values| softmax(values, 3.0),
+                    &|values| add_scaled(values, 0.7, &weight),
+                    &|values| multiply(values, &weight),
+                    &|values| turn(&mut values[..length / 2 * 2], &weight[..length / 2], &bias[..length / 2]),
+                ];
+                out.extend(changed.map(|change| {
+                    let mut values = x.clone();
+                    change(&mut values);
+                    values
+                }));
+                let mut products = vec![0.0; 5 * 7];
+                dot_rows(&rows, length, &noise(7 * length, 5), 7, &mut products);
+                out.push(products);
+                let sum = sum_of_exponentials(&x, largest(&x));
+                (sum.to_bits(), out.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>())
+            });
+            assert!(results.iter().all(|(_, result)| *result == results[0].1), "{length}");
         }
     }
 }

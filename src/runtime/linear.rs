@@ -141,11 +141,19 @@ impl Linear {
     #[must_use]
     pub fn forward_by(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> Vec<f32> {
         assert_eq!(x.len(), count * self.rows, "count · rows values");
+        let all = self.parts.iter().flat_map(|part| &part.terms);
+        let low_rank: Vec<_> =
+            all.filter_map(|term| if let StoredTerm::LowRank(term) = term { Some(term) } else { None }).collect();
+        let mut low_rank = LowRank::times_together(&low_rank, x, count, pool).into_iter();
         let mut y = Vec::new();
         let mut first = 0;
         for Part { columns, terms } in &self.parts {
             for term in terms {
-                let (product, output) = term.times(x, count, strategy, pool);
+                let (product, output) = match term {
+                    StoredTerm::Dense(rows) => (rows.times(x, count, pool), Cow::Owned(Order::default())),
+                    StoredTerm::Kronecker(kronecker) => kronecker.times(x, count, strategy, pool),
+                    StoredTerm::LowRank(_) => low_rank.next().expect("a product of each"),
+                };
                 if y.is_empty() && *columns == self.columns {
                     y = output.gather(product, pool).into_owned();
                     continue;
@@ -266,21 +274,6 @@ impl Linear {
 }
 
 impl StoredTerm {
-    /// The product `(count, n)` with `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    fn times<'a>(
-        &'a self,
-        x: &[f32],
-        count: usize,
-        strategy: Strategy,
-        pool: &ThreadPool,
-    ) -> (Vec<f32>, Cow<'a, Order>) {
-        match self {
-            Self::Dense(rows) => (rows.times(x, count, pool), Cow::Owned(Order::default())),
-            Self::Kronecker(kronecker) => kronecker.times(x, count, strategy, pool),
-            Self::LowRank(low_rank) => low_rank.times(x, count, pool),
-        }
-    }
-
     /// Adds a column to `out`.
     fn add_column(&self, column: usize, out: &mut [f32]) {
         match self {

@@ -1,5 +1,6 @@
 //! Products of vectors with the rows of a stored matrix, on which every linear map is built.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor, WithDType};
@@ -7,19 +8,21 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::{bf16, f16};
 
-use super::kernels::{TOGETHER, dot_rows};
+use super::kernels::{ROWS, TOGETHER, dot_rows};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::numeric::Values;
 use crate::numeric::int8::scaled;
 use crate::numeric::memory::zeros;
-use crate::numeric::simd::Weight;
+use crate::numeric::simd::LANES;
 
 /// Up to this many vectors share one pass over the rows. More vectors are a packed matrix product.
 const FEW: usize = 2 * TOGETHER;
-/// Values of rows in one task.
-const TASK: usize = 1 << 16;
+/// Values of rows in one task: few microseconds, as long as one thread waits at the end for the others.
+const TASK: usize = 1 << 14;
+/// The most tasks of a thread in one product: a long list takes time, too.
+const TASKS: usize = 32;
 /// Rows of one matrix product.
 const PANEL: usize = 256;
 /// Products that are added up one by one; sums of these are added up. One long sum would lose twice as many digits, at
@@ -167,14 +170,19 @@ impl Rows {
 
     /// Calls `work` with the values.
     pub fn with<T>(&self, work: impl FnOnce(Stored<'_>) -> T) -> T {
-        let (storage, layout) = self.tensor.storage_and_layout();
-        let range = layout.start_offset()..layout.start_offset() + self.rows * self.length;
-        match (&*storage, &self.scales) {
-            (Storage::Cpu(CpuStorage::F32(values)), _) => work(Stored::Float(Values::F32(&values[range]))),
-            (Storage::Cpu(CpuStorage::F16(values)), _) => work(Stored::Float(Values::F16(&values[range]))),
-            (Storage::Cpu(CpuStorage::BF16(values)), _) => work(Stored::Float(Values::Bf16(&values[range]))),
+        work(self.stored(&self.tensor.storage_and_layout().0))
+    }
+
+    /// The values in the tensor's storage.
+    fn stored<'a>(&'a self, storage: &'a Storage) -> Stored<'a> {
+        let first = self.tensor.layout().start_offset();
+        let range = first..first + self.rows * self.length;
+        match (storage, &self.scales) {
+            (Storage::Cpu(CpuStorage::F32(values)), _) => Stored::Float(Values::F32(&values[range])),
+            (Storage::Cpu(CpuStorage::F16(values)), _) => Stored::Float(Values::F16(&values[range])),
+            (Storage::Cpu(CpuStorage::BF16(values)), _) => Stored::Float(Values::Bf16(&values[range])),
             (Storage::Cpu(CpuStorage::U8(values)), Some(scales)) => {
-                work(Stored::Int8(bytemuck::cast_slice(&values[range]), scales))
+                Stored::Int8(bytemuck::cast_slice(&values[range]), scales)
             }
             _ => unreachable!("checked when it was made"),
         }
@@ -215,50 +223,85 @@ impl Rows {
     /// # Cost
     /// Few vectors read the rows once, as fast as memory gives them; many are a matrix product.
     pub fn times(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
-        debug_assert_eq!(x.len(), count * self.length);
+        times_together(&[(self, x)], count, pool).pop().expect("one product")
+    }
+
+    /// As [`times`](Self::times) of many vectors.
+    fn times_many(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
         let mut y = vec![0.0; count * self.rows];
-        if y.is_empty() {
-            return y;
-        }
-        self.with(|values| match count {
-            1 => few(values, self.length, x, 1, &mut y, pool),
-            2..=FEW => {
-                let mut columns = vec![0.0; y.len()];
-                few(values, self.length, x, count, &mut columns, pool);
-                for (t, y) in y.chunks_exact_mut(self.rows).enumerate() {
-                    y.iter_mut().zip(columns.chunks_exact(count)).for_each(|(y, column)| *y = column[t]);
-                }
-            }
-            _ => {
+        if !y.is_empty() {
+            self.with(|values| {
                 product_by_panels(x, self.length, count, &mut y, pool, |rows, multiply| {
                     multiply(values.rows(rows, self.length, &mut Vec::new()));
                 });
-            }
-        });
+            });
+        }
         y
     }
 }
 
-/// As [`Rows::times`] of few vectors, but `out` is `(rows, count)`.
-fn few(rows: Stored<'_>, length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
-    fn of_dtype<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32], pool: &ThreadPool) {
-        let at_a_time = (TASK / length.max(1)).next_multiple_of(TOGETHER);
-        pool.for_each(out.chunks_mut(at_a_time * count).enumerate(), |(task, out)| {
-            let first = task * at_a_time;
-            dot_rows(&rows[first * length..][..out.len() / count * length], length, x, count, out);
-        });
+/// Each of several matrices times its vectors, as [`Rows::times`]. Few vectors are one step of all threads, who wait for one
+/// another once.
+pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &ThreadPool) -> Vec<Vec<f32>> {
+    debug_assert!(products.iter().all(|(rows, x)| x.len() == count * rows.length));
+    if count > FEW {
+        return products.iter().map(|(rows, x)| rows.times_many(x, count, pool)).collect();
     }
+    // Each `(rows, count)`.
+    let mut columns: Vec<_> = products.iter().map(|(rows, _)| vec![0.0; rows.rows * count]).collect();
+    let storages: Vec<_> = products.iter().map(|(rows, _)| rows.tensor.storage_and_layout().0).collect();
+    let padded: Vec<_> = products.iter().map(|(rows, x)| padded(x, rows.length)).collect();
+    let mut tasks = Vec::new();
+    for (((rows, _), x), (storage, out)) in products.iter().zip(&padded).zip(storages.iter().zip(&mut columns)) {
+        let stored = rows.stored(storage);
+        if count > 0 && rows.rows > 0 {
+            let at_a_time = rows_of_task(rows.rows, rows.length, pool.threads());
+            let pieces = out.chunks_mut(at_a_time * count).enumerate();
+            tasks.extend(pieces.map(|(piece, out)| (stored, rows.length, piece * at_a_time, &**x, out)));
+        }
+    }
+    pool.for_each(tasks.into_iter(), |(stored, length, first, x, out)| few(stored, length, first, x, count, out));
+    if count < 2 {
+        return columns;
+    }
+    let transposed = columns.iter().map(|columns| {
+        let mut y = vec![0.0; columns.len()];
+        for (t, y) in y.chunks_exact_mut((columns.len() / count).max(1)).enumerate() {
+            y.iter_mut().zip(columns.chunks_exact(count)).for_each(|(y, column)| *y = column[t]);
+        }
+        y
+    });
+    transposed.collect()
+}
+
+/// Vectors with what may be read beyond the last one.
+fn padded(x: &[f32], length: usize) -> Cow<'_, [f32]> {
+    match length % LANES {
+        0 => x.into(),
+        _ => x.iter().copied().chain([0.0; LANES]).collect::<Vec<_>>().into(),
+    }
+}
+
+/// The products of some rows from `first` on, `(rows, count)`.
+fn few(rows: Stored<'_>, length: usize, first: usize, x: &[f32], count: usize, out: &mut [f32]) {
     match rows {
-        Stored::Float(Values::F32(rows)) => of_dtype(rows, length, x, count, out, pool),
-        Stored::Float(Values::F16(rows)) => of_dtype(rows, length, x, count, out, pool),
-        Stored::Float(Values::Bf16(rows)) => of_dtype(rows, length, x, count, out, pool),
+        Stored::Float(Values::F32(rows)) => dot_rows(&rows[first * length..], length, x, count, out),
+        Stored::Float(Values::F16(rows)) => dot_rows(&rows[first * length..], length, x, count, out),
+        Stored::Float(Values::Bf16(rows)) => dot_rows(&rows[first * length..], length, x, count, out),
         Stored::Int8(codes, scales) => {
-            of_dtype(codes, length, x, count, out, pool);
-            for (out, &scale) in out.chunks_exact_mut(count).zip(scales) {
+            dot_rows(&codes[first * length..], length, x, count, out);
+            for (out, &scale) in out.chunks_exact_mut(count).zip(&scales[first..]) {
                 out.iter_mut().for_each(|out| *out *= scale);
             }
         }
     }
+}
+
+/// How many of the rows make a task: as many in each, and as many tasks for each thread.
+fn rows_of_task(rows: usize, length: usize, threads: usize) -> usize {
+    let tasks = (rows * length).div_ceil(TASK);
+    let tasks = if tasks > 1 { tasks.next_multiple_of(threads).min(TASKS * threads) } else { 1 };
+    rows.div_ceil(tasks).next_multiple_of(ROWS)
 }
 
 /// Moves matrices into one buffer, in the order in which they are read. Most matrices alone are too small for huge

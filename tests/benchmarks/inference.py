@@ -1,5 +1,7 @@
 """Decode and prefill of GPT-2 small, dense, compressed and of 6 layers: native, int8, torch, torch.compile; layers.
 
+"compressed" is the recipe `tq-81m`, "65% budget" is compressed to 0.65 of all parameters without a calibration.
+
 Weights are random (`GPT2Config()`, seed 0, float32 unless `--dtype` says float16): times and memory are real, texts
 mean nothing. Decode is greedy, batch 1, timed from the second new token on; prefill reads a text and takes the logits
 of its last token. "native int8" quantizes the same weights on loading. torch runs a bare loop, which is quicker than
@@ -12,6 +14,9 @@ over that of the sum. Layers are timed within one process, medians of turns; a s
 llama.cpp, by the package llama-cpp-python, runs the dense models in float16 and Q8_0, whatever the dtype of the
 checkpoint; an engine whose package is missing is left out. Build it for the machine that it runs on:
 `pip install llama-cpp-python --no-binary llama-cpp-python`.
+
+`--isa` runs the native engines with each of the named instruction sets (`TQCOMPRESSOR_ISA`), which must generate the
+same tokens. `--dtype` may name both dtypes; then the models are told apart by it.
 
 `--checkpoint DIR` runs given checkpoints in place of these, of any family that the native runtime has, and no layers.
 They also score `--score` random tokens, all in one window, as a perplexity does. "torch as stored" computes in the
@@ -34,13 +39,16 @@ import inference_layers
 from measuring import ROOT, fresh_process
 from whole_checkpoint import COMPRESS, MAKE, headers, weights_size
 
-MODELS = ("dense", "compressed", "6 layers")
+MODELS = ("dense", "compressed", "65% budget", "6 layers")
+COMPRESSED = {"compressed": ["--recipe", "tq-81m"], "65% budget": ["--budget", "0.65"]}
 ENGINES = tuple(inference_engines.ENGINES)
 DEFAULT_ENGINES = [name for name in ENGINES if name != "torch as stored"]
 FLOATS = ("F32", "F16", "BF16")
 # Bytes of a weight, where they are not those of the checkpoint.
 WIDTHS = {"native int8": 1, "llama.cpp Q8_0": 1, "llama.cpp float16": 2}
 TIMES = ("decode seconds", "prefill seconds", "score seconds")
+# Between an engine and its instruction set.
+AT = " at "
 Measured = dict[str, Any]
 
 
@@ -59,7 +67,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", nargs="*", choices=list(inference_layers.LAYERS), default=list(inference_layers.LAYERS)
     )
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
+    parser.add_argument(
+        "--dtype", nargs="*", choices=["float32", "float16"], default=["float32"], help="of the stored weights"
+    )
+    parser.add_argument("--isa", nargs="*", metavar="NAME", default=[], help="instruction sets of the native engines")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument(
         "--compile-limit", type=int, default=300, metavar="SECONDS", help="for a compiled model's process"
@@ -70,27 +81,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[dict]:
     lengths = {"prompt": 8, "new": options.new_tokens, "prefill": 32 if options.quick else 512}
     lengths["score"] = options.score if options.checkpoint else 0
-    wanted = options.checkpoint or options.models
+    engines = [name for engine in installed(options.engines) for name in with_isa(engine, options.isa)]
     with tempfile.TemporaryDirectory() as folder:
         # What is compiled is kept from one process to the next, but not beyond this run, unless the caller says where.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         models = {name: Path(name) for name in options.checkpoint}
-        models = models or make_models(Path(folder), options.models, options.dtype, options.quick)
-        engines, ggufs = [], {}
-        for engine in options.engines:
-            if (package := inference_engines.missing(engine)) is None:
-                engines.append(engine)
-            else:
-                print(f"{engine}: left out, as the package {package} is not installed", file=sys.stderr)
-        if any(engine.startswith("llama.cpp") for engine in engines):
-            ggufs = make_ggufs(Path(folder), models)
+        models = models or {
+            name: path
+            for dtype in options.dtype
+            for name, path in make_models(Path(folder), options.models, dtype, options.quick, options.dtype).items()
+        }
+        ggufs = make_ggufs(Path(folder), models) if any(name.startswith("llama.cpp") for name in engines) else {}
         limits: list[dict[str, float]] = []
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
             limits.append(
                 child(inference_layers, {"bandwidth": options.threads, "quick": options.quick}, options.threads)
             )
-            for model in wanted:
+            for model in models:
                 for engine in engines:
                     of_llama_cpp = engine.startswith("llama.cpp")
                     if of_llama_cpp and model not in ggufs:
@@ -98,14 +106,16 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                     earlier = runs.setdefault((model, engine), [])
                     if any("failed" in result for result in earlier):
                         continue
+                    plain, _, isa = engine.partition(AT)
                     task = {
-                        "engine": engine,
+                        "engine": plain,
                         "folder": str((ggufs if of_llama_cpp else models)[model]),
                         "threads": options.threads,
                         "lengths": lengths,
                     }
                     task |= {"passes": options.passes, "compile_limit": options.compile_limit}
-                    earlier.append(child(inference_engines, task, options.threads))
+                    variables = {"TQCOMPRESSOR_ISA": isa} if isa else {}
+                    earlier.append(child(inference_engines, task, options.threads, variables))
                     # At once, as the best of all is known only in the end.
                     shown = {name: value for name, value in earlier[-1].items() if name != "generated"}
                     print(f"{model}, {engine}: {json.dumps(shown)}", file=sys.stderr, flush=True)
@@ -113,9 +123,14 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         for name, bytes_per_second in bandwidth.items():
             yield {"bandwidth": name, "threads": options.threads, "GB/s": bytes_per_second / 1e9}
         best = {key: best_of(results) for key, results in runs.items()}
+        for model in models:
+            for plain in ("native", "native int8"):
+                sets = with_isa(plain, options.isa)
+                if together := [result for engine in sets for result in runs.get((model, engine), [])]:
+                    best_of(together)
         for (model, engine), result in best.items():
             yield row(model, engine, result, models[model], lengths["prefill"], bandwidth)
-        yield from ratios(best, wanted)
+        yield from ratios(best, list(models), engines)
     if options.layers and not options.checkpoint:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
         task |= {"threads": options.threads}
@@ -123,16 +138,42 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
         yield from native_layers(task)
 
 
-def make_models(folder: Path, wanted: Sequence[str], dtype: str, quick: bool) -> dict[str, Path]:
+def installed(engines: Sequence[str]) -> Iterator[str]:
+    """The engines whose package is there."""
+    for engine in engines:
+        if (package := inference_engines.missing(engine)) is None:
+            yield engine
+        else:
+            print(f"{engine}: left out, as the package {package} is not installed", file=sys.stderr)
+
+
+def with_isa(engine: str, instruction_sets: Sequence[str]) -> list[str]:
+    """The engine with each instruction set: "native at avx2"."""
+    return [f"{engine}{AT}{isa}" for isa in instruction_sets if engine.startswith("native")] or [engine]
+
+
+def int8_of(engine: str) -> str:
+    """The engine with eight-bit weights, of one without."""
+    return engine.replace("native", "native int8")
+
+
+def make_models(
+    folder: Path, wanted: Sequence[str], dtype: str, quick: bool, dtypes: Sequence[str] = ("float32",)
+) -> dict[str, Path]:
     width, layers, vocabulary = (96, 2, 512) if quick else (768, 12, 50257)
     depths = {"dense": layers, "6 layers": layers // 2}
-    models = {name: folder / name for name in MODELS}
-    for name in depths.keys() & {"dense" if name == "compressed" else name for name in wanted}:
-        fresh_process(["-c", MAKE, str(models[name]), str(width), str(depths[name]), str(vocabulary), dtype])
-    if "compressed" in wanted:
-        arguments = ["--recipe", "tq-81m", "--effort", "fast", "--out", str(models["compressed"]), "--json"]
-        fresh_process(["-c", COMPRESS, "compress", str(models["dense"]), *arguments])
-    return models
+    paths = {name: folder / f"{name} {dtype}" for name in MODELS}
+    for name in depths.keys() & {"dense" if name in COMPRESSED else name for name in wanted}:
+        fresh_process(["-c", MAKE, str(paths[name]), str(width), str(depths[name]), str(vocabulary), dtype])
+    for name in COMPRESSED.keys() & set(wanted):
+        arguments = [*COMPRESSED[name], "--effort", "fast", "--out", str(paths[name]), "--json"]
+        fresh_process(["-c", COMPRESS, "compress", str(paths["dense"]), *arguments])
+    return {named(name, dtype, dtypes): paths[name] for name in wanted}
+
+
+def named(model: str, dtype: str, dtypes: Sequence[str]) -> str:
+    """The model's name in the tables, with the dtype if there are several."""
+    return f"{model}, {dtype}" if len(dtypes) > 1 else model
 
 
 def make_ggufs(folder: Path, models: Mapping[str, Path]) -> dict[str, Path]:
@@ -149,9 +190,9 @@ def make_ggufs(folder: Path, models: Mapping[str, Path]) -> dict[str, Path]:
     return made
 
 
-def child(module: Any, task: Mapping[str, Any], threads: int) -> Any:
+def child(module: Any, task: Mapping[str, Any], threads: int, variables: Mapping[str, str] | None = None) -> Any:
     """What the last line says that the module prints when it is run with the task."""
-    return json.loads(fresh_process([module.__file__, json.dumps(task)], threads)[2].splitlines()[-1])
+    return json.loads(fresh_process([module.__file__, json.dumps(task)], threads, variables)[2].splitlines()[-1])
 
 
 def native_layers(task: Mapping[str, Any]) -> Any:
@@ -160,7 +201,7 @@ def native_layers(task: Mapping[str, Any]) -> Any:
 
 
 def best_of(results: list[Measured]) -> Measured:
-    """The least times and the largest peaks of all processes, or the failure of one."""
+    """The least times and the largest peaks of all processes, or the failure of one. They must generate the same."""
     failed = [result for result in results if "failed" in result]
     if failed:
         return failed[0]
@@ -194,7 +235,7 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
     head = {"model": model, "engine": engine}
     if "failed" in result:
         return head | {"failed": result["failed"]}
-    bytes_per_second = weights_read(folder, WIDTHS.get(engine)) / result["decode seconds"]
+    bytes_per_second = weights_read(folder, WIDTHS.get(engine.partition(AT)[0])) / result["decode seconds"]
     scored = {}
     if "score seconds" in result:
         scored = {"score seconds": result["score seconds"], "nats/token": -result["log-likelihood"]}
@@ -216,15 +257,39 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
     )
 
 
-def ratios(best: Mapping[tuple[str, str], Measured], models: Sequence[str] = MODELS) -> Iterator[dict]:
-    """Tokens/s of the compressed model over others' in one engine, and of the native runtime over other engines'."""
-    pairs = [(("compressed", engine), (other, engine)) for other in ("dense", "6 layers") for engine in ENGINES]
-    torch = [other for other in ENGINES if other.startswith("torch")]
-    pairs += [((model, "native"), (model, other)) for other in torch for model in models]
-    pairs += [((model, "native int8"), (model, "native")) for model in models]
+def ratios(
+    best: Mapping[tuple[str, str], Measured], models: Sequence[str] = MODELS, engines: Sequence[str] = ENGINES
+) -> Iterator[dict]:
+    """Tokens/s of one model or engine over those of another.
+
+    Of compressed models over the others in one engine, of float16 over float32, of the native runtime over torch's, of
+    eight-bit weights over those that are stored, and of the first instruction set over the others.
+    """
+    several = [dtype for dtype in ("float32", "float16") if any(model.endswith(f", {dtype}") for model in models)]
+    pairs = [
+        ((named(ours, dtype, several), engine), (named(theirs, dtype, several), engine))
+        for dtype in several or [""]
+        for ours in COMPRESSED
+        for theirs in ("dense", "6 layers")
+        for engine in engines
+    ]
+    pairs += [((f"{model}, float16", engine), (f"{model}, float32", engine)) for model in MODELS for engine in engines]
+    torch = [other for other in engines if other.startswith("torch")]
+    native = [other for other in engines if other.partition(AT)[0] == "native"]
+    pairs += [((model, engine), (model, other)) for other in torch for engine in native for model in models]
+    pairs += [((model, int8_of(engine)), (model, engine)) for engine in native for model in models]
+    for engine in ("native", "native int8"):
+        first, *others = [other for other in engines if other.startswith(f"{engine}{AT}")] or [engine]
+        pairs += [((model, first), (model, other)) for other in others for model in models]
     # A compressed model against the dense one that llama.cpp has.
     peers = {"native": "llama.cpp float16", "native int8": "llama.cpp Q8_0"}
-    pairs += [((model, our), (other, peer)) for our, peer in peers.items() for other in models for model in models]
+    pairs += [
+        ((model, engine), (other, peers[engine.partition(AT)[0]]))
+        for engine in engines
+        if engine.partition(AT)[0] in peers
+        for other in models
+        for model in models
+    ]
     for ours, theirs in pairs:
         if all(key in best and "failed" not in best[key] for key in (ours, theirs)):
             times = {name: best[theirs][name] / best[ours][name] for name in TIMES if name in best[ours]}

@@ -19,8 +19,11 @@ THREAD_VARIABLES = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREAD
 
 
 def machine() -> dict[str, str]:
-    """Processor, cores, Python, versions of the peers, and the commit."""
-    facts = {"processor": processor(), "cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()}
+    """Processor, what the kernels use of it, cores, Python, versions of the peers, and the commit."""
+    from tqcompressor import _core
+
+    facts = {"processor": processor(), "instruction set": _core.instruction_set()}
+    facts |= {"cores": str(len(os.sched_getaffinity(0))), "python": platform.python_version()}
     for name in PEERS:
         try:
             facts[name] = importlib.metadata.version(name)
@@ -51,9 +54,11 @@ def interleaved_medians(methods: Mapping[str, Callable[[], object]], repeats: in
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def fresh_process(arguments: Sequence[str], threads: int | None = None) -> tuple[float, float, str]:
+def fresh_process(
+    arguments: Sequence[str], threads: int | None = None, variables: Mapping[str, str] | None = None
+) -> tuple[float, float, str]:
     """Runs `python ARGUMENTS` and returns its wall-clock seconds, peak resident MB and standard output."""
-    environment = os.environ | SILENCE
+    environment = os.environ | SILENCE | (variables or {})
     if threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
     start = time.perf_counter()

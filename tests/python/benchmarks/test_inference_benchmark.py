@@ -166,6 +166,25 @@ def test_ratios_are_of_speeds_and_leave_failures_out(benchmark):
     ]
 
 
+def test_instruction_sets_and_dtypes_are_compared_with_their_own(benchmark):
+    inference = benchmark("inference")
+    engines = [*inference.with_isa("native", ["avx2", "baseline"]), *inference.with_isa("torch eager", ["avx2"])]
+    assert engines == ["native at avx2", "native at baseline", "torch eager"]
+    assert inference.with_isa("native int8", []) == ["native int8"]
+    models = ["dense, float32", "65% budget, float32", "dense, float16"]
+    speeds = {"native at avx2": 4.0, "native at baseline": 1.0, "torch eager": 2.0}
+    best = {
+        (model, engine): measured(1 / (speed * factor), 1.0)
+        for model, factor in zip(models, (1.0, 3.0, 5.0), strict=True)
+        for engine, speed in speeds.items()
+    }
+    rows = {(row["tokens/s of"], row["over"]): row["decode"] for row in inference.ratios(best, models, engines)}
+    assert rows["65% budget, float32, native at avx2", "dense, float32, native at avx2"] == pytest.approx(3)
+    assert rows["dense, float16, native at avx2", "dense, float32, native at avx2"] == pytest.approx(5)
+    assert rows["dense, float16, native at avx2", "dense, float16, native at baseline"] == pytest.approx(4)
+    assert rows["dense, float32, native at baseline", "dense, float32, torch eager"] == pytest.approx(0.5)
+
+
 def test_layers_and_bandwidth_are_measured(benchmark):
     layers = benchmark("inference_layers")
     rows = list(layers.measure_layers(list(layers.LAYERS), 1, torch.get_num_threads(), True))
