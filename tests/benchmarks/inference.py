@@ -5,7 +5,7 @@
 Weights are random (`GPT2Config()`, seed 0, float32 unless `--dtype` says float16): times and memory are real, texts
 mean nothing. Decode is greedy, batch 1, timed from the second new token on; prefill reads a text and takes the logits
 of its last token. "native int8" quantizes the same weights on loading. torch runs a bare loop, which is quicker than
-transformers' `generate`. Each engine and model gets a fresh process, in turns over repetitions; times are the best,
+transformers' `generate`. Each engine and model gets a fresh process, in turns over repetitions; times are the medians,
 memory is the largest peak beyond the process before loading. The bandwidth limit is that of numpy's sum or copy,
 whichever moves more; `of limit` is the bytes of weights that a token needs, times tokens/s, over it, `of read` the same
 over that of the sum. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
@@ -26,6 +26,7 @@ dtype of the weights.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -116,21 +117,21 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                     task |= {"passes": options.passes, "compile_limit": options.compile_limit}
                     variables = {"TQCOMPRESSOR_ISA": isa} if isa else {}
                     earlier.append(child(inference_engines, task, options.threads, variables))
-                    # At once, as the best of all is known only in the end.
+                    # At once, as the medians are known only in the end.
                     shown = {name: value for name, value in earlier[-1].items() if name != "generated"}
                     print(f"{model}, {engine}: {json.dumps(shown)}", file=sys.stderr, flush=True)
         bandwidth = {name: max(limit[name] for limit in limits) for name in limits[0]}
         for name, bytes_per_second in bandwidth.items():
             yield {"bandwidth": name, "threads": options.threads, "GB/s": bytes_per_second / 1e9}
-        best = {key: best_of(results) for key, results in runs.items()}
+        summaries = {key: summary_of(results) for key, results in runs.items()}
         for model in models:
             for plain in ("native", "native int8"):
                 sets = with_isa(plain, options.isa)
                 if together := [result for engine in sets for result in runs.get((model, engine), [])]:
-                    best_of(together)
-        for (model, engine), result in best.items():
+                    summary_of(together)
+        for (model, engine), result in summaries.items():
             yield row(model, engine, result, models[model], lengths["prefill"], bandwidth)
-        yield from ratios(best, list(models), engines)
+        yield from ratios(summaries, list(models), engines)
     if options.layers and not options.checkpoint:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
         task |= {"threads": options.threads}
@@ -200,8 +201,8 @@ def native_layers(task: Mapping[str, Any]) -> Any:
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def best_of(results: list[Measured]) -> Measured:
-    """The least times and the largest peaks of all processes, or the failure of one. They must generate the same."""
+def summary_of(results: list[Measured]) -> Measured:
+    """The median times and the largest peaks of all processes, or the failure of one. They must generate the same."""
     failed = [result for result in results if "failed" in result]
     if failed:
         return failed[0]
@@ -209,9 +210,9 @@ def best_of(results: list[Measured]) -> Measured:
         raise SystemExit("the generated tokens differ from run to run")
     worst = ("decode MB", "prefill MB", "first calls seconds")
     times = [name for name in TIMES if name in results[0]]
-    best = {name: min(result[name] for result in results) for name in times}
-    best |= {name: results[0][name] for name in ("log-likelihood",) if name in results[0]}
-    return best | {name: max(result[name] for result in results) for name in worst}
+    summary = {name: statistics.median(result[name] for result in results) for name in times}
+    summary |= {name: results[0][name] for name in ("log-likelihood",) if name in results[0]}
+    return summary | {name: max(result[name] for result in results) for name in worst}
 
 
 def weights_read(folder: Path, width: int | None = None) -> int:
@@ -258,7 +259,7 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
 
 
 def ratios(
-    best: Mapping[tuple[str, str], Measured], models: Sequence[str] = MODELS, engines: Sequence[str] = ENGINES
+    summaries: Mapping[tuple[str, str], Measured], models: Sequence[str] = MODELS, engines: Sequence[str] = ENGINES
 ) -> Iterator[dict]:
     """Tokens/s of one model or engine over those of another.
 
@@ -291,8 +292,8 @@ def ratios(
         for model in models
     ]
     for ours, theirs in pairs:
-        if all(key in best and "failed" not in best[key] for key in (ours, theirs)):
-            times = {name: best[theirs][name] / best[ours][name] for name in TIMES if name in best[ours]}
+        if all(key in summaries and "failed" not in summaries[key] for key in (ours, theirs)):
+            times = {name: summaries[theirs][name] / summaries[ours][name] for name in TIMES if name in summaries[ours]}
             yield {
                 "tokens/s of": ", ".join(ours),
                 "over": ", ".join(theirs),
