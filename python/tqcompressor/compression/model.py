@@ -108,12 +108,12 @@ def compress(
         refine: Whether the factors are trained afterwards, one transformer block after the other, to give the outputs
             of the dense block from the inputs that reach the block in the compressed model: in the norm of the
             gradients at the outputs if there is a calibration. The block's biases and the gains of its norms are
-            trained with them. Nothing else changes, and a block that gets worse on an
-            eighth of the batches is trained again with a smaller learning rate, or put back. True reads `text`; or
-            batches or `TokenBlocks`, as for `calibrate`, or `(tokenizer, text)`. It needs no labels, and helps a model
-            whose errors add up from block to block. With half of the blocks' parameters, SmolLM2-135M has a perplexity
-            of 49.5 instead of 73.4, MiniLM a cosine of 0.846 instead of 0.836, and the GPT-2 of `tests/data` 74.2
-            with and without it. Lost energies in the report are those of before.
+            trained with them. Nothing else changes, and a block that gets worse on an eighth of the batches is trained
+            again with a smaller learning rate, or put back. True reads `text`; or batches or `TokenBlocks`, as for
+            `calibrate`, or `(tokenizer, text)`. It needs no labels, and helps a model whose errors add up from block
+            to block. With half of the blocks' parameters, SmolLM2-135M has a perplexity of 49.5 instead of 73.4, MiniLM
+            a cosine of 0.846 instead of 0.836, and the GPT-2 of `tests/data` 74.2 with and without it. Lost
+            energies in the report are those of before.
         refine_epochs: How often `refine` reads its text.
         matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
         max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while

@@ -14,6 +14,7 @@ import torch
 from .. import _core
 from ..errors import ConfigError, DtypeError, ShapeError
 from ..utils.operators import operator
+from ..utils.torch_utils import contiguous_array
 from ._arrays import LossWeights, check_rows, check_shape, check_tokens_shape
 from ._torch_reference import (
     array,
@@ -235,7 +236,7 @@ def _logits(
     if for_rust(student, teacher):
         values, dtype, place = _student_arrays(out, student)
         compared = (None, "") if teacher is None else array(teacher)
-        targets = None if labels is None else labels.contiguous().numpy()
+        targets = contiguous_array(labels)
         arguments = (values, dtype, place, *compared, targets, *weights, None, thread_count(threads))
         return student.new_tensor(_core.distillation_loss(*arguments), dtype=torch.float32)
     counted = counted_rows(student, labels, weights.ignore_index)
@@ -259,10 +260,9 @@ def _topk(
 ) -> torch.Tensor:
     if for_rust(student, probabilities):
         values, dtype, place = _student_arrays(out, student)
-        named = (tokens.contiguous().numpy(), probabilities.contiguous().numpy())
-        targets = None if labels is None else labels.contiguous().numpy()
+        named = [contiguous_array(tensor) for tensor in (tokens, probabilities, labels)]
         numbers = (weights.temperature, weights.divergence, weights.cross_entropy, weights.ignore_index)
-        arguments = (values, dtype, place, *named, targets, *numbers, thread_count(threads))
+        arguments = (values, dtype, place, *named, *numbers, thread_count(threads))
         return student.new_tensor(_core.topk_distillation_loss(*arguments), dtype=torch.float32)
     counted = counted_rows(student, labels, weights.ignore_index)
     check_soft_labels(student.shape[-1], tokens, probabilities, counted)
@@ -386,9 +386,8 @@ def _hidden_state_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if for_rust(student, teacher):
         out = _place(student, gradient)
-        flags = None if mask is None else mask.contiguous().numpy()
         values, dtype, place = _student_arrays(out, student)
-        arguments = (values, dtype, place, *array(teacher), flags, kind, thread_count(threads))
+        arguments = (values, dtype, place, *array(teacher), contiguous_array(mask), kind, thread_count(threads))
         value = _core.hidden_state_loss(*arguments)
         return student.new_tensor(value, dtype=torch.float32), _or_empty(out, student)
     counted = torch.ones_like(student[:, 0], dtype=torch.bool) if mask is None else mask
@@ -489,7 +488,7 @@ def _head_loss_on_cpu(
             teacher_logits = torch.mm(
                 teacher_parts[0][chunk], teacher_parts[1].T, out=buffers[1][: chunk.stop - first]
             ).numpy()
-        targets = None if labels is None else labels[chunk].contiguous().numpy()
+        targets = None if labels is None else contiguous_array(labels[chunk])
         part = (first, 1 / max(counted, 1))
         values = logits.numpy()
         place = values if gradient else None

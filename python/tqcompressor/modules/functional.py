@@ -8,7 +8,7 @@ import torch
 
 from .. import _core
 from ..utils.operators import operator
-from ..utils.torch_utils import without_autocast
+from ..utils.torch_utils import contiguous_array, without_autocast
 from .base import gathered, inverse
 
 
@@ -157,9 +157,8 @@ def _gradients_in_rust(
     rows: torch.Tensor | None,
     columns: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    arrays = [tensor.contiguous().numpy() for tensor in (gradient, a, b)]
-    orders = [None if order is None else order.contiguous().numpy() for order in (rows, columns)]
-    by_a, by_b = _core.expand_gradients(arrays[0], arrays[1], arrays[2], orders[0], orders[1], torch.get_num_threads())
+    arguments = (*(contiguous_array(tensor) for tensor in (gradient, a, b, rows, columns)), torch.get_num_threads())
+    by_a, by_b = _core.expand_gradients(*arguments)
     return torch.from_numpy(by_a), torch.from_numpy(by_b)
 
 
@@ -176,9 +175,8 @@ def _fake_matrix(
     _keep_factors,
 )
 def _in_rust(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None) -> torch.Tensor:
-    factors = (a.detach().contiguous().numpy(), b.detach().contiguous().numpy())
-    of_rows, of_columns = (None if order is None else order.contiguous().numpy() for order in (rows, columns))
-    return torch.from_numpy(_core.expand(*factors, of_rows, of_columns, torch.get_num_threads()))
+    arguments = (*(contiguous_array(tensor) for tensor in (a, b, rows, columns)), torch.get_num_threads())
+    return torch.from_numpy(_core.expand(*arguments))
 
 
 def low_rank_matmul(

@@ -46,6 +46,11 @@ def as_array(value: Any, name: str) -> NDArray[Any]:
     return array
 
 
+def contiguous_array(tensor: torch.Tensor | None) -> Any:
+    """A tensor on the CPU as a contiguous array, which shares its memory if it is contiguous; None for None."""
+    return None if tensor is None else tensor.detach().contiguous().numpy()
+
+
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
     """Evaluation mode (no dropout) within the block; afterwards every module has its mode from before."""
