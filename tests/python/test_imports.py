@@ -41,7 +41,7 @@ PYTHON = {
     "evaluate": "errors utils data",
     "decomposition": "errors _core utils config",
     "modules": "errors _core utils config",
-    "models": "errors _core config modules",
+    "models": "errors _core utils config modules",
     "calibration": "errors _core utils config data models",
     "native": "errors _core utils data evaluate calibration",
     "compression": "errors _core utils config data decomposition modules models calibration native",

@@ -20,6 +20,7 @@ from ..utils.atomic_io import sole_run
 from ..utils.engines import is_native
 from ..utils.hub import StrPath
 from ..utils.progress import ProgressOption
+from ..utils.torch_utils import torch_threads
 from ..utils.utf8 import read_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -97,7 +98,6 @@ def calibrate_checkpoint(
             )
         return NativeModel.from_pretrained(source, threads=threads).calibrate(text, **options)
     try:
-        import torch
         from transformers import AutoTokenizer
 
         from ..calibration.calibrate import calibrate
@@ -105,16 +105,11 @@ def calibrate_checkpoint(
     except ImportError as error:
         raise MissingDependencyError(f'engine torch needs {error.name}: pip install "tqcompressor[hf]"') from error
     check_files(source)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with torch_threads(threads):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = load_pretrained(source, dtype=dtype)
         model.to(device)
         return calibrate(model, tokenizer, text, sensitivity=sensitivity, samples=samples, partial=partial, **options)
-    finally:
-        # The number is the whole process's.
-        torch.set_num_threads(before)
 
 
 def measure_and_save(source: StrPath, text: TextOption, out: StrPath | None, **options: Any) -> Calibration:

@@ -22,6 +22,7 @@ from ..modules.dense_weight import Lookup
 from ..modules.fused import FusedLinear
 from ..modules.grouped import GroupedEmbedding
 from ..modules.low_rank import LowRankEmbedding, LowRankLinear
+from ..utils.torch_utils import each_alone
 from .matrices import bare_name, compressed_modules
 from .ties import ties
 
@@ -38,12 +39,12 @@ def balanced(model: PreTrainedModel, moments: MomentsOf, *, within: str = "") ->
     If the block raises, the modules have the values from before it. Low-rank terms of mixed sums stay as they are.
     """
     tied, found = ties(model), dict(compressed_modules(model))
-    new: dict[str, Any] = {}
-    for name, module in _low_rank(model):
-        if not name.startswith(within):
-            continue
-        kind: Any = next(balanced for replaced, balanced in _KINDS.items() if isinstance(module, replaced))
-        new[name] = kind(module, *moments(bare_name(model, name)))
+    owners = [
+        (name, module, moments(bare_name(model, name))) for name, module in _low_rank(model) if name.startswith(within)
+    ]
+    size = max((_needed(module, own) for _, module, own in owners), default=0)
+    modules = each_alone(lambda owner: _balanced(*owner[1:]), owners, size)
+    new: dict[str, Any] = {name: module for (name, *_), module in zip(owners, modules, strict=True)}
     for name, source in tied.items():
         if name in found and source in new:
             kind = BalancedTiedEmbedding if isinstance(found[name], Lookup) else BalancedHead
@@ -51,9 +52,7 @@ def balanced(model: PreTrainedModel, moments: MomentsOf, *, within: str = "") ->
     try:
         _put(model, new)
         yield
-        for module in new.values():
-            if not isinstance(module, BalancedHead | BalancedTiedEmbedding):
-                module.restore()
+        each_alone(lambda module: module.restore(), modules, size)
     finally:
         _put(model, {name: module.replaced for name, module in new.items()})
 
@@ -70,6 +69,17 @@ def _low_rank(model: PreTrainedModel) -> Iterator[tuple[str, LowRankLinear | Low
         for part, inner in parts:
             if isinstance(inner, LowRankLinear | LowRankEmbedding | GroupedEmbedding) and not isinstance(inner, Tied):
                 yield f"{name}.{part}".rstrip("."), inner
+
+
+def _balanced(module: nn.Module, moments: tuple[Moment, Moment]) -> Any:
+    kind: Any = next(balanced for replaced, balanced in _KINDS.items() if isinstance(module, replaced))
+    return kind(module, *moments)
+
+
+def _needed(module: LowRankLinear | LowRankEmbedding | GroupedEmbedding, moments: tuple[Moment, Moment]) -> int:
+    """Bytes of memory to balance a module: float64 copies of its moments and its factors."""
+    values = sum(parameter.numel() for parameter in module.parameters())
+    return 48 * values + sum(8 * moment.nbytes for moment in moments if moment is not None)
 
 
 def _put(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:

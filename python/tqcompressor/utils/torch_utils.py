@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from . import validate
 if TYPE_CHECKING:
     import torch
     from torch.nn import Module
+
+# Bytes that items of `each_alone` may need together.
+_TOGETHER = 1 << 30
 
 
 def is_tensor(value: Any) -> bool:
@@ -117,6 +121,39 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
 def move(model: Any, device: Any) -> None:
     """`model.to(device)`, in place; transformers' type stubs lack it."""
     model.to(device)
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Within the block torch uses `threads` threads, in the whole process; None leaves the number as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def each_alone(work: Callable[[Any], Any], items: Sequence[Any], size: int) -> list[Any]:
+    """`work` of every item, in order: several items at a time, each on one of torch's threads.
+
+    The threads of one small LAPACK call wait for one another longer than they compute, on many cores above all.
+    `size` is the memory in bytes that one item needs; where a gibibyte does not hold two, they follow one another,
+    each on all threads. After an exception or an interruption no further item begins.
+    """
+    import torch
+
+    workers = min(torch.get_num_threads(), len(items), _TOGETHER // max(size, 1))
+    if workers < 2:
+        return [work(item) for item in items]
+    with torch_threads(1), ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager

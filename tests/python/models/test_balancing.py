@@ -9,6 +9,7 @@ from helpers.models import agree, first_output, some_ids, tiny_config, tiny_mode
 from tqcompressor import LowRankSpec, TQConfig, calibrate, compress
 from tqcompressor.models.balancing import balanced, has_low_rank
 from tqcompressor.modules.balanced import BalancedFactors
+from tqcompressor.utils.torch_utils import torch_threads
 
 GPT2 = {
     "wte": LowRankSpec(20),
@@ -90,6 +91,25 @@ def test_an_error_leaves_the_values_from_before():
                     module.P.zero_()
         raise RuntimeError
     assert torch.equal(first_output(model, ids), before)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_factors_have_the_same_bits_on_any_number_of_threads(threads):
+    ids, found = some_ids(), []
+    first = gpt2()
+    calibration = calibrate(first, [ids], samples=1)
+    compress(first, TQConfig(GPT2, effort="fast"))
+    for count in (1, threads):
+        model = copy.deepcopy(first)
+        with (
+            torch_threads(count),
+            balanced(model, lambda matrix: (calibration.input(matrix), calibration.output(matrix))),
+        ):
+            assert torch.get_num_threads() == count
+            found.append({name: parameter.clone() for name, parameter in model.named_parameters()})
+    one, several = found
+    assert one.keys() == several.keys()
+    assert all(torch.equal(one[name], several[name]) for name in one)
 
 
 def test_a_model_without_low_rank_is_left_alone():
