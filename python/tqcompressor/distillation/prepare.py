@@ -26,6 +26,7 @@ from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, tokenised
+from ..models.balancing import has_low_rank
 from ..models.matrices import require_trainable, require_transformers_model
 from ..utils import validate
 from ..utils.atomic_io import check_destination, require_space, without_leftovers
@@ -174,7 +175,8 @@ def prepare(
         training = replace(training, batch_size=min(max(wanted // (_STEPS * each), 1), _LARGEST_BATCH))
         arguments.per_device_train_batch_size = training.batch_size or 1
     stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
-    if staged.budgets and known is None and num_samples > available:
+    calibrates = (staged.budgets and known is None) or (given is not None and has_low_rank(given))
+    if calibrates and num_samples > available:
         raise TextError(
             f"num_samples: expected at most {available} (the samples of the text to train on), got {num_samples}"
         )

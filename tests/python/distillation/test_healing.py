@@ -16,7 +16,7 @@ from tqcompressor.cli import main as cli
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
 from tqcompressor.distillation.stages import StagedRecipe
 from tqcompressor.distillation.tasks import MaskedTask
-from tqcompressor.errors import ConfigError
+from tqcompressor.errors import ConfigError, TextError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 SIZES = {"vocab_size": 104, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -161,6 +161,14 @@ def test_a_given_student_and_a_given_calibration(data, tmp_path):
     assert one.stages[0].compressed == other.stages[0].compressed == live.stages[0].compressed
     assert other.stages[0].trained == live.stages[0].trained
     assert other.stages[0].trained.score < other.stages[0].compressed.score
+
+
+def test_a_low_rank_student_with_too_little_text_to_calibrate_is_refused_before_any_work(data, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(data.folder / "llama")
+    compress(model, budget=0.6)
+    with pytest.raises(TextError, match=r"num_samples: expected at most .* got 100000"):
+        run(data, "llama", tmp_path / "out", student=model, num_samples=100_000)
+    assert not (tmp_path / "out").exists()
 
 
 def test_staged_budgets(data, tmp_path):
