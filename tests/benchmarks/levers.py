@@ -41,7 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.65, 0.5])
     parser.add_argument("--scopes", nargs="+", choices=["blocks", "whole"], default=["blocks", "whole"])
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens, of both texts")
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens")
+    parser.add_argument("--reads", choices=["WikiText-2", "books", "both"], default="both", help="what they are of")
     parser.add_argument("--epochs", type=int, default=4, help="of the refinement over the calibration's sequences")
     parser.add_argument("--wikitext", type=Path, default=DATA / "wikitext-2", metavar="FOLDER")
     parser.add_argument("--books", type=Path, default=DATA / "books" / "train.txt", metavar="FILE")
@@ -61,7 +62,7 @@ class Work:
 
     def of_samples(self, samples: int) -> Subject:
         options = self.options
-        subject = smollm2(options.smollm2, options.wikitext, options.books, samples, "both")
+        subject = smollm2(options.smollm2, options.wikitext, options.books, samples, options.reads)
         subject.model.to(options.device)
         return subject
 
