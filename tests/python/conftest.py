@@ -14,7 +14,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-# Each takes half a minute or more. They begin first, so that no process is left with one of them at the end.
+# They take far longer than others, and begin first, so that no process is left with one of them at the end.
 LONGEST = (
     "test_notebooks.py",
     "test_sweep.py",
