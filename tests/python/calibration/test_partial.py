@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TINY = Path(__file__).parents[2] / "data" / "tiny-gpt2"
 TEXT = TINY / "heldout.txt"
 READING = {"num_samples": 6, "seq_len": 16}
+# Four batches, the last of them smaller.
+BATCHES = {"num_samples": 50, "seq_len": 64}
 
 
 class StoppedError(Exception):
@@ -91,7 +93,7 @@ def test_sums_of_something_else_are_refused(tmp_path):
 
 
 def test_compressing_on_a_text_goes_on_with_them(tmp_path):
-    options = {"budget": 0.6, "text": TEXT, "num_samples": 200, "seq_len": 64}
+    options = {"budget": 0.6, "text": TEXT, **BATCHES}
     compress_checkpoint(TINY, tmp_path / "whole", **options, progress=False)
     with pytest.raises(StoppedError):
         compress_checkpoint(TINY, tmp_path / "out", **options, resume=True, progress=stop_after(2))
@@ -106,10 +108,9 @@ def test_compressing_on_a_text_goes_on_with_them(tmp_path):
 
 def test_on_the_command_line(tmp_path, monkeypatch):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32"), AutoTokenizer.from_pretrained(TINY)
-    reading = {"num_samples": 200, "seq_len": 64}
     with pytest.raises(StoppedError):
-        calibrate(model, tokenizer, TEXT, **reading, partial=tmp_path / "sums", progress=stop_after(1))
-    command = ["calibrate", str(TINY), "--text", str(TEXT), "--num-samples", "200", "--seq-len", "64"]
+        calibrate(model, tokenizer, TEXT, **BATCHES, partial=tmp_path / "sums", progress=stop_after(1))
+    command = ["calibrate", str(TINY), "--text", str(TEXT), "--num-samples", "50", "--seq-len", "64"]
     assert cli.main([*command, "--out", str(tmp_path / "whole")]) == 0
     assert cli.main([*command, "--out", str(tmp_path / "found"), "--partial", str(tmp_path / "sums")]) == 0
     assert (tmp_path / "found").read_bytes() == (tmp_path / "whole").read_bytes()

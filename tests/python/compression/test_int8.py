@@ -198,7 +198,8 @@ def test_a_fresh_process_computes_the_same(mixed):
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
         f"print(model(torch.tensor({some_ids().tolist()})).logits.double().sum().item())"
     )
-    assert float(run_script(code, mixed).split()[-1]) == pytest.approx(expected.double().sum().item(), abs=1e-2)
+    found = float(run_script(code, mixed, warm="transformers").split()[-1])
+    assert found == pytest.approx(expected.double().sum().item(), abs=1e-2)
 
 
 def test_codes_do_not_train_and_adapters_beside_them_do(mixed):

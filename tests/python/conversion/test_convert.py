@@ -110,7 +110,7 @@ def test_a_fresh_process_loads_it(tmp_path):
         convert_checkpoint(saved(tmp_path / f"{layout} source", tensors, model), tmp_path / layout, progress=False)
         models[layout] = model
     folders = [tmp_path / layout for layout in models]
-    run_script(code, tmp_path / "ids.npy", *folders, warm=True)
+    run_script(code, tmp_path / "ids.npy", *folders, warm="transformers")
     for layout, model in models.items():
         expected = expected_of(model)
         assert np.allclose(np.load(tmp_path / layout / "logits.npy"), expected, atol=1e-4 * np.abs(expected).max())

@@ -97,7 +97,7 @@ def test_the_student_loads_in_a_fresh_process_and_scores_as_reported(finished, t
         print(model.num_parameters(), type(model.lm_head).__name__, len(tokenizer))
         """,
         finished.out,
-        warm=True,
+        warm="transformers",
     )
     assert output.split()[-3:] == [str(finished.report.stages[2].trained.parameters), "KroneckerHead", "102"]
     # Of the stages, only the trained students remain.

@@ -107,7 +107,7 @@ def test_a_budget_is_healed(data, tmp_path, name, measure, auto):
         print(transformers.{auto}.from_pretrained(sys.argv[1]).num_parameters())
         """,
         tmp_path / "out",
-        warm=True,
+        warm="transformers",
     )
     assert int(printed.split()[-1]) == stage.trained.parameters
     assert auto in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

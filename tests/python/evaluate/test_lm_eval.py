@@ -35,5 +35,5 @@ for (context, continuation), (score, greedy) in zip(pairs, lm.loglikelihood(requ
 assert score < 0
 """,
         tmp_path,
-        warm=True,
+        warm="transformers",
     )

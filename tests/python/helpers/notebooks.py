@@ -12,10 +12,10 @@ FOLDER = Path(__file__).parents[3] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def execute(path: Path) -> Any:
-    """A notebook, executed from the first cell to the last."""
+def execute(path: Path, folder: Path = FOLDER) -> Any:
+    """A notebook, executed in a folder from the first cell to the last."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 

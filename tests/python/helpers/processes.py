@@ -27,13 +27,14 @@ def environment(**more):
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
 
-def run_script(script, *arguments, fails=False, warm=False):
+def run_script(script, *arguments, fails=False, warm=None):
     """Runs `script` (dedented) and returns what it printed; `fails` says that a non-zero exit is expected.
 
-    `warm` says that other packages, torch among them, may be imported before: see `helpers.warm`.
+    `warm` says what may be imported before: "torch" and what else this package needs of others, or "transformers", too;
+    see `helpers.warm`.
     """
     script, arguments = textwrap.dedent(script), [*map(str, arguments)]
-    status, printed = (_run_warm if warm else _run_cold)(script, arguments)
+    status, printed = _run_warm(script, arguments, warm) if warm else _run_cold(script, arguments)
     assert (status != 0) == fails, f"exit status {status}\n{printed}"
     return printed
 
@@ -50,10 +51,11 @@ def _run_cold(script, arguments):
     return done.returncode, done.stdout + done.stderr
 
 
-def _run_warm(script, arguments):
+def _run_warm(script, arguments, warm):
     server = _warm_server()
     with tempfile.NamedTemporaryFile() as output:
         request = {"script": script, "arguments": arguments, "environment": environment(), "folder": os.getcwd()}
+        request["transformers"] = {"torch": False, "transformers": True}[warm]
         server.stdin.write(json.dumps({**request, "output": output.name}) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())

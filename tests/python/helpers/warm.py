@@ -1,7 +1,7 @@
-"""Runs scripts in processes forked from one that has imported what transformers and this package need of others.
+"""Runs scripts in processes forked from one that has imported what this package needs of others.
 
-A process is as fresh as any in what the tests are about: neither transformers nor this package is imported yet. The
-imports that take most of the seconds, torch and its parts, are done once.
+A process is as fresh as any in what the tests are about: this package is not imported yet, and transformers only where
+a request says so. The imports that take most of the seconds, torch and its parts, are done once.
 
 `python -m helpers.warm` reads requests, one JSON object a line, and answers each with the exit status of its process.
 """
@@ -27,19 +27,53 @@ OTHERS = (
     "tokenizers",
     "tqdm.auto",
 )
+TRANSFORMERS = ("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 SECONDS = 300
 
 
 def main():
-    for name in OTHERS:
+    _import(OTHERS)
+    _serve(sys.stdin, sys.stdout)
+
+
+def _import(names):
+    for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    for line in sys.stdin:
+
+
+def _serve(requests, answers):
+    with_transformers = None
+    for line in requests:
         request = json.loads(line)
-        if (child := os.fork()) == 0:
-            _run(**request)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        if request.pop("transformers", False):
+            with_transformers = with_transformers or _fork_with_transformers()
+            ask, listen = with_transformers
+            print(json.dumps(request), file=ask, flush=True)
+            status = listen.readline().strip()
+        else:
+            if (child := os.fork()) == 0:
+                _run(**request)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(status, file=answers, flush=True)
+
+
+def _fork_with_transformers():
+    """Forks a process that imports transformers and serves as this one; the two ends of talking to it.
+
+    It ends with this process, which holds the other ends.
+    """
+    requests, ask = os.pipe()
+    listen, answers = os.pipe()
+    if os.fork() == 0:
+        os.close(ask)
+        os.close(listen)
+        _import(TRANSFORMERS)
+        _serve(os.fdopen(requests), os.fdopen(answers, "w"))
+        sys.exit()
+    os.close(requests)
+    os.close(answers)
+    return os.fdopen(ask, "w"), os.fdopen(listen)
 
 
 def _run(script, arguments, environment, folder, output):

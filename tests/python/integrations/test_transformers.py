@@ -36,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained(f"{{sys.argv[1]}}/compressed")
 assert agree(first_output(model, some_ids()), torch.load(f"{{sys.argv[1]}}/compressed.pt"))
 """,
         checkpoints,
-        warm=True,
+        warm="torch",
     )
 
 
@@ -80,7 +80,7 @@ for cls, name in [("AutoModelForCausalLM", "compressed"), ("AutoModel", "compres
 assert "tqcompressor" not in sys.modules
 """,
         checkpoints,
-        warm=True,
+        warm="transformers",
     )
     assert output.count("raised") == output.count("MISMATCH   |") == 3
     assert "wte.weight" in output and "Unknown quantization type, got tqcompressor" in output

@@ -75,7 +75,7 @@ assert (half(ids).logits - logits).abs().max() < 0.1 * logits.abs().max()
 """,
         checkpoints,
         tmp_path,
-        warm=True,
+        warm="transformers",
     )
 
 

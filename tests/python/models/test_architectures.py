@@ -107,7 +107,7 @@ for name, (class_name, auto, _, _) in FAMILIES.items():
     assert not any(info.values()), (name, info)
 """,
         tmp_path,
-        warm=True,
+        warm="transformers",
     )
 
 
@@ -125,7 +125,7 @@ for name, auto in [("bert-tied", "AutoModelForMaskedLM"), ("bert-tied", "AutoMod
 assert "tqcompressor" not in sys.modules
 """,
         tmp_path,
-        warm=True,
+        warm="transformers",
     )
     assert output.count("raised") == 3
 

@@ -71,7 +71,7 @@ def swept(tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
     names = [name for name in ARCHITECTURES if name not in faults]
-    output = run_script(_LOAD, folder, json.dumps(names))
+    output = run_script(_LOAD, folder, json.dumps(names), warm="transformers")
     return faults | json.loads(output.rpartition("FAULTS")[2].splitlines()[0]), untried
 
 

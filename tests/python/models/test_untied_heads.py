@@ -114,7 +114,7 @@ for expected in sorted(Path(sys.argv[1]).glob("*/*.pt")):
     assert torch.equal(outputs(kind.from_pretrained(folder / "dense")), outputs(dense)), folder
 """,
         tmp_path,
-        warm=True,
+        warm="transformers",
     )
 
 
