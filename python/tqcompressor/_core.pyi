@@ -64,6 +64,8 @@ __all__ = [
     "source_name",
     "spend_budget",
     "split_part",
+    "times_kronecker",
+    "times_low_rank",
     "topk_distillation_loss",
     "write_checkpoint",
 ]
@@ -529,6 +531,30 @@ def expand_gradients(
     threads: int,
 ) -> tuple[_Float32Array, _Float32Array]:
     """The gradients by `a` and `b` that follow from the gradient by the matrix of `expand`."""
+
+def times_low_rank(
+    x: _Float32Array | NDArray[np.uint16],
+    left: _Float32Array | NDArray[np.uint16],
+    right: _Float32Array | NDArray[np.uint16],
+    input: _Int64Array | None,
+    output: _Int64Array | None,
+    bias: _Float32Array | NDArray[np.uint16] | None,
+    dtype: str,
+    transposed: bool,
+) -> _Float32Array | NDArray[np.uint16]:
+    """`x W + bias` of a few rows for `W[input] = [I; left] right`, or for `W = (left [I right])[:, output]`."""
+
+def times_kronecker(
+    x: _Float32Array | NDArray[np.uint16],
+    a: _Float32Array | NDArray[np.uint16],
+    b: _Float32Array | NDArray[np.uint16],
+    input: _Int64Array | None,
+    output: _Int64Array | None,
+    bias: _Float32Array | NDArray[np.uint16] | None,
+    dtype: str,
+    transposed: bool,
+) -> _Float32Array | NDArray[np.uint16]:
+    """`y[:, output] + bias` of a few rows, for `y = x[:, input] Σ_k A_k ⊗ B_k`."""
 
 def apply(x: _Float32Array, a: _Float32Array, b: _Float32Array, p: _Int64Array, q: _Int64Array) -> _Float32Array:
     """`x @ reconstruct(a, b, p, q)` for `x` (batch, m), without forming the product."""

@@ -80,6 +80,15 @@ impl<'a> Values<'a> {
         }
     }
 
+    /// Writes the values as f32, exactly. Both have one length.
+    pub(crate) fn upcast(self, out: &mut [f32]) {
+        match self {
+            Self::F32(values) => Element::upcast(values, out),
+            Self::F16(values) => Element::upcast(values, out),
+            Self::Bf16(values) => Element::upcast(values, out),
+        }
+    }
+
     /// The rows of `width` values.
     pub(crate) fn split(self, width: usize) -> Vec<Self> {
         match self {
@@ -102,13 +111,16 @@ impl<'a> Values<'a> {
     where
         'a: 'b,
     {
-        let range = rows.start * width..rows.end * width;
-        let part = match *self {
+        self.slice(rows.start * width..rows.end * width).as_f32(scratch)
+    }
+
+    /// Consecutive values.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Self {
+        match *self {
             Self::F32(values) => Self::F32(&values[range]),
             Self::F16(values) => Self::F16(&values[range]),
             Self::Bf16(values) => Self::Bf16(&values[range]),
-        };
-        part.as_f32(scratch)
+        }
     }
 }
 
@@ -121,6 +133,20 @@ impl OwnedValues {
             Float::F32 => Self::F32(zeros(length)),
             Float::F16 => Self::F16(zeros::<u16>(length).reinterpret_into()),
             Float::Bf16 => Self::Bf16(zeros::<u16>(length).reinterpret_into()),
+        }
+    }
+
+    /// The values in a dtype. Halves are rounded to nearest, ties to even; what is too large for them becomes an infinity.
+    pub(crate) fn rounded(float: Float, values: Vec<f32>) -> Self {
+        fn halves<E: Element>(values: &[f32]) -> Vec<E> {
+            let mut halves = vec![E::default(); values.len()];
+            E::downcast(values, &mut halves);
+            halves
+        }
+        match float {
+            Float::F32 => Self::F32(values),
+            Float::F16 => Self::F16(halves(&values)),
+            Float::Bf16 => Self::Bf16(halves(&values)),
         }
     }
 

@@ -1,11 +1,15 @@
 //! Conversion between numpy arrays and slices, with all checks of their layout and shape.
 
+use half::slice::HalfBitsSliceExt as _;
 use numpy::ndarray::{Array, Dimension, IntoDimension};
-use numpy::{Element, PyArray, PyArray1, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3};
+use numpy::{
+    Element, PyArray, PyArray1, PyArray3, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::kron::KroneckerSum;
+use crate::numeric::{Float, Values};
 use crate::permute::Permutation;
 use crate::spec::KroneckerShape;
 
@@ -22,6 +26,52 @@ pub(super) fn contiguous<'a, T>(slice: Option<&'a [T]>, operation: &'static str)
         expected: "a C-contiguous array".into(),
         got: "another memory layout".into(),
     })
+}
+
+/// Values of float32, or the bits of float16 or bfloat16.
+pub(super) enum FloatArray<'py, D: Dimension> {
+    Single(PyReadonlyArray<'py, f32, D>),
+    Half(PyReadonlyArray<'py, u16, D>),
+}
+
+impl<'a, 'py, D: Dimension + 'static> FromPyObject<'a, 'py> for FloatArray<'py, D> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        match object.extract() {
+            Ok(array) => Ok(Self::Single(array)),
+            Err(_) => Ok(Self::Half(object.extract()?)),
+        }
+    }
+}
+
+impl<D: Dimension> FloatArray<'_, D> {
+    /// The values and their shape.
+    pub(super) fn values(&self, dtype: &str) -> Result<(Values<'_>, D::Pattern)> {
+        match (self, Float::from_name(dtype)?) {
+            (Self::Single(array), Float::F32) => {
+                let array = array.as_array();
+                let shape = array.dim();
+                Ok((Values::F32(contiguous(array.to_slice(), "values")?), shape))
+            }
+            (Self::Half(array), float @ (Float::F16 | Float::Bf16)) => {
+                let array = array.as_array();
+                let shape = array.dim();
+                let bits = contiguous(array.to_slice(), "values")?;
+                let values = match float {
+                    Float::F16 => Values::F16(bits.reinterpret_cast()),
+                    _ => Values::Bf16(bits.reinterpret_cast()),
+                };
+                Ok((values, shape))
+            }
+            (Self::Single(_), other) => Err(unlike("float32", other)),
+            (Self::Half(_), other) => Err(unlike("float16 or bfloat16", other)),
+        }
+    }
+}
+
+pub(super) fn unlike(array: &str, float: Float) -> Error {
+    Error::Dtype { expected: array.into(), got: float.name().into() }
 }
 
 /// The factor shapes that `A` and `B` have together.

@@ -1,11 +1,11 @@
 //! `distillation_loss`, `topk_distillation_loss`, `hidden_state_loss` and `head_loss`.
 
 use half::slice::HalfBitsSliceExt as _;
-use numpy::ndarray::Dimension;
+use numpy::ndarray::{Dimension, Ix2};
 use numpy::{Element, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2};
 use pyo3::prelude::*;
 
-use super::arrays::contiguous;
+use super::arrays::{FloatArray, contiguous, unlike};
 use super::jobs;
 use crate::error::{Error, Result};
 use crate::loss::{self, Direction, Objective};
@@ -24,41 +24,13 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// A matrix of float32, or the bits of one of float16 or bfloat16.
-#[derive(FromPyObject)]
-enum Matrix<'py> {
-    Single(PyReadonlyArray2<'py, f32>),
-    Half(PyReadonlyArray2<'py, u16>),
-}
+type Matrix<'py> = FloatArray<'py, Ix2>;
 
 /// The same, to be written.
 #[derive(FromPyObject)]
 enum MatrixMut<'py> {
     Single(PyReadwriteArray2<'py, f32>),
     Half(PyReadwriteArray2<'py, u16>),
-}
-
-impl Matrix<'_> {
-    /// The values and their shape.
-    fn values(&self, dtype: &str) -> Result<(Values<'_>, [usize; 2])> {
-        let shape = |dimensions: (usize, usize)| dimensions.into();
-        match (self, Float::from_name(dtype)?) {
-            (Self::Single(array), Float::F32) => {
-                let array = array.as_array();
-                Ok((Values::F32(contiguous(array.to_slice(), "logits")?), shape(array.dim())))
-            }
-            (Self::Half(array), float @ (Float::F16 | Float::Bf16)) => {
-                let array = array.as_array();
-                let bits = contiguous(array.to_slice(), "logits")?;
-                let values = match float {
-                    Float::F16 => Values::F16(bits.reinterpret_cast()),
-                    _ => Values::Bf16(bits.reinterpret_cast()),
-                };
-                Ok((values, shape(array.dim())))
-            }
-            (Self::Single(_), other) => Err(unlike("float32", other)),
-            (Self::Half(_), other) => Err(unlike("float16 or bfloat16", other)),
-        }
-    }
 }
 
 impl MatrixMut<'_> {
@@ -114,11 +86,11 @@ impl<'py> StudentArrays<'py> {
     fn student(&mut self, dtype: &str) -> Result<(loss::Student<'_>, [usize; 2])> {
         match self {
             Self::Read(student) => {
-                let (values, shape) = student.values(dtype)?;
+                let (values, shape) = matrix_values(student, dtype)?;
                 Ok((loss::Student::Read(values), shape))
             }
             Self::Apart(student, out) => {
-                let ((values, shape), (out, out_shape)) = (student.values(dtype)?, out.values_mut(dtype)?);
+                let ((values, shape), (out, out_shape)) = (matrix_values(student, dtype)?, out.values_mut(dtype)?);
                 same_shape("out", shape, out_shape)?;
                 Ok((loss::Student::Apart(values, out), shape))
             }
@@ -130,8 +102,10 @@ impl<'py> StudentArrays<'py> {
     }
 }
 
-fn unlike(array: &str, float: Float) -> Error {
-    Error::Dtype { expected: array.into(), got: float.name().into() }
+/// The values of a matrix and its shape.
+fn matrix_values<'a>(matrix: &'a Matrix<'_>, dtype: &str) -> Result<(Values<'a>, [usize; 2])> {
+    let (values, shape) = matrix.values(dtype)?;
+    Ok((values, shape.into()))
 }
 
 /// Checks that teacher and student have the same shape.
@@ -185,7 +159,7 @@ fn distillation_loss<'py>(
 ) -> PyResult<f64> {
     let mut arrays = StudentArrays::new(student, out)?;
     let (student, shape) = arrays.student(student_dtype)?;
-    let teacher = teacher.as_ref().map(|teacher| teacher.values(teacher_dtype)).transpose()?;
+    let teacher = teacher.as_ref().map(|teacher| matrix_values(teacher, teacher_dtype)).transpose()?;
     if let Some((_, teacher_shape)) = teacher {
         same_shape("teacher_logits", shape, teacher_shape)?;
     }
@@ -246,7 +220,7 @@ fn hidden_state_loss<'py>(
 ) -> PyResult<f64> {
     let mut arrays = StudentArrays::new(student, out)?;
     let (student, shape) = arrays.student(student_dtype)?;
-    let (teacher, teacher_shape) = teacher.values(teacher_dtype)?;
+    let (teacher, teacher_shape) = matrix_values(&teacher, teacher_dtype)?;
     same_shape("teacher_hidden", shape, teacher_shape)?;
     let mask = optional(&mask, "mask")?;
     let distance = loss::HiddenDistance::from_name(kind)?;

@@ -4,6 +4,7 @@ mod arrays;
 mod budget;
 mod checkpoint;
 mod errors;
+mod factors;
 mod fitting;
 mod jobs;
 mod kernels;
@@ -28,6 +29,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("KEPT_SPECTRA", crate::compress::KEPT_SPECTRA)?;
     text::register(module)?;
     kernels::register(module)?;
+    factors::register(module)?;
     specs::register(module)?;
     terms::register(module)?;
     fitting::register(module)?;

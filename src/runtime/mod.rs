@@ -7,6 +7,7 @@
 
 mod attention;
 mod config;
+mod factors;
 mod generate;
 mod kernels;
 mod kronecker;
@@ -25,6 +26,7 @@ mod thread_pool;
 mod tokenizer;
 
 pub use config::{Activation, Biases, DecoderConfig, refusal};
+pub use factors::{Factor, Sides, times_kronecker, times_low_rank};
 pub use generate::{Continuation, Sampling};
 pub use kronecker::Strategy;
 pub use linear::Linear;

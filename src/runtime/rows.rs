@@ -275,7 +275,7 @@ pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &
 }
 
 /// Vectors with what may be read beyond the last one.
-fn padded(x: &[f32], length: usize) -> Cow<'_, [f32]> {
+pub(super) fn padded(x: &[f32], length: usize) -> Cow<'_, [f32]> {
     match length % LANES {
         0 => x.into(),
         _ => x.iter().copied().chain([0.0; LANES]).collect::<Vec<_>>().into(),

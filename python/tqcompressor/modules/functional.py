@@ -9,7 +9,8 @@ import torch
 from .. import _core
 from ..utils.operators import operator
 from ..utils.torch_utils import contiguous_array, without_autocast
-from .base import gathered, inverse
+from . import few_rows
+from .base import add_bias, gathered, inverse
 
 
 def macs(block: tuple[int, int], rank: int, rows: int, columns: int) -> tuple[int, int]:
@@ -37,6 +38,29 @@ def prefers_dense(tokens: int, block: tuple[int, int], rank: int, rows: int, col
     dense = rows * columns
     factored = min(macs(block, rank, rows, columns))
     return tokens * (1.4 * factored - dense) > 240 * dense
+
+
+def kronecker_layer(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    input_permutation: torch.Tensor | None,
+    output_permutation: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`flat[..., output_permutation] + bias` for `flat = x[..., input_permutation] @ Σ_k A_k ⊗ B_k`.
+
+    Shapes, dtypes and cost as of `kronecker_matmul`.
+    """
+    found = few_rows.times_kronecker(x, a, b, input_permutation, output_permutation, bias)
+    if found is not None:
+        return found
+    if input_permutation is not None:
+        x = x.index_select(-1, input_permutation)
+    y = kronecker_matmul(x, a, b)
+    if output_permutation is not None:
+        y = y.index_select(-1, output_permutation)
+    return add_bias(y, bias)
 
 
 def kronecker_matmul(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -185,15 +209,19 @@ def low_rank_matmul(
     right: torch.Tensor,
     input_permutation: torch.Tensor | None,
     output_permutation: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x W` for a matrix `W (m, n)` in interpolative form, without forming it.
+    """`x W + bias` for a matrix `W (m, n)` in interpolative form, without forming it.
 
     With `input_permutation (m,)`, which is `p`: `W[p] = [I; left] right`, `left (m − k, k)`, `right (k, n)`. Without:
     `W[:, q] = left [I right]`, `left (m, k)`, `right (k, n − k)`, and `output_permutation (n,)` is the inverse of `q`.
 
-    Shapes: `x (..., m)`, the result `(..., n)`. Any floating dtype, the same for all three; autocast applies as it does
-    to `torch.matmul`. The factors may be transposed views. Cost of a row: `k · (m + n − k)` MACs.
+    Shapes: `x (..., m)`, `bias (n,)`, the result `(..., n)`. Any floating dtype, the same for all; autocast applies as
+    it does to `torch.matmul`. The factors may be transposed views. Cost of a row: `k · (m + n − k)` MACs.
     """
+    found = few_rows.times_low_rank(x, left, right, input_permutation, output_permutation, bias)
+    if found is not None:
+        return found
     rows = x.reshape(-1, x.shape[-1])
     if input_permutation is not None:
         rank = left.shape[1]
@@ -204,7 +232,7 @@ def low_rank_matmul(
         y = torch.cat([inner, inner @ right], dim=1)
         if output_permutation is not None:
             y = y.index_select(1, output_permutation)
-    return y.reshape(*x.shape[:-1], y.shape[1])
+    return add_bias(y.reshape(*x.shape[:-1], y.shape[1]), bias)
 
 
 def expand(left: torch.Tensor, right: torch.Tensor, on_rows: bool) -> torch.Tensor:

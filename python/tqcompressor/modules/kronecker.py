@@ -20,7 +20,7 @@ from .._core import KroneckerTerm
 from ..config.choices import Permute
 from ..config.specs import KroneckerSpec
 from .base import EmbeddingFactors, Factors, LinearFactors, Term, TiedFactors, TiedHeadFactors, add_bias, the_one_term
-from .functional import kronecker_matmul, kronecker_matrix, prefers_dense
+from .functional import kronecker_layer, kronecker_matrix, prefers_dense
 
 
 class KroneckerFactors(Factors):
@@ -193,12 +193,8 @@ class KroneckerLinear(LinearFactors, KroneckerFactors):
         tokens = x.numel() // self.in_features
         if prefers_dense(tokens, self.block, self.rank, self.in_features, self.out_features):
             return add_bias(torch.matmul(x, self.dense_weight()), self.bias)
-        if self.input_permutation is not None:
-            x = x.index_select(-1, self.input_permutation)
-        y = kronecker_matmul(x, self.factor("A", x), self.factor("B", x))
-        if self.output_permutation is not None:
-            y = y.index_select(-1, self.output_permutation)
-        return add_bias(y, self.bias)
+        a, b = self.factor("A", x), self.factor("B", x)
+        return kronecker_layer(x, a, b, self.input_permutation, self.output_permutation, self.bias)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -299,13 +295,8 @@ class KroneckerHead(TiedHeadFactors, KroneckerFactors):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
-        if self.input_permutation is not None:
-            hidden = hidden.index_select(-1, self.input_permutation)
         a, b = (self.factor(name, hidden).transpose(1, 2) for name in ("A", "B"))
-        logits = kronecker_matmul(hidden, a, b)
-        if self.output_permutation is not None:
-            logits = logits.index_select(-1, self.output_permutation)
-        return add_bias(logits, self.bias)
+        return kronecker_layer(hidden, a, b, self.input_permutation, self.output_permutation, self.bias)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

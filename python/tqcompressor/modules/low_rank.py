@@ -26,7 +26,6 @@ from .base import (
     Term,
     TiedFactors,
     TiedHeadFactors,
-    add_bias,
     gathered,
     the_one_term,
 )
@@ -156,8 +155,7 @@ class LowRankLinear(LinearFactors, LowRankFactors):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
         left, right = self.factor("left", x), self.factor("right", x)
-        y = low_rank_matmul(x, left, right, self.input_permutation, self.output_permutation)
-        return add_bias(y, self.bias)
+        return low_rank_matmul(x, left, right, self.input_permutation, self.output_permutation, self.bias)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -238,9 +236,7 @@ class LowRankHead(TiedHeadFactors, LowRankFactors):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., embedding_dim)` hidden states to `(..., num_embeddings)` logits."""
         left, right = (self.factor(name, hidden).transpose(0, 1) for name in ("right", "left"))
-        return add_bias(
-            low_rank_matmul(hidden, left, right, self.input_permutation, self.output_permutation), self.bias
-        )
+        return low_rank_matmul(hidden, left, right, self.input_permutation, self.output_permutation, self.bias)
 
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""

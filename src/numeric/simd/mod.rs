@@ -33,6 +33,7 @@ pub use dot::dot;
 pub(crate) use level::dispatched;
 pub use level::{InstructionSet, check, instruction_set};
 pub use prefetch::prefetch;
+use prefetch::prefetch_far;
 pub use weight::{LANES, Weight};
 
 dispatched! {
@@ -53,6 +54,54 @@ dispatched! {
         for (&factor, row) in factors.iter().zip(rows) {
             for (out, &value) in rest.iter_mut().zip(&row[done..]) {
                 *out += factor * value;
+            }
+        }
+    }
+}
+
+/// Rows of one call of [`add_combinations`]: each output is read and written once for all of them.
+pub const COMBINED: usize = 8;
+
+dispatched! {
+    /// `out[r] += Σ_k factors[r][k] · rows[k]` for [`COMBINED`] rows and `R` vectors, in one pass over the rows.
+    ///
+    /// The rows have `width` values each, one row after the other; those of `out` are `stride` values apart. What is
+    /// `ahead` values behind in memory is prefetched, if that is not 0: rows that are read soon. The order of additions is
+    /// the same for every `R` and instruction set, and that of [`add_combination`].
+    pub fn add_combinations<const R: usize>(
+        out: &mut [f32],
+        stride: usize,
+        factors: &[[f32; COMBINED]; R],
+        rows: &[f32],
+        width: usize,
+        ahead: usize,
+    ) {
+        let blocks = width / LANES;
+        for b in 0..blocks {
+            if ahead > 0 {
+                for k in 0..COMBINED {
+                    prefetch_far(rows[k * width + b * LANES..].as_ptr().wrapping_add(ahead));
+                }
+            }
+            for r in 0..R {
+                let place = out[r * stride + b * LANES..].first_chunk_mut::<LANES>().expect("a row's place");
+                let mut sum = *place;
+                for k in 0..COMBINED {
+                    let row = rows[k * width + b * LANES..].first_chunk::<LANES>().expect("as long as the sum");
+                    for lane in 0..LANES {
+                        sum[lane] += factors[r][k] * row[lane];
+                    }
+                }
+                *place = sum;
+            }
+        }
+        for r in 0..R {
+            for column in blocks * LANES..width {
+                let mut sum = out[r * stride + column];
+                for k in 0..COMBINED {
+                    sum += factors[r][k] * rows[k * width + column];
+                }
+                out[r * stride + column] = sum;
             }
         }
     }
@@ -157,6 +206,33 @@ mod tests {
                 let expected = factors.iter().zip(&rows).fold(start, |sum, (factor, row)| sum + factor * row[i]);
                 assert_eq!(found, expected, "{set:?} {i}");
             }
+        }
+    }
+
+    #[test]
+    fn many_combinations_are_those_of_each_vector_alone_on_every_instruction_set() {
+        fn check<const R: usize>(width: usize) {
+            let stride = width + 5;
+            let rows = noise(COMBINED * width, 6);
+            let mut factors = [[0.0; COMBINED]; R];
+            factors.iter_mut().flatten().zip(noise(R * COMBINED, 7)).for_each(|(factor, value)| *factor = value);
+            for (set, found) in on_each(|| {
+                let mut out = noise(R * stride, 8);
+                add_combinations(&mut out, stride, &factors, &rows, width, width);
+                out
+            }) {
+                let mut expected = noise(R * stride, 8);
+                for (r, factors) in factors.iter().enumerate() {
+                    let rows: Vec<_> = (0..COMBINED).map(|k| &rows[k * width..][..width]).collect();
+                    add_combination(&mut expected[r * stride..][..width], factors, &rows);
+                }
+                assert_eq!(found, expected, "{set:?} {R} {width}");
+            }
+        }
+        for width in [0, 1, 15, 16, 17, 64, 100] {
+            check::<1>(width);
+            check::<2>(width);
+            check::<4>(width);
         }
     }
 }
