@@ -81,7 +81,7 @@ def _rows(x: torch.Tensor) -> int:
 
 def _is_one_graph() -> bool:
     """Whether the operations are recorded, which then have to suit any number of rows."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _is_for_rust(vectors: int, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
