@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint of SmolLM2-135M to heal instead")
     parser.add_argument("--model-tokens", type=int, default=1_000_000, metavar="N", help="that --model is trained on")
     parser.add_argument("--model-students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[TrainingConfig.learning_rate])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[None])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="samples of --seq-len tokens a step")
     parser.add_argument("--alphas", type=float, nargs="+", default=[1.0], help="the teacher's shares in the loss")
     parser.add_argument("--seq-len", type=int, default=1024)

@@ -159,7 +159,9 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
         default=training.gradient_accumulation_steps,
         help="batches per optimiser step",
     )
-    group.add_argument("--learning-rate", type=float, metavar="X", default=training.learning_rate)
+    group.add_argument(
+        "--learning-rate", type=float, metavar="X", help="after the warm-up (default: 3e-4 · 256 / the model's width)"
+    )
     group.add_argument(
         "--warmup-ratio", type=float, metavar="X", default=training.warmup_ratio, help="share of the steps"
     )

@@ -41,6 +41,9 @@ from .training import samples_per_step
 
 # Steps of all stages together that the default batch size leaves, and its largest.
 _STEPS, _LARGEST_BATCH = 1000, 16
+# The default learning rate is 3e-4 at a width of 256, where it was found; SmolLM2, 576 wide, forgets with it what the
+# first thousand steps teach. tests/benchmarks/README.md has figures.
+_RATE_TIMES_WIDTH, _USUAL_WIDTH = 3e-4 * 256, 768
 # Tokens of a sample by default, at most.
 _LONGEST = 1024
 # Held out by default: a hundredth of the text, but no more than 65,536 tokens, so that scoring stays short.
@@ -170,10 +173,13 @@ def prepare(
     wanted = available if tokens is None else tokens // seq_len
     if wanted > available:
         raise TextError(f"tokens: expected at most {available * seq_len:,} (of the text to train on), got {tokens:,}")
-    if isinstance(training, TrainingConfig) and training.batch_size is None:
-        each = training.gradient_accumulation_steps * arguments.world_size
-        training = replace(training, batch_size=min(max(wanted // (_STEPS * each), 1), _LARGEST_BATCH))
-        arguments.per_device_train_batch_size = training.batch_size or 1
+    if isinstance(training, TrainingConfig):
+        if training.batch_size is None:
+            each = training.gradient_accumulation_steps * arguments.world_size
+            training = replace(training, batch_size=min(max(wanted // (_STEPS * each), 1), _LARGEST_BATCH))
+            arguments.per_device_train_batch_size = training.batch_size or 1
+        if training.learning_rate is None:
+            training = replace(training, learning_rate=default_learning_rate(model))
     stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
     calibrates = (staged.budgets and known is None) or (given is not None and has_low_rank(given))
     if calibrates and num_samples > available:
@@ -205,6 +211,12 @@ def prepare(
         threads=threads,
         progress=progress,
     )
+
+
+def default_learning_rate(model: PreTrainedModel) -> float:
+    """In inverse proportion to the width of the hidden states; that of GPT-2 for a model that names no width."""
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    return _RATE_TIMES_WIDTH / (width if isinstance(width, int) and width > 0 else _USUAL_WIDTH)
 
 
 def _recipe(

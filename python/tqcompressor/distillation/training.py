@@ -73,7 +73,7 @@ def _arguments_of(training: TrainingConfig, steps: int, device: str | None) -> T
         return TrainingArguments(
             per_device_train_batch_size=training.batch_size or 1,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
-            learning_rate=training.learning_rate,
+            learning_rate=training.learning_rate or 0.0,
             weight_decay=training.weight_decay,
             adam_beta2=_BETA2,
             max_grad_norm=1.0,

@@ -1,6 +1,7 @@
 """Distillation of budgets: causal and masked language models and text encoders, given students, what is kept."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from tqcompressor import calibrate, compress, distill
 from tqcompressor.cli import main as cli
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
+from tqcompressor.distillation.prepare import default_learning_rate
 from tqcompressor.distillation.stages import StagedRecipe
 from tqcompressor.distillation.tasks import MaskedTask
 from tqcompressor.errors import ConfigError, TextError
@@ -169,6 +171,23 @@ def test_a_low_rank_student_with_too_little_text_to_calibrate_is_refused_before_
     with pytest.raises(TextError, match=r"num_samples: expected at most .* got 100000"):
         run(data, "llama", tmp_path / "out", student=model, num_samples=100_000)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "encoder"])
+def test_the_default_learning_rate_follows_the_width(data, tmp_path, name):
+    expected = 3e-4 * 256 / SIZES["hidden_size"]
+    training = replace(TRAINING, learning_rate=None, warmup_ratio=0.0)
+    report = run(data, name, tmp_path / "out", budget=0.6, training=training)
+    assert report.settings["training"]["learning_rate"] == pytest.approx(expected)
+    # On a cosine that begins there.
+    assert 0.8 * expected < report.stages[0].losses[0].learning_rate <= expected
+
+
+def test_the_default_learning_rate_of_gpt2_and_of_a_model_that_names_no_width():
+    gpt2 = transformers.GPT2Config()
+    for config in (gpt2, SimpleNamespace()):
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda config=config: config))
+        assert default_learning_rate(model) == pytest.approx(1e-4)
 
 
 def test_staged_budgets(data, tmp_path):
