@@ -11,8 +11,9 @@ whichever moves more; `of limit` is the bytes of weights that a token needs, tim
 over that of the sum. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
 `cargo bench` times native layers: by the factors, by the matrix, and by what the cost model chooses of the two.
 
-llama.cpp, by the package llama-cpp-python, runs the dense models in float16 and Q8_0, whatever the dtype of the
-checkpoint; an engine whose package is missing is left out. Build it for the machine that it runs on:
+onnxruntime runs the graph that torch exports, with a cache of keys and values, in float32. llama.cpp, by the package
+llama-cpp-python, runs the dense models in float16 and Q8_0, whatever the dtype of the checkpoint. An engine whose
+package is missing is left out. Build llama.cpp for the machine that it runs on:
 `pip install llama-cpp-python --no-binary llama-cpp-python`.
 
 `--isa` runs the native engines with each of the named instruction sets (`TQCOMPRESSOR_ISA`), which must generate the
@@ -37,6 +38,7 @@ from typing import Any
 import gguf_models
 import inference_engines
 import inference_layers
+import onnx_models
 from measuring import ROOT, fresh_process
 from whole_checkpoint import COMPRESS, MAKE, headers, weights_size
 
@@ -46,8 +48,10 @@ ENGINES = tuple(inference_engines.ENGINES)
 DEFAULT_ENGINES = [name for name in ENGINES if name != "torch as stored"]
 FLOATS = ("F32", "F16", "BF16")
 # Bytes of a weight, where they are not those of the checkpoint.
-WIDTHS = {"native int8": 1, "llama.cpp Q8_0": 1, "llama.cpp float16": 2}
+WIDTHS = {"native int8": 1, "llama.cpp Q8_0": 1, "llama.cpp float16": 2, "onnxruntime": 4}
 TIMES = ("decode seconds", "prefill seconds", "score seconds")
+# What makes the files of the engines that do not read checkpoints, by the beginning of their names.
+WRITERS = {"llama.cpp": gguf_models, "onnxruntime": onnx_models}
 # Between an engine and its instruction set.
 AT = " at "
 Measured = dict[str, Any]
@@ -92,7 +96,11 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
             for dtype in options.dtype
             for name, path in make_models(Path(folder), options.models, dtype, options.quick, options.dtype).items()
         }
-        ggufs = make_ggufs(Path(folder), models) if any(name.startswith("llama.cpp") for name in engines) else {}
+        others = {
+            beginning: rewritten(writer, Path(folder), models)
+            for beginning, writer in WRITERS.items()
+            if any(name.startswith(beginning) for name in engines)
+        }
         limits: list[dict[str, float]] = []
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
@@ -101,8 +109,8 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
             )
             for model in models:
                 for engine in engines:
-                    of_llama_cpp = engine.startswith("llama.cpp")
-                    if of_llama_cpp and model not in ggufs:
+                    folders = others.get(engine.split(" ")[0], models)
+                    if model not in folders:
                         continue
                     earlier = runs.setdefault((model, engine), [])
                     if any("failed" in result for result in earlier):
@@ -110,7 +118,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                     plain, _, isa = engine.partition(AT)
                     task = {
                         "engine": plain,
-                        "folder": str((ggufs if of_llama_cpp else models)[model]),
+                        "folder": str(folders[model]),
                         "threads": options.threads,
                         "lengths": lengths,
                     }
@@ -177,17 +185,17 @@ def named(model: str, dtype: str, dtypes: Sequence[str]) -> str:
     return f"{model}, {dtype}" if len(dtypes) > 1 else model
 
 
-def make_ggufs(folder: Path, models: Mapping[str, Path]) -> dict[str, Path]:
-    """A folder of GGUF files for each model that llama.cpp has."""
+def rewritten(writer: Any, folder: Path, models: Mapping[str, Path]) -> dict[str, Path]:
+    """A folder for each model that another program has, with the files that `writer` makes for it."""
     made = {}
     for number, (name, source) in enumerate(models.items()):
         if not source.exists():
             continue
-        if (reason := gguf_models.refusal(source)) is not None:
-            print(f"{name}: left out for llama.cpp: {reason}", file=sys.stderr)
+        if (reason := writer.refusal(source)) is not None:
+            print(f"{name}: left out by {writer.__name__}: {reason}", file=sys.stderr)
             continue
-        made[name] = folder / f"gguf-{number}"
-        fresh_process([gguf_models.__file__, str(source), str(made[name])])
+        made[name] = folder / f"{writer.__name__}-{number}"
+        fresh_process([writer.__file__, str(source), str(made[name])])
     return made
 
 
@@ -263,8 +271,8 @@ def ratios(
 ) -> Iterator[dict]:
     """Tokens/s of one model or engine over those of another.
 
-    Of compressed models over the others in one engine, of float16 over float32, of the native runtime over torch's, of
-    eight-bit weights over those that are stored, and of the first instruction set over the others.
+    Of compressed models over the others in one engine, of float16 over float32, of the native runtime over torch and
+    onnxruntime, of eight-bit weights over those that are stored, and of the first instruction set over the others.
     """
     several = [dtype for dtype in ("float32", "float16") if any(model.endswith(f", {dtype}") for model in models)]
     pairs = [
@@ -275,9 +283,9 @@ def ratios(
         for engine in engines
     ]
     pairs += [((f"{model}, float16", engine), (f"{model}, float32", engine)) for model in MODELS for engine in engines]
-    torch = [other for other in engines if other.startswith("torch")]
+    peers_of_all = [other for other in engines if other.startswith(("torch", "onnxruntime"))]
     native = [other for other in engines if other.partition(AT)[0] == "native"]
-    pairs += [((model, engine), (model, other)) for other in torch for engine in native for model in models]
+    pairs += [((model, engine), (model, other)) for other in peers_of_all for engine in native for model in models]
     pairs += [((model, int8_of(engine)), (model, engine)) for engine in native for model in models]
     for engine in ("native", "native int8"):
         first, *others = [other for other in engines if other.startswith(f"{engine}{AT}")] or [engine]
@@ -293,7 +301,8 @@ def ratios(
     ]
     for ours, theirs in pairs:
         if all(key in summaries and "failed" not in summaries[key] for key in (ours, theirs)):
-            times = {name: summaries[theirs][name] / summaries[ours][name] for name in TIMES if name in summaries[ours]}
+            both = summaries[ours].keys() & summaries[theirs].keys()
+            times = {name: summaries[theirs][name] / summaries[ours][name] for name in TIMES if name in both}
             yield {
                 "tokens/s of": ", ".join(ours),
                 "over": ", ".join(theirs),

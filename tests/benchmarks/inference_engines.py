@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf_models
 from measuring import resident, restart_peak
+from onnx_models import FILE
 
 Tokens = list[int]
 
@@ -21,11 +22,11 @@ Tokens = list[int]
 @dataclass(frozen=True)
 class Engine:
     """A loaded model: `generate(prompt, count)` is greedy, `prefill(tokens)` may tell the token that follows, and
-    `score(tokens)` is the mean log-likelihood of all but the first."""
+    `score(tokens)` is the mean log-likelihood of all but the first; None where it has the last token's logits alone."""
 
     generate: Callable[[Tokens, int], Tokens]
     prefill: Callable[[Tokens], int | None]
-    score: Callable[[Tokens], float]
+    score: Callable[[Tokens], float] | None
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,37 @@ def llama_cpp(folder: Path, threads: int, lengths: Lengths, *, kind: str) -> Eng
     return Engine(generate, lambda tokens: int(logits(tokens)[0].argmax()), score)
 
 
+def onnxruntime(folder: Path, threads: int, _: Lengths) -> Engine:
+    """onnxruntime on the CPU; `folder` is one of `onnx_models.write`. Keys and values stay where it has them."""
+    import numpy as np
+    from onnxruntime import InferenceSession, OrtValue, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    session = InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+    first, *past = session.get_inputs()
+    names = [output.name for output in session.get_outputs()]
+
+    def step(tokens: Tokens, cache: list[Any]) -> tuple[int, list[Any]]:
+        """The likeliest next token, and the keys and values of all tokens so far."""
+        ids = OrtValue.ortvalue_from_numpy(np.array([tokens], dtype=np.int64))
+        feeds = {first.name: ids} | {given.name: value for given, value in zip(past, cache, strict=True)}
+        logits, *after = session.run_with_ort_values(names, feeds)
+        return int(logits.numpy()[0, -1].argmax()), after
+
+    nothing = [OrtValue.ortvalue_from_shape_and_type((1, each.shape[1], 0, each.shape[3]), np.float32) for each in past]
+
+    def generate(prompt: Tokens, count: int) -> Tokens:
+        new, cache, tokens = prompt, nothing, []
+        for _ in range(count):
+            token, cache = step(new, cache)
+            tokens.append(token)
+            new = [token]
+        return tokens
+
+    return Engine(generate, lambda tokens: step(tokens, nothing)[0], None)
+
+
 ENGINES = {
     "torch eager": eager,
     "torch as stored": partial(eager, dtype="auto"),
@@ -166,9 +198,10 @@ ENGINES = {
     "native": native,
     "native int8": partial(native, int8=True),
     **{f"llama.cpp {kind}": partial(llama_cpp, kind=kind) for kind in gguf_models.FILES},
+    "onnxruntime": onnxruntime,
 }
 # The package beyond this one's own that an engine needs, by the beginning of its name.
-PACKAGES = {"llama.cpp": "llama_cpp"}
+PACKAGES = {"llama.cpp": "llama_cpp", "onnxruntime": "onnxruntime"}
 
 
 def missing(engine: str) -> str | None:
@@ -218,6 +251,10 @@ def warm_up(engine: str) -> None:
         import llama_cpp  # noqa: F401
 
         return
+    if engine == "onnxruntime":
+        import onnxruntime  # noqa: F401
+
+        return
     import torch
     import tqcompressor  # noqa: F401
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -258,9 +295,10 @@ def measure(engine: str, folder: Path, threads: int, lengths: Lengths, passes: i
     _, first_prefill = timed(lambda: model.prefill(text))
     prefill = min(timed(lambda: model.prefill(text))[1] for _ in range(passes))
     scored: dict[str, float] = {}
-    if lengths.score:
+    if lengths.score and model.score is not None:
+        score = model.score
         words = np.random.default_rng(1).integers(vocabulary, size=lengths.score).tolist()
-        runs = [timed(lambda: model.score(words)) for _ in range(passes + 1)]
+        runs = [timed(lambda: score(words)) for _ in range(passes + 1)]
         scored = {"score seconds": min(seconds for _, seconds in runs), "log-likelihood": runs[0][0]}
     return scored | {
         "decode seconds": (min(whole) - one) / (lengths.new - 1),

@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
 
 def own(engines):
     """The engines that run a checkpoint as it is."""
-    return [(name, engine) for name, engine in engines.ENGINES.items() if not name.startswith("llama.cpp")]
+    return [(name, engine) for name, engine in engines.ENGINES.items() if name.split(" ")[0] not in engines.PACKAGES]
 
 
 def test_engines_score_a_llama_alike(benchmark, tmp_path, monkeypatch):
@@ -65,6 +65,27 @@ def test_engines_generate_and_read_alike(benchmark, folders, monkeypatch, model)
     assert {len(tokens) for tokens in generated["native"]} == {12}
     (following,) = engines.ENGINES["native"](folders[model], 1, None).generate(text, 1)
     assert read["torch eager"] == read["torch compiled"] == [following] * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["dense", "compressed", "llama"])
+def test_onnxruntime_generates_as_torch_does(benchmark, folders, tmp_path, model):
+    pytest.importorskip("onnxscript", reason="onnxscript, of the dev extra, is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime, of the dev extra, is not installed")
+    engines = benchmark("inference_engines")
+    if model == "llama":
+        llama_model(head_dim=6).save_pretrained(source := tmp_path / "model")
+    else:
+        source = folders[model]
+    benchmark("onnx_models").write(source, tmp_path / "onnx")
+    lengths = engines.Lengths(prompt=5, new=12, prefill=20)
+    torch_s = engines.ENGINES["torch eager"](source, 1, lengths)
+    found = engines.ENGINES["onnxruntime"](tmp_path / "onnx", 1, lengths)
+    text = list(range(3, 43, 2))
+    # Twice: the first run leaves nothing behind.
+    for prompt in (text[:5], text[:5], text):
+        assert found.generate(prompt, 12) == torch_s.generate(prompt, 12)
+    assert found.prefill(text) == torch_s.prefill(text)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "llama of wide heads"])
@@ -101,7 +122,7 @@ def test_what_llama_cpp_cannot_run_is_left_out_with_a_line(benchmark, folders, t
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
     models = {"compressed": folders["compressed"], "other": other, "6 layers": tmp_path / "not made"}
-    assert inference.make_ggufs(tmp_path, models) == {}
+    assert inference.rewritten(benchmark("gguf_models"), tmp_path, models) == {}
     printed = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in printed] == ["compressed", "other"]
     assert "factored" in printed[0] and "bert" in printed[1]
