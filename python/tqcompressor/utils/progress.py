@@ -134,7 +134,13 @@ def announce(option: ProgressOption, words: str, logger: logging.Logger = _LOGGE
 
 
 def _is_watched() -> bool:
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    return _in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, and not a program that runs one and has imported ipykernel."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def _tqdm() -> Any:

@@ -1,14 +1,16 @@
 """The log: quiet by default, with what the command line shows where the program asks for it."""
 
 import logging
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tqcompressor
 from helpers.corpora import TINY
 from helpers.processes import run_script
 from tqcompressor.cli.main import main
-from tqcompressor.utils.progress import phase_reporter, reporter
+from tqcompressor.utils.progress import announce, phase_reporter, reporter
 
 
 @pytest.fixture
@@ -133,3 +135,17 @@ def test_the_log_is_quiet_unless_it_is_asked_for():
         print(logging.getLogger("tqcompressor").level, logging.getLogger().handlers)
     """
     assert run_script(script) == "0 []\n"
+
+
+@pytest.mark.parametrize(
+    ("shell", "shown"), [(None, False), (SimpleNamespace(), False), (SimpleNamespace(kernel=object()), True)]
+)
+def test_a_bar_shows_in_the_kernel_of_a_notebook_but_not_in_a_program_that_has_imported_it(
+    monkeypatch, capsys, shell, shown
+):
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    with reporter(None, "fit") as report:
+        assert (report is not None) == shown
+    announce(None, "three words beforehand", logging.getLogger("tqcompressor.test"))
+    assert ("three words" in capsys.readouterr().err) == shown
