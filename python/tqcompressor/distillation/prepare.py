@@ -41,8 +41,8 @@ from .training import samples_per_step
 
 # Steps of all stages together that the default batch size leaves, and its largest.
 _STEPS, _LARGEST_BATCH = 1000, 16
-# The default learning rate is 3e-4 at a width of 256, where it was found; SmolLM2, 576 wide, forgets with it what the
-# first thousand steps teach. tests/benchmarks/README.md has figures.
+# The default learning rate is 3e-4 at a width of 256, where it was found. SmolLM2, 576 wide, unlearns with it for most
+# of a run; tests/benchmarks/README.md has figures.
 _RATE_TIMES_WIDTH, _USUAL_WIDTH = 3e-4 * 256, 768
 # Tokens of a sample by default, at most.
 _LONGEST = 1024
