@@ -137,7 +137,8 @@ impl OwnedValues {
     }
 
     /// The values in a dtype. Halves are rounded to nearest, ties to even; what is too large for them becomes an infinity.
-    pub(crate) fn rounded(float: Float, values: Vec<f32>) -> Self {
+    #[must_use]
+    pub fn rounded(float: Float, values: Vec<f32>) -> Self {
         fn halves<E: Element>(values: &[f32]) -> Vec<E> {
             let mut halves = vec![E::default(); values.len()];
             E::downcast(values, &mut halves);
