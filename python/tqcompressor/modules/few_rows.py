@@ -38,9 +38,7 @@ def times_low_rank(
     """`functional.low_rank_matmul` of a few rows with the bias added; None where torch must or should compute it."""
     if _is_one_graph() or not _is_for_rust(_rows(x), x, left, right, bias):
         return None
-    transposed = not left.is_contiguous()
-    if transposed:
-        left, right = left.t(), right.t()
+    left, right, transposed = _as_stored(left, right)
     if not (left.is_contiguous() and right.is_contiguous()):
         return None
     y: torch.Tensor = _low_rank_rows(x, left, right, input_permutation, output_permutation, bias, transposed)
@@ -65,13 +63,16 @@ def times_kronecker(
     small = a if a[0].numel() < b[0].numel() else b
     if not _is_for_rust(_rows(x) * min(small.shape[1:]), x, a, b, bias):
         return None
-    transposed = not a.is_contiguous()
-    if transposed:
-        a, b = a.transpose(1, 2), b.transpose(1, 2)
+    a, b, transposed = _as_stored(a, b)
     if not (a.is_contiguous() and b.is_contiguous()):
         return None
     y: torch.Tensor = _kronecker_rows(x, a, b, input_permutation, output_permutation, bias, transposed)
     return y
+
+
+def _as_stored(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Factors that are transposed views, as in a tied head, are turned back; whether they were."""
+    return (first, second, False) if first.is_contiguous() else (first.mT, second.mT, True)
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -85,7 +86,7 @@ def _is_one_graph() -> bool:
 
 
 def _is_for_rust(vectors: int, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether so many vectors are few, nobody wants a gradient, and nothing looks at the single operations of torch."""
+    """Whether so many vectors are few, no gradient is wanted, and nothing records or changes operations of torch."""
     if not 0 < vectors <= FEW or x.dtype not in _DTYPES or torch.get_num_threads() > _MOST_THREADS:
         return False
     wanted = torch.is_grad_enabled()
