@@ -3,6 +3,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
+use super::buffers::Buffer;
 use super::kernels::{add_scaled, dot_rows, softmax, weighted_sum};
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
@@ -96,7 +97,7 @@ pub(super) fn attend(
     spans: &[Span],
     caches: &mut [&mut KvCache],
     pool: &ThreadPool,
-) -> Result<Vec<f32>> {
+) -> Result<Buffer> {
     let Heads { heads: count, width, .. } = heads;
     let (d, row) = (count * width, heads.row());
     let mut first = 0;
@@ -106,27 +107,30 @@ pub(super) fn attend(
         }
         first += span.tokens;
     }
-    // (head, token, width) of every sequence: one task for some tokens of a head.
-    let mut by_head = vec![0.0; qkv.len() / row * d];
+    let mut y = pool.buffer(qkv.len() / row * d);
+    // Some tokens of a head each.
     let mut tasks = Vec::with_capacity(spans.len() * count);
-    let (mut rest, mut first, mut work) = (by_head.as_mut_slice(), 0, 0);
+    let (mut rest, mut first, mut work) = (y.matrix_mut(qkv.len() / row, d), 0, 0);
     for (span, cache) in spans.iter().zip(caches.iter()) {
         let queries = &qkv[first * row..][..span.tokens * row];
         // A token that is decoded takes dot products; one that a text leaves for the last task takes what its others take.
         let alone = span.tokens == 1;
+        let mut of_span;
+        (of_span, rest) = rest.split_at_row_mut(span.tokens);
         for head in 0..count {
-            let of_head;
-            (of_head, rest) = rest.split_at_mut(span.tokens * width);
-            let pieces = queries.chunks(TASK * row).zip(of_head.chunks_mut(TASK * width)).enumerate();
-            tasks.extend(pieces.map(|(piece, (queries, out))| {
+            let mut of_head;
+            (of_head, of_span) = of_span.split_at_col_mut(width);
+            for (piece, queries) in queries.chunks(TASK * row).enumerate() {
                 let span = Span { tokens: queries.len() / row, before: span.before + piece * TASK };
-                (Task { queries, head, span, alone }, &**cache, out)
-            }));
+                let out;
+                (out, of_head) = of_head.split_at_row_mut(span.tokens);
+                tasks.push((Task { queries, head, span, alone }, &**cache, out));
+            }
         }
         first += span.tokens;
         work += span.tokens * (span.before + span.tokens) * d;
     }
-    let one = |(task, cache, out): (Task<'_>, &KvCache, &mut [f32])| match (&cache.keys, &cache.values) {
+    let one = |(task, cache, out): (Task<'_>, &KvCache, MatMut<'_, f32>)| match (&cache.keys, &cache.values) {
         (OwnedValues::F32(keys), OwnedValues::F32(values)) => task.attend(heads, keys, values, cache.capacity, out),
         (OwnedValues::F16(keys), OwnedValues::F16(values)) => task.attend(heads, keys, values, cache.capacity, out),
         (OwnedValues::Bf16(keys), OwnedValues::Bf16(values)) => task.attend(heads, keys, values, cache.capacity, out),
@@ -136,17 +140,6 @@ pub(super) fn attend(
         tasks.into_iter().for_each(one);
     } else {
         pool.for_each(tasks.into_iter(), one);
-    }
-    let mut y = vec![0.0; by_head.len()];
-    let mut first = 0;
-    for span in spans {
-        let sequence = first * d..(first + span.tokens) * d;
-        for (head, rows) in by_head[sequence.clone()].chunks_exact(span.tokens.max(1) * width).enumerate() {
-            for (y, row) in y[sequence.clone()].chunks_exact_mut(d).zip(rows.chunks_exact(width)) {
-                y[head * width..][..width].copy_from_slice(row);
-            }
-        }
-        first += span.tokens;
     }
     Ok(y)
 }
@@ -162,9 +155,9 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// The output of the head. Its scores are those of [`QUERIES`] tokens at a time, so that memory grows with the length of
+    /// The output of the head, `(tokens, width)`. Its scores are those of [`QUERIES`] tokens at a time, so that memory grows with the length of
     /// the sequence and not with its square.
-    fn attend<T: Weight>(self, heads: Heads, keys: &[T], values: &[T], capacity: usize, out: &mut [f32]) {
+    fn attend<T: Weight>(self, heads: Heads, keys: &[T], values: &[T], capacity: usize, mut out: MatMut<'_, f32>) {
         let Heads { heads: count, key_value_heads, width, scale, .. } = heads;
         let Self { queries: qkv, head, span, alone } = self;
         let Span { tokens, before } = span;
@@ -179,7 +172,8 @@ impl Task<'_> {
             let mut scores = vec![0.0; before + 1 - seen_first];
             dot_rows(keys, width, query, 1, &mut scores);
             softmax(&mut scores, scale);
-            weighted_rows(out, &scores, values);
+            let out = out.row_mut(0);
+            weighted_rows(out.try_as_row_major_mut().expect("a row is contiguous").as_slice_mut(), &scores, values);
             return;
         }
         let (mut wide_keys, mut wide_values) = (Vec::new(), Vec::new());
@@ -204,9 +198,8 @@ impl Task<'_> {
                 unseen.fill(0.0);
                 future.fill(0.0);
             }
-            let out = MatMut::from_row_major_slice_mut(&mut out[first * width..][..rows * width], rows, width);
             let scores = MatRef::from_row_major_slice(scores, rows, seen);
-            matmul(out, Accum::Replace, scores, values, 1.0, Par::Seq);
+            matmul(out.as_mut().subrows_mut(first, rows), Accum::Replace, scores, values, 1.0, Par::Seq);
         }
     }
 }
@@ -252,7 +245,7 @@ mod tests {
                 for &piece in pieces {
                     let span = Span { tokens: piece, before };
                     let rows = &qkv[before * row..(before + piece) * row];
-                    found.extend(attend(heads, rows, &[span], &mut [&mut cache], &pool).unwrap());
+                    found.extend_from_slice(&attend(heads, rows, &[span], &mut [&mut cache], &pool).unwrap());
                     before += piece;
                 }
                 found

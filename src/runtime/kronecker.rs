@@ -1,7 +1,8 @@
 //! Products with a permuted Kronecker sum: by its factors, or by its matrix, expanded on the fly.
 
-use std::borrow::Cow;
+use faer::{MatMut, MatRef};
 
+use super::buffers::Buffer;
 use super::kernels::add_scaled;
 use super::order::Order;
 use super::rows::{Rows, Stored, Weights, product_by_panels};
@@ -76,19 +77,28 @@ impl Kronecker {
         Ok(Self { a: a?, b: b.floats()?, a_first, input: Order::new(input), output: Order::new(output), shape })
     }
 
-    /// The product of `x : (count, m)`, and the order in which `y` is to be gathered from it.
-    pub fn times(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> (Vec<f32>, Cow<'_, Order>) {
-        let x = self.input.gather(x, pool);
+    /// Writes the products `(count, n)` with `x : (count, m)` to `y`, or adds them.
+    pub fn times(&self, x: &[f32], y: MatMut<'_, f32>, adds: bool, strategy: Strategy, pool: &ThreadPool) {
+        let count = y.nrows();
+        let gathered = self.input.gather(x, pool);
+        let x = gathered.as_deref().unwrap_or(x);
         if strategy == Strategy::Matrix || strategy == Strategy::Cheapest && self.expands(count) {
-            return (self.expand_and_multiply(&x, count, pool), Cow::Owned(Order::default()));
+            self.expand_and_multiply(x, y, adds, pool);
+        } else {
+            self.output.place(&self.times_by_factors(x, count, pool), y, adds, pool);
         }
+    }
+
+    /// The products of `X`s, each `(m2, m1)`, from which `y` is gathered.
+    fn times_by_factors(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Buffer {
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;
         if self.a_first {
             // Z = X A : (count, m2, rank, n1), then Y[j2] = Σ B[k, i2, j2] Z[i2, k].
             let inner = self.a.times(&x, count * m2, pool);
-            let mut y = vec![0.0; count * n2 * n1];
+            let mut y = pool.buffer(count * n2 * n1);
             pool.for_each(y.chunks_exact_mut(n2 * n1).zip(inner.chunks_exact(m2 * rank * n1)), |(y, inner)| {
                 for (j2, y) in y.chunks_exact_mut(n1).enumerate() {
+                    y.fill(0.0);
                     for (i2, inner) in inner.chunks_exact(rank * n1).enumerate() {
                         for (k, inner) in inner.chunks_exact(n1).enumerate() {
                             add_scaled(y, self.b(k, i2, j2), inner);
@@ -96,20 +106,21 @@ impl Kronecker {
                     }
                 }
             });
-            return (y, Cow::Borrowed(&self.output));
+            return y;
         }
         // Z[j2, k] = Σ B[k, i2, j2] X[i2] : (count, n2, rank, m1), then Y = Z A.
-        let mut inner = vec![0.0; count * n2 * rank * m1];
+        let mut inner = pool.buffer(count * n2 * rank * m1);
         pool.for_each(inner.chunks_exact_mut(n2 * rank * m1).zip(x.chunks_exact(m2 * m1)), |(inner, x)| {
             for (j2, inner) in inner.chunks_exact_mut(rank * m1).enumerate() {
                 for (k, inner) in inner.chunks_exact_mut(m1).enumerate() {
+                    inner.fill(0.0);
                     for (i2, x) in x.chunks_exact(m1).enumerate() {
                         add_scaled(inner, self.b(k, i2, j2), x);
                     }
                 }
             }
         });
-        (self.a.times(&inner, count * n2, pool), Cow::Borrowed(&self.output))
+        self.a.times(&inner, count * n2, pool)
     }
 
     /// Adds column `column` of the matrix to `out`.
@@ -131,10 +142,10 @@ impl Kronecker {
 
     /// The product of `X`s, each `(m2, m1)`, with the matrix, which is made some outputs at a time and never as a
     /// whole.
-    fn expand_and_multiply(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
-        let (m, n) = (self.shape.rows(), self.shape.columns());
-        let mut y = vec![0.0; count * n];
-        product_by_panels(x, m, count, &mut y, pool, |range, multiply| {
+    fn expand_and_multiply(&self, x: &[f32], y: MatMut<'_, f32>, adds: bool, pool: &ThreadPool) {
+        let m = self.shape.rows();
+        let x = MatRef::from_row_major_slice(x, y.nrows(), m);
+        product_by_panels(x, y, adds, 1, pool, |range, multiply| {
             let mut rows = vec![0.0; range.len() * m];
             self.a.with(|a| {
                 for (row, j) in rows.chunks_exact_mut(m).zip(range) {
@@ -143,7 +154,6 @@ impl Kronecker {
             });
             multiply(&rows);
         });
-        y
     }
 
     /// Adds to `out`, in the order of `X`, the column of the matrix that makes place `at` of `Y`.

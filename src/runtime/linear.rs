@@ -1,14 +1,16 @@
 //! Linear maps of a forward pass: dense, or a sum of factored terms, or several such side by side in some order.
 
-use std::borrow::Cow;
+use std::iter;
 
 use candle_core::{Device, Tensor};
+use faer::MatRef;
 
+use super::buffers::Buffer;
 use super::kernels::add_scaled;
 use super::kronecker::{Kronecker, Strategy};
 use super::low_rank::LowRank;
 use super::order::Order;
-use super::rows::{Rows, Weights};
+use super::rows::{FEW, Rows, Weights};
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::permute::Permutation;
@@ -140,31 +142,42 @@ impl Linear {
     /// As [`forward`](Self::forward), with a given strategy for Kronecker sums.
     #[must_use]
     pub fn forward_by(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> Vec<f32> {
+        self.times(x, count, strategy, pool).into_vec()
+    }
+
+    /// As [`forward`](Self::forward), in memory of the pool.
+    pub(super) fn times(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> Buffer {
         assert_eq!(x.len(), count * self.rows, "count · rows values");
+        let few = count <= FEW;
         let all = self.parts.iter().flat_map(|part| &part.terms);
         let low_rank: Vec<_> =
             all.filter_map(|term| if let StoredTerm::LowRank(term) = term { Some(term) } else { None }).collect();
-        let mut low_rank = LowRank::times_together(&low_rank, x, count, pool).into_iter();
-        let mut y = Vec::new();
+        let low_rank = if few { LowRank::times_together(&low_rank, x, count, pool) } else { Vec::new() };
+        let mut low_rank = low_rank.into_iter();
+        let mut y = pool.buffer(count * self.columns);
         let mut first = 0;
         for Part { columns, terms } in &self.parts {
-            for term in terms {
-                let (product, output) = match term {
-                    StoredTerm::Dense(rows) => (rows.times(x, count, pool), Cow::Owned(Order::default())),
-                    StoredTerm::Kronecker(kronecker) => kronecker.times(x, count, strategy, pool),
-                    StoredTerm::LowRank(_) => low_rank.next().expect("a product of each"),
-                };
-                if y.is_empty() && *columns == self.columns {
-                    y = output.gather(product, pool).into_owned();
-                    continue;
+            let mut y = y.matrix_mut(count, self.columns).subcols_mut(first, *columns);
+            for (term, adds) in terms.iter().zip(iter::once(false).chain(iter::repeat(true))) {
+                let y = y.as_mut();
+                match term {
+                    StoredTerm::Dense(rows) if few => {
+                        Order::default().place(&rows.times(x, count, pool), y, adds, pool);
+                    }
+                    StoredTerm::Dense(rows) => {
+                        rows.times_many(MatRef::from_row_major_slice(x, count, self.rows), y, adds, pool);
+                    }
+                    StoredTerm::Kronecker(kronecker) => kronecker.times(x, y, adds, strategy, pool),
+                    StoredTerm::LowRank(_) if few => {
+                        let (product, order) = low_rank.next().expect("a product of each");
+                        order.place(&product, y, adds, pool);
+                    }
+                    StoredTerm::LowRank(low_rank) => low_rank.times_many(x, y, adds, pool),
                 }
-                y.resize(count * self.columns, 0.0);
-                let rows = y.chunks_exact_mut(self.columns).zip(product.chunks_exact(*columns));
-                pool.for_each(rows, |(y, product)| output.add(product, &mut y[first..first + columns]));
             }
             first += columns;
         }
-        let mut y = self.outputs.gather(y, pool).into_owned();
+        let mut y = self.outputs.gather(&y, pool).unwrap_or(y);
         if !self.bias.is_empty() {
             pool.for_each(y.chunks_exact_mut(self.columns), |y| add_scaled(y, 1.0, &self.bias));
         }

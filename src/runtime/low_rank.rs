@@ -2,6 +2,9 @@
 
 use std::borrow::Cow;
 
+use faer::{MatMut, MatRef};
+
+use super::buffers::Buffer;
 use super::kernels::add_scaled;
 use super::order::Order;
 use super::rows::{Rows, times_together};
@@ -31,7 +34,8 @@ pub(super) enum LowRank {
 }
 
 impl LowRank {
-    /// The product `(count, n)` of each with `x : (count, m)`, and the order in which `y` is to be gathered from it.
+    /// The products `(count, n)` of several with few vectors `x : (count, m)`, and the order in which each `y` is to be
+    /// gathered from its product.
     ///
     /// In two steps of all threads, however many there are.
     pub fn times_together<'a>(
@@ -39,23 +43,51 @@ impl LowRank {
         x: &[f32],
         count: usize,
         pool: &ThreadPool,
-    ) -> Vec<(Vec<f32>, Cow<'a, Order>)> {
-        let begun: Vec<_> = all.iter().map(|term| term.begin(x, pool)).collect();
-        let lefts: Vec<_> = all.iter().zip(&begun).map(|(term, (input, _))| (term.factors().0, &**input)).collect();
-        let lefts = times_together(&lefts, count, pool);
+    ) -> Vec<(Buffer, Cow<'a, Order>)> {
+        let begun: Vec<_> = all.iter().map(|term| term.begin(x, count, pool)).collect();
+        let lefts = all.iter().zip(&begun).map(|(term, begun)| {
+            let others = begun.as_ref().map_or(x, |(_, others)| &**others);
+            (term.factors().0, others)
+        });
+        let lefts = times_together(&lefts.collect::<Vec<_>>(), count, pool);
         let inner: Vec<_> = begun
-            .into_iter()
+            .iter()
             .zip(lefts)
-            .map(|((_, pivots), mut inner)| {
-                if !pivots.is_empty() {
-                    add_scaled(&mut inner, 1.0, &pivots);
+            .map(|(begun, mut inner)| {
+                if let Some((pivots, _)) = begun {
+                    add_scaled(&mut inner, 1.0, pivots);
                 }
                 inner
             })
             .collect();
         let rights: Vec<_> = all.iter().zip(&inner).map(|(term, inner)| (term.factors().1, &**inner)).collect();
         let rights = times_together(&rights, count, pool);
-        all.iter().zip(inner).zip(rights).map(|((term, inner), right)| term.end(inner, right)).collect()
+        all.iter().zip(inner).zip(rights).map(|((term, inner), right)| term.end(inner, right, count, pool)).collect()
+    }
+
+    /// Writes the products `(count, n)` with many vectors `x : (count, m)` to `y`, or adds them.
+    pub fn times_many(&self, x: &[f32], mut y: MatMut<'_, f32>, adds: bool, pool: &ThreadPool) {
+        let count = y.nrows();
+        let (left, right) = self.factors();
+        // Into the identity's part of the product, and from there into the rest of it.
+        let both = |y: MatMut<'_, f32>| {
+            let (mut inner, rest) = y.split_at_col_mut(left.rows);
+            left.times_many(MatRef::from_row_major_slice(x, count, left.length), inner.as_mut(), false, pool);
+            right.times_many(inner.as_ref(), rest, false, pool);
+        };
+        match self {
+            Self::OnRows { .. } => {
+                let (mut inner, others) = self.begin(x, count, pool).expect("pivots and others");
+                left.times_many(others.matrix(count, left.length), inner.matrix_mut(count, left.rows), true, pool);
+                right.times_many(inner.matrix(count, left.rows), y, adds, pool);
+            }
+            Self::OnColumns { output, .. } if output.is_identity() && !adds => both(y.as_mut()),
+            Self::OnColumns { output, .. } => {
+                let mut product = pool.buffer(count * y.ncols());
+                both(product.matrix_mut(count, y.ncols()));
+                output.place(&product, y, adds, pool);
+            }
+        }
     }
 
     fn factors(&self) -> (&Rows, &Rows) {
@@ -63,25 +95,30 @@ impl LowRank {
         (left, right)
     }
 
-    /// What `left` is multiplied with, and what is added to the product; nothing if that is empty.
-    fn begin<'a>(&self, x: &'a [f32], pool: &ThreadPool) -> (Cow<'a, [f32]>, Vec<f32>) {
-        match self {
-            Self::OnRows { left, input, .. } => {
-                let x = input.gather(x, pool);
-                let vectors = x.chunks_exact(left.rows + left.length).map(|x| x.split_at(left.rows));
-                let (pivots, others): (Vec<_>, Vec<_>) = vectors.unzip();
-                (others.concat().into(), pivots.concat())
-            }
-            Self::OnColumns { .. } => (x.into(), Vec::new()),
-        }
+    /// What is added to the product with `left`, and what that is multiplied with; nothing if that is `x`.
+    fn begin(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Option<(Buffer, Buffer)> {
+        let Self::OnRows { left, input, .. } = self else { return None };
+        let (mut pivots, mut others) = (pool.buffer(count * left.rows), pool.buffer(count * left.length));
+        let parts = pivots.chunks_exact_mut(left.rows).zip(others.chunks_exact_mut(left.length));
+        pool.for_each(parts.zip(x.chunks_exact(left.rows + left.length)), |((pivots, others), x)| {
+            input.gather_from(x, 0, pivots);
+            input.gather_from(x, left.rows, others);
+        });
+        Some((pivots, others))
     }
 
-    fn end(&self, inner: Vec<f32>, rest: Vec<f32>) -> (Vec<f32>, Cow<'_, Order>) {
+    fn end(&self, inner: Buffer, rest: Buffer, count: usize, pool: &ThreadPool) -> (Buffer, Cow<'_, Order>) {
         match self {
             Self::OnRows { .. } => (rest, Cow::Owned(Order::default())),
             Self::OnColumns { left, right, output } => {
-                let both = inner.chunks_exact(left.rows).zip(rest.chunks_exact(right.rows));
-                (both.flat_map(|(inner, rest)| [inner, rest]).collect::<Vec<_>>().concat(), Cow::Borrowed(output))
+                let width = left.rows + right.rows;
+                let mut both = pool.buffer(count * width);
+                let parts = inner.chunks_exact(left.rows).zip(rest.chunks_exact(right.rows));
+                for (both, (inner, rest)) in both.chunks_exact_mut(width).zip(parts) {
+                    both[..left.rows].copy_from_slice(inner);
+                    both[left.rows..].copy_from_slice(rest);
+                }
+                (both, Cow::Borrowed(output))
             }
         }
     }
@@ -94,20 +131,14 @@ impl LowRank {
                 let mut product = vec![0.0; left.rows + left.length];
                 let (pivots, others) = product.split_at_mut(left.rows);
                 pivots.copy_from_slice(weights);
-                for (k, &weight) in weights.iter().enumerate() {
-                    left.with_row(k, |row| add_scaled(others, weight, row));
-                }
+                left.add_combination(weights, others);
                 input.scatter_add(&product, out);
             }),
             Self::OnColumns { left, right, output } => {
                 let at = output.at(column);
                 match at.checked_sub(left.rows) {
                     None => left.with_row(at, |row| add_scaled(out, 1.0, row)),
-                    Some(at) => right.with_row(at, |weights| {
-                        for (k, &weight) in weights.iter().enumerate() {
-                            left.with_row(k, |row| add_scaled(out, weight, row));
-                        }
-                    }),
+                    Some(at) => right.with_row(at, |weights| left.add_combination(weights, out)),
                 }
             }
         }

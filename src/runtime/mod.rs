@@ -6,6 +6,7 @@
 //! are a matrix product. Results do not depend on the number of threads.
 
 mod attention;
+mod buffers;
 mod config;
 mod factors;
 mod generate;

@@ -3,8 +3,10 @@
 use std::slice;
 
 use super::attention::{Heads, KvCache, Span, attend};
+use super::buffers::Buffer;
 use super::config::{Activation, DecoderConfig};
 use super::kernels::{add_scaled, gelu_tanh, layer_norm, multiply, rms_norm, silu};
+use super::kronecker::Strategy;
 use super::linear::Linear;
 use super::order::Order;
 use super::thread_pool::ThreadPool;
@@ -177,10 +179,23 @@ impl Decoder {
         &self,
         sequences: &[&[u32]],
         caches: &mut [&mut Cache],
-        mut observer: Option<Observer<'_>>,
+        observer: Option<Observer<'_>>,
         pool: &ThreadPool,
         progress: &Progress,
     ) -> Result<Vec<f32>> {
+        let hidden = self.hidden(sequences, caches, observer, pool, progress).map(Buffer::into_vec);
+        pool.release_buffers();
+        hidden
+    }
+
+    fn hidden(
+        &self,
+        sequences: &[&[u32]],
+        caches: &mut [&mut Cache],
+        mut observer: Option<Observer<'_>>,
+        pool: &ThreadPool,
+        progress: &Progress,
+    ) -> Result<Buffer> {
         let d = self.config.width;
         for (sequence, cache) in sequences.iter().zip(caches.iter()) {
             self.check(sequence, cache)?;
@@ -195,6 +210,7 @@ impl Decoder {
         let turned = self.config.heads + self.config.key_value_heads;
         let mut x = self.embed(sequences, &spans, pool);
         let count = x.len() / d;
+        let product = |map: &Linear, x: &[f32]| map.times(x, count, Strategy::Cheapest, pool);
         let observed = observer.is_some();
         let mut observe = |layer: usize, modules: &[String], x: &[f32]| match &mut observer {
             None => Ok(()),
@@ -204,19 +220,23 @@ impl Decoder {
             progress.check()?;
             let normed = block.attention_norm.forward(&x, self.config.epsilon, pool);
             observe(layer, &self.roles.attention, &normed)?;
-            let mut qkv = block.query_key_value.forward(&normed, count, pool);
+            let mut qkv = product(&block.query_key_value, &normed);
+            drop(normed);
             let heads = self.heads(layer);
             if let Some(turns) = &turns {
                 turns.apply(&mut qkv, heads.row(), turned, pool);
             }
             let mut kv_caches: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[layer]).collect();
             let attended = attend(heads, &qkv, &spans, &mut kv_caches, pool)?;
+            drop(qkv);
             observe(layer, slice::from_ref(&self.roles.attention_output), &attended)?;
-            add_scaled(&mut x, 1.0, &block.attention_projection.forward(&attended, count, pool));
+            add(&mut x, &product(&block.attention_projection, &attended), pool);
+            drop(attended);
             progress.check()?;
             let normed = block.mlp_norm.forward(&x, self.config.epsilon, pool);
             observe(layer, &self.roles.mlp, &normed)?;
-            let mut inner = block.expansion.forward(&normed, count, pool);
+            let mut inner = product(&block.expansion, &normed);
+            drop(normed);
             if self.roles.gated() {
                 inner = self.config.activation.gate(&inner, self.config.inner, pool);
             } else {
@@ -224,9 +244,9 @@ impl Decoder {
             }
             if observed {
                 let gathered = block.hidden_order.gather(&inner, pool);
-                observe(layer, slice::from_ref(&self.roles.mlp_output), &gathered)?;
+                observe(layer, slice::from_ref(&self.roles.mlp_output), gathered.as_deref().unwrap_or(&inner))?;
             }
-            add_scaled(&mut x, 1.0, &block.projection.forward(&inner, count, pool));
+            add(&mut x, &product(&block.projection, &inner), pool);
         }
         for (span, cache) in spans.iter().zip(caches.iter_mut()) {
             cache.length += span.tokens;
@@ -298,13 +318,14 @@ impl Decoder {
         Ok(())
     }
 
-    fn embed(&self, sequences: &[&[u32]], spans: &[Span], pool: &ThreadPool) -> Vec<f32> {
+    fn embed(&self, sequences: &[&[u32]], spans: &[Span], pool: &ThreadPool) -> Buffer {
         let d = self.config.width;
         let tokens =
             sequences.iter().zip(spans).flat_map(|(sequence, span)| sequence.iter().copied().zip(span.before..));
         let tokens: Vec<_> = tokens.collect();
-        let mut x = vec![0.0; tokens.len() * d];
+        let mut x = pool.buffer(tokens.len() * d);
         pool.for_each(x.chunks_exact_mut(d).zip(tokens), |(row, (token, position))| {
+            row.fill(0.0);
             self.tokens.add_column(token as usize, row);
             if let Some(positions) = &self.positions {
                 positions.add_column(position, row);
@@ -315,8 +336,8 @@ impl Decoder {
 }
 
 impl Norm {
-    fn forward(&self, x: &[f32], epsilon: f32, pool: &ThreadPool) -> Vec<f32> {
-        let mut y = vec![0.0; x.len()];
+    fn forward(&self, x: &[f32], epsilon: f32, pool: &ThreadPool) -> Buffer {
+        let mut y = pool.buffer(x.len());
         let (Self::Layer { weight, .. } | Self::Rms { weight }) = self;
         let d = weight.len();
         let rows = (PIECE / d).max(1);
@@ -332,14 +353,19 @@ impl Norm {
     }
 }
 
+/// `x += y`
+fn add(x: &mut [f32], y: &[f32], pool: &ThreadPool) {
+    pool.for_each(x.chunks_mut(PIECE).zip(y.chunks(PIECE)), |(x, y)| add_scaled(x, 1.0, y));
+}
+
 impl Activation {
     fn apply(self, values: &mut [f32], pool: &ThreadPool) {
         pool.for_each(values.chunks_mut(PIECE), |values| self.of(values));
     }
 
     /// `activation(gate) · up`, `(count, inner)`, of rows of gates and what they are multiplied with, `(count, 2·inner)`.
-    fn gate(self, rows: &[f32], inner: usize, pool: &ThreadPool) -> Vec<f32> {
-        let mut products = vec![0.0; rows.len() / 2];
+    fn gate(self, rows: &[f32], inner: usize, pool: &ThreadPool) -> Buffer {
+        let mut products = pool.buffer(rows.len() / 2);
         let at_a_time = (PIECE / inner).max(1);
         let pieces = products.chunks_mut(at_a_time * inner).zip(rows.chunks(at_a_time * 2 * inner));
         pool.for_each(pieces, |(products, rows)| {

@@ -1,7 +1,8 @@
 //! Reordering of vectors.
 
-use std::borrow::Cow;
+use faer::MatMut;
 
+use super::buffers::Buffer;
 use super::thread_pool::ThreadPool;
 
 /// Gather indices of vectors of one length: element `i` of the result is element `indices[i]`. The identity costs
@@ -42,32 +43,42 @@ impl Order {
         Self(Some(inverse))
     }
 
-    /// Gathers each of several concatenated vectors.
-    pub fn gather<'a>(&self, x: impl Into<Cow<'a, [f32]>>, pool: &ThreadPool) -> Cow<'a, [f32]> {
-        let x = x.into();
-        let Some(indices) = &self.0 else { return x };
-        let mut gathered = vec![0.0; x.len()];
-        let vectors = gathered.chunks_exact_mut(indices.len()).zip(x.chunks_exact(indices.len()));
-        pool.for_each(vectors, |(gathered, x)| {
-            for (value, &at) in gathered.iter_mut().zip(indices) {
-                *value = x[at as usize];
-            }
-        });
-        Cow::Owned(gathered)
+    /// Gathers each of several concatenated vectors; nothing for the identity.
+    pub fn gather(&self, x: &[f32], pool: &ThreadPool) -> Option<Buffer> {
+        let length = self.0.as_ref()?.len();
+        let mut gathered = pool.buffer(x.len());
+        let vectors = gathered.chunks_exact_mut(length).zip(x.chunks_exact(length));
+        pool.for_each(vectors, |(gathered, x)| self.gather_from(x, 0, gathered));
+        Some(gathered)
     }
 
-    /// Adds a gathered vector to another.
-    pub fn add(&self, x: &[f32], sum: &mut [f32]) {
+    /// Elements `first`, `first + 1`, … of a gathered vector.
+    pub fn gather_from(&self, x: &[f32], first: usize, gathered: &mut [f32]) {
         match &self.0 {
-            None => sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x),
-            Some(indices) => sum.iter_mut().zip(indices).for_each(|(sum, &at)| *sum += x[at as usize]),
+            None => gathered.copy_from_slice(&x[first..first + gathered.len()]),
+            Some(indices) => {
+                gathered.iter_mut().zip(&indices[first..]).for_each(|(value, &at)| *value = x[at as usize]);
+            }
         }
     }
 
-    /// Adds a vector, element `i` to where `i` was gathered from: the transpose of [`add`](Self::add).
+    /// Writes gathered vectors to the rows of `y`, or adds them.
+    pub fn place(&self, x: &[f32], y: MatMut<'_, f32>, adds: bool, pool: &ThreadPool) {
+        let length = (x.len() / y.nrows().max(1)).max(1);
+        pool.for_each(y.row_iter_mut().zip(x.chunks_exact(length)), |(y, x)| {
+            let y = y.try_as_row_major_mut().expect("rows are contiguous").as_slice_mut();
+            match &self.0 {
+                _ if !adds => self.gather_from(x, 0, y),
+                None => y.iter_mut().zip(x).for_each(|(y, x)| *y += x),
+                Some(indices) => y.iter_mut().zip(indices).for_each(|(y, &at)| *y += x[at as usize]),
+            }
+        });
+    }
+
+    /// Adds a vector, element `i` to where `i` is gathered from.
     pub fn scatter_add(&self, x: &[f32], sum: &mut [f32]) {
         match &self.0 {
-            None => self.add(x, sum),
+            None => sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x),
             Some(indices) => x.iter().zip(indices).for_each(|(x, &at)| sum[at as usize] += x),
         }
     }

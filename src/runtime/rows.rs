@@ -8,7 +8,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::{bf16, f16};
 
-use super::kernels::{ROWS, TOGETHER, dot_rows};
+use super::buffers::Buffer;
+use super::kernels::{ROWS, TOGETHER, add_scaled, dot_rows};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
@@ -18,13 +19,17 @@ use crate::numeric::memory::zeros;
 use crate::numeric::simd::LANES;
 
 /// Up to this many vectors share one pass over the rows. More vectors are a packed matrix product.
-const FEW: usize = 2 * TOGETHER;
+pub(super) const FEW: usize = 2 * TOGETHER;
 /// Values of rows in one task: few microseconds, as long as one thread waits at the end for the others.
 const TASK: usize = 1 << 14;
 /// The most tasks of a thread in one product: a long list takes time, too.
 const TASKS: usize = 32;
-/// Rows of one matrix product.
-const PANEL: usize = 256;
+/// Rows of one product of many vectors: a multiple of the rows that a kernel multiplies at a time.
+const PANEL: usize = 96;
+/// The fewest vectors of one such product, if there are enough.
+const VECTORS: usize = 128;
+/// How many such products there are at least, with enough vectors: as long as one thread waits at the end for the others.
+const TASKS_OF_MANY: usize = 16;
 /// Products that are added up one by one; sums of these are added up. One long sum would lose twice as many digits, at
 /// the same speed.
 const SUMMED: usize = 128;
@@ -193,6 +198,16 @@ impl Rows {
         self.with(|values| work(values.row(row, self.length, &mut Vec::new())))
     }
 
+    /// `out += Σ_i weights[i] · rows[i]`.
+    pub fn add_combination(&self, weights: &[f32], out: &mut [f32]) {
+        self.with(|values| {
+            let mut scratch = Vec::new();
+            for (i, &weight) in weights.iter().enumerate() {
+                add_scaled(out, weight, values.row(i, self.length, &mut scratch));
+            }
+        });
+    }
+
     /// Puts element `i` of every row at place `order.at(i)`.
     pub fn reorder_values(&mut self, order: &Order) {
         self.select(&order.inverse(), 1);
@@ -222,33 +237,36 @@ impl Rows {
     ///
     /// # Cost
     /// Few vectors read the rows once, as fast as memory gives them; many are a matrix product.
-    pub fn times(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
-        times_together(&[(self, x)], count, pool).pop().expect("one product")
+    pub fn times(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Buffer {
+        if count <= FEW {
+            return times_together(&[(self, x)], count, pool).pop().expect("one product");
+        }
+        let mut y = pool.buffer(count * self.rows);
+        self.times_many(
+            MatRef::from_row_major_slice(x, count, self.length),
+            y.matrix_mut(count, self.rows),
+            false,
+            pool,
+        );
+        y
     }
 
-    /// As [`times`](Self::times) of many vectors.
-    fn times_many(&self, x: &[f32], count: usize, pool: &ThreadPool) -> Vec<f32> {
-        let mut y = vec![0.0; count * self.rows];
-        if !y.is_empty() {
-            self.with(|values| {
-                product_by_panels(x, self.length, count, &mut y, pool, |rows, multiply| {
-                    multiply(values.rows(rows, self.length, &mut Vec::new()));
-                });
+    /// Writes [`times`](Self::times) of many vectors to `y`, or adds it.
+    pub fn times_many(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, adds: bool, pool: &ThreadPool) {
+        self.with(|values| {
+            product_by_panels(x, y, adds, TASKS_OF_MANY, pool, |rows, multiply| {
+                multiply(values.rows(rows, self.length, &mut Vec::new()));
             });
-        }
-        y
+        });
     }
 }
 
-/// Each of several matrices times its vectors, as [`Rows::times`]. Few vectors are one step of all threads, who wait for one
-/// another once.
-pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &ThreadPool) -> Vec<Vec<f32>> {
-    debug_assert!(products.iter().all(|(rows, x)| x.len() == count * rows.length));
-    if count > FEW {
-        return products.iter().map(|(rows, x)| rows.times_many(x, count, pool)).collect();
-    }
+/// Each of several matrices times its few vectors, as [`Rows::times`]. All threads do one step, and wait for one another
+/// once.
+pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &ThreadPool) -> Vec<Buffer> {
+    debug_assert!(count <= FEW && products.iter().all(|(rows, x)| x.len() == count * rows.length));
     // Each `(rows, count)`.
-    let mut columns: Vec<_> = products.iter().map(|(rows, _)| vec![0.0; rows.rows * count]).collect();
+    let mut columns: Vec<_> = products.iter().map(|(rows, _)| pool.buffer(rows.rows * count)).collect();
     let storages: Vec<_> = products.iter().map(|(rows, _)| rows.tensor.storage_and_layout().0).collect();
     let padded: Vec<_> = products.iter().map(|(rows, x)| padded(x, rows.length)).collect();
     let mut tasks = Vec::new();
@@ -265,7 +283,7 @@ pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &
         return columns;
     }
     let transposed = columns.iter().map(|columns| {
-        let mut y = vec![0.0; columns.len()];
+        let mut y = pool.buffer(columns.len());
         for (t, y) in y.chunks_exact_mut((columns.len() / count).max(1)).enumerate() {
             y.iter_mut().zip(columns.chunks_exact(count)).for_each(|(y, column)| *y = column[t]);
         }
@@ -371,34 +389,48 @@ fn packed(tensor: &Tensor) -> candle_core::Result<Tensor> {
     }
 }
 
-/// `y : (count, ·)` of `x : (count, length)` with rows that `panel` gives, some at a time, to the function that it
-/// gets.
+/// Writes to `y : (count, ·)`, or adds, the products of `x : (count, length)` with rows that `panel` gives, some at a
+/// time, to the function that it gets.
+///
+/// Of few rows every panel is made for some of the vectors at a time, so that there are about `tasks` equal ones. With 1, no
+/// panel is made twice.
 pub(super) fn product_by_panels(
-    x: &[f32],
-    length: usize,
-    count: usize,
-    y: &mut [f32],
+    x: MatRef<'_, f32>,
+    mut y: MatMut<'_, f32>,
+    adds: bool,
+    tasks: usize,
     pool: &ThreadPool,
     panel: impl Fn(Range<usize>, &mut dyn FnMut(&[f32])) + Sync,
 ) {
-    let rows = y.len() / count;
-    let height = (rows / 8).next_multiple_of(16).clamp(16, PANEL);
-    let x = MatRef::from_row_major_slice(x, count, length);
-    let (mut parts, mut rest) =
-        (Vec::with_capacity(rows.div_ceil(height)), MatMut::from_row_major_slice_mut(y, count, rows));
-    while rest.ncols() > height {
-        let (first, others) = rest.split_at_col_mut(height);
-        parts.push(first);
-        rest = others;
+    let (count, length) = (x.nrows(), x.ncols());
+    if y.ncols() == 0 || length == 0 {
+        if !adds {
+            y.fill(0.0);
+        }
+        return;
     }
-    parts.push(rest);
-    pool.for_each(parts.into_iter().enumerate(), |(index, mut y)| {
-        let (first, height) = (index * height, y.ncols());
+    let pieces = tasks.div_ceil(y.ncols().div_ceil(PANEL)).min(count / VECTORS).max(1);
+    let at_a_time = count.div_ceil(pieces).max(1);
+    let mut parts = Vec::new();
+    let mut rest = y;
+    for first in (0..rest.ncols()).step_by(PANEL) {
+        let width = PANEL.min(rest.ncols());
+        let mut columns;
+        (columns, rest) = rest.split_at_col_mut(width);
+        for start in (0..count).step_by(at_a_time) {
+            let (height, rows) = (at_a_time.min(count - start), columns);
+            let part;
+            (part, columns) = rows.split_at_row_mut(height);
+            parts.push((first, x.subrows(start, height), part));
+        }
+    }
+    pool.for_each(parts.into_iter(), |(first, x, mut y)| {
+        let height = y.ncols();
         panel(first..first + height, &mut |rows| {
             let rows = MatRef::from_row_major_slice(rows, height, length);
             for first in (0..length).step_by(SUMMED) {
                 let width = SUMMED.min(length - first);
-                let how = if first == 0 { Accum::Replace } else { Accum::Add };
+                let how = if first == 0 && !adds { Accum::Replace } else { Accum::Add };
                 let (x, rows) = (x.subcols(first, width), rows.subcols(first, width));
                 matmul(y.as_mut(), how, x, rows.transpose(), 1.0, Par::Seq);
             }

@@ -1,4 +1,4 @@
-//! Threads for the many short steps of a forward pass.
+//! Threads for the many short steps of a forward pass, and memory for their results.
 //!
 //! One step of a decoded token takes about a hundred microseconds, and waking a sleeping thread takes a tenth of that.
 //! rayon's threads sleep too soon. These helpers spin before they park.
@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use super::buffers::{Buffer, Buffers};
+
 /// Spins of a helper before it parks: some hundred microseconds.
 const SPINS: u32 = 1 << 14;
 
@@ -23,6 +25,7 @@ const CLOSED: usize = usize::MAX;
 pub struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    buffers: Buffers,
     /// Not `Sync`: one job at a time, and no job within another.
     _one_caller: PhantomData<Cell<()>>,
 }
@@ -63,7 +66,7 @@ impl ThreadPool {
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
-        let mut pool = Self { shared, helpers: Vec::new(), _one_caller: PhantomData };
+        let mut pool = Self { shared, helpers: Vec::new(), buffers: Buffers::default(), _one_caller: PhantomData };
         for _ in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let builder = thread::Builder::new().name("tqcompressor helper".into());
@@ -76,6 +79,16 @@ impl ThreadPool {
     #[must_use]
     pub fn threads(&self) -> usize {
         self.helpers.len() + 1
+    }
+
+    /// Memory for a result of so many values, which are arbitrary until they are written.
+    pub(super) fn buffer(&self, length: usize) -> Buffer {
+        self.buffers.get(length)
+    }
+
+    /// Gives the memory of results that are gone back to the system.
+    pub(super) fn release_buffers(&self) {
+        self.buffers.release();
     }
 
     /// Calls `work` on every item, in any order and on any thread.
