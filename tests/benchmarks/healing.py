@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[None])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="samples of --seq-len tokens a step")
     parser.add_argument("--alphas", type=float, nargs="+", default=[1.0], help="the teacher's shares in the loss")
+    parser.add_argument("--hidden-weight", type=float, help="of the hidden states in --model's loss")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens, of both texts")
     parser.add_argument("--wikitext", type=Path, default=DATA / "wikitext-2", metavar="FOLDER", help="for --model")
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
     common = {name: str(getattr(options, name)) for name in ("model", "wikitext", "text", "device", "keep")}
     common |= {"budget": options.budget, "tokens": options.model_tokens, "seq_len": options.seq_len}
     common |= {"samples": options.samples, "seed": options.seeds[0]}
+    common |= {"hidden_weight": options.hidden_weight, "bf16": options.bf16}
     trained = list(product(options.learning_rates, options.batch_sizes, options.alphas))
     tasks = [
         common | {"student": student, "learning_rate": learning_rate, "batch_size": batch_size, "alpha": alpha}
@@ -129,7 +131,8 @@ def one_student(task: argparse.Namespace) -> dict:
             model = untrained(subject, task, calibration, folder)
             source = {"student": model}
         if steps:
-            settings = f"{task.tokens} tokens, {task.learning_rate}, {task.batch_size}, {task.alpha}"
+            weights = f"{task.alpha}, {task.hidden_weight}"
+            settings = f"{task.tokens} tokens, {task.learning_rate}, {task.batch_size}, {weights}, {task.bf16}"
             out = folder / f"{task.student}, {task.budget}, {task.samples} samples, {settings}"
             report = distill(
                 task.model,
@@ -137,11 +140,12 @@ def one_student(task: argparse.Namespace) -> dict:
                 text=[Path(task.wikitext) / "valid.txt", Path(task.text).read_text(encoding="utf-8")[: needed(task)]],
                 out=out,
                 tokens=task.tokens,
-                losses=DistillConfig(alpha=task.alpha),
+                losses=DistillConfig(alpha=task.alpha, hidden_weight=task.hidden_weight),
                 training=TrainingConfig(
                     seq_len=task.seq_len,
                     batch_size=task.batch_size,
                     learning_rate=task.learning_rate,
+                    bf16=task.bf16,
                     seed=task.seed,
                 ),
                 device=task.device,
