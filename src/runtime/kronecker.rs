@@ -94,7 +94,7 @@ impl Kronecker {
         let KroneckerShape { m1, n1, m2, n2, rank } = self.shape;
         if self.a_first {
             // Z = X A : (count, m2, rank, n1), then Y[j2] = Σ B[k, i2, j2] Z[i2, k].
-            let inner = self.a.times(&x, count * m2, pool);
+            let inner = self.a.times(x, count * m2, pool);
             let mut y = pool.buffer(count * n2 * n1);
             pool.for_each(y.chunks_exact_mut(n2 * n1).zip(inner.chunks_exact(m2 * rank * n1)), |(y, inner)| {
                 for (j2, y) in y.chunks_exact_mut(n1).enumerate() {
