@@ -129,7 +129,7 @@ def one_student(task: argparse.Namespace) -> dict:
             source = {"recipe": StagedRecipe.of_budgets(*budgets, seed=task.seed), "calibration": calibration}
         else:
             model = untrained(subject, task, calibration, folder)
-            source = {"student": model}
+            source = {"student": model, "calibration": calibration}
         if steps:
             weights = f"{task.alpha}, {task.hidden_weight}"
             settings = f"{task.tokens} tokens, {task.learning_rate}, {task.batch_size}, {weights}, {task.bf16}"

@@ -26,7 +26,7 @@ from ..config.tq_config import TQConfig
 from ..data.token_blocks import TokenBlocks, token_blocks
 from ..errors import ConfigError, DestinationError, TextError
 from ..evaluate.scoring import begin_tokens, tokenised
-from ..models.balancing import has_low_rank
+from ..models.balancing import has_low_rank, low_rank_sizes
 from ..models.matrices import require_trainable, require_transformers_model
 from ..utils import validate
 from ..utils.atomic_io import check_destination, require_space, without_leftovers
@@ -82,7 +82,7 @@ class Prepared:
     one_shot: TQConfig | None
     """All configs in one: each matrix has the spec of the last stage that names it. None without configs."""
     calibration: Calibration | None
-    """The calibration that was given for the first budget."""
+    """The calibration that was given for the first budget, or for the student."""
     num_samples: int
     """The sequences that a calibration reads."""
     calibration_text: TokenBlocks
@@ -142,8 +142,8 @@ def prepare(
     one_of("dtype", dtype, DTYPES)
     num_samples = validate.integer("num_samples", num_samples, 1)
     staged = _recipe(recipe, budget, student, effort=effort, seed=seed)
-    if calibration is not None and not staged.budgets:
-        raise ConfigError("calibration: expected with a budget, which is spent by it")
+    if calibration is not None and not staged.budgets and student is None:
+        raise ConfigError("calibration: expected with a budget, which is spent by it, or with a student")
     _check_destination(out, resume, arguments)
     known = load_calibration(calibration)
     model = _load(teacher)
@@ -154,6 +154,8 @@ def prepare(
     if given is not None:
         _check_student(given, model)
         require_trainable(given)
+        if known is not None:
+            _check_calibration(known, given)
     seq_len = _sequence_length(model, tokenizer, task, text, training)
     plans = [None if stage.config is None else plan_model(model, stage.config) for stage in staged.stages]
     if isinstance(text, TokenBlocks):
@@ -181,7 +183,7 @@ def prepare(
         if training.learning_rate is None:
             training = replace(training, learning_rate=default_learning_rate(model))
     stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
-    calibrates = (staged.budgets and known is None) or (given is not None and has_low_rank(given))
+    calibrates = known is None and (staged.budgets or (given is not None and has_low_rank(given)))
     if calibrates and num_samples > available:
         raise TextError(
             f"num_samples: expected at most {available} (the samples of the text to train on), got {num_samples}"
@@ -273,6 +275,18 @@ def _check_student(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             f"student: expected a {type(teacher).__name__} as its teacher is, got {type(student).__name__}"
         )
     require_same_vocabulary(student, teacher)
+
+
+def _check_calibration(calibration: Calibration, student: PreTrainedModel) -> None:
+    """Raises `ShapeError` or `ConfigError` for the calibration of another model."""
+    sizes = low_rank_sizes(student)
+    for name, size in sizes.items():
+        calibration.check(name, *size)
+    names = list(sizes)
+    if names and all(calibration.input(name) is None and calibration.output(name) is None for name in names):
+        raise ConfigError(
+            f"calibration: expected the moments of {', '.join(names[:3])}…, got none: it is of another model"
+        )
 
 
 def _load_tokenizer(

@@ -101,8 +101,8 @@ def distill(
         budget: In place of a recipe: the size to keep, as for `compress`; one stage. Default: 0.65, unless there is a
             recipe or a student.
         student: In place of both: a checkpoint or live model of the teacher's class, compressed or not, to train.
-        calibration: Of the teacher, for the first budget; by default it is measured on the text. Later stages
-            calibrate the student that they compress.
+        calibration: Of the teacher, for the first budget, or of either, to balance the factors of a student; by default
+            it is measured on the text. Later stages calibrate the student that they compress.
         num_samples: Sequences of 128 tokens that a calibration reads.
         text: The training text: a str is the text itself, a `Path` a UTF-8 file or a glob pattern, and a list holds
             either. A `datasets.Dataset` with a column "text" and a `TokenBlocks` are accepted too.
@@ -313,7 +313,8 @@ def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
         calibration = _of_teacher(prepared, seed) if stage.number == 1 else _calibrated(prepared, student, seed)
         matrices = _spend(prepared, student, stage.stage, calibration).matrices
     if calibration is None and stage.samples is not None and has_low_rank(student):
-        calibration = _calibrated(prepared, student, stage.stage.seed)
+        given = prepared.calibration if stage.number == 1 else None
+        calibration = given or _calibrated(prepared, student, stage.stage.seed)
     start = {
         "compressed": asdict(_score(prepared, student, f"score stage {stage.number}")),
         "lost_energy": {matrix.name: matrix.lost_energy for matrix in matrices},

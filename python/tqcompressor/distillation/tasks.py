@@ -25,6 +25,8 @@ _MASKED = 0.15
 # Seeds of the masks, so that those of the held-out text never change.
 _TRAINING_MASKS, _HELDOUT_MASKS = 1, 2
 IGNORED = -100
+# Tokens that every held-out token may be read with, if the training has no longer samples.
+_LONGEST_WINDOW = 1024
 
 
 def kind_of(model: PreTrainedModel) -> Kind | None:
@@ -109,16 +111,20 @@ class CausalTask(Task):
     def score(
         self, model: PreTrainedModel, teacher: PreTrainedModel, heldout: Sequence[int], seq_len: int, report: Report
     ) -> float:
-        """The perplexity, as `tqcompressor.perplexity` has it by default."""
+        """The perplexity, as `tqcompressor.perplexity` has it by default for a model of at most 1,024 positions."""
         total, tokens = negative_log_likelihood(
             model, [*self.begin, *heldout], context=_window(model, seq_len), progress=report
         )
         return exponential(total / tokens)
 
 
-def _window(model: PreTrainedModel, seq_len: int) -> int | None:
-    """The window to score in: the model's own, or that of the training where the model has no limit."""
-    return None if isinstance(getattr(model.config, "max_position_embeddings", None), int) else seq_len
+def _window(model: PreTrainedModel, seq_len: int) -> int:
+    """The window to score in: the model's own, but no longer than that of the training where this is long.
+
+    Windows of thousands of tokens, of which each sees the one before, would take longer than the training.
+    """
+    own = getattr(model.config, "max_position_embeddings", None)
+    return min(own, max(seq_len, _LONGEST_WINDOW)) if isinstance(own, int) else seq_len
 
 
 class MaskedTask(Task):

@@ -62,6 +62,16 @@ def has_low_rank(model: PreTrainedModel) -> bool:
     return any(True for _ in _low_rank(model))
 
 
+def low_rank_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrix of every low-rank module that owns its factors, by its name in configs."""
+    return {
+        bare_name(model, name): (module.num_embeddings, module.embedding_dim)
+        if isinstance(module, Lookup)
+        else (module.in_features, module.out_features)
+        for name, module in _low_rank(model)
+    }
+
+
 def _low_rank(model: PreTrainedModel) -> Iterator[tuple[str, LowRankLinear | LowRankEmbedding | GroupedEmbedding]]:
     """`(full name, module)` of every low-rank module that owns its factors, those within fused ones too."""
     for name, module in compressed_modules(model):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,12 +14,14 @@ from helpers.tokenizer import save_tokenizer
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from tqcompressor import calibrate, compress, distill
+from tqcompressor.calibration.calibration import Calibration
 from tqcompressor.cli import main as cli
+from tqcompressor.distillation import runner
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
 from tqcompressor.distillation.prepare import default_learning_rate
 from tqcompressor.distillation.stages import StagedRecipe
 from tqcompressor.distillation.tasks import MaskedTask
-from tqcompressor.errors import ConfigError, TextError
+from tqcompressor.errors import ConfigError, ShapeError, TextError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 SIZES = {"vocab_size": 104, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -165,6 +168,29 @@ def test_a_given_student_and_a_given_calibration(data, tmp_path):
     assert other.stages[0].trained.score < other.stages[0].compressed.score
 
 
+def test_the_calibration_of_a_student_is_not_measured_again(data, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(data.folder / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(data.folder / "llama")
+    calibration = calibrate(model, tokenizer, data.text, num_samples=16, seq_len=32)
+    compress(model, budget=0.6, calibration=calibration)
+    monkeypatch.setattr(runner, "calibrate", None)
+    report = run(data, "llama", tmp_path / "out", student=model, calibration=calibration)
+    assert report.stages[0].trained.score < report.stages[0].compressed.score
+    with pytest.raises(TypeError):
+        run(data, "llama", tmp_path / "measured", student=model)
+
+
+def test_a_calibration_of_another_model_than_the_student_is_refused_before_any_work(data, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(data.folder / "llama")
+    compress(model, budget=0.6)
+    moments = {f"input.{name}": np.eye(5, dtype=np.float32) for name in ("h.0.attn.c_attn", "layers.0.mlp.up_proj")}
+    for name, moment in moments.items():
+        other = Calibration({name: moment}, tokens=1, seed=0)
+        with pytest.raises((ConfigError, ShapeError), match="it is of another model"):
+            run(data, "llama", tmp_path / "out", student=model, calibration=other)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_low_rank_student_with_too_little_text_to_calibrate_is_refused_before_any_work(data, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(data.folder / "llama")
     compress(model, budget=0.6)
@@ -209,7 +235,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path)
     with pytest.raises(ConfigError, match="expected one of recipe, budget and student, got recipe and budget"):
         run(data, "llama", out, recipe="tq-81m", budget=0.6)
     with pytest.raises(ConfigError, match="calibration: expected with a budget"):
-        run(data, "llama", out, student=data.folder / "llama", calibration=tmp_path / "none.safetensors")
+        run(data, "llama", out, recipe="tq-81m", calibration=tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match="budget"):
         run(data, "llama", out, budget="much")
     with pytest.raises(ConfigError, match="student: expected a LlamaForCausalLM as its teacher is, got BertModel"):
