@@ -88,6 +88,8 @@ def _compress(options: argparse.Namespace) -> None:
     if options.heal_tokens is not None:
         _distill(_healing(options))
         return
+    if options.refine:
+        raise ConfigError("--refine: expected with --heal-tokens; compress(refine=True) refines a live model alone")
     if options.text is not None:
         _quiet_torch_engine(options)
     try:
@@ -133,6 +135,7 @@ _HEALED = (
     "budget",
     "calibration",
     "num_samples",
+    "refine",
     "out",
     "effort",
     "seed",
@@ -238,6 +241,7 @@ def _distill(options: argparse.Namespace) -> None:
             student=options.student,
             calibration=options.calibration,
             num_samples=options.num_samples,
+            refine=options.refine,
             text=[Path(name) for name in options.text],
             out=options.out,
             tokens=options.tokens,

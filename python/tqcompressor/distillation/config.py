@@ -22,10 +22,9 @@ class DistillConfig:
 
     `H` is the mean distance of hidden states over the pairs of `hidden_layers`; `hidden_kind` is "relative_mse", "mse"
     or "cosine", as for `losses.hidden_state_loss`. By default its weight is 1 where a teacher with the student's widths
-    and layers runs beside it, and 0 otherwise. A
-    pair is (student's, teacher's) number of a state: 0 is the sum of the embeddings, `i` the output of transformer
-    block `i`, the last one after the final normalisation. By default block `i` of the student is paired with block
-    `i · (teacher's depth / student's depth)` of the teacher.
+    and layers runs beside it, and 0 otherwise. A pair is (student's, teacher's) number of a state: 0 is the sum of the
+    embeddings, `i` the output of transformer block `i`, the last one after the final normalisation. By default block
+    `i` of the student is paired with block `i · (teacher's depth / student's depth)` of the teacher.
 
     A masked language model has the loss at its masked tokens. A model without a vocabulary, such as a sentence encoder,
     has `H` of its last hidden state and of the mean over the tokens in place of KL and CE; then `alpha` is 1.

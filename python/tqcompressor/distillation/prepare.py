@@ -85,6 +85,8 @@ class Prepared:
     """The calibration that was given for the first budget, or for the student."""
     num_samples: int
     """The sequences that a calibration reads."""
+    refine: bool
+    """Whether the factors of a budget are refined before they are trained."""
     calibration_text: TokenBlocks
     """What they are drawn from: the text of the training."""
     seq_len: int
@@ -115,6 +117,7 @@ def prepare(
     student: StrPath | PreTrainedModel | None,
     calibration: Calibration | StrPath | None,
     num_samples: int,
+    refine: bool,
     text: str | Path | Sequence[str | Path] | TokenBlocks | Any,
     out: StrPath,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -144,6 +147,8 @@ def prepare(
     staged = _recipe(recipe, budget, student, effort=effort, seed=seed)
     if calibration is not None and not staged.budgets and student is None:
         raise ConfigError("calibration: expected with a budget, which is spent by it, or with a student")
+    if refine and not staged.budgets:
+        raise ConfigError("refine: expected with a budget, whose factors it trains")
     _check_destination(out, resume, arguments)
     known = load_calibration(calibration)
     model = _load(teacher)
@@ -184,7 +189,7 @@ def prepare(
             training = replace(training, learning_rate=default_learning_rate(model))
     stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
     calibrates = known is None and (staged.budgets or (given is not None and has_low_rank(given)))
-    if calibrates and num_samples > available:
+    if (calibrates or refine) and num_samples > available:
         raise TextError(
             f"num_samples: expected at most {available} (the samples of the text to train on), got {num_samples}"
         )
@@ -201,6 +206,7 @@ def prepare(
         one_shot=_one_shot(staged, plans),
         calibration=known,
         num_samples=num_samples,
+        refine=refine,
         calibration_text=samples.section(0, available),
         seq_len=seq_len,
         heldout=tuple(heldout_tokens),

@@ -65,6 +65,7 @@ def distill(
     student: StrPath | PreTrainedModel | None = None,
     calibration: Calibration | StrPath | None = None,
     num_samples: int = 128,
+    refine: bool = False,
     text: str | Path | Sequence[str | Path] | TokenBlocks | Any,
     out: StrPath,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -104,6 +105,8 @@ def distill(
         calibration: Of the teacher, for the first budget, or of either, to balance the factors of a student; by default
             it is measured on the text. Later stages calibrate the student that they compress.
         num_samples: Sequences of 128 tokens that a calibration reads.
+        refine: Whether the factors that a budget leaves are first trained block by block on these sequences, as by
+            `compress(refine=True)`: fewer tokens are then needed for the same quality.
         text: The training text: a str is the text itself, a `Path` a UTF-8 file or a glob pattern, and a list holds
             either. A `datasets.Dataset` with a column "text" and a `TokenBlocks` are accepted too.
         out: The folder to write; it must not exist, or be empty, unless `resume`.
@@ -162,6 +165,7 @@ def distill(
             student=student,
             calibration=calibration,
             num_samples=num_samples,
+            refine=refine,
             text=text,
             out=out,
             tokenizer=tokenizer,
@@ -207,7 +211,7 @@ def begin(prepared: Prepared) -> Mapping[str, Any]:
                     compress(student, prepared.one_shot, threads=prepared.threads, progress=prepared.progress)
                 else:
                     last = [stage.stage for stage in prepared.stages if stage.stage.budget is not None][-1]
-                    _spend(prepared, student, last, _of_teacher(prepared, last.seed))
+                    _spend(prepared, student, last, _of_teacher(prepared, last.seed), refine=False)
                 state["one_shot"] = asdict(_score(prepared, student, "score one-shot"))
             write_json(path, state)
     found: Mapping[str, Any] = read_json(path)
@@ -227,6 +231,7 @@ def _settings(prepared: Prepared) -> dict[str, Any]:
         "recipe": prepared.recipe.to_dict(),
         "student": prepared.student and weights_digest(prepared.student),
         "calibration": [prepared.num_samples, prepared.calibration and calibration_digest(prepared.calibration)],
+        "refine": prepared.refine,
         "text": [stage.samples and stage.samples.fingerprint for stage in prepared.stages],
         "heldout": hashlib.sha256(str(list(prepared.heldout)).encode()).hexdigest(),
         "losses": asdict(prepared.losses),
@@ -311,7 +316,7 @@ def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
             student.dequantize()
         seed = stage.stage.seed
         calibration = _of_teacher(prepared, seed) if stage.number == 1 else _calibrated(prepared, student, seed)
-        matrices = _spend(prepared, student, stage.stage, calibration).matrices
+        matrices = _spend(prepared, student, stage.stage, calibration, refine=prepared.refine).matrices
     if calibration is None and stage.samples is not None and has_low_rank(student):
         given = prepared.calibration if stage.number == 1 else None
         calibration = given or _calibrated(prepared, student, stage.stage.seed)
@@ -326,24 +331,31 @@ def _compress(prepared: Prepared, stage: PreparedStage, folder: Path) -> None:
         write_json(partial / "stage.json", start)
 
 
-def _spend(prepared: Prepared, student: PreTrainedModel, stage: Stage, calibration: Calibration) -> CompressionReport:
+def _spend(
+    prepared: Prepared, student: PreTrainedModel, stage: Stage, calibration: Calibration, *, refine: bool
+) -> CompressionReport:
     """Compresses a dense student by the budget of a stage."""
-    return compress(
-        student,
-        budget=stage.budget,
-        calibration=calibration,
-        effort=stage.effort,
-        seed=stage.seed,
-        threads=prepared.threads,
-        progress=prepared.progress,
-    )
+    with on_device(prepared.arguments.device, student) if refine else nullcontext():
+        return compress(
+            student,
+            budget=stage.budget,
+            calibration=calibration,
+            refine=_drawn(prepared, stage.seed) if refine else False,
+            effort=stage.effort,
+            seed=stage.seed,
+            threads=prepared.threads,
+            progress=prepared.progress,
+        )
 
 
 def _calibrated(prepared: Prepared, student: PreTrainedModel, seed: int) -> Calibration:
     """The calibration of a student on the text of the training."""
-    batches = prepared.task.drawn(prepared.calibration_text, prepared.num_samples, CALIBRATION_SEQ_LEN, seed)
     with on_device(prepared.arguments.device, student):
-        return calibrate(student, list(batches), seed=seed, progress=prepared.progress)
+        return calibrate(student, _drawn(prepared, seed), seed=seed, progress=prepared.progress)
+
+
+def _drawn(prepared: Prepared, seed: int) -> list[torch.Tensor]:
+    return list(prepared.task.drawn(prepared.calibration_text, prepared.num_samples, CALIBRATION_SEQ_LEN, seed))
 
 
 def _of_teacher(prepared: Prepared, seed: int) -> Calibration:

@@ -33,7 +33,7 @@ EVERYWHERE = {
 }
 # Options without an argument in Python.
 ONLY_ON_THE_COMMAND_LINE = {
-    "compress": {"recipe": "a config by its name", "heal_tokens": "distill(tokens=…)"},
+    "compress": {"recipe": "a config by its name", "heal_tokens": "distill(tokens=…)", "refine": "distill(refine=…)"},
     "expand": {},
     "convert": {},
     "calibrate": {"out": "Calibration.save(path)"},

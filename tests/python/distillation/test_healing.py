@@ -118,6 +118,24 @@ def test_a_budget_is_healed(data, tmp_path, name, measure, auto):
     assert auto in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["llama", "masked", "encoder"])
+def test_factors_are_refined_before_they_are_trained(data, tmp_path, name):
+    options = {"recipe": StagedRecipe.of_budgets(0.7, 0.5), "num_samples": 64}
+    plain = run(data, name, tmp_path / "plain", **options)
+    out = tmp_path / "refined"
+    refined = run(data, name, out, refine=True, **options)
+    assert refined.settings["refine"] and not plain.settings["refine"]
+    assert refined.stages[0].compressed.parameters == plain.stages[0].compressed.parameters
+    # The blocks of the masked model lose next to nothing.
+    slack = 1.001 if name == "masked" else 1.0
+    assert refined.stages[0].compressed.score < slack * plain.stages[0].compressed.score
+    # The student without any training is the same.
+    assert refined.one_shot == plain.one_shot
+    with pytest.raises(ConfigError, match=r"other settings .*refine"):
+        run(data, name, out, resume=True, **options)
+    assert run(data, name, out, refine=True, resume=True, **options).to_dict() == refined.to_dict()
+
+
 def test_a_run_never_ends_worse_than_it_began(data, tmp_path):
     report = run(data, "llama", tmp_path / "out", budget=0.6, training=TrainingConfig(batch_size=4, learning_rate=3.0))
     (stage,) = report.stages
@@ -236,6 +254,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path)
         run(data, "llama", out, recipe="tq-81m", budget=0.6)
     with pytest.raises(ConfigError, match="calibration: expected with a budget"):
         run(data, "llama", out, recipe="tq-81m", calibration=tmp_path / "none.safetensors")
+    with pytest.raises(ConfigError, match="refine: expected with a budget"):
+        run(data, "llama", out, student=data.folder / "llama", refine=True)
     with pytest.raises(ConfigError, match="budget"):
         run(data, "llama", out, budget="much")
     with pytest.raises(ConfigError, match="student: expected a LlamaForCausalLM as its teacher is, got BertModel"):
@@ -276,8 +296,10 @@ def test_compress_heals_as_its_last_phase(data, tmp_path, capsys, monkeypatch):
         "--num-samples",
         "16",
     ]
-    assert cli.main([*command, "--heal-tokens", "1.5k", "--out", str(tmp_path / "out"), "--json"]) == 0
+    healing = ["--heal-tokens", "1.5k", "--refine"]
+    assert cli.main([*command, *healing, "--out", str(tmp_path / "out"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["settings"]["refine"]
     assert (
         report["tokens"] <= 1500
         and report["stages"][0]["trained"]["parameters"] <= 0.6 * report["teacher"]["parameters"]
@@ -297,3 +319,5 @@ def test_compress_heals_as_its_last_phase(data, tmp_path, capsys, monkeypatch):
         cli.main(["compress", "SRC", "--budget", "0.6", "--heal-tokens", "1k", "--out", str(tmp_path / "other")]) == 2
     )
     assert "--heal-tokens: expected with --text" in capsys.readouterr().err
+    assert cli.main([*command, "--refine", "--out", str(tmp_path / "other")]) == 2
+    assert "--refine: expected with --heal-tokens" in capsys.readouterr().err
