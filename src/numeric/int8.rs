@@ -7,6 +7,7 @@
 use half::bf16;
 
 use super::memory::zeros;
+use super::simd::dispatched;
 
 /// The largest code. −128 is not used, so that codes are symmetric.
 const MOST: f32 = 127.0;
@@ -131,9 +132,13 @@ pub fn dequantize(codes: &[i8], scales: &[f32], rows: usize, columns: usize, per
     values
 }
 
-/// `out = codes · scale`.
-pub(crate) fn scaled(codes: &[i8], scale: f32, out: &mut [f32]) {
-    out.iter_mut().zip(codes).for_each(|(out, &code)| *out = f32::from(code) * scale);
+dispatched! {
+    /// `out = codes · scale`.
+    pub(crate) fn scaled(codes: &[i8], scale: f32, out: &mut [f32]) {
+        for (out, &code) in out.iter_mut().zip(codes) {
+            *out = f32::from(code) * scale;
+        }
+    }
 }
 
 /// The smallest bfloat16 `s` with `largest / s ≤ 127`, but no subnormal one, which some processors take for 0.

@@ -145,8 +145,9 @@ impl Kronecker {
     fn expand_and_multiply(&self, x: &[f32], y: MatMut<'_, f32>, adds: bool, pool: &ThreadPool) {
         let m = self.shape.rows();
         let x = MatRef::from_row_major_slice(x, y.nrows(), m);
-        product_by_panels(x, y, adds, 1, pool, |range, multiply| {
-            let mut rows = vec![0.0; range.len() * m];
+        product_by_panels(x, y, adds, 1, pool, |range, buffers, multiply| {
+            let mut rows = buffers.get(range.len() * m);
+            rows.fill(0.0);
             self.a.with(|a| {
                 for (row, j) in rows.chunks_exact_mut(m).zip(range) {
                     self.add_gathered(a, self.output.at(j), row);

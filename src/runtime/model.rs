@@ -184,7 +184,7 @@ impl Decoder {
         progress: &Progress,
     ) -> Result<Vec<f32>> {
         let hidden = self.hidden(sequences, caches, observer, pool, progress).map(Buffer::into_vec);
-        pool.release_buffers();
+        pool.buffers().release();
         hidden
     }
 

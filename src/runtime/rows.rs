@@ -8,7 +8,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::{bf16, f16};
 
-use super::buffers::Buffer;
+use super::buffers::{Buffer, Buffers};
 use super::kernels::{ROWS, TOGETHER, add_scaled, dot_rows};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
@@ -91,21 +91,31 @@ pub(super) enum Stored<'a> {
 impl Stored<'_> {
     /// Row `index` as f32: the row itself, or a copy in `scratch`.
     pub fn row<'b>(&'b self, index: usize, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32] {
-        self.rows(index..index + 1, width, scratch)
+        let row = index..index + 1;
+        if let Some(values) = self.in_f32(row.clone(), width) {
+            return values;
+        }
+        scratch.resize(width, 0.0);
+        self.widen(row, width, scratch);
+        scratch
     }
 
-    /// Consecutive rows, as [`row`](Self::row).
-    pub fn rows<'b>(&'b self, rows: Range<usize>, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32] {
+    /// Consecutive rows, where they are stored as f32.
+    fn in_f32(&self, rows: Range<usize>, width: usize) -> Option<&[f32]> {
         match self {
-            Self::Float(values) => values.rows(rows, width, scratch),
+            Self::Float(Values::F32(values)) => Some(&values[rows.start * width..rows.end * width]),
+            _ => None,
+        }
+    }
+
+    /// Writes consecutive rows as f32.
+    fn widen(&self, rows: Range<usize>, width: usize, out: &mut [f32]) {
+        match self {
+            Self::Float(values) => values.slice(rows.start * width..rows.end * width).upcast(out),
             Self::Int8(codes, scales) => {
-                scratch.resize(rows.len() * width, 0.0);
-                if width > 0 {
-                    for (row, out) in rows.zip(scratch.chunks_exact_mut(width)) {
-                        scaled(&codes[row * width..][..width], scales[row], out);
-                    }
+                for (row, out) in rows.zip(out.chunks_exact_mut(width.max(1))) {
+                    scaled(&codes[row * width..][..width], scales[row], out);
                 }
-                scratch
             }
         }
     }
@@ -254,8 +264,13 @@ impl Rows {
     /// Writes [`times`](Self::times) of many vectors to `y`, or adds it.
     pub fn times_many(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, adds: bool, pool: &ThreadPool) {
         self.with(|values| {
-            product_by_panels(x, y, adds, TASKS_OF_MANY, pool, |rows, multiply| {
-                multiply(values.rows(rows, self.length, &mut Vec::new()));
+            product_by_panels(x, y, adds, TASKS_OF_MANY, pool, |rows, buffers, multiply| {
+                if let Some(rows) = values.in_f32(rows.clone(), self.length) {
+                    return multiply(rows);
+                }
+                let mut wide = buffers.get(rows.len() * self.length);
+                values.widen(rows, self.length, &mut wide);
+                multiply(&wide);
             });
         });
     }
@@ -400,7 +415,7 @@ pub(super) fn product_by_panels(
     adds: bool,
     tasks: usize,
     pool: &ThreadPool,
-    panel: impl Fn(Range<usize>, &mut dyn FnMut(&[f32])) + Sync,
+    panel: impl Fn(Range<usize>, &Buffers, &mut dyn FnMut(&[f32])) + Sync,
 ) {
     let (count, length) = (x.nrows(), x.ncols());
     if y.ncols() == 0 || length == 0 {
@@ -424,9 +439,10 @@ pub(super) fn product_by_panels(
             parts.push((first, x.subrows(start, height), part));
         }
     }
+    let buffers = pool.buffers();
     pool.for_each(parts.into_iter(), |(first, x, mut y)| {
         let height = y.ncols();
-        panel(first..first + height, &mut |rows| {
+        panel(first..first + height, buffers, &mut |rows| {
             let rows = MatRef::from_row_major_slice(rows, height, length);
             for first in (0..length).step_by(SUMMED) {
                 let width = SUMMED.min(length - first);

@@ -86,9 +86,9 @@ impl ThreadPool {
         self.buffers.get(length)
     }
 
-    /// Gives the memory of results that are gone back to the system.
-    pub(super) fn release_buffers(&self) {
-        self.buffers.release();
+    /// Where that memory comes from, for tasks on other threads.
+    pub(super) fn buffers(&self) -> &Buffers {
+        &self.buffers
     }
 
     /// Calls `work` on every item, in any order and on any thread.
