@@ -103,15 +103,7 @@ impl<'a> Values<'a> {
     where
         'a: 'b,
     {
-        self.rows(index..index + 1, width, scratch)
-    }
-
-    /// Consecutive rows, as [`row`](Self::row).
-    pub(crate) fn rows<'b>(&self, rows: Range<usize>, width: usize, scratch: &'b mut Vec<f32>) -> &'b [f32]
-    where
-        'a: 'b,
-    {
-        self.slice(rows.start * width..rows.end * width).as_f32(scratch)
+        self.slice(index * width..(index + 1) * width).as_f32(scratch)
     }
 
     /// Consecutive values.

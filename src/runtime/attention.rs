@@ -155,8 +155,8 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// The output of the head, `(tokens, width)`. Its scores are those of [`QUERIES`] tokens at a time, so that memory grows with the length of
-    /// the sequence and not with its square.
+    /// The output of the head, `(tokens, width)`. Its scores are those of [`QUERIES`] tokens at a time, so that memory
+    /// grows with the length of the sequence and not with its square.
     fn attend<T: Weight>(self, heads: Heads, keys: &[T], values: &[T], capacity: usize, mut out: MatMut<'_, f32>) {
         let Heads { heads: count, key_value_heads, width, scale, .. } = heads;
         let Self { queries: qkv, head, span, alone } = self;

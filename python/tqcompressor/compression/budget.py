@@ -139,7 +139,7 @@ def eligible(listed: Sequence[MatrixInfo], spending: Spending) -> dict[str, Mome
     calibration.
     """
     patterns, calibration = spending.matrices, spending.calibration
-    _check_model(calibration, listed)
+    check_model(calibration, [matrix.name for matrix in listed])
     chosen: dict[str, Moments] = {}
     for matrix in listed:
         if min(matrix.shape) < 2 or (patterns is None and _left_out(matrix)):
@@ -208,13 +208,12 @@ def moments_of(
     Raises `ConfigError` where the calibration lacks the moments of the objective, and that or `ShapeError` where it is
     of another model.
     """
-    _check_model(calibration, listed)
+    check_model(calibration, [matrix.name for matrix in listed])
     return [(matrix.name, _moments(calibration, objective, matrix)) for matrix in listed]
 
 
-def _check_model(calibration: Calibration | None, listed: Sequence[MatrixInfo]) -> None:
+def check_model(calibration: Calibration | None, names: Sequence[str]) -> None:
     """Raises `ConfigError` where a calibration has the moments of none of the matrices."""
-    names = [matrix.name for matrix in listed]
     if calibration is not None and names and all(calibration.input(name) is None for name in names):
         raise ConfigError(
             f"calibration: expected the moments of {', '.join(names[:3])}…, got none: it is of another model"

@@ -19,7 +19,7 @@ from transformers import (
 
 from .._core import ModelPlan
 from ..calibration.calibration import Calibration, load_calibration
-from ..compression.budget import Budget
+from ..compression.budget import Budget, check_model
 from ..compression.model_plan import plan_model
 from ..config.choices import DTYPES, Dtype, one_of
 from ..config.tq_config import TQConfig
@@ -288,11 +288,7 @@ def _check_calibration(calibration: Calibration, student: PreTrainedModel) -> No
     sizes = low_rank_sizes(student)
     for name, size in sizes.items():
         calibration.check(name, *size)
-    names = list(sizes)
-    if names and all(calibration.input(name) is None and calibration.output(name) is None for name in names):
-        raise ConfigError(
-            f"calibration: expected the moments of {', '.join(names[:3])}…, got none: it is of another model"
-        )
+    check_model(calibration, list(sizes))
 
 
 def _load_tokenizer(
