@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::checkpoint::{Options, carried, config_of, copy, factor_name, scales_of, stored_scales, with_dtype};
+use super::checkpoint::{Options, carried, config_of, copy};
+use super::tensors::{factor_name, scales_of, stored_scales, with_dtype};
 use crate::checkpoint::read::{CODES, Checkpoint, SCALE, Tensor};
 use crate::checkpoint::staging::{Destination, StagingDirectory};
 use crate::checkpoint::write::{Slot, Writer};

@@ -11,6 +11,7 @@ mod place;
 mod queue;
 mod report;
 mod spectrum_store;
+mod tensors;
 
 pub use budget::{BudgetMatrix, BudgetOptions, Keep, Planned, SpentBudget, least_parameters};
 pub use checkpoint::{Fits, Options, Written, compress_checkpoint, compress_journaled, planned_report, spend_budget};

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use safetensors::Dtype;
 use serde_json::json;
 
 use super::*;
