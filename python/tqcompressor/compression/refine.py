@@ -23,7 +23,7 @@ from ..models.blocks import Call, input_of, recorded_calls, transformer_blocks
 from ..models.matrices import bare_name
 from ..modules.dense_weight import CompressedBase
 from ..utils.progress import Report
-from ..utils.torch_utils import evaluating, frozen
+from ..utils.torch_utils import evaluating, frozen, replace_modules
 
 EPOCHS = 4
 # The next one is for a block that got worse with the one before: small losses and few steps need small rates.
@@ -247,18 +247,11 @@ def _gradients(model: PreTrainedModel, block: str, calibration: Calibration | No
 @contextmanager
 def _placed(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within the block, these modules stand in the places of those with the same full names."""
-    old = {name: model.get_submodule(name) for name in modules}
+    old = replace_modules(model, modules)
     try:
-        _put(model, modules)
         yield
     finally:
-        _put(model, old)
-
-
-def _put(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        replace_modules(model, old)
 
 
 @contextmanager

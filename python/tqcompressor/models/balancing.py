@@ -22,7 +22,7 @@ from ..modules.dense_weight import Lookup
 from ..modules.fused import FusedLinear
 from ..modules.grouped import GroupedEmbedding
 from ..modules.low_rank import LowRankEmbedding, LowRankLinear
-from ..utils.torch_utils import each_alone
+from ..utils.torch_utils import each_alone, replace_modules, take_modes
 from .matrices import bare_name, compressed_modules
 from .ties import ties
 
@@ -49,12 +49,14 @@ def balanced(model: PreTrainedModel, moments: MomentsOf, *, within: str = "") ->
         if name in found and source in new:
             kind = BalancedTiedEmbedding if isinstance(found[name], Lookup) else BalancedHead
             new[name] = kind(found[name], new[source])
+    old = replace_modules(model, new)
     try:
-        _put(model, new)
+        take_modes(new, old)
         yield
         each_alone(lambda module: module.restore(), modules, size)
     finally:
-        _put(model, {name: module.replaced for name, module in new.items()})
+        take_modes(old, new)
+        replace_modules(model, old)
 
 
 def has_low_rank(model: PreTrainedModel) -> bool:
@@ -90,11 +92,3 @@ def _needed(module: LowRankLinear | LowRankEmbedding | GroupedEmbedding, moments
     """Bytes of memory to balance a module: float64 copies of its moments and its factors."""
     values = sum(parameter.numel() for parameter in module.parameters())
     return 48 * values + sum(8 * moment.nbytes for moment in moments if moment is not None)
-
-
-def _put(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        owner: Any = model.get_submodule(parent)
-        module.train(getattr(owner, child).training)
-        setattr(owner, child, module)

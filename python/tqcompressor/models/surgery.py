@@ -19,6 +19,7 @@ from ..modules.build import CompressedModule, empty_embedding, empty_linear, mak
 from ..modules.fused import FusedLinear
 from ..modules.int8_dense import Int8Embedding, Int8Linear
 from ..modules.mixed import FactoredEmbedding, tied_embedding, tied_head
+from ..utils.torch_utils import replace_modules, take_modes
 from .matrices import (
     KINDS,
     bare_name,
@@ -174,15 +175,11 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
     An exception in the body puts all the old ones back.
     """
     tied, biases, before = ties(model), tied_biases(model), tables(model)
-    undo: list[tuple[nn.Module, str, nn.Module]] = []
+    undo: list[dict[str, nn.Module]] = []
 
     def swap(more: Mapping[str, nn.Module]) -> None:
-        for name, module in more.items():
-            parent_name, _, child = name.rpartition(".")
-            parent: Any = model.get_submodule(parent_name)
-            undo.append((parent, child, getattr(parent, child)))
-            module.train(getattr(parent, child).training)
-            setattr(parent, child, module)
+        undo.append(replace_modules(model, more))
+        take_modes(more, undo[-1])
         if more:
             retie(model, tied, biases)
 
@@ -190,8 +187,8 @@ def swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
         swap(modules)
         yield swap
     except BaseException:
-        for parent, child, old in reversed(undo):
-            setattr(parent, child, old)
+        for old in reversed(undo):
+            replace_modules(model, old)
         restore_tables(before)
         raise
 

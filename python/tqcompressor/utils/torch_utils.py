@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,24 @@ def without_autocast(like: torch.Tensor) -> AbstractContextManager[object]:
     import torch
 
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+def replace_modules(model: Module, modules: Mapping[str, Module]) -> dict[str, Module]:
+    """Puts modules in the places of those with the same full names, and returns these.
+
+    Raises `AttributeError` for a name that the model does not have, before anything is changed.
+    """
+    replaced = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return replaced
+
+
+def take_modes(modules: Mapping[str, Module], others: Mapping[str, Module]) -> None:
+    """Gives modules the mode, training or evaluation, of those with the same names."""
+    for name, module in modules.items():
+        module.train(others[name].training)
 
 
 def move(model: Any, device: Any) -> None:

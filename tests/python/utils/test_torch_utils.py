@@ -4,7 +4,8 @@ import threading
 
 import pytest
 import torch
-from tqcompressor.utils.torch_utils import each_alone, torch_threads
+from torch import nn
+from tqcompressor.utils.torch_utils import each_alone, replace_modules, take_modes, torch_threads
 
 GIBIBYTE = 1 << 30
 
@@ -42,3 +43,24 @@ def test_threads_are_as_before_after_an_error():
     with pytest.raises(ValueError), torch_threads(before + 1):
         raise ValueError
     assert torch.get_num_threads() == before
+
+
+def test_modules_are_replaced_by_full_name_and_put_back():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)).train()
+    before = dict(model.named_modules())
+    new = {"0.0": nn.Linear(2, 2).eval(), "1": nn.Identity().eval()}
+    old = replace_modules(model, new)
+    assert old == {name: before[name] for name in new}
+    assert {name: model.get_submodule(name) for name in new} == new
+    take_modes(new, old)
+    assert all(module.training for module in new.values())
+    replace_modules(model, old)
+    assert dict(model.named_modules()) == before
+
+
+def test_an_unknown_name_changes_no_module():
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = dict(model.named_modules())
+    with pytest.raises(AttributeError):
+        replace_modules(model, {"0": nn.Identity(), "1": nn.Identity()})
+    assert dict(model.named_modules()) == before
