@@ -30,7 +30,9 @@ class DistillConfig:
     has `H` of its last hidden state and of the mean over the tokens in place of KL and CE; then `alpha` is 1.
 
     The defaults learn from the teacher alone, at its own temperature: its distribution says all that a label says,
-    without a label's noise. Dropout would be noise as well; it is off unless `dropout` is True.
+    without a label's noise. That holds for texts like those that the teacher has learned; on others labels teach the
+    student what the teacher does not know, and `alpha=0.5` is better. Dropout would be noise as well; it is off unless
+    `dropout` is True.
 
     Raises `ConfigError` for values out of range.
     """
