@@ -159,14 +159,9 @@ class BalancedGroups(Lookup):
 class _Tied(CompressedBase):
     """A module that uses the factors of an embedding, which alone has them as parameters."""
 
-    def __init__(self, module: Any, embedding: BalancedEmbedding | BalancedGroups) -> None:
+    def __init__(self, embedding: BalancedEmbedding | BalancedGroups) -> None:
         super().__init__()
-        self._replaced, self._embedding = (module,), (embedding,)
-
-    @property
-    def replaced(self) -> Any:
-        """The module that this one stands for."""
-        return self._replaced[0]
+        self._embedding = (embedding,)
 
     @property
     def embedding(self) -> BalancedEmbedding | BalancedGroups:
@@ -181,7 +176,7 @@ class BalancedTiedEmbedding(Lookup, _Tied):
     """A second embedding with the factors of a `BalancedEmbedding` or `BalancedGroups`."""
 
     def __init__(self, module: Any, embedding: BalancedEmbedding | BalancedGroups) -> None:
-        super().__init__(module, embedding)
+        super().__init__(embedding)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -198,7 +193,7 @@ class BalancedHead(_Tied):
     """`logits = h Qᵀ Pᵀ + bias` from the factors of a balanced embedding, in place of its tied head."""
 
     def __init__(self, module: Any, embedding: BalancedEmbedding | BalancedGroups) -> None:
-        super().__init__(module, embedding)
+        super().__init__(embedding)
         self.in_features, self.out_features = module.in_features, module.out_features
         self.bias = module.bias
 
