@@ -6,6 +6,7 @@
 
 use half::bf16;
 
+use super::integer::{largest_magnitude, to_nearest};
 use super::memory::zeros;
 use super::simd::dispatched;
 
@@ -83,9 +84,9 @@ pub fn quantize(values: &[f32], rows: usize, columns: usize, per: Scales) -> Res
         match per {
             Scales::Rows => {
                 for (values, codes) in values.chunks_exact(columns).zip(codes.chunks_exact_mut(columns)) {
-                    let scale = scale_for(values.iter().fold(0.0, |most: f32, value| most.max(value.abs())));
+                    let scale = scale_for(largest_magnitude(values));
                     scales.push(scale);
-                    codes.iter_mut().zip(values).for_each(|(code, &value)| *code = rounded(value, scale.to_f32()));
+                    round_row(values, scale.to_f32(), codes);
                 }
             }
             Scales::Columns => {
@@ -96,8 +97,7 @@ pub fn quantize(values: &[f32], rows: usize, columns: usize, per: Scales) -> Res
                 let own: Vec<_> = most.into_iter().map(scale_for).collect();
                 let wide: Vec<_> = own.iter().map(|scale| scale.to_f32()).collect();
                 for (row, codes) in values.chunks_exact(columns).zip(codes.chunks_exact_mut(columns)) {
-                    let pairs = row.iter().zip(&wide);
-                    codes.iter_mut().zip(pairs).for_each(|(code, (&value, &scale))| *code = rounded(value, scale));
+                    round_columns(row, &wide, codes);
                 }
                 scales.extend(own);
             }
@@ -152,8 +152,24 @@ fn scale_for(largest: f32) -> bf16 {
     if largest / up.to_f32() > MOST { bf16::from_bits(up.to_bits() + 1) } else { up }
 }
 
+dispatched! {
+    /// The codes of values that share a scale.
+    fn round_row(values: &[f32], scale: f32, codes: &mut [i8]) {
+        codes.iter_mut().zip(values).for_each(|(code, &value)| *code = rounded(value, scale));
+    }
+}
+
+dispatched! {
+    /// The codes of a row whose columns have scales.
+    fn round_columns(values: &[f32], scales: &[f32], codes: &mut [i8]) {
+        let pairs = values.iter().zip(scales);
+        codes.iter_mut().zip(pairs).for_each(|(code, (&value, &scale))| *code = rounded(value, scale));
+    }
+}
+
+#[inline(always)]
 fn rounded(value: f32, scale: f32) -> i8 {
-    if scale == 0.0 { 0 } else { (value / scale).round_ties_even() as i8 }
+    if scale == 0.0 { 0 } else { to_nearest(value / scale) as i8 }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::buffers::Buffer;
 use super::kernels::{add_scaled, dot_rows, softmax, weighted_sum};
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
-use crate::numeric::simd::Weight;
+use crate::numeric::Element;
 use crate::numeric::{Float, OwnedValues};
 
 /// Queries of one matrix product.
@@ -157,7 +157,7 @@ struct Task<'a> {
 impl Task<'_> {
     /// The output of the head, `(tokens, width)`. Its scores are those of [`QUERIES`] tokens at a time, so that memory
     /// grows with the length of the sequence and not with its square.
-    fn attend<T: Weight>(self, heads: Heads, keys: &[T], values: &[T], capacity: usize, mut out: MatMut<'_, f32>) {
+    fn attend<T: Element>(self, heads: Heads, keys: &[T], values: &[T], capacity: usize, mut out: MatMut<'_, f32>) {
         let Heads { heads: count, key_value_heads, width, scale, .. } = heads;
         let Self { queries: qkv, head, span, alone } = self;
         let Span { tokens, before } = span;
@@ -177,7 +177,7 @@ impl Task<'_> {
             return;
         }
         let (mut wide_keys, mut wide_values) = (Vec::new(), Vec::new());
-        let (keys, values) = (T::widened(keys, &mut wide_keys), T::widened(values, &mut wide_values));
+        let (keys, values) = (T::as_f32(keys, &mut wide_keys), T::as_f32(values, &mut wide_values));
         let queries = MatRef::from_row_major_slice(qkv, tokens, row).subcols(head * width, width);
         let mut scores = vec![0.0; QUERIES.min(tokens) * (before + tokens - seen_first)];
         for first in (0..tokens).step_by(QUERIES) {
@@ -205,16 +205,16 @@ impl Task<'_> {
 }
 
 /// `out = Σ_t weights[t] · rows[t]` for rows one behind the other.
-fn weighted_rows<T: Weight>(out: &mut [f32], weights: &[f32], rows: &[T]) {
-    if T::FLOAT == Some(Float::F32) {
-        return weighted_sum(out, weights, T::widened(rows, &mut Vec::new()));
+fn weighted_rows<T: Element>(out: &mut [f32], weights: &[f32], rows: &[T]) {
+    if T::FLOAT == Float::F32 {
+        return weighted_sum(out, weights, T::as_f32(rows, &mut Vec::new()));
     }
     let width = out.len();
     let at_a_time = (WIDENED / width).max(1);
     let (mut scratch, mut sum) = (Vec::new(), vec![0.0; width]);
     out.fill(0.0);
     for (weights, rows) in weights.chunks(at_a_time).zip(rows.chunks(at_a_time * width)) {
-        weighted_sum(&mut sum, weights, T::widened(rows, &mut scratch));
+        weighted_sum(&mut sum, weights, T::as_f32(rows, &mut scratch));
         add_scaled(out, 1.0, &sum);
     }
 }

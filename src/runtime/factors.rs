@@ -3,7 +3,7 @@
 //! A layer is one call: gather, both products, gather and bias. Every factor is read once. Sums are in f32 whatever the
 //! dtype of the factors, and the same for any number of threads.
 
-use super::kernels::{add_scaled, dot_rows};
+use super::kernels::{add_scaled, dot_values};
 use super::rows::padded;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
@@ -294,12 +294,7 @@ fn times_transposed(products: &[(Factor<'_>, &[f32])], count: usize, pool: &Thre
         tasks.extend(pieces.map(|(piece, out)| (factor, &x[..], piece * rows, out)));
     }
     pool.for_each(tasks.into_iter(), |(factor, x, first, out)| {
-        let length = factor.columns;
-        match factor.values {
-            Values::F32(rows) => dot_rows(&rows[first * length..], length, x, count, out),
-            Values::F16(rows) => dot_rows(&rows[first * length..], length, x, count, out),
-            Values::Bf16(rows) => dot_rows(&rows[first * length..], length, x, count, out),
-        }
+        dot_values(factor.values, first, factor.columns, x, count, out);
     });
     if count < 2 {
         return columns;

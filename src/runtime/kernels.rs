@@ -3,7 +3,8 @@
 use std::f32::consts::LOG2_E;
 
 use crate::numeric::exponential::power_of_two;
-use crate::numeric::simd::{LANES, Weight, dispatched, dot};
+use crate::numeric::simd::{Int16, LANES, dispatched, dot, dot_int8};
+use crate::numeric::{Element, Values};
 
 /// The most vectors of one call of [`dot`]: with more, the sums would not fit in registers.
 pub(super) const TOGETHER: usize = 4;
@@ -11,9 +12,40 @@ pub(super) const TOGETHER: usize = 4;
 /// The rows of one call of [`dot`]: two at a time read memory faster than one or four.
 pub(super) const ROWS: usize = 2;
 
+/// What rows of `T` are dotted with.
+pub(super) trait Vectors<T>: Copy {
+    /// Without the first vectors.
+    fn skip(self, vectors: usize, length: usize) -> Self;
+
+    /// As [`dot`].
+    fn dot<const N: usize, const R: usize>(self, rows: &[T], length: usize, out: &mut [f32]);
+}
+
+impl<T: Element> Vectors<T> for &[f32] {
+    fn skip(self, vectors: usize, length: usize) -> Self {
+        &self[vectors * length..]
+    }
+
+    #[inline]
+    fn dot<const N: usize, const R: usize>(self, rows: &[T], length: usize, out: &mut [f32]) {
+        dot::<T, N, R>(rows, self, length, out);
+    }
+}
+
+impl Vectors<i8> for Int16<'_> {
+    fn skip(self, vectors: usize, length: usize) -> Self {
+        Int16::skip(self, vectors, length)
+    }
+
+    #[inline]
+    fn dot<const N: usize, const R: usize>(self, rows: &[i8], length: usize, out: &mut [f32]) {
+        dot_int8::<N, R>(rows, self, length, out);
+    }
+}
+
 /// `out[n, r] = Σ_i rows[n, i] · x[r, i]` for as many rows as there is room for, and `count` vectors, of `length` values.
 /// Each product is added up in the same order whatever their numbers. More rows and values may follow, as in [`dot`].
-pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: usize, out: &mut [f32]) {
+pub(super) fn dot_rows<T>(rows: &[T], length: usize, x: impl Vectors<T>, count: usize, out: &mut [f32]) {
     if length == 0 {
         return out.fill(0.0);
     }
@@ -25,22 +57,31 @@ pub(super) fn dot_rows<T: Weight>(rows: &[T], length: usize, x: &[f32], count: u
         _ => {
             for (n, out) in out.chunks_exact_mut(count).enumerate() {
                 for (part, out) in out.chunks_mut(TOGETHER).enumerate() {
-                    dot_rows(&rows[n * length..], length, &x[part * TOGETHER * length..], out.len(), out);
+                    dot_rows(&rows[n * length..], length, x.skip(part * TOGETHER, length), out.len(), out);
                 }
             }
         }
     }
 }
 
-fn each_group<T: Weight, const R: usize>(rows: &[T], length: usize, x: &[f32], out: &mut [f32]) {
+/// As [`dot_rows`], from row `first` on, of floating values whose dtype is known at run time.
+pub(super) fn dot_values(rows: Values<'_>, first: usize, length: usize, x: &[f32], count: usize, out: &mut [f32]) {
+    match rows {
+        Values::F32(rows) => dot_rows(&rows[first * length..], length, x, count, out),
+        Values::F16(rows) => dot_rows(&rows[first * length..], length, x, count, out),
+        Values::Bf16(rows) => dot_rows(&rows[first * length..], length, x, count, out),
+    }
+}
+
+fn each_group<T, const R: usize>(rows: &[T], length: usize, x: impl Vectors<T>, out: &mut [f32]) {
     let mut rows = rows;
     let mut groups = out.chunks_exact_mut(ROWS * R);
     for out in &mut groups {
-        dot::<T, ROWS, R>(rows, x, length, out);
+        x.dot::<ROWS, R>(rows, length, out);
         rows = &rows[ROWS * length..];
     }
     for out in groups.into_remainder().chunks_exact_mut(R) {
-        dot::<T, 1, R>(rows, x, length, out);
+        x.dot::<1, R>(rows, length, out);
         rows = &rows[length..];
     }
 }
@@ -266,7 +307,7 @@ mod tests {
                     values
                 }));
                 let mut products = vec![0.0; 5 * 7];
-                dot_rows(&rows, length, &noise(7 * length, 5), 7, &mut products);
+                dot_rows(&rows, length, &noise(7 * length, 5)[..], 7, &mut products);
                 out.push(products);
                 let sum = sum_of_exponentials(&x, largest(&x));
                 (sum.to_bits(), out.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>())

@@ -9,12 +9,13 @@ use faer::{Accum, MatMut, MatRef, Par};
 use half::{bf16, f16};
 
 use super::buffers::{Buffer, Buffers};
-use super::kernels::{ROWS, TOGETHER, add_scaled, dot_rows};
+use super::kernels::{ROWS, TOGETHER, add_scaled, dot_rows, dot_values};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
 use crate::numeric::Values;
 use crate::numeric::int8::scaled;
+use crate::numeric::int16::Int16Vectors;
 use crate::numeric::memory::zeros;
 use crate::numeric::simd::LANES;
 
@@ -283,14 +284,14 @@ pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &
     // Each `(rows, count)`.
     let mut columns: Vec<_> = products.iter().map(|(rows, _)| pool.buffer(rows.rows * count)).collect();
     let storages: Vec<_> = products.iter().map(|(rows, _)| rows.tensor.storage_and_layout().0).collect();
-    let padded: Vec<_> = products.iter().map(|(rows, x)| padded(x, rows.length)).collect();
+    let vectors: Vec<_> = products.iter().map(|(rows, x)| FewVectors::new(rows, x)).collect();
     let mut tasks = Vec::new();
-    for (((rows, _), x), (storage, out)) in products.iter().zip(&padded).zip(storages.iter().zip(&mut columns)) {
+    for (((rows, _), x), (storage, out)) in products.iter().zip(&vectors).zip(storages.iter().zip(&mut columns)) {
         let stored = rows.stored(storage);
         if count > 0 && rows.rows > 0 {
             let at_a_time = rows_of_task(rows.rows, rows.length, pool.threads());
             let pieces = out.chunks_mut(at_a_time * count).enumerate();
-            tasks.extend(pieces.map(|(piece, out)| (stored, rows.length, piece * at_a_time, &**x, out)));
+            tasks.extend(pieces.map(|(piece, out)| (stored, rows.length, piece * at_a_time, x, out)));
         }
     }
     pool.for_each(tasks.into_iter(), |(stored, length, first, x, out)| few(stored, length, first, x, count, out));
@@ -315,18 +316,32 @@ pub(super) fn padded(x: &[f32], length: usize) -> Cow<'_, [f32]> {
     }
 }
 
+/// What stored rows are dotted with.
+enum FewVectors<'a> {
+    Floats(Cow<'a, [f32]>),
+    Int16(Int16Vectors),
+}
+
+impl<'a> FewVectors<'a> {
+    fn new(rows: &Rows, x: &'a [f32]) -> Self {
+        match rows.scales {
+            None => Self::Floats(padded(x, rows.length)),
+            Some(_) => Self::Int16(Int16Vectors::new(x, rows.length)),
+        }
+    }
+}
+
 /// The products of some rows from `first` on, `(rows, count)`.
-fn few(rows: Stored<'_>, length: usize, first: usize, x: &[f32], count: usize, out: &mut [f32]) {
-    match rows {
-        Stored::Float(Values::F32(rows)) => dot_rows(&rows[first * length..], length, x, count, out),
-        Stored::Float(Values::F16(rows)) => dot_rows(&rows[first * length..], length, x, count, out),
-        Stored::Float(Values::Bf16(rows)) => dot_rows(&rows[first * length..], length, x, count, out),
-        Stored::Int8(codes, scales) => {
-            dot_rows(&codes[first * length..], length, x, count, out);
+fn few(rows: Stored<'_>, length: usize, first: usize, x: &FewVectors<'_>, count: usize, out: &mut [f32]) {
+    match (rows, x) {
+        (Stored::Float(rows), FewVectors::Floats(x)) => dot_values(rows, first, length, x, count, out),
+        (Stored::Int8(codes, scales), FewVectors::Int16(x)) => {
+            dot_rows(&codes[first * length..], length, x.as_slice(), count, out);
             for (out, &scale) in out.chunks_exact_mut(count).zip(&scales[first..]) {
                 out.iter_mut().for_each(|out| *out *= scale);
             }
         }
+        _ => unreachable!("vectors are made for the rows"),
     }
 }
 

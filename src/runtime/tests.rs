@@ -136,7 +136,8 @@ fn an_eight_bit_model_computes_what_it_expands_to_and_loading_makes_the_same_of_
             assert_eq!(own, logits(&already, &tokens, &ThreadPool::new(1).unwrap()));
             let theirs = logits(&expanded, &tokens, &pool());
             let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
-            assert!(largest_difference(&own, &theirs) < 1e-5 * scale, "{specs}: {length} tokens");
+            // Activations are rounded to 16 bits, too.
+            assert!(largest_difference(&own, &theirs) < 1e-4 * scale, "{specs}: {length} tokens");
         }
         assert_eq!(model.size().parameters, load(floats).unwrap().size().parameters);
         assert!(model.size().bytes < load(floats).unwrap().size().bytes);
@@ -455,11 +456,14 @@ proptest! {
         linear.put_outputs_in(&order);
         let y = linear.forward(&x, count, &pool());
         for (y, x) in y.chunks_exact(rows).zip(x.chunks_exact(length)) {
+            // Few vectors are rounded to 16 bits for products with eight-bit weights.
+            let rounding = if stored == 3 { largest_difference(x, &vec![0.0; length]) / 65534.0 } else { 0.0 };
             for (p, &y) in y.iter().enumerate() {
                 let i = order.at(p);
                 let exact: f64 = values[i].iter().zip(x).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                 let exact = exact + f64::from(noise(rows, seed ^ 2)[i]);
-                prop_assert!((f64::from(y) - exact).abs() < 1e-4);
+                let most = 1e-4 + rounding * values[i].iter().map(|value| value.abs()).sum::<f32>();
+                prop_assert!((f64::from(y) - exact).abs() < f64::from(most));
             }
         }
     }

@@ -66,6 +66,8 @@ class NativeModel:
                 text it needs the tokenizer too: `tokenizer.json`, or `vocab.json` and `merges.txt`.
             dtype: "int8": weights that are not eight-bit integers yet become so, as
                 `compress_checkpoint(…, dtype="int8")` writes them. Default: weights stay in the dtype that they have.
+                At up to eight tokens at a time, as in generation, activations are then rounded to 16-bit integers, with
+                a scale for every 128, which changes probabilities far less than rounding the weights did.
             kv_dtype: The dtype of cached keys and values. "float16" takes half of the memory, at the error of its
                 rounding.
             threads: Worker threads. Default: one for every processor that this process may use.

@@ -1,20 +1,22 @@
 //! AVX2, FMA and F16C: sixteen lanes in two registers of 16.
 
 use std::arch::x86_64::{
-    __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadl_epi64, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
-    _mm256_add_ps, _mm256_and_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_mul_ps, _mm256_setzero_ps, _mm256_slli_epi32,
+    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi16,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mul_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_slli_epi32,
 };
 
-use super::lanes::{KEPT, Lanes};
-use super::weight::{LANES, Weight};
-use crate::numeric::float::Float;
+use super::lanes::{KEPT, LANES, Lanes};
+use crate::numeric::float::{Element, Float};
 
 #[derive(Clone, Copy)]
 pub(super) struct Avx2([__m256; 2]);
 
 impl Lanes for Avx2 {
+    type Integers = [__m256i; 2];
+
     const SUMS: usize = 2;
 
     #[inline(always)]
@@ -24,15 +26,14 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load<T: Weight>(at: *const T) -> Self {
+    unsafe fn load<T: Element>(at: *const T) -> Self {
         // SAFETY: the caller's.
         unsafe {
             Self([at, at.add(LANES / 2)].map(|at| match T::FLOAT {
-                None => _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))),
-                Some(Float::F32) => _mm256_loadu_ps(at.cast()),
-                Some(Float::F16) => _mm256_cvtph_ps(_mm_loadu_si128(at.cast())),
+                Float::F32 => _mm256_loadu_ps(at.cast()),
+                Float::F16 => _mm256_cvtph_ps(_mm_loadu_si128(at.cast())),
                 // The upper half of an f32.
-                Some(Float::Bf16) => {
+                Float::Bf16 => {
                     let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
                 }
@@ -53,12 +54,6 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
-        // SAFETY: the caller's.
-        Self(std::array::from_fn(|part| unsafe { _mm256_fmadd_ps(a.0[part], b.0[part], self.0[part]) }))
-    }
-
-    #[inline(always)]
     unsafe fn keep(self, count: usize) -> Self {
         let kept = &KEPT[LANES - count..][..LANES];
         // SAFETY: the caller's; there are as many bits.
@@ -66,6 +61,34 @@ impl Lanes for Avx2 {
             let bits = _mm256_loadu_ps(kept.as_ptr().cast::<f32>().add(8 * part));
             _mm256_and_ps(self.0[part], bits)
         }))
+    }
+
+    #[inline(always)]
+    unsafe fn repeat(value: f32) -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { [_mm256_set1_ps(value); 2] })
+    }
+
+    #[inline(always)]
+    unsafe fn no_integers() -> [__m256i; 2] {
+        // SAFETY: the caller's.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sums: [__m256i; 2], codes: *const i8, x: *const i16) -> [__m256i; 2] {
+        // SAFETY: the caller's.
+        std::array::from_fn(|part| unsafe {
+            let codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(codes.add(16 * part).cast()));
+            let x = _mm256_loadu_si256(x.add(16 * part).cast());
+            _mm256_add_epi32(sums[part], _mm256_madd_epi16(codes, x))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn from_integers(integers: [__m256i; 2]) -> Self {
+        // SAFETY: the caller's.
+        Self(integers.map(|integers| unsafe { _mm256_cvtepi32_ps(integers) }))
     }
 
     #[inline(always)]

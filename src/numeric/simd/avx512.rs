@@ -1,19 +1,21 @@
 //! AVX-512: sixteen lanes in one register of 32.
 
 use std::arch::x86_64::{
-    __m512, _mm_loadu_si128, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32,
-    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps,
-    _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    __m512, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi16,
+    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_madd_epi16,
+    _mm512_maskz_mov_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_slli_epi32,
 };
 
 use super::lanes::Lanes;
-use super::weight::Weight;
-use crate::numeric::float::Float;
+use crate::numeric::float::{Element, Float};
 
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(__m512);
 
 impl Lanes for Avx512 {
+    type Integers = __m512i;
+
     const SUMS: usize = 8;
 
     #[inline(always)]
@@ -23,26 +25,19 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn load<T: Weight>(at: *const T) -> Self {
+    unsafe fn load<T: Element>(at: *const T) -> Self {
         // SAFETY: the caller's.
         Self(unsafe {
             match T::FLOAT {
-                None => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))),
-                Some(Float::F32) => _mm512_loadu_ps(at.cast()),
-                Some(Float::F16) => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
+                Float::F32 => _mm512_loadu_ps(at.cast()),
+                Float::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
                 // The upper half of an f32.
-                Some(Float::Bf16) => {
+                Float::Bf16 => {
                     let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
                 }
             }
         })
-    }
-
-    #[inline(always)]
-    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
-        // SAFETY: the caller's.
-        Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
     }
 
     #[inline(always)]
@@ -61,6 +56,33 @@ impl Lanes for Avx512 {
     unsafe fn multiply(self, other: Self) -> Self {
         // SAFETY: the caller's.
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn repeat(value: f32) -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+
+    #[inline(always)]
+    unsafe fn no_integers() -> __m512i {
+        // SAFETY: the caller's.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sums: __m512i, codes: *const i8, x: *const i16) -> __m512i {
+        // SAFETY: the caller's.
+        unsafe {
+            let codes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(codes.cast()));
+            _mm512_add_epi32(sums, _mm512_madd_epi16(codes, _mm512_loadu_si512(x.cast())))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn from_integers(integers: __m512i) -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { _mm512_cvtepi32_ps(integers) })
     }
 
     #[inline(always)]

@@ -1,75 +1,38 @@
 //! Dot products at the speed of memory. One loop serves every instruction set, which gives its registers.
 
-#[cfg(target_arch = "x86_64")]
-use super::avx2::Avx2;
-#[cfg(target_arch = "x86_64")]
-use super::avx512::Avx512;
-use super::lanes::Lanes;
-use super::level::{InstructionSet, instruction_set};
-#[cfg(target_arch = "aarch64")]
-use super::neon::Neon;
+use super::lanes::{LANES, Lanes};
 use super::portable::Portable;
-use super::prefetch::prefetch_far;
-#[cfg(target_arch = "x86_64")]
-use super::sse2::Sse2;
-use super::weight::{LANES, Weight};
+use super::prefetch::{AHEAD, LINE, prefetch_far};
+use super::with_lanes::{Kernel, with_lanes};
+use crate::numeric::float::Element;
 
 /// Independent sums of a dot product, each of [`LANES`] lanes: an addition need not wait for the one before it.
 const CHAINS: usize = 2;
 
-/// Software prefetch distance, in bytes. The hardware prefetcher stops at page boundaries: this gained 17 % on an AMD EPYC
-/// with two rows at a time. At 4 KiB eight-bit weights are read a fifth slower there; from 8 to 32 KiB all are equal.
-const AHEAD: usize = 16384;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: `N` rows times `R` vectors, at the speed of memory.
 ///
-/// The order of additions, and so the result, is the same for every `N`, `R` and instruction set; but products of eight-bit
-/// integers are fused with their sum where the processor can, and SSE2 cannot. Both slices may be longer:
-/// the last few values of a row are read faster if there are others behind them, which do not count.
+/// The order of additions, and so the result, is the same for every `N`, `R` and instruction set. Both slices may be
+/// longer: the last few values of a row are read faster if there are others behind them, which do not count.
 #[inline]
-pub fn dot<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     assert!(rows.len() >= N * length && x.len() >= R * length && out.len() == N * R);
-    match instruction_set() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the processor has what the instruction set names, and the lengths were compared.
-        InstructionSet::Avx512 => unsafe { dot_avx512::<T, N, R>(rows, x, length, out) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the same.
-        InstructionSet::Avx2 => unsafe { dot_avx2::<T, N, R>(rows, x, length, out) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the lengths were compared.
-        InstructionSet::Baseline => unsafe { dot_by::<Sse2, T, N, R>(rows, x, length, out) },
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: the lengths were compared.
-        InstructionSet::Neon => unsafe { dot_by::<Neon, T, N, R>(rows, x, length, out) },
-        // SAFETY: the lengths were compared.
-        _ => unsafe { dot_by::<Portable, T, N, R>(rows, x, length, out) },
+    with_lanes(Dot::<T, N, R> { rows, x, length, out });
+}
+
+/// The arguments of [`dot`], whose lengths were compared.
+struct Dot<'a, T, const N: usize, const R: usize> {
+    rows: &'a [T],
+    x: &'a [f32],
+    length: usize,
+    out: &'a mut [f32],
+}
+
+impl<T: Element, const N: usize, const R: usize> Kernel for Dot<'_, T, N, R> {
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        // SAFETY: the caller's, and the lengths were compared.
+        unsafe { dot_by::<V, T, N, R>(self.rows, self.x, self.length, self.out) }
     }
-}
-
-/// As [`dot`].
-///
-/// # Safety
-/// Needs AVX-512 F, BW, DQ and VL, and lengths as [`dot`] compares them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn dot_avx512<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe { dot_by::<Avx512, T, N, R>(rows, x, length, out) }
-}
-
-/// As [`dot`].
-///
-/// # Safety
-/// Needs AVX2, FMA and F16C, and lengths as [`dot`] compares them.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dot_avx2<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
-    // SAFETY: the caller's.
-    unsafe { dot_by::<Avx2, T, N, R>(rows, x, length, out) }
 }
 
 /// As [`dot`], in blocks whose sums fit in registers.
@@ -77,7 +40,7 @@ unsafe fn dot_avx2<T: Weight, const N: usize, const R: usize>(rows: &[T], x: &[f
 /// # Safety
 /// Needs the instruction set; the lengths must be as [`dot`] compares them.
 #[inline(always)]
-unsafe fn dot_by<V: Lanes, T: Weight, const N: usize, const R: usize>(
+unsafe fn dot_by<V: Lanes, T: Element, const N: usize, const R: usize>(
     rows: &[T],
     x: &[f32],
     length: usize,
@@ -115,7 +78,7 @@ unsafe fn dot_by<V: Lanes, T: Weight, const N: usize, const R: usize>(
 /// As of [`block`].
 #[cold]
 #[inline(never)]
-unsafe fn dot_of_any<T: Weight>(row: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+unsafe fn dot_of_any<T: Element>(row: &[T], x: &[f32], length: usize, out: &mut [f32]) {
     for (r, out) in out.chunks_exact_mut(1).enumerate() {
         // SAFETY: the caller's.
         unsafe { block::<Portable, T, 1, 1>(row, &x[r * length..], length, out) };
@@ -128,15 +91,13 @@ unsafe fn dot_of_any<T: Weight>(row: &[T], x: &[f32], length: usize, out: &mut [
 /// Needs the instruction set; there are at least `N` rows and `R` vectors of `length` values, and room for the sums.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
-unsafe fn block<V: Lanes, T: Weight, const N: usize, const R: usize>(
+unsafe fn block<V: Lanes, T: Element, const N: usize, const R: usize>(
     rows: &[T],
     x: &[f32],
     length: usize,
     out: &mut [f32],
 ) {
     let per_line = LINE / size_of::<T>();
-    // Integers are converted in units that also add, so that fused products take a fifth less time.
-    let fused = T::FLOAT.is_none();
     // The last load of all must not go beyond the slices.
     let whole = N * length + LANES <= rows.len() && R * length + LANES <= x.len();
     let (rows, x) = (rows.as_ptr(), x.as_ptr());
@@ -156,7 +117,7 @@ unsafe fn block<V: Lanes, T: Weight, const N: usize, const R: usize>(
                     for r in 0..R {
                         let vector = V::load(x.add(r * length + at));
                         let sum = &mut sums[n][r][chain];
-                        *sum = if fused { sum.add_fused(values, vector) } else { sum.add(values.multiply(vector)) };
+                        *sum = sum.add(values.multiply(vector));
                     }
                 }
             }
@@ -175,11 +136,7 @@ unsafe fn block<V: Lanes, T: Weight, const N: usize, const R: usize>(
                         let vector = x.add(r * length + at);
                         let vector = if whole { V::load(vector) } else { V::load_some(vector, count) };
                         let sum = &mut sums[n][r][chain];
-                        *sum = if fused {
-                            sum.add_fused(values, vector.keep(count))
-                        } else {
-                            sum.add(values.multiply(vector).keep(count))
-                        };
+                        *sum = sum.add(values.multiply(vector).keep(count));
                     }
                 }
             }

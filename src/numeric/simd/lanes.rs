@@ -1,18 +1,27 @@
 //! What an instruction set gives to dot products.
 
-use super::weight::{LANES, Weight};
+use crate::numeric::float::Element;
+
+/// Accumulators per loop: one AVX-512 register of `f32`, two AVX2, four SSE2 or NEON.
+pub const LANES: usize = 16;
+
+/// Products of one call of [`Lanes::add_pairs`].
+pub(super) const PAIRS: usize = 2 * LANES;
 
 /// [`LANES`] values of f32 in the registers of an instruction set.
 ///
 /// # Safety
 /// The methods need the instruction set. They are inlined into a function that is compiled for it.
 pub(super) trait Lanes: Copy {
+    /// [`LANES`] values of i32.
+    type Integers: Copy;
+
     /// How many sums, each of two chains of [`LANES`], fit in the registers beside what is added to them.
     const SUMS: usize;
 
     /// Whether [`load`](Self::load) is right for all values of a row. `Portable` takes any.
     #[inline(always)]
-    unsafe fn takes<T: Weight>(_row: *const T, _length: usize) -> bool {
+    unsafe fn takes<T: Element>(_row: *const T, _length: usize) -> bool {
         true
     }
 
@@ -20,7 +29,7 @@ pub(super) trait Lanes: Copy {
     unsafe fn zero() -> Self;
 
     /// The [`LANES`] values at `at`, as f32.
-    unsafe fn load<T: Weight>(at: *const T) -> Self;
+    unsafe fn load<T: Element>(at: *const T) -> Self;
 
     /// The sum with another.
     unsafe fn add(self, other: Self) -> Self;
@@ -28,12 +37,17 @@ pub(super) trait Lanes: Copy {
     /// The product with another.
     unsafe fn multiply(self, other: Self) -> Self;
 
-    /// The sum with a product, rounded once where the processor has that.
-    #[inline(always)]
-    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
-        // SAFETY: the caller's.
-        unsafe { self.add(a.multiply(b)) }
-    }
+    /// The same value in each lane.
+    unsafe fn repeat(value: f32) -> Self;
+
+    /// Zeros.
+    unsafe fn no_integers() -> Self::Integers;
+
+    /// Adds the products of [`PAIRS`] codes with as many integers: to each lane those of two neighbours.
+    unsafe fn add_pairs(sums: Self::Integers, codes: *const i8, x: *const i16) -> Self::Integers;
+
+    /// Integers as f32, rounded to nearest.
+    unsafe fn from_integers(integers: Self::Integers) -> Self;
 
     /// The sum of all lanes: the upper half is added to the lower one until one is left.
     unsafe fn total(self) -> f32;
@@ -43,7 +57,7 @@ pub(super) trait Lanes: Copy {
 
     /// The first `count` values at `at`, as f32, and zeros: for the end of a slice.
     #[inline(always)]
-    unsafe fn load_some<T: Weight>(at: *const T, count: usize) -> Self {
+    unsafe fn load_some<T: Element>(at: *const T, count: usize) -> Self {
         let mut values = [T::default(); LANES];
         // SAFETY: the caller's; the copy has room for all lanes.
         unsafe {

@@ -3,21 +3,21 @@
 //! No other module knows processor features. Most kernels are plain loops over [`LANES`] accumulators, which the compiler
 //! turns into vector instructions of any width; dot products are written for each instruction set. The order of additions,
 //! and so the result, is the same on every instruction set. Products and sums are rounded apart, since fused ones are
-//! library calls on processors without them. Only dot products of eight-bit integers are fused, but with SSE2.
+//! library calls on processors without them.
 //!
 //! `faer` chooses the instructions of its matrix products by itself, whatever is chosen here.
 //!
 //! * `level`: which instruction set is used.
 //! * `halves`: conversion of halves.
-//! * `weight`: what dot products read.
 //! * `prefetch`: software prefetches.
-//! * `dot`: dot products, with the `lanes` of `avx512`, `avx2`, `sse2`, `neon` or `portable`.
+//! * `dot`, `dot_int8`: dot products, run `with_lanes`: the `lanes` of `avx512`, `avx2`, `sse2`, `neon` or `portable`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod dot;
+mod dot_int8;
 pub(super) mod halves;
 mod lanes;
 pub(crate) mod level;
@@ -27,14 +27,15 @@ mod portable;
 mod prefetch;
 #[cfg(target_arch = "x86_64")]
 mod sse2;
-mod weight;
+mod with_lanes;
 
 pub use dot::dot;
+pub use dot_int8::{BLOCK, Int16, dot_int8};
+pub use lanes::LANES;
 pub(crate) use level::dispatched;
 pub use level::{InstructionSet, check, instruction_set};
 pub use prefetch::prefetch;
 use prefetch::prefetch_far;
-pub use weight::{LANES, Weight};
 
 dispatched! {
     /// `out += Σ_k factors[k] · rows[k]`, in one pass over `out`.
@@ -113,14 +114,14 @@ mod tests {
 
     use super::level::testing::on_each;
     use super::*;
+    use crate::numeric::Element;
     use crate::testing::noise;
 
     /// The sum of `row · vector` in the order that is promised: two chains of [`LANES`], added pairwise.
-    fn in_order(row: &[f32], vector: &[f32], fused: bool) -> f32 {
+    fn in_order(row: &[f32], vector: &[f32]) -> f32 {
         let mut lanes = [0.0_f32; 2 * LANES];
         row.iter().zip(vector).enumerate().for_each(|(i, (a, b))| {
-            let lane = &mut lanes[i % (2 * LANES)];
-            *lane = if fused { a.mul_add(*b, *lane) } else { *lane + a * b };
+            lanes[i % (2 * LANES)] += a * b;
         });
         let mut width = LANES;
         while width > 0 {
@@ -132,11 +133,11 @@ mod tests {
 
     #[test]
     fn dot_products_are_exact_enough_and_the_same_for_any_number_of_vectors_and_instruction_set() {
-        fn check<T: Weight>(stored: impl Fn(f32) -> T) {
+        fn check<T: Element>(stored: impl Fn(f32) -> T) {
             for length in [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 200, 768, 3071] {
                 let rows: Vec<T> = noise(2 * length, 1).into_iter().map(&stored).collect();
                 let (mut scratch, x) = (Vec::new(), noise(4 * length, 2));
-                let upcast = T::widened(&rows, &mut scratch);
+                let upcast = T::as_f32(&rows, &mut scratch);
                 let spoiled = [&x[..3 * length], &[f32::NAN; 2 * LANES]].concat();
                 let rows = [&rows[..], &[T::default(); 2 * LANES]].concat();
                 for (set, (together, three, alone)) in on_each(|| {
@@ -152,8 +153,7 @@ mod tests {
                 }) {
                     for (at, found) in together.into_iter().enumerate() {
                         let (row, vector) = (&upcast[at / 4 * length..][..length], &x[at % 4 * length..][..length]);
-                        let fuses = set != InstructionSet::Baseline || cfg!(target_arch = "aarch64");
-                        let expected = in_order(row, vector, T::FLOAT.is_none() && fuses);
+                        let expected = in_order(row, vector);
                         assert_eq!((found, alone[at]), (expected, expected), "{set:?} {length}");
                         if at % 4 < 3 {
                             assert_eq!(three[at / 4 * 3 + at % 4], expected, "{set:?} {length}");
@@ -169,7 +169,6 @@ mod tests {
         check(|value| value);
         check(f16::from_f32);
         check(bf16::from_f32);
-        check(|value| (127.0 * value) as i8);
     }
 
     #[test]

@@ -2,15 +2,16 @@
 
 use half::{bf16, f16};
 
-use super::lanes::Lanes;
-use super::weight::{LANES, Weight};
-use crate::numeric::float::Float;
+use super::lanes::{LANES, Lanes, PAIRS};
+use crate::numeric::float::{Element, Float};
 
 /// Sixteen numbers, which the compiler puts where it can.
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; LANES]);
 
 impl Lanes for Portable {
+    type Integers = [i32; LANES];
+
     const SUMS: usize = 1;
 
     #[inline(always)]
@@ -19,14 +20,13 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load<T: Weight>(at: *const T) -> Self {
+    unsafe fn load<T: Element>(at: *const T) -> Self {
         // SAFETY: the caller's.
         unsafe {
             Self(match T::FLOAT {
-                None => at.cast::<[i8; LANES]>().read_unaligned().map(f32::from),
-                Some(Float::F32) => at.cast::<[f32; LANES]>().read_unaligned(),
-                Some(Float::F16) => at.cast::<[f16; LANES]>().read_unaligned().map(f16::to_f32_const),
-                Some(Float::Bf16) => at.cast::<[bf16; LANES]>().read_unaligned().map(bf16::to_f32_const),
+                Float::F32 => at.cast::<[f32; LANES]>().read_unaligned(),
+                Float::F16 => at.cast::<[f16; LANES]>().read_unaligned().map(f16::to_f32_const),
+                Float::Bf16 => at.cast::<[bf16; LANES]>().read_unaligned().map(bf16::to_f32_const),
             })
         }
     }
@@ -41,15 +41,33 @@ impl Lanes for Portable {
         Self(std::array::from_fn(|lane| self.0[lane] * other.0[lane]))
     }
 
-    #[cfg(target_arch = "aarch64")]
-    #[inline(always)]
-    unsafe fn add_fused(self, a: Self, b: Self) -> Self {
-        Self(std::array::from_fn(|lane| a.0[lane].mul_add(b.0[lane], self.0[lane])))
-    }
-
     #[inline(always)]
     unsafe fn keep(self, count: usize) -> Self {
         Self(std::array::from_fn(|lane| if lane < count { self.0[lane] } else { 0.0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn repeat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn no_integers() -> [i32; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sums: [i32; LANES], codes: *const i8, x: *const i16) -> [i32; LANES] {
+        // SAFETY: the caller's.
+        let (codes, x) =
+            unsafe { (codes.cast::<[i8; PAIRS]>().read_unaligned(), x.cast::<[i16; PAIRS]>().read_unaligned()) };
+        let product = |at: usize| i32::from(codes[at]) * i32::from(x[at]);
+        std::array::from_fn(|lane| sums[lane] + product(2 * lane) + product(2 * lane + 1))
+    }
+
+    #[inline(always)]
+    unsafe fn from_integers(integers: [i32; LANES]) -> Self {
+        Self(integers.map(|integer| integer as f32))
     }
 
     #[inline(always)]

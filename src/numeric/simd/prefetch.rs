@@ -1,5 +1,13 @@
 //! Software prefetches, which never fault.
 
+/// Software prefetch distance of dot products, in bytes. The hardware prefetcher stops at page boundaries: this gained 17 %
+/// on an AMD EPYC with two rows at a time. At 4 KiB eight-bit weights are read a fifth slower there; from 8 to 32 KiB all
+/// are equal.
+pub(super) const AHEAD: usize = 16384;
+
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
 /// Prefetches the cache line of `value`, which is read soon.
 #[inline(always)]
 pub fn prefetch<T>(value: &T) {

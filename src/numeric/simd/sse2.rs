@@ -1,15 +1,14 @@
 //! SSE2, which every x86-64 processor has: sixteen lanes in four registers of 16.
 
 use std::arch::x86_64::{
-    __m128, __m128i, _mm_add_ps, _mm_add_ss, _mm_and_ps, _mm_and_si128, _mm_castsi128_ps, _mm_cvtss_f32, _mm_loadu_ps,
-    _mm_loadu_si128, _mm_max_epi16, _mm_movehl_ps, _mm_mul_ps, _mm_set1_epi8, _mm_set1_epi16, _mm_set1_ps,
-    _mm_setzero_ps, _mm_setzero_si128, _mm_shuffle_ps, _mm_slli_epi16, _mm_srai_epi16, _mm_sub_ps, _mm_unpackhi_epi8,
-    _mm_unpackhi_epi16, _mm_unpacklo_epi8, _mm_unpacklo_epi16, _mm_xor_si128,
+    __m128, __m128i, _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_and_ps, _mm_and_si128, _mm_castsi128_ps,
+    _mm_cvtepi32_ps, _mm_cvtss_f32, _mm_loadu_ps, _mm_loadu_si128, _mm_madd_epi16, _mm_max_epi16, _mm_movehl_ps,
+    _mm_mul_ps, _mm_set1_epi16, _mm_set1_ps, _mm_setzero_ps, _mm_setzero_si128, _mm_shuffle_ps, _mm_slli_epi16,
+    _mm_srai_epi16, _mm_unpackhi_epi8, _mm_unpackhi_epi16, _mm_unpacklo_epi8, _mm_unpacklo_epi16,
 };
 
-use super::lanes::{KEPT, Lanes};
-use super::weight::{LANES, Weight};
-use crate::numeric::float::Float;
+use super::lanes::{KEPT, LANES, Lanes};
+use crate::numeric::float::{Element, Float};
 
 #[derive(Clone, Copy)]
 pub(super) struct Sse2([__m128; 4]);
@@ -31,33 +30,15 @@ fn from_f16(halves: [__m128i; 2]) -> [__m128; 4] {
     }
 }
 
-/// Sixteen codes as f32.
-#[inline(always)]
-fn from_i8(codes: __m128i) -> [__m128; 4] {
-    // SAFETY: SSE2 is part of x86-64.
-    unsafe {
-        // The lowest bits of a number from 2²³ on, which count ones, are the code and 128.
-        let above = _mm_xor_si128(codes, _mm_set1_epi8(i8::MIN));
-        let zero = _mm_setzero_si128();
-        let (low, high) = (_mm_unpacklo_epi8(above, zero), _mm_unpackhi_epi8(above, zero));
-        let exponent = _mm_set1_epi16(0x4b00);
-        [
-            _mm_unpacklo_epi16(low, exponent),
-            _mm_unpackhi_epi16(low, exponent),
-            _mm_unpacklo_epi16(high, exponent),
-            _mm_unpackhi_epi16(high, exponent),
-        ]
-        .map(|bits| _mm_sub_ps(_mm_castsi128_ps(bits), _mm_set1_ps(8_388_736.0)))
-    }
-}
-
 impl Lanes for Sse2 {
+    type Integers = [__m128i; 4];
+
     const SUMS: usize = 1;
 
     /// All but rows with an infinity or a NaN of float16. Both would need operations at every value.
     #[inline(always)]
-    unsafe fn takes<T: Weight>(row: *const T, length: usize) -> bool {
-        if T::FLOAT != Some(Float::F16) {
+    unsafe fn takes<T: Element>(row: *const T, length: usize) -> bool {
+        if T::FLOAT != Float::F16 {
             return true;
         }
         // SAFETY: the caller's.
@@ -81,14 +62,14 @@ impl Lanes for Sse2 {
     }
 
     #[inline(always)]
-    unsafe fn load<T: Weight>(at: *const T) -> Self {
+    unsafe fn load<T: Element>(at: *const T) -> Self {
         // SAFETY: the caller's.
         unsafe {
             Self(match T::FLOAT {
-                Some(Float::F32) => [0, 1, 2, 3].map(|part| _mm_loadu_ps(at.cast::<f32>().add(4 * part))),
-                Some(Float::F16) => from_f16([0, 1].map(|part| _mm_loadu_si128(at.cast::<__m128i>().add(part)))),
+                Float::F32 => [0, 1, 2, 3].map(|part| _mm_loadu_ps(at.cast::<f32>().add(4 * part))),
+                Float::F16 => from_f16([0, 1].map(|part| _mm_loadu_si128(at.cast::<__m128i>().add(part)))),
                 // The upper half of an f32.
-                Some(Float::Bf16) => {
+                Float::Bf16 => {
                     let [low, high] = [0, 1].map(|part| _mm_loadu_si128(at.cast::<__m128i>().add(part)));
                     let zero = _mm_setzero_si128();
                     [
@@ -99,7 +80,6 @@ impl Lanes for Sse2 {
                     ]
                     .map(|bits| _mm_castsi128_ps(bits))
                 }
-                None => from_i8(_mm_loadu_si128(at.cast())),
             })
         }
     }
@@ -124,6 +104,42 @@ impl Lanes for Sse2 {
             let bits = _mm_loadu_ps(kept.as_ptr().cast::<f32>().add(4 * part));
             _mm_and_ps(self.0[part], bits)
         }))
+    }
+
+    #[inline(always)]
+    unsafe fn repeat(value: f32) -> Self {
+        // SAFETY: SSE2 is part of x86-64.
+        Self(unsafe { [_mm_set1_ps(value); 4] })
+    }
+
+    #[inline(always)]
+    unsafe fn no_integers() -> [__m128i; 4] {
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe { [_mm_setzero_si128(); 4] }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sums: [__m128i; 4], codes: *const i8, x: *const i16) -> [__m128i; 4] {
+        // SAFETY: the caller's.
+        unsafe {
+            let [low, high] = [0, 1].map(|part| _mm_loadu_si128(codes.cast::<__m128i>().add(part)));
+            let doubled = [
+                _mm_unpacklo_epi8(low, low),
+                _mm_unpackhi_epi8(low, low),
+                _mm_unpacklo_epi8(high, high),
+                _mm_unpackhi_epi8(high, high),
+            ];
+            std::array::from_fn(|part| {
+                let x = _mm_loadu_si128(x.cast::<__m128i>().add(part));
+                _mm_add_epi32(sums[part], _mm_madd_epi16(_mm_srai_epi16::<8>(doubled[part]), x))
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn from_integers(integers: [__m128i; 4]) -> Self {
+        // SAFETY: SSE2 is part of x86-64.
+        Self(integers.map(|integers| unsafe { _mm_cvtepi32_ps(integers) }))
     }
 
     #[inline(always)]

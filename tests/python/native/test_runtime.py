@@ -56,6 +56,24 @@ def test_half_precision_weights_are_read_as_they_are(folders, name, dtype, tmp_p
     assert largest_difference(native.logits([range(1, 40)])[0], torch_logits(model, list(range(1, 40)))) < 1e-4
 
 
+def test_rounded_activations_change_far_less_than_rounded_weights(trained):
+    """At up to eight tokens activations are rounded for products with eight-bit weights, at more they are not."""
+    rounded = NativeModel.from_pretrained(TINY, dtype="int8")
+    tokens = trained.encode(TEXT[:1000])
+
+    def divergence(p, q):
+        p, q = torch.from_numpy(p).log_softmax(-1), torch.from_numpy(q).log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    for first in range(0, 32, 8):
+        part = tokens[first : first + 16]
+        few, many, floats = (
+            model.logits([part[:n]])[0][:8] for model, n in ((rounded, 8), (rounded, 16), (trained, 8))
+        )
+        assert not np.array_equal(few, many)
+        assert divergence(many, few) < 1e-3 * divergence(floats, many)
+
+
 @pytest.mark.parametrize(
     ("name", "tokens"), [("dense", 200), ("small blocks", 200), ("large blocks", 60), ("low rank", 60), ("mixed", 60)]
 )
