@@ -148,7 +148,7 @@ pub fn expand_gradients(
                     for ((row, &factor), sum) in row.chunks_exact(long.len()).zip(short).zip(by_short) {
                         add_combination(by_long, &[factor], &[row]);
                         let mut product = [0.0];
-                        dot::<f32, 1, 1>(long, row, long.len(), &mut product);
+                        dot::<f32, 1>(long, row, long.len(), &mut product);
                         *sum += product[0];
                     }
                 }

@@ -123,13 +123,13 @@ mod tests {
             for (_, (together, alone)) in on_each(|| {
                 let vectors = Int16Vectors::new(&x, length);
                 let (mut together, mut alone) = ([f32::NAN; 8], [f32::NAN; 8]);
-                dot_int8::<2, 4>(&codes, vectors.as_slice(), length, &mut together);
+                dot_int8::<4>(&codes, vectors.as_slice(), length, &mut together);
                 for (at, alone) in alone.chunks_exact_mut(1).enumerate() {
                     // One vector of its own, and rows with or without others behind them.
                     let own = Int16Vectors::new(&x[at % 4 * length..][..length], length);
                     let rows = &codes[at / 4 * length..];
                     let rows = if count > 2 { &rows[..length] } else { rows };
-                    dot_int8::<1, 1>(rows, own.as_slice(), length, alone);
+                    dot_int8::<1>(rows, own.as_slice(), length, alone);
                 }
                 (together, alone)
             }) {
@@ -151,7 +151,7 @@ mod tests {
         let vectors = Int16Vectors::new(&x, 1000);
         for (set, found) in on_each(|| {
             let mut out = [0.0; 1];
-            dot_int8::<1, 1>(&rows, vectors.as_slice(), 1000, &mut out);
+            dot_int8::<1>(&rows, vectors.as_slice(), 1000, &mut out);
             out[0]
         }) {
             assert!((found - 384_000.0).abs() < 0.5, "{set:?} {found}");
@@ -160,7 +160,7 @@ mod tests {
         let codes: Vec<i8> = codes.into_iter().map(|value| (40.0 * value) as i8).collect();
         let results = on_each(|| {
             let mut out = [0.0; 4];
-            dot_int8::<2, 2>(&codes, Int16Vectors::new(&x, 999).as_slice(), 999, &mut out);
+            dot_int8::<2>(&codes, Int16Vectors::new(&x, 999).as_slice(), 999, &mut out);
             out.map(f32::to_bits)
         });
         assert!(results.iter().all(|(_, found)| *found == results[0].1));

@@ -9,16 +9,13 @@ use crate::numeric::{Element, Values};
 /// The most vectors of one call of [`dot`]: with more, the sums would not fit in registers.
 pub(super) const TOGETHER: usize = 4;
 
-/// The rows of one call of [`dot`]: two at a time read memory faster than one or four.
-pub(super) const ROWS: usize = 2;
-
 /// What rows of `T` are dotted with.
 pub(super) trait Vectors<T>: Copy {
     /// Without the first vectors.
     fn skip(self, vectors: usize, length: usize) -> Self;
 
     /// As [`dot`].
-    fn dot<const N: usize, const R: usize>(self, rows: &[T], length: usize, out: &mut [f32]);
+    fn dot<const R: usize>(self, rows: &[T], length: usize, out: &mut [f32]);
 }
 
 impl<T: Element> Vectors<T> for &[f32] {
@@ -26,9 +23,8 @@ impl<T: Element> Vectors<T> for &[f32] {
         &self[vectors * length..]
     }
 
-    #[inline]
-    fn dot<const N: usize, const R: usize>(self, rows: &[T], length: usize, out: &mut [f32]) {
-        dot::<T, N, R>(rows, self, length, out);
+    fn dot<const R: usize>(self, rows: &[T], length: usize, out: &mut [f32]) {
+        dot::<T, R>(rows, self, length, out);
     }
 }
 
@@ -37,9 +33,8 @@ impl Vectors<i8> for Int16<'_> {
         Int16::skip(self, vectors, length)
     }
 
-    #[inline]
-    fn dot<const N: usize, const R: usize>(self, rows: &[i8], length: usize, out: &mut [f32]) {
-        dot_int8::<N, R>(rows, self, length, out);
+    fn dot<const R: usize>(self, rows: &[i8], length: usize, out: &mut [f32]) {
+        dot_int8::<R>(rows, self, length, out);
     }
 }
 
@@ -50,10 +45,10 @@ pub(super) fn dot_rows<T>(rows: &[T], length: usize, x: impl Vectors<T>, count: 
         return out.fill(0.0);
     }
     match count {
-        1 => each_group::<T, 1>(rows, length, x, out),
-        2 => each_group::<T, 2>(rows, length, x, out),
-        3 => each_group::<T, 3>(rows, length, x, out),
-        4 => each_group::<T, 4>(rows, length, x, out),
+        1 => x.dot::<1>(rows, length, out),
+        2 => x.dot::<2>(rows, length, out),
+        3 => x.dot::<3>(rows, length, out),
+        4 => x.dot::<4>(rows, length, out),
         _ => {
             for (n, out) in out.chunks_exact_mut(count).enumerate() {
                 for (part, out) in out.chunks_mut(TOGETHER).enumerate() {
@@ -73,16 +68,12 @@ pub(super) fn dot_values(rows: Values<'_>, first: usize, length: usize, x: &[f32
     }
 }
 
-fn each_group<T, const R: usize>(rows: &[T], length: usize, x: impl Vectors<T>, out: &mut [f32]) {
-    let mut rows = rows;
-    let mut groups = out.chunks_exact_mut(ROWS * R);
-    for out in &mut groups {
-        x.dot::<ROWS, R>(rows, length, out);
-        rows = &rows[ROWS * length..];
-    }
-    for out in groups.into_remainder().chunks_exact_mut(R) {
-        x.dot::<1, R>(rows, length, out);
-        rows = &rows[length..];
+dispatched! {
+    /// `out[n, r] *= scales[n]`.
+    pub(super) fn scale_rows<const R: usize>(out: &mut [f32], scales: &[f32]) {
+        for (out, &scale) in out.as_chunks_mut::<R>().0.iter_mut().zip(scales) {
+            out.iter_mut().for_each(|out| *out *= scale);
+        }
     }
 }
 

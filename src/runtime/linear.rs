@@ -149,6 +149,12 @@ impl Linear {
     pub(super) fn times(&self, x: &[f32], count: usize, strategy: Strategy, pool: &ThreadPool) -> Buffer {
         assert_eq!(x.len(), count * self.rows, "count · rows values");
         let few = count <= FEW;
+        if few
+            && let [Part { terms, .. }] = &*self.parts
+            && let [StoredTerm::Dense(rows)] = &**terms
+        {
+            return self.finished(rows.times(x, count, pool), pool);
+        }
         let all = self.parts.iter().flat_map(|part| &part.terms);
         let low_rank: Vec<_> =
             all.filter_map(|term| if let StoredTerm::LowRank(term) = term { Some(term) } else { None }).collect();
@@ -177,6 +183,11 @@ impl Linear {
             }
             first += columns;
         }
+        self.finished(y, pool)
+    }
+
+    /// Outputs in their order, with the bias.
+    fn finished(&self, y: Buffer, pool: &ThreadPool) -> Buffer {
         let mut y = self.outputs.gather(&y, pool).unwrap_or(y);
         if !self.bias.is_empty() {
             pool.for_each(y.chunks_exact_mut(self.columns), |y| add_scaled(y, 1.0, &self.bias));

@@ -9,7 +9,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use half::{bf16, f16};
 
 use super::buffers::{Buffer, Buffers};
-use super::kernels::{ROWS, TOGETHER, add_scaled, dot_rows, dot_values};
+use super::kernels::{TOGETHER, add_scaled, dot_rows, dot_values, scale_rows};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ use crate::numeric::Values;
 use crate::numeric::int8::scaled;
 use crate::numeric::int16::Int16Vectors;
 use crate::numeric::memory::zeros;
-use crate::numeric::simd::LANES;
+use crate::numeric::simd::{LANES, ROWS};
 
 /// Up to this many vectors share one pass over the rows. More vectors are a packed matrix product.
 pub(super) const FEW: usize = 2 * TOGETHER;
@@ -285,16 +285,16 @@ pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &
     let mut columns: Vec<_> = products.iter().map(|(rows, _)| pool.buffer(rows.rows * count)).collect();
     let storages: Vec<_> = products.iter().map(|(rows, _)| rows.tensor.storage_and_layout().0).collect();
     let vectors: Vec<_> = products.iter().map(|(rows, x)| FewVectors::new(rows, x)).collect();
-    let mut tasks = Vec::new();
-    for (((rows, _), x), (storage, out)) in products.iter().zip(&vectors).zip(storages.iter().zip(&mut columns)) {
-        let stored = rows.stored(storage);
-        if count > 0 && rows.rows > 0 {
-            let at_a_time = rows_of_task(rows.rows, rows.length, pool.threads());
-            let pieces = out.chunks_mut(at_a_time * count).enumerate();
-            tasks.extend(pieces.map(|(piece, out)| (stored, rows.length, piece * at_a_time, x, out)));
-        }
-    }
-    pool.for_each(tasks.into_iter(), |(stored, length, first, x, out)| few(stored, length, first, x, count, out));
+    let stored: Vec<_> =
+        products.iter().zip(&storages).map(|((rows, _), storage)| (rows.stored(storage), rows.length)).collect();
+    let at_a_time: Vec<_> =
+        products.iter().map(|(rows, _)| rows_of_task(rows.rows, rows.length, pool.threads())).collect();
+    let mut pieces: Vec<_> =
+        columns.iter_mut().zip(&at_a_time).map(|(out, at_a_time)| (&mut out[..], at_a_time * count)).collect();
+    pool.for_each_piece(&mut pieces, |product, piece, out| {
+        let (stored, length) = stored[product];
+        few(stored, length, piece * at_a_time[product], &vectors[product], count, out);
+    });
     if count < 2 {
         return columns;
     }
@@ -337,8 +337,16 @@ fn few(rows: Stored<'_>, length: usize, first: usize, x: &FewVectors<'_>, count:
         (Stored::Float(rows), FewVectors::Floats(x)) => dot_values(rows, first, length, x, count, out),
         (Stored::Int8(codes, scales), FewVectors::Int16(x)) => {
             dot_rows(&codes[first * length..], length, x.as_slice(), count, out);
-            for (out, &scale) in out.chunks_exact_mut(count).zip(&scales[first..]) {
-                out.iter_mut().for_each(|out| *out *= scale);
+            let scales = &scales[first..];
+            match count {
+                1 => scale_rows::<1>(out, scales),
+                2 => scale_rows::<2>(out, scales),
+                4 => scale_rows::<4>(out, scales),
+                _ => {
+                    for (out, &scale) in out.chunks_exact_mut(count).zip(scales) {
+                        out.iter_mut().for_each(|out| *out *= scale);
+                    }
+                }
             }
         }
         _ => unreachable!("vectors are made for the rows"),

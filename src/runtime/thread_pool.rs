@@ -4,11 +4,10 @@
 //! rayon's threads sleep too soon. These helpers spin before they park.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -25,9 +24,88 @@ const CLOSED: usize = usize::MAX;
 pub struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// Of each thread in the present job.
+    shares: Box<[Share]>,
     buffers: Buffers,
     /// Not `Sync`: one job at a time, and no job within another.
     _one_caller: PhantomData<Cell<()>>,
+}
+
+/// The indices that a thread has not taken yet: the first one, and behind it the end, in the upper half.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, begin: u32, end: u32) {
+        self.0.store(u64::from(end) << 32 | u64::from(begin), Relaxed);
+    }
+
+    /// Takes the first index.
+    fn first(&self) -> Option<usize> {
+        self.take(|begin, _| (begin, 1))
+    }
+
+    /// Takes the last index.
+    fn last(&self) -> Option<usize> {
+        self.take(|_, end| (end - 1, u64::MAX << 32))
+    }
+
+    /// Takes the index that `choose` names for the begin and end, beside what is then added to both.
+    fn take(&self, choose: impl Fn(u32, u32) -> (u32, u64)) -> Option<usize> {
+        let parts = |share: u64| (share as u32, (share >> 32) as u32);
+        let rest = |share: u64| {
+            let (begin, end) = parts(share);
+            (begin < end).then(|| share.wrapping_add(choose(begin, end).1))
+        };
+        // Results are published by the end of the job.
+        let (begin, end) = parts(self.0.fetch_update(Relaxed, Relaxed, rest).ok()?);
+        Some(choose(begin, end).0 as usize)
+    }
+}
+
+/// Calls `work` with the indices of one share and then of the others, from their ends: far from their threads' positions.
+fn take_all(shares: &[Share], started: &AtomicUsize, work: &impl Fn(usize)) {
+    // A helper that was late for the job before this one may begin twice.
+    let own = started.fetch_add(1, Relaxed) % shares.len();
+    while let Some(index) = shares[own].first() {
+        work(index);
+    }
+    let others = || (1..shares.len()).find_map(|other| shares[(own + other) % shares.len()].last());
+    while let Some(index) = others() {
+        work(index);
+    }
+}
+
+/// A borrowed slice in pieces of one size, of which the last may be smaller.
+struct Pieces<'a, T> {
+    values: *mut T,
+    length: usize,
+    size: usize,
+    _borrowed: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: threads get pieces of their own alone (see `Pieces::piece`).
+unsafe impl<T: Send> Sync for Pieces<'_, T> {}
+
+impl<'a, T> Pieces<'a, T> {
+    fn new(values: &'a mut [T], size: usize) -> Self {
+        Self { values: values.as_mut_ptr(), length: values.len(), size: size.max(1), _borrowed: PhantomData }
+    }
+
+    fn count(&self) -> usize {
+        self.length.div_ceil(self.size)
+    }
+
+    /// # Safety
+    /// A piece may be borrowed once at a time.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn piece(&self, piece: usize) -> &mut [T] {
+        assert!(piece < self.count());
+        let first = piece * self.size;
+        // SAFETY: it is within the slice, which is borrowed, and no other piece has a part of it.
+        unsafe { std::slice::from_raw_parts_mut(self.values.add(first), self.size.min(self.length - first)) }
+    }
 }
 
 /// A borrowed closure without its lifetime; [`ThreadPool::run`] ends the borrow.
@@ -66,7 +144,9 @@ impl ThreadPool {
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
-        let mut pool = Self { shared, helpers: Vec::new(), buffers: Buffers::default(), _one_caller: PhantomData };
+        let shares = (0..threads.max(1)).map(|_| Share::default()).collect();
+        let mut pool =
+            Self { shared, helpers: Vec::new(), shares, buffers: Buffers::default(), _one_caller: PhantomData };
         for _ in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let builder = thread::Builder::new().name("tqcompressor helper".into());
@@ -91,32 +171,53 @@ impl ThreadPool {
         &self.buffers
     }
 
-    /// Calls `work` on every item, in any order and on any thread.
-    ///
-    /// Each thread takes consecutive items while no thread is idle. Hardware prefetching then works, and memory is read
-    /// a sixth faster than with interleaved items.
-    pub fn for_each<T: Send>(&self, mut items: impl ExactSizeIterator<Item = T>, work: impl Fn(T) + Sync) {
-        let (count, threads) = (items.len(), self.threads());
-        if threads == 1 || count < 2 {
+    /// Calls `work` on every item, in any order and on any thread, as [`for_each_index`](Self::for_each_index).
+    pub fn for_each<T: Send>(&self, items: impl ExactSizeIterator<Item = T>, work: impl Fn(T) + Sync) {
+        if self.threads() == 1 || items.len() < 2 {
             return items.for_each(work);
         }
-        let share = |thread: usize| (thread + 1) * count / threads - thread * count / threads;
-        let shares: Vec<Mutex<VecDeque<T>>> =
-            (0..threads).map(|thread| Mutex::new(items.by_ref().take(share(thread)).collect())).collect();
-        let started = AtomicUsize::new(0);
-        self.run(&|| {
-            let own = started.fetch_add(1, Relaxed);
-            // Items of another thread are taken from its end, far from that thread's position.
-            let next = || {
-                (0..threads).find_map(|other| {
-                    let mut share = shares[(own + other) % threads].lock().unwrap_or_else(PoisonError::into_inner);
-                    if other == 0 { share.pop_front() } else { share.pop_back() }
-                })
-            };
-            while let Some(item) = next() {
-                work(item);
-            }
+        let items: Vec<_> = items.map(|item| Mutex::new(Some(item))).collect();
+        self.for_each_index(items.len(), |index| {
+            let item = items[index].lock().unwrap_or_else(PoisonError::into_inner).take();
+            work(item.expect("an index comes once"));
         });
+    }
+
+    /// Calls `work` on pieces of slices, each of the size that stands beside its slice, or less at the end: with the
+    /// number of the slice and that of the piece in it.
+    pub(super) fn for_each_piece<T: Send>(
+        &self,
+        slices: &mut [(&mut [T], usize)],
+        work: impl Fn(usize, usize, &mut [T]) + Sync,
+    ) {
+        let slices: Vec<_> = slices.iter_mut().map(|(slice, size)| Pieces::new(slice, *size)).collect();
+        self.for_each_index(slices.iter().map(Pieces::count).sum(), |index| {
+            let mut piece = index;
+            let slice = slices.iter().position(|slice| {
+                let here = piece < slice.count();
+                piece -= if here { 0 } else { slice.count() };
+                here
+            });
+            let slice = slice.expect("as many pieces as indices");
+            // SAFETY: an index comes once.
+            work(slice, piece, unsafe { slices[slice].piece(piece) });
+        });
+    }
+
+    /// Calls `work` once with every index below `count`, in any order and on any thread.
+    ///
+    /// Each thread takes consecutive indices while no thread is idle. Hardware prefetching then works, and memory is read
+    /// a sixth faster than with interleaved ones.
+    fn for_each_index(&self, count: usize, work: impl Fn(usize) + Sync) {
+        let threads = self.threads();
+        if threads == 1 || count < 2 {
+            return (0..count).for_each(work);
+        }
+        let begin = |thread: usize| u32::try_from(thread * count / threads).expect("fewer than 2³² tasks");
+        let shares = &*self.shares;
+        shares.iter().enumerate().for_each(|(thread, share)| share.set(begin(thread), begin(thread + 1)));
+        let started = AtomicUsize::new(0);
+        self.run(&|| take_all(shares, &started, &work));
     }
 
     /// Calls `job` on this thread and on every helper that wakes before this thread is done, and returns when all have
@@ -227,6 +328,50 @@ mod tests {
             pool.for_each(0..1000, |_| _ = count.fetch_add(1, Relaxed));
             assert_eq!(count.into_inner(), 1000);
         }
+    }
+
+    #[test]
+    fn pieces_are_those_of_every_slice() {
+        for threads in [1, 2, 3] {
+            let pool = ThreadPool::new(threads).unwrap();
+            let mut values = [vec![0; 10], vec![], vec![0; 1], vec![0; 12]];
+            let sizes = [3, 5, 4, 4];
+            let mut slices: Vec<_> = values.iter_mut().map(Vec::as_mut_slice).zip(sizes).collect();
+            pool.for_each_piece(&mut slices, |slice, piece, values| {
+                values
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(i, value)| *value += 100 * slice + piece * sizes[slice] + i + 1);
+            });
+            for (slice, values) in values.iter().enumerate() {
+                assert!(values.iter().enumerate().all(|(i, &value)| value == 100 * slice + i + 1), "{values:?}");
+            }
+            pool.for_each_piece::<u8>(&mut [], |_, _, _| unreachable!("no piece"));
+        }
+    }
+
+    #[test]
+    fn a_share_gives_each_index_once_from_both_ends() {
+        let share = Share::default();
+        assert_eq!((share.first(), share.last()), (None, None));
+        share.set(3, 6);
+        assert_eq!(
+            [share.last(), share.first(), share.first(), share.first(), share.last()],
+            [Some(5), Some(3), Some(4), None, None]
+        );
+        share.set(u32::MAX - 1, u32::MAX);
+        assert_eq!((share.last(), share.first()), (Some(u32::MAX as usize - 1), None));
+    }
+
+    #[test]
+    fn one_thread_may_take_everything_and_more_may_begin_than_there_are() {
+        let (shares, started, taken) = ([Share::default(), Share::default()], AtomicUsize::new(0), Cell::new(0));
+        shares[0].set(0, 3);
+        shares[1].set(3, 7);
+        for _ in 0..5 {
+            take_all(&shares, &started, &|index| taken.set(taken.get() + (1 << (4 * index))));
+        }
+        assert_eq!(taken.get(), 0x111_1111);
     }
 
     #[test]

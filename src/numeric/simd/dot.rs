@@ -3,35 +3,37 @@
 use super::lanes::{LANES, Lanes};
 use super::portable::Portable;
 use super::prefetch::{AHEAD, LINE, prefetch_far};
-use super::with_lanes::{Kernel, with_lanes};
+use super::with_lanes::{Products, with_lanes};
 use crate::numeric::float::Element;
 
 /// Independent sums of a dot product, each of [`LANES`] lanes: an addition need not wait for the one before it.
 const CHAINS: usize = 2;
 
-/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: `N` rows times `R` vectors, at the speed of memory.
+/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r·length + i]`: as many rows as there is room for, times `R` vectors, at the
+/// speed of memory.
 ///
-/// The order of additions, and so the result, is the same for every `N`, `R` and instruction set. Both slices may be
-/// longer: the last few values of a row are read faster if there are others behind them, which do not count.
+/// The order of additions, and so the result, is the same for any number of rows and vectors and every instruction set.
+/// Both slices may be longer: the last few values of a row are read faster if there are others behind them, which do not
+/// count.
 #[inline]
-pub fn dot<T: Element, const N: usize, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
-    assert!(rows.len() >= N * length && x.len() >= R * length && out.len() == N * R);
-    with_lanes(Dot::<T, N, R> { rows, x, length, out });
+pub fn dot<T: Element, const R: usize>(rows: &[T], x: &[f32], length: usize, out: &mut [f32]) {
+    assert!(out.len().is_multiple_of(R) && rows.len() >= out.len() / R * length && x.len() >= R * length);
+    // SAFETY: there are as many rows.
+    unsafe { with_lanes(&Dot::<T, R> { rows, x, length }, out) };
 }
 
 /// The arguments of [`dot`], whose lengths were compared.
-struct Dot<'a, T, const N: usize, const R: usize> {
+struct Dot<'a, T, const R: usize> {
     rows: &'a [T],
     x: &'a [f32],
     length: usize,
-    out: &'a mut [f32],
 }
 
-impl<T: Element, const N: usize, const R: usize> Kernel for Dot<'_, T, N, R> {
+impl<T: Element, const R: usize> Products<R> for Dot<'_, T, R> {
     #[inline(always)]
-    unsafe fn run<V: Lanes>(self) {
-        // SAFETY: the caller's, and the lengths were compared.
-        unsafe { dot_by::<V, T, N, R>(self.rows, self.x, self.length, self.out) }
+    unsafe fn of_rows<V: Lanes, const N: usize>(&self, first: usize, out: &mut [f32]) {
+        // SAFETY: the caller's.
+        unsafe { dot_by::<V, T, N, R>(self.rows.get_unchecked(first * self.length..), self.x, self.length, out) }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::lanes::{Lanes, PAIRS};
 use super::prefetch::{AHEAD, LINE, prefetch_far};
-use super::with_lanes::{Kernel, with_lanes};
+use super::with_lanes::{Products, with_lanes};
 
 /// Values of a vector that share a scale. The integer sums of as many products are far from overflow.
 pub const BLOCK: usize = 128;
@@ -35,32 +35,34 @@ impl Int16<'_> {
     }
 }
 
-/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r][i]`: `N` rows times `R` vectors, at the speed of memory.
+/// `out[n·R + r] = Σ_i rows[n·length + i] · x[r][i]`: as many rows as there is room for, times `R` vectors, at the speed of
+/// memory.
 ///
 /// Sums of integers are exact. Those of blocks are scaled and added up in one order, so that the result is the same for
-/// every `N`, `R` and instruction set. The rows may be longer, as those of [`dot`](super::dot).
+/// any number of rows and vectors and every instruction set. The rows may be longer, as those of [`dot`](super::dot).
 #[inline]
-pub fn dot_int8<const N: usize, const R: usize>(rows: &[i8], x: Int16<'_>, length: usize, out: &mut [f32]) {
+pub fn dot_int8<const R: usize>(rows: &[i8], x: Int16<'_>, length: usize, out: &mut [f32]) {
     let (integers, scales) = Int16::lengths(length);
-    assert!(rows.len() >= N * length && out.len() == N * R);
+    assert!(out.len().is_multiple_of(R) && rows.len() >= out.len() / R * length);
     assert!(x.integers.len() >= R * integers && x.scales.len() >= R * scales);
-    with_lanes(DotInt8::<N, R> { rows, x, length, out });
+    // SAFETY: there are as many rows.
+    unsafe { with_lanes(&DotInt8::<R> { rows, x, length }, out) };
 }
 
 /// The arguments of [`dot_int8`], whose lengths were compared.
-struct DotInt8<'a, const N: usize, const R: usize> {
+struct DotInt8<'a, const R: usize> {
     rows: &'a [i8],
     x: Int16<'a>,
     length: usize,
-    out: &'a mut [f32],
 }
 
-impl<const N: usize, const R: usize> Kernel for DotInt8<'_, N, R> {
+impl<const R: usize> Products<R> for DotInt8<'_, R> {
     #[inline(always)]
-    unsafe fn run<V: Lanes>(self) {
-        let Self { rows, x, length, out } = self;
-        // SAFETY: the caller's, and the lengths were compared.
+    unsafe fn of_rows<V: Lanes, const N: usize>(&self, first: usize, out: &mut [f32]) {
+        let &Self { rows, x, length } = self;
+        // SAFETY: the caller's.
         unsafe {
+            let rows = rows.get_unchecked(first * length..);
             if N * R <= V::SUMS {
                 return block::<V, N, R>(rows, x, length, out);
             }

@@ -36,6 +36,7 @@ pub(crate) use level::dispatched;
 pub use level::{InstructionSet, check, instruction_set};
 pub use prefetch::prefetch;
 use prefetch::prefetch_far;
+pub use with_lanes::ROWS;
 
 dispatched! {
     /// `out += Σ_k factors[k] · rows[k]`, in one pass over `out`.
@@ -142,12 +143,12 @@ mod tests {
                 let rows = [&rows[..], &[T::default(); 2 * LANES]].concat();
                 for (set, (together, three, alone)) in on_each(|| {
                     let (mut together, mut three, mut alone) = ([f32::NAN; 8], [f32::NAN; 6], [f32::NAN; 8]);
-                    dot::<T, 2, 4>(&rows[..2 * length], &x, length, &mut together);
+                    dot::<T, 4>(&rows[..2 * length], &x, length, &mut together);
                     // Three of the four vectors, so that others follow; `spoiled` has NaN behind what counts.
-                    dot::<T, 2, 3>(&rows, &spoiled, length, &mut three);
+                    dot::<T, 3>(&rows, &spoiled, length, &mut three);
                     for (at, alone) in alone.chunks_exact_mut(1).enumerate() {
                         let (n, r) = (at / 4 * length, at % 4 * length);
-                        dot::<T, 1, 1>(&rows[n..n + length], &x[r..r + length], length, alone);
+                        dot::<T, 1>(&rows[n..n + length], &x[r..r + length], length, alone);
                     }
                     (together, three, alone)
                 }) {
@@ -180,7 +181,7 @@ mod tests {
             let sum = |(at, &half): (usize, &f16)| {
                 let (mut row, mut sum) = ([f16::ZERO; 40], [0.0]);
                 row[at % 40] = half;
-                dot::<f16, 1, 1>(&row, &[1.0; 40], 40, &mut sum);
+                dot::<f16, 1>(&row, &[1.0; 40], 40, &mut sum);
                 sum[0]
             };
             halves.iter().enumerate().map(sum).collect::<Vec<_>>()
