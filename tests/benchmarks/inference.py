@@ -6,10 +6,11 @@ Weights are random (`GPT2Config()`, seed 0, float32 unless `--dtype` says float1
 mean nothing. Decode is greedy, batch 1, timed from the second new token on; prefill reads a text and takes the logits
 of its last token. "native int8" quantizes the same weights on loading. torch runs a bare loop, which is quicker than
 transformers' `generate`. Each engine and model gets a fresh process, in turns over repetitions; times are the medians,
-memory is the largest peak beyond the process before loading. The bandwidth limit is that of numpy's sum or copy,
-whichever moves more; `of limit` is the bytes of weights that a token needs, times tokens/s, over it, `of read` the same
-over that of the sum. Layers are timed within one process, medians of turns; a single row finds their weights in memory.
-`cargo bench` times native layers: by the factors, by the matrix, and by what the cost model chooses of the two.
+memory is the largest peak beyond the process before loading. Before each process numpy sums and copies a large array,
+as what memory gives changes within seconds on a shared machine: `of read` is the bytes of weights that a token needs,
+times tokens/s, over the rate of that sum, `of limit` the same over that of sum or copy, whichever moves more; medians,
+too. Layers are timed within one process, medians of turns; a single row finds their weights in memory. `cargo bench`
+times native layers: by the factors, by the matrix, and by what the cost model chooses of the two.
 
 onnxruntime runs the graph that torch exports, with a cache of keys and values, in float32. llama.cpp, by the package
 llama-cpp-python, runs the dense models in float16 and Q8_0, whatever the dtype of the checkpoint. An engine whose
@@ -102,11 +103,9 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
             if any(name.startswith(beginning) for name in engines)
         }
         limits: list[dict[str, float]] = []
+        probe = {"bandwidth": options.threads, "quick": options.quick}
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
-            limits.append(
-                child(inference_layers, {"bandwidth": options.threads, "quick": options.quick}, options.threads)
-            )
             for model in models:
                 for engine in engines:
                     folders = others.get(engine.split(" ")[0], models)
@@ -124,13 +123,21 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                     }
                     task |= {"passes": options.passes, "compile_limit": options.compile_limit}
                     variables = {"TQCOMPRESSOR_ISA": isa} if isa else {}
-                    earlier.append(child(inference_engines, task, options.threads, variables))
+                    limits.append(child(inference_layers, probe, options.threads))
+                    result = child(inference_engines, task, options.threads, variables)
+                    earlier.append(result | {"bandwidth": limits[-1]})
                     # At once, as the medians are known only in the end.
                     shown = {name: value for name, value in earlier[-1].items() if name != "generated"}
                     print(f"{model}, {engine}: {json.dumps(shown)}", file=sys.stderr, flush=True)
-        bandwidth = {name: max(limit[name] for limit in limits) for name in limits[0]}
-        for name, bytes_per_second in bandwidth.items():
-            yield {"bandwidth": name, "threads": options.threads, "GB/s": bytes_per_second / 1e9}
+        for name in limits[0]:
+            rates = [limit[name] / 1e9 for limit in limits]
+            yield {
+                "bandwidth": name,
+                "threads": options.threads,
+                "GB/s": statistics.median(rates),
+                "least": min(rates),
+                "most": max(rates),
+            }
         summaries = {key: summary_of(results) for key, results in runs.items()}
         for model in models:
             for plain in ("native", "native int8"):
@@ -138,7 +145,7 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                 if together := [result for engine in sets for result in runs.get((model, engine), [])]:
                     summary_of(together)
         for (model, engine), result in summaries.items():
-            yield row(model, engine, result, models[model], lengths["prefill"], bandwidth)
+            yield row(model, engine, result, models[model], lengths["prefill"])
         yield from ratios(summaries, list(models), engines)
     if options.layers and not options.checkpoint:
         task = {"layers": options.layers, "repeats": 2 * options.repetitions + 1, "quick": options.quick}
@@ -220,6 +227,11 @@ def summary_of(results: list[Measured]) -> Measured:
     times = [name for name in TIMES if name in results[0]]
     summary = {name: statistics.median(result[name] for result in results) for name in times}
     summary |= {name: results[0][name] for name in ("log-likelihood",) if name in results[0]}
+    # What memory moves in the time of a token.
+    limits = {"read MB": lambda limit: limit["read"], "limit MB": lambda limit: max(limit.values())}
+    for name, rate in limits.items():
+        moved = (result["decode seconds"] * rate(result["bandwidth"]) / 1e6 for result in results)
+        summary[name] = statistics.median(moved)
     return summary | {name: max(result[name] for result in results) for name in worst}
 
 
@@ -240,11 +252,11 @@ def weights_read(folder: Path, width: int | None = None) -> int:
     return sum((end - begin) // stored * read for (begin, end), stored, read in spans)
 
 
-def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, bandwidth: Mapping[str, float]) -> dict:
+def row(model: str, engine: str, result: Measured, folder: Path, prefill: int) -> dict:
     head = {"model": model, "engine": engine}
     if "failed" in result:
         return head | {"failed": result["failed"]}
-    bytes_per_second = weights_read(folder, WIDTHS.get(engine.partition(AT)[0])) / result["decode seconds"]
+    needed = weights_read(folder, WIDTHS.get(engine.partition(AT)[0])) / 1e6
     scored = {}
     if "score seconds" in result:
         scored = {"score seconds": result["score seconds"], "nats/token": -result["log-likelihood"]}
@@ -254,8 +266,8 @@ def row(model: str, engine: str, result: Measured, folder: Path, prefill: int, b
         | {
             "decode tokens/s": 1 / result["decode seconds"],
             "ms/token": 1000 * result["decode seconds"],
-            "of limit": bytes_per_second / max(bandwidth.values()),
-            "of read": bytes_per_second / bandwidth["read"],
+            "of limit": needed / result["limit MB"],
+            "of read": needed / result["read MB"],
             "prefill tokens/s": prefill / result["prefill seconds"],
             "prefill seconds": result["prefill seconds"],
             "decode MB": result["decode MB"],

@@ -20,7 +20,7 @@ LAYERS = {"c_fc": (768, 3072), "c_proj": (3072, 768), "head": (768, 50257)}
 QUICK_LAYERS = {"c_fc": (96, 384), "c_proj": (384, 96), "head": (96, 512)}
 ROWS = (1, 512)
 # Bytes that caches do not hold; of those of an array, what two threads take turns with would still fit into large ones.
-WEIGHTS, ARRAY, QUICK = 1 << 29, 1 << 30, 1 << 20
+WEIGHTS, ARRAY, QUICK = 1 << 29, 1 << 28, 1 << 20
 
 
 def methods(layer: str, shape: tuple[int, int]) -> dict[str, Callable[[], "torch.nn.Module"]]:
@@ -108,7 +108,7 @@ def measure_bandwidth(threads: int, quick: bool) -> dict[str, float]:
     seconds: dict[str, list[float]] = {"read": [], "copy": []}
     with ThreadPoolExecutor(threads) as pool:
         works = {"read": lambda part: part[0].sum(), "copy": lambda part: np.copyto(part[1], part[0])}
-        for name, _ in zip(cycle(works), range(2 * 6), strict=False):
+        for name, _ in zip(cycle(works), range(2 * 3), strict=False):
             start = time.perf_counter()
             # numpy lets go of the interpreter's lock in both.
             list(pool.map(works[name], parts))

@@ -159,8 +159,9 @@ def test_a_token_reads_all_weights_but_the_positions(benchmark, folders):
     assert inference.weights_read(folders["dense"], 1) == dense
 
 
-def measured(decode, prefill, memory=1.0):
+def measured(decode, prefill, memory=1.0, read=1.0):
     times = {"decode seconds": decode, "prefill seconds": prefill, "first calls seconds": 0.0}
+    times["bandwidth"] = {"read": read, "copy": 2 * read}
     return times | {"decode MB": memory, "prefill MB": memory, "generated": [1, 2]}
 
 
@@ -171,6 +172,15 @@ def test_median_times_and_the_largest_memory_are_kept(benchmark):
     assert inference.summary_of([measured(2.0, 3.0), {"failed": "so"}]) == {"failed": "so"}
     with pytest.raises(SystemExit, match="differ"):
         inference.summary_of([measured(1.0, 1.0), measured(1.0, 1.0) | {"generated": [1, 3]}])
+
+
+def test_what_memory_gives_is_compared_run_by_run(benchmark, folders):
+    inference = benchmark("inference")
+    needed = inference.weights_read(folders["dense"])
+    # Slow while memory is slow: 0.5, 0.8 and 0.4 of what it reads then.
+    runs = [measured(2.0, 1.0, read=needed), measured(1.25, 1.0, read=needed), measured(0.5, 1.0, read=5 * needed)]
+    row = inference.row("dense", "native", inference.summary_of(runs), folders["dense"], 32)
+    assert row["ms/token"] == 1250 and row["of read"] == pytest.approx(0.5) and row["of limit"] == pytest.approx(0.25)
 
 
 def test_ratios_are_of_speeds_and_leave_failures_out(benchmark):
@@ -228,6 +238,7 @@ def test_it_runs_in_fresh_processes(benchmark):
     arguments = "--quick --repetitions 2 --passes 1 --new-tokens 8 --engines native --models dense compressed --layers"
     rows = list(inference.run(parser.parse_args(arguments.split())))
     assert [row.get("bandwidth") for row in rows[:2]] == ["read", "copy"]
+    assert all(0 < row["least"] <= row["GB/s"] <= row["most"] for row in rows[:2])
     assert [(row["model"], row["engine"]) for row in rows[2:4]] == [("dense", "native"), ("compressed", "native")]
     assert all(row["prefill tokens/s"] == pytest.approx(32 / row["prefill seconds"]) for row in rows[2:4])
     assert [row["over"] for row in rows[4:]] == ["dense, native"]
