@@ -1,5 +1,7 @@
 //! Powers of two, in operations that every instruction set vectorises and rounds alike.
 
+use super::integer::ROUNDER;
+
 /// [`power_of_two`] is 0 below this. Subnormal results would be slow and add nothing to a sum.
 pub(crate) const SMALLEST_EXPONENT: f32 = -125.0;
 
@@ -10,8 +12,6 @@ pub(crate) const SMALLEST_EXPONENT: f32 = -125.0;
 /// library calls on processors without them.
 #[inline(always)]
 pub(crate) fn power_of_two(x: f32) -> f32 {
-    // Adding 1.5·2²³ rounds to an integer and leaves it in the lowest bits.
-    const ROUNDER: f32 = 12_582_912.0;
     let rounded = x + ROUNDER;
     let f = x - (rounded - ROUNDER);
     let mut fraction = 1.535_336_2e-4;

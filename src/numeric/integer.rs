@@ -2,15 +2,13 @@
 
 use super::simd::{LANES, dispatched};
 
-/// From here to twice as much, f32 has no fraction.
-const WHOLE: f32 = 8_388_608.0;
+/// Added to a value between ±2²², it rounds to an integer, ties to even, and leaves that in the lowest bits.
+pub(super) const ROUNDER: f32 = 12_582_912.0;
 
 /// The nearest integer, ties to even, of a value between ±2²².
 #[inline(always)]
 pub(super) fn to_nearest(value: f32) -> i32 {
-    // The lowest bits count ones.
-    let start = 1.5 * WHOLE;
-    (value + start).to_bits().wrapping_sub(start.to_bits()).cast_signed()
+    (value + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed()
 }
 
 dispatched! {

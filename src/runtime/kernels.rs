@@ -69,15 +69,6 @@ pub(super) fn dot_values(rows: Values<'_>, first: usize, length: usize, x: &[f32
 }
 
 dispatched! {
-    /// `out[n, r] *= scales[n]`.
-    pub(super) fn scale_rows<const R: usize>(out: &mut [f32], scales: &[f32]) {
-        for (out, &scale) in out.as_chunks_mut::<R>().0.iter_mut().zip(scales) {
-            out.iter_mut().for_each(|out| *out *= scale);
-        }
-    }
-}
-
-dispatched! {
     /// `out += factor · x`.
     pub(super) fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
         for (out, &x) in out.iter_mut().zip(x) {

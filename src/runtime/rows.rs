@@ -9,7 +9,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use half::{bf16, f16};
 
 use super::buffers::{Buffer, Buffers};
-use super::kernels::{TOGETHER, add_scaled, dot_rows, dot_values, scale_rows};
+use super::kernels::{TOGETHER, add_scaled, dot_rows, dot_values, multiply};
 use super::order::Order;
 use super::thread_pool::ThreadPool;
 use crate::error::{Error, Result};
@@ -284,16 +284,15 @@ pub(super) fn times_together(products: &[(&Rows, &[f32])], count: usize, pool: &
     // Each `(rows, count)`.
     let mut columns: Vec<_> = products.iter().map(|(rows, _)| pool.buffer(rows.rows * count)).collect();
     let storages: Vec<_> = products.iter().map(|(rows, _)| rows.tensor.storage_and_layout().0).collect();
-    let vectors: Vec<_> = products.iter().map(|(rows, x)| FewVectors::new(rows, x)).collect();
-    let stored: Vec<_> =
-        products.iter().zip(&storages).map(|((rows, _), storage)| (rows.stored(storage), rows.length)).collect();
+    let each =
+        products.iter().zip(&storages).map(|((rows, x), storage)| Few::new(rows.stored(storage), x, rows.length));
+    let each: Vec<_> = each.collect();
     let at_a_time: Vec<_> =
         products.iter().map(|(rows, _)| rows_of_task(rows.rows, rows.length, pool.threads())).collect();
     let mut pieces: Vec<_> =
         columns.iter_mut().zip(&at_a_time).map(|(out, at_a_time)| (&mut out[..], at_a_time * count)).collect();
     pool.for_each_piece(&mut pieces, |product, piece, out| {
-        let (stored, length) = stored[product];
-        few(stored, length, piece * at_a_time[product], &vectors[product], count, out);
+        each[product].times(piece * at_a_time[product], products[product].0.length, count, out);
     });
     if count < 2 {
         return columns;
@@ -316,40 +315,36 @@ pub(super) fn padded(x: &[f32], length: usize) -> Cow<'_, [f32]> {
     }
 }
 
-/// What stored rows are dotted with.
-enum FewVectors<'a> {
-    Floats(Cow<'a, [f32]>),
-    Int16(Int16Vectors),
+/// Stored rows, and few vectors in what these are dotted with.
+enum Few<'a> {
+    Floats(Values<'a>, Cow<'a, [f32]>),
+    /// With the scale of each row.
+    Int8(&'a [i8], &'a [f32], Int16Vectors),
 }
 
-impl<'a> FewVectors<'a> {
-    fn new(rows: &Rows, x: &'a [f32]) -> Self {
-        match rows.scales {
-            None => Self::Floats(padded(x, rows.length)),
-            Some(_) => Self::Int16(Int16Vectors::new(x, rows.length)),
+impl<'a> Few<'a> {
+    fn new(rows: Stored<'a>, x: &'a [f32], length: usize) -> Self {
+        match rows {
+            Stored::Float(rows) => Self::Floats(rows, padded(x, length)),
+            Stored::Int8(codes, scales) => Self::Int8(codes, scales, Int16Vectors::new(x, length)),
         }
     }
-}
 
-/// The products of some rows from `first` on, `(rows, count)`.
-fn few(rows: Stored<'_>, length: usize, first: usize, x: &FewVectors<'_>, count: usize, out: &mut [f32]) {
-    match (rows, x) {
-        (Stored::Float(rows), FewVectors::Floats(x)) => dot_values(rows, first, length, x, count, out),
-        (Stored::Int8(codes, scales), FewVectors::Int16(x)) => {
-            dot_rows(&codes[first * length..], length, x.as_slice(), count, out);
-            let scales = &scales[first..];
-            match count {
-                1 => scale_rows::<1>(out, scales),
-                2 => scale_rows::<2>(out, scales),
-                4 => scale_rows::<4>(out, scales),
-                _ => {
-                    for (out, &scale) in out.chunks_exact_mut(count).zip(scales) {
-                        out.iter_mut().for_each(|out| *out *= scale);
-                    }
+    /// The products of some rows from `first` on, `(rows, count)`.
+    fn times(&self, first: usize, length: usize, count: usize, out: &mut [f32]) {
+        match self {
+            Self::Floats(rows, x) => dot_values(*rows, first, length, x, count, out),
+            Self::Int8(codes, scales, x) => {
+                dot_rows(&codes[first * length..], length, x.as_slice(), count, out);
+                let scales = &scales[first..];
+                if count == 1 {
+                    return multiply(out, scales);
+                }
+                for (out, &scale) in out.chunks_exact_mut(count).zip(scales) {
+                    out.iter_mut().for_each(|out| *out *= scale);
                 }
             }
         }
-        _ => unreachable!("vectors are made for the rows"),
     }
 }
 

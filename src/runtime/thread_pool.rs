@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
@@ -31,36 +32,38 @@ pub struct ThreadPool {
     _one_caller: PhantomData<Cell<()>>,
 }
 
-/// The indices that a thread has not taken yet: the first one, and behind it the end, in the upper half.
+/// The indices that a thread has not taken yet: the first one, and in the upper half the end.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Share(AtomicU64);
 
 impl Share {
-    fn set(&self, begin: u32, end: u32) {
-        self.0.store(u64::from(end) << 32 | u64::from(begin), Relaxed);
+    fn set(&self, indices: Range<u32>) {
+        self.0.store(Self::packed(indices), Relaxed);
     }
 
     /// Takes the first index.
     fn first(&self) -> Option<usize> {
-        self.take(|begin, _| (begin, 1))
+        self.take(|left| (left.start, left.start + 1..left.end))
     }
 
     /// Takes the last index.
     fn last(&self) -> Option<usize> {
-        self.take(|_, end| (end - 1, u64::MAX << 32))
+        self.take(|left| (left.end - 1, left.start..left.end - 1))
     }
 
-    /// Takes the index that `choose` names for the begin and end, beside what is then added to both.
-    fn take(&self, choose: impl Fn(u32, u32) -> (u32, u64)) -> Option<usize> {
-        let parts = |share: u64| (share as u32, (share >> 32) as u32);
-        let rest = |share: u64| {
-            let (begin, end) = parts(share);
-            (begin < end).then(|| share.wrapping_add(choose(begin, end).1))
-        };
+    /// Takes an index, and leaves the others, as `split` parts those that are left.
+    fn take(&self, split: impl Fn(Range<u32>) -> (u32, Range<u32>)) -> Option<usize> {
+        let indices = |share: u64| share as u32..(share >> 32) as u32;
+        let others =
+            |share| Some(indices(share)).filter(|left| !left.is_empty()).map(|left| Self::packed(split(left).1));
         // Results are published by the end of the job.
-        let (begin, end) = parts(self.0.fetch_update(Relaxed, Relaxed, rest).ok()?);
-        Some(choose(begin, end).0 as usize)
+        let before = self.0.fetch_update(Relaxed, Relaxed, others).ok()?;
+        Some(split(indices(before)).0 as usize)
+    }
+
+    fn packed(indices: Range<u32>) -> u64 {
+        u64::from(indices.end) << 32 | u64::from(indices.start)
     }
 }
 
@@ -192,13 +195,11 @@ impl ThreadPool {
     ) {
         let slices: Vec<_> = slices.iter_mut().map(|(slice, size)| Pieces::new(slice, *size)).collect();
         self.for_each_index(slices.iter().map(Pieces::count).sum(), |index| {
-            let mut piece = index;
-            let slice = slices.iter().position(|slice| {
-                let here = piece < slice.count();
-                piece -= if here { 0 } else { slice.count() };
-                here
-            });
-            let slice = slice.expect("as many pieces as indices");
+            let (mut slice, mut piece) = (0, index);
+            while piece >= slices[slice].count() {
+                piece -= slices[slice].count();
+                slice += 1;
+            }
             // SAFETY: an index comes once.
             work(slice, piece, unsafe { slices[slice].piece(piece) });
         });
@@ -215,7 +216,7 @@ impl ThreadPool {
         }
         let begin = |thread: usize| u32::try_from(thread * count / threads).expect("fewer than 2³² tasks");
         let shares = &*self.shares;
-        shares.iter().enumerate().for_each(|(thread, share)| share.set(begin(thread), begin(thread + 1)));
+        shares.iter().enumerate().for_each(|(thread, share)| share.set(begin(thread)..begin(thread + 1)));
         let started = AtomicUsize::new(0);
         self.run(&|| take_all(shares, &started, &work));
     }
@@ -354,20 +355,20 @@ mod tests {
     fn a_share_gives_each_index_once_from_both_ends() {
         let share = Share::default();
         assert_eq!((share.first(), share.last()), (None, None));
-        share.set(3, 6);
+        share.set(3..6);
         assert_eq!(
             [share.last(), share.first(), share.first(), share.first(), share.last()],
             [Some(5), Some(3), Some(4), None, None]
         );
-        share.set(u32::MAX - 1, u32::MAX);
+        share.set(u32::MAX - 1..u32::MAX);
         assert_eq!((share.last(), share.first()), (Some(u32::MAX as usize - 1), None));
     }
 
     #[test]
     fn one_thread_may_take_everything_and_more_may_begin_than_there_are() {
         let (shares, started, taken) = ([Share::default(), Share::default()], AtomicUsize::new(0), Cell::new(0));
-        shares[0].set(0, 3);
-        shares[1].set(3, 7);
+        shares[0].set(0..3);
+        shares[1].set(3..7);
         for _ in 0..5 {
             take_all(&shares, &started, &|index| taken.set(taken.get() + (1 << (4 * index))));
         }

@@ -102,7 +102,6 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
             for beginning, writer in WRITERS.items()
             if any(name.startswith(beginning) for name in engines)
         }
-        limits: list[dict[str, float]] = []
         probe = {"bandwidth": options.threads, "quick": options.quick}
         runs: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(options.repetitions):
@@ -123,14 +122,14 @@ def run(options: argparse.Namespace) -> Iterator[dict]:
                     }
                     task |= {"passes": options.passes, "compile_limit": options.compile_limit}
                     variables = {"TQCOMPRESSOR_ISA": isa} if isa else {}
-                    limits.append(child(inference_layers, probe, options.threads))
+                    bandwidth = child(inference_layers, probe, options.threads)
                     result = child(inference_engines, task, options.threads, variables)
-                    earlier.append(result | {"bandwidth": limits[-1]})
+                    earlier.append(result | {"bandwidth": bandwidth})
                     # At once, as the medians are known only in the end.
                     shown = {name: value for name, value in earlier[-1].items() if name != "generated"}
                     print(f"{model}, {engine}: {json.dumps(shown)}", file=sys.stderr, flush=True)
-        for name in limits[0]:
-            rates = [limit[name] / 1e9 for limit in limits]
+        for name in ("read", "copy"):
+            rates = [result["bandwidth"][name] / 1e9 for results in runs.values() for result in results]
             yield {
                 "bandwidth": name,
                 "threads": options.threads,

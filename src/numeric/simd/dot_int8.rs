@@ -11,20 +11,17 @@ pub const BLOCK: usize = 128;
 /// Vectors of 16-bit integers, one behind the other.
 #[derive(Clone, Copy, Debug)]
 pub struct Int16<'a> {
-    /// Those of each vector, and zeros up to a multiple of [`Int16::UNIT`].
+    /// Those of each vector, and zeros up to a multiple of 32.
     pub integers: &'a [i16],
     /// Of each [`BLOCK`] of each vector.
     pub scales: &'a [f32],
 }
 
 impl Int16<'_> {
-    /// What the length of a vector is filled up to.
-    pub const UNIT: usize = PAIRS;
-
-    /// The integers and scales of a vector.
+    /// The integers, with the zeros, and the scales of a vector.
     #[must_use]
     pub fn lengths(length: usize) -> (usize, usize) {
-        (length.next_multiple_of(Self::UNIT), length.div_ceil(BLOCK))
+        (length.next_multiple_of(PAIRS), length.div_ceil(BLOCK))
     }
 
     /// Without the first vectors.
