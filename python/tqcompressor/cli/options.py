@@ -147,7 +147,10 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
     distill.add_argument("--out", metavar="DIR", required=True, help="the directory to write")
     distill.add_argument("--resume", action="store_true", help="resume a killed run that had the same options")
     distill.add_argument(
-        "--tokens", type=_count, metavar="N", help="to train on in all, such as 2M (default: all of the text)"
+        "--tokens",
+        type=_count,
+        metavar="N",
+        help="to train on in all, such as 2M, drawn from every part of the text (default: all of it)",
     )
     distill.add_argument("--heldout", metavar="FILE", help="text to score on (default: the end of --text)")
     group = distill.add_argument_group("training")

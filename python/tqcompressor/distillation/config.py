@@ -94,7 +94,7 @@ class TrainingConfig:
     """Steps from one checkpoint to the next, an integer, or below 1 a share of the stage's steps. A killed run resumes
     from the last checkpoint; the last two are kept."""
     seed: int = 0
-    """The seed of the order of the samples and of dropout."""
+    """The seed of the samples that are drawn from the text, of their order and of dropout."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):

@@ -187,7 +187,9 @@ def prepare(
             arguments.per_device_train_batch_size = training.batch_size or 1
         if training.learning_rate is None:
             training = replace(training, learning_rate=default_learning_rate(model))
-    stages = _prepare_stages(staged, plans, samples, wanted, out, samples_per_step(arguments))
+    # With tokens to spare, those of every part of the text teach more than the first ones.
+    drawn = samples.section(0, available).drawn(wanted, arguments.seed) if wanted else samples
+    stages = _prepare_stages(staged, plans, drawn, wanted, out, samples_per_step(arguments))
     calibrates = known is None and (staged.budgets or (given is not None and has_low_rank(given)))
     if (calibrates or refine) and num_samples > available:
         raise TextError(
@@ -346,7 +348,7 @@ def _prepare_stages(
     out: Path,
     per_step: int,
 ) -> tuple[PreparedStage, ...]:
-    """Distributes the first `wanted` samples among the stages; raises `TextError` for a share below one step."""
+    """Distributes `wanted` samples among the stages; raises `TextError` for a share below one step."""
     stages = []
     shares = zip(recipe.stages, plans, recipe.samples_of_stages(wanted), strict=True)
     for number, (stage, plan, share) in enumerate(shares, 1):

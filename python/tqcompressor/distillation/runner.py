@@ -111,7 +111,7 @@ def distill(
             either. A `datasets.Dataset` with a column "text" and a `TokenBlocks` are accepted too.
         out: The folder to write; it must not exist, or be empty, unless `resume`.
         tokenizer: By default the teacher's own.
-        tokens: Tokens to train on, all stages together; by default all of the text.
+        tokens: Tokens to train on, all stages together, drawn from every part of the text; by default all of it.
         heldout: A text to score on, a str or the `Path` of a file. By default the end of `text`, excluded
             from training: a hundredth of it, from one sample up to 65,536 tokens.
         losses: The loss of the student.

@@ -209,6 +209,26 @@ def test_parts(tokenizer):
         second.take(99)
 
 
+def test_drawn_blocks(tokenizer):
+    blocks = token_blocks(HELD_OUT, tokenizer, 100)
+    every = [block["input_ids"].tolist() for block in blocks]
+    drawn = blocks.drawn(20, 3)
+    rows = [block["input_ids"].tolist() for block in drawn]
+    places = [every.index(row) for row in rows]
+    assert len(drawn) == len(set(places)) == 20 and drawn.tokens == 2000
+    assert places != sorted(places) and max(places) > len(blocks) // 2 > min(places)
+    assert drawn[-1]["input_ids"].tolist() == rows[-1]
+    assert packed(drawn.section(5, 10)) == packed(drawn)[500:1500]
+    assert packed(drawn.take(500)) == packed(drawn)[:500]
+    assert packed(pickle.loads(pickle.dumps(drawn))) == packed(drawn) == packed(blocks.drawn(20, 3))
+    assert sorted(packed(blocks.drawn(len(blocks), 0))) == sorted(packed(blocks))
+    # Of a section only its own.
+    assert {*packed(blocks.section(2, 4).drawn(4, 0))} == {*packed(blocks.section(2, 4))}
+    for count in (0, len(blocks) + 1):
+        with pytest.raises(errors.TextError, match=rf"expected {count} blocks, the texts have {len(blocks)}"):
+            blocks.drawn(count, 0)
+
+
 def test_fingerprints_tell_apart_what_differs(tokenizer, tmp_path):
     text = HELD_OUT.read_text(encoding="utf-8")
     (copy, changed, cut) = write(tmp_path / "in", a=text, b=text[:-1] + "!", c=text.replace("\n\n", END, 1))
@@ -227,10 +247,14 @@ def test_fingerprints_tell_apart_what_differs(tokenizer, tmp_path):
         token_blocks(copy, tokenizer, 65),
         token_blocks(copy, tokenizer, 64, tokens=640),
         blocks.section(1, 10),
+        blocks.drawn(10, 0),
+        blocks.drawn(10, 1),
+        blocks.drawn(10, 0).section(0, 9),
     ]
-    assert len({part.fingerprint for part in [blocks, *different]}) == 7
+    assert len({part.fingerprint for part in [blocks, *different]}) == 10
     assert all(re.fullmatch("[0-9a-f]{32}", part.fingerprint) for part in different)
     assert token_blocks(copy, tokenizer, 64, tokens=640).fingerprint == blocks.take(640).fingerprint
+    assert token_blocks(copy, tokenizer, 64).drawn(10, 0).fingerprint == blocks.drawn(10, 0).fingerprint
 
 
 @pytest.mark.parametrize(

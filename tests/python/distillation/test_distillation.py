@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from tqcompressor.distillation import runner
 from tqcompressor.distillation.config import DistillConfig, TrainingConfig
 from tqcompressor.distillation.report import ModelResult, TrainingReport
 from tqcompressor.distillation.stages import Stage, StagedRecipe
-from tqcompressor.distillation.training import training_arguments
+from tqcompressor.distillation.training import Trained, training_arguments
 from tqcompressor.errors import ConfigError, DestinationError, StorageError, TextError
 from tqcompressor.evaluate.results import exponential
 from tqcompressor.evaluate.scoring import negative_log_likelihood, tokenised
@@ -305,6 +306,31 @@ def test_token_blocks_are_taken_as_they_are(teacher, tmp_path):
     report = run(teacher, tmp_path / "out", text=samples, **options)
     assert (report.tokens, report.settings["training"]["seq_len"]) == (64, 16)
     assert report.heldout_tokens == 500
+
+
+def test_tokens_are_drawn_from_all_of_the_text(teacher, tmp_path, monkeypatch):
+    """Every stage reads blocks of its own from everywhere but the held-out end; another seed reads others."""
+    blocks = token_blocks(teacher.text, AutoTokenizer.from_pretrained(teacher.path), 32, cache=teacher.cache)
+    every = [block["input_ids"].tolist() for block in blocks]
+
+    def read(name, **changes):
+        stages = []
+
+        def train_stage(student, teacher, tokenizer, samples, *_arguments, **_settings):
+            stages.append([every.index(block["input_ids"].tolist()) for block in samples.blocks])
+            return Trained((), 0.0, 0.0, 0)
+
+        monkeypatch.setattr(runner, "train_stage", train_stage)
+        run(teacher, tmp_path / name, tokens=96 * 32, **changes)
+        return stages
+
+    stages = read("one")
+    drawn = [place for stage in stages for place in stage]
+    assert len(stages) == 3 and len(drawn) == len(set(drawn)) == 96
+    assert all(min(stage) < len(every) // 4 and max(stage) > len(every) * 3 // 4 for stage in stages)
+    assert max(drawn) < len(every) - 1
+    assert read("again") == stages
+    assert read("other", training=replace(TRAINING, seed=1)) != stages
 
 
 def test_the_command_line_has_the_defaults_of_the_function():
