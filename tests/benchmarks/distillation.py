@@ -193,7 +193,8 @@ def from_scratch(task: argparse.Namespace) -> PreTrainedModel:
     config = type(config)(**{**config.to_dict(), "n_embd": 196})
     torch.manual_seed(task.seed)
     student = GPT2LMHeadModel(config)
-    samples = token_blocks(Path(task.text), tokenizer, config.n_positions).take(task.tokens)
+    blocks = token_blocks(Path(task.text), tokenizer, config.n_positions)
+    samples = blocks.drawn(task.tokens // blocks.seq_len, task.seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(settings, Path(folder), len(samples) // settings.batch_size, task.device)
         # This run is not resumed.
