@@ -14,6 +14,7 @@ from measuring import ROOT
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import nn
+from tqcompressor import token_blocks
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -204,27 +205,27 @@ def smollm2(folder: Path | None, wikitext: Path, books: Path, samples: int, read
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def rows(path: Path, characters: int | None = None) -> torch.Tensor:
+    def present(path: Path) -> Path:
         if not path.exists():
             raise FileNotFoundError(
                 f"SmolLM2: no text at {path}; --wikitext FOLDER with valid.txt and test.txt, --books"
             )
-        text = path.read_text(encoding="utf-8")[:characters]
+        return path
+
+    def rows(path: Path) -> torch.Tensor:
+        text = present(path).read_text(encoding="utf-8")[:100_000]
         ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
         return ids[: len(ids) // length * length].reshape(-1, length)
 
     paths = {"WikiText-2": wikitext / "valid.txt", "books": books}
     names = [name for name in paths if reads in (name, "both")]
-    train = {name: rows(paths[name], BOOKS_READ) for name in names}
-    heldout = {
-        "WikiText-2": rows(wikitext / "test.txt", 100_000)[:16],
-        "books": rows(books.with_name("heldout.txt"), 100_000)[:8],
-    }
+    train = [token_blocks(present(paths[name]), tokenizer, length) for name in names]
+    heldout = {"WikiText-2": rows(wikitext / "test.txt")[:16], "books": rows(books.with_name("heldout.txt"))[:8]}
 
     def calibration(seed: int) -> list[Batch]:
-        generator = np.random.default_rng(seed)
-        parts = [part[generator.choice(len(part), samples // len(train), replace=False)] for part in train.values()]
-        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.cat(parts).split(2)]
+        drawn = [block["input_ids"] for blocks in train for block in blocks.drawn(samples // len(train), seed)]
+        batches = torch.stack(drawn).split(2)
+        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
 
     @torch.inference_mode()
     def score(of: PreTrainedModel) -> dict[str, float]:
