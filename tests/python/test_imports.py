@@ -44,7 +44,7 @@ PYTHON = {
     "models": "errors _core utils config modules",
     "calibration": "errors _core utils config data models",
     "native": "errors _core utils data evaluate calibration",
-    "compression": "errors _core utils config data decomposition modules models calibration native",
+    "compression": "errors _core utils losses config data decomposition modules models calibration native",
     "conversion": "errors _core utils config compression",
     "distillation": "errors _core utils losses config data evaluate models calibration compression",
     "verify": "errors _core utils config data evaluate models compression native distillation",

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         help="train the result on so many tokens of --text, such as 2M; see distill, which has more options",
     )
     compress.add_argument(
-        "--refine", action="store_true", help="with --heal-tokens: train the factors block by block before"
+        "--refine", action="store_true", help="with --heal-tokens: train the factors before, blocks in pairs"
     )
     compress.add_argument("--out", metavar="DST", required=True, help="the directory to write")
     compress.add_argument(
@@ -206,7 +206,7 @@ def _add_distill(commands: Any, common: argparse.ArgumentParser) -> None:
         help="sequences of a calibration (default: %(default)s)",
     )
     group.add_argument(
-        "--refine", action="store_true", help="train the factors of a budget block by block on these sequences before"
+        "--refine", action="store_true", help="train the factors of a budget on these sequences before, blocks in pairs"
     )
     group.add_argument("--effort", choices=EFFORTS, help="effort of the search (default: the recipe's)")
     group.add_argument("--seed", type=int, metavar="N", help="of search and calibration (default: the recipe's)")

@@ -1,10 +1,10 @@
-"""Trains the blocks of a compressed model, one after the other, on the outputs of the original blocks."""
+"""Trains the blocks of a compressed model, a few after the other, on what the original model computes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,23 +13,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration.batches import Batch, mask_of
+from ..calibration.batches import Batch, is_encoder_decoder, mask_of
 from ..calibration.calibration import Calibration
 from ..calibration.hooks import run
 from ..calibration.units import units
 from ..errors import ConfigError, NonFiniteError
+from ..losses import kl_divergence
 from ..models.balancing import balanced
-from ..models.blocks import Call, input_of, recorded_calls, transformer_blocks
+from ..models.blocks import Call, input_of, passing, recorded_calls, transformer_blocks
 from ..models.matrices import bare_name
 from ..modules.dense_weight import CompressedBase
 from ..utils.progress import Report
 from ..utils.torch_utils import evaluating, frozen, replace_modules
 
 EPOCHS = 4
-# The next one is for a block that got worse with the one before: small losses and few steps need small rates.
+# Blocks that are trained together: each makes up for the ones before it, and has a second turn with the one behind it.
+_WINDOW = 2
+# At most so many blocks at the end learn the predictions, together; of a shallow model, a quarter of all.
+_LAST = 4
+# The next one is for blocks that got worse with the one before: small losses and few steps need small rates.
 _LEARNING_RATES = (3e-4, 3e-5, 3e-6)
 _WARMUP = 0.05
-# The share of the batches that decides whether a block keeps what it learned.
+# The share of the batches that decides whether blocks keep what they learned.
 _HELDOUT = 8
 
 
@@ -43,49 +48,218 @@ def refine(
     seed: int = 0,
     report: Report | None = None,
 ) -> None:
-    """Trains the factors and the vectors of every block of `model` to give the outputs that the dense block has.
+    """Trains the factors and the vectors of the blocks of `model` to give what the dense model gives.
 
-    A block's inputs are those that it gets in the compressed model, so that it also makes up for what the blocks before
-    it lost. With the original's outputs `Y`, on its own inputs, and the moment `G` of the gradients at the outputs,
-    which is the identity without a calibration, the loss is `tr((Ŷ − Y) G (Ŷ − Y)ᵀ)` over the tokens. An eighth of the
-    batches is held out: a block that got worse on it is put back, and trained with a tenth of the learning rate, twice
-    at most. Vectors are the block's biases and the gains of its norms, unless other modules share them; nothing else
-    changes. If anything is raised, vectors have the values from before.
+    Two neighbouring blocks at a time learn to give the outputs that the dense blocks have, on the inputs that they get
+    in the compressed model, so that they also make up for what the blocks before them lost. With the original's outputs
+    `Y` of the second, and the moment `G` of the gradients at them, which is the identity without a calibration, the
+    loss is `tr((Ŷ − Y) G (Ŷ − Y)ᵀ)` over the tokens. The next two begin with the second of these. In a model that
+    predicts tokens, the last quarter of the blocks, at most four, learns together, by the Kullback-Leibler divergence
+    of the predictions from the dense model's.
 
-    `dense` are the modules that the compressed ones replaced, by full name. Every block computes in float32.
+    An eighth of the batches is held out: blocks that got worse on it are put back, and trained with a tenth of the
+    learning rate, twice at most. Vectors are the blocks' biases and the gains of their norms, unless other modules
+    share them; nothing else changes. If anything is raised, vectors have the values from before.
+
+    `dense` are the modules that the compressed ones replaced, by full name. Blocks compute in float32.
 
     Raises `ConfigError` for a model whose blocks do not feed one another, `NonFiniteError` for NaN or an infinity.
 
-    Cost: two forward passes of the model and `3·epochs` of its blocks, and the hidden states of all tokens, twice.
+    Cost: two forward passes of the model, `6·epochs` of its blocks and `3·epochs` of its head; the hidden states of all
+    tokens, twice, and the logits of a batch, three times.
     """
     blocks = transformer_blocks(model)
     vectors = _vectors(model, blocks.values())
-    with evaluating(model), frozen(model), _kept_unless_done([each for own in vectors for each in own]):
-        states, shifted, calls = _read(model, list(blocks.values()), dense, batches)
-        masks = [mask_of(batch).to(states[0].device) for batch in batches]
-        for index, (name, block) in enumerate(blocks.items()):
-            own = {full: module for full, module in dense.items() if full.startswith(f"{name}.")}
-            called = [of_batch[index] for of_batch in calls]
-            with _in_float32(block):
-                with torch.no_grad(), _placed(model, own), _in_float32(block):
-                    states = [call.of(block, each) for call, each in zip(called, states, strict=True)]
-                if own:
-                    _train(model, name, vectors[index], calibration, called, shifted, states, masks, epochs, seed)
-                with torch.no_grad():
-                    shifted = [call.of(block, each) for call, each in zip(called, shifted, strict=True)]
+    with (
+        evaluating(model),
+        frozen(model),
+        _kept_unless_done([each for own in vectors for each in own]),
+        ExitStack() as widened,
+    ):
+        work = _Work(model, blocks, vectors, dense, batches, calibration, widened)
+        windows = _windows(len(blocks), work.predicts)
+        for number, window in enumerate(windows):
+            work.train(window, epochs, seed)
             if report is not None:
-                report(index + 1, len(blocks))
+                report(number + 1, len(windows))
+
+
+def _windows(blocks: int, predicts: bool) -> list[range]:
+    """The blocks that are trained together, window by window."""
+    size = min(_WINDOW, blocks)
+    last = max(min(_LAST, blocks // 4), 1) if predicts else size
+    return [*(range(first, min(first + size, blocks)) for first in range(blocks - last)), range(blocks - last, blocks)]
+
+
+class _Work:
+    """The blocks of a model and the hidden states that reach them, in the dense model and in the compressed one."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Mapping[str, nn.Module],
+        vectors: Sequence[Sequence[nn.Parameter]],
+        dense: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        calibration: Calibration | None,
+        widened: ExitStack,
+    ) -> None:
+        self.model, self.dense, self.batches, self.calibration = model, dense, batches, calibration
+        self.names, self.blocks, self.vectors = list(blocks), list(blocks.values()), vectors
+        # Blocks are in float32 from the window in which they are trained first to that in which they are last.
+        self.widened = widened
+        self.in_float32: dict[int, ExitStack] = {}
+        self.behind, self.before = 0, 0
+        """How many blocks `wanted` has passed in the dense model, and `inputs` in the compressed one."""
+        self.wanted, self.inputs, self.calls, self.predicts = _read(model, self.blocks, dense, batches)
+        self.masks = [mask_of(batch).to(self.wanted[0].device) for batch in batches]
+
+    def train(self, window: range, epochs: int, seed: int) -> None:
+        """Trains the blocks of a window together, and keeps them where they got better."""
+        self._move_to(window)
+        names = tuple(f"{self.names[index]}." for index in window)
+        if not any(full.startswith(names) for full in self.dense):
+            return
+        predicts = self.predicts and window.stop == len(self.blocks)
+        with _in_float32(self._outside()) if predicts else nullcontext():
+            loss = self._divergence(window) if predicts else self._distance(window)
+            self._learn(window, names, loss, epochs, seed)
+
+    @torch.no_grad()
+    def _move_to(self, window: range) -> None:
+        """Leaves the blocks before a window, and lets the dense ones of the window compute what is wanted."""
+        for index in range(self.before, window.start):
+            self.inputs = [
+                of[index].of(self.blocks[index], each) for of, each in zip(self.calls, self.inputs, strict=True)
+            ]
+            self.in_float32.pop(index).close()
+        for index in range(self.behind, window.stop):
+            block, name = self.blocks[index], f"{self.names[index]}."
+            self.in_float32[index] = self.widened.enter_context(ExitStack())
+            self.in_float32[index].enter_context(_in_float32(_tensors(block)))
+            own = {full: module for full, module in self.dense.items() if full.startswith(name)}
+            with _placed(self.model, own), _in_float32(_tensors(block)):
+                self.wanted = [of[index].of(block, each) for of, each in zip(self.calls, self.wanted, strict=True)]
+        self.before, self.behind = window.start, window.stop
+
+    def _hidden(self, window: range, number: int) -> Iterator[torch.Tensor]:
+        """What the blocks of a window make of a batch, one after the other."""
+        hidden = self.inputs[number]
+        for index in window:
+            hidden = self.calls[number][index].of(self.blocks[index], hidden)
+            yield hidden
+
+    def _distance(self, window: range) -> Callable[[int], torch.Tensor]:
+        """Of a batch: `tr((Ŷ − Y) G (Ŷ − Y)ᵀ)` behind a window, the mean over the tokens."""
+        gradients = _gradients(self.model, self.names[window[-1]], self.calibration, self.wanted[0])
+
+        def distance(number: int) -> torch.Tensor:
+            *_, hidden = self._hidden(window, number)
+            difference = hidden - self.wanted[number]
+            if gradients is None:
+                weighted = difference
+            else:
+                weighted = difference * gradients if gradients.ndim == 1 else difference @ gradients
+            mask = self.masks[number]
+            return ((weighted * difference).sum(-1) * mask).sum() / mask.sum()
+
+        return distance
+
+    def _divergence(self, window: range) -> Callable[[int], torch.Tensor]:
+        """Of a batch: the Kullback-Leibler divergence of the predictions, the mean over the tokens."""
+        outside = {full: self.dense[full] for full in self.dense if not full.startswith(self._inside())}
+
+        def logits(hidden: torch.Tensor, number: int) -> torch.Tensor:
+            with passing(self.blocks, self.calls[number], hidden):
+                found: torch.Tensor = run(self.model, self.batches[number]).logits
+                return found
+
+        def divergence(number: int) -> torch.Tensor:
+            with torch.no_grad(), _placed(self.model, outside):
+                wanted = logits(self.wanted[number], number)
+            *_, hidden = self._hidden(window, number)
+            try:
+                return kl_divergence(logits(hidden, number), wanted, mask=self.masks[number].bool())
+            except NonFiniteError:
+                # After steps that were too long; what was learned is judged, as that of the other windows.
+                return hidden.sum() * torch.nan
+
+        return divergence
+
+    def _inside(self) -> tuple[str, ...]:
+        return tuple(f"{name}." for name in self.names)
+
+    def _outside(self) -> list[torch.Tensor]:
+        """Parameters and buffers beside the blocks, in both models."""
+        inside = {id(tensor) for block in self.blocks for tensor in _tensors(block)}
+        others = [module for full, module in self.dense.items() if not full.startswith(self._inside())]
+        every = {id(tensor): tensor for module in (self.model, *others) for tensor in _tensors(module)}
+        return [tensor for key, tensor in every.items() if key not in inside]
+
+    def _learn(
+        self, window: range, names: tuple[str, ...], loss: Callable[[int], torch.Tensor], epochs: int, seed: int
+    ) -> None:
+        blocks = [self.blocks[index] for index in window]
+        vectors = [vector for index in window for vector in self.vectors[index]]
+        batches = len(self.batches)
+        heldout = max(batches // _HELDOUT, 1) if batches > 1 else 0
+        split = batches - heldout
+        judged = range(split, batches) if heldout else range(split)
+
+        def error() -> float:
+            with torch.no_grad():
+                return float(torch.stack([loss(number) for number in judged]).double().mean())
+
+        def factors() -> list[nn.Parameter]:
+            modules = (module for block in blocks for module in block.modules())
+            return _factors(module for module in modules if isinstance(module, CompressedBase))
+
+        def moments(matrix: str) -> tuple[Any, Any]:
+            known = self.calibration
+            return (None, None) if known is None else (known.input(matrix), known.output(matrix))
+
+        before = error()
+        if not np.isfinite(before):
+            raise NonFiniteError(f"refine: {self._not_finite(window)} computes NaN or an infinity")
+        if before == 0:
+            return
+        saved = [(parameter, parameter.detach().clone()) for parameter in (*factors(), *vectors)]
+        for rate in _LEARNING_RATES:
+            with balanced(self.model, moments, within=names):
+                trained = [*factors(), *vectors]
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+                _descend(trained, loss, split, before, rate, epochs, seed)
+                for parameter in trained:
+                    parameter.requires_grad_(False)
+            if error() < before:
+                return
+            with torch.no_grad():
+                for parameter, old in saved:
+                    parameter.copy_(old)
+
+    @torch.no_grad()
+    def _not_finite(self, window: range) -> str:
+        """The first block of a window whose outputs are not finite; the last one if all are."""
+        chains = [self._hidden(window, number) for number in range(len(self.batches))]
+        for index in window:
+            if not all(bool(next(chain).isfinite().all()) for chain in chains):
+                return self.names[index]
+        return self.names[window[-1]]
 
 
 def _read(
     model: PreTrainedModel, blocks: list[nn.Module], dense: Mapping[str, nn.Module], batches: Sequence[Batch]
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[Call]]]:
-    """The hidden states before the first block in the original and the compressed model, and all calls of blocks."""
-    states, calls = [], []
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[Call]], bool]:
+    """The hidden states before the first block in the original and the compressed model, and all calls of blocks.
+
+    Last, whether the model predicts tokens from nothing but the hidden states behind the last block.
+    """
+    states, calls, predicts = [], [], False
     with torch.no_grad(), _placed(model, dense):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             with recorded_calls(blocks) as found:
-                run(model, batch)
+                outputs = run(model, batch)
             behind = [after[0] for _, _, after in found]
             chained = len(found) == len(blocks) and all(
                 torch.equal(before, after) for (before, _, _), after in zip(found[1:], behind, strict=False)
@@ -95,70 +269,29 @@ def _read(
                     f"refine: the blocks of {type(model).__name__} do not each read the output of the one before, so "
                     "that they cannot be refined one by one: leave refine out, or use distill"
                 )
-            states.append(found[0][0].float())
+            states.append(_widened(found[0][0]))
             calls.append([call for _, call, _ in found])
+            if number == 0:
+                predicts = _predicts(model, blocks, calls[0], batch, behind[-1], getattr(outputs, "logits", None))
     with torch.no_grad():
-        shifted = [input_of(blocks[0], partial(run, model, batch)).float() for batch in batches]
-    return states, shifted, calls
+        shifted = [_widened(input_of(blocks[0], partial(run, model, batch))) for batch in batches]
+    return states, shifted, calls, predicts
 
 
-def _train(
-    model: PreTrainedModel,
-    name: str,
-    vectors: Sequence[nn.Parameter],
-    calibration: Calibration | None,
-    calls: Sequence[Call],
-    inputs: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
-    masks: Sequence[torch.Tensor],
-    epochs: int,
-    seed: int,
-) -> None:
-    """Trains the factors and vectors of one block, and keeps them where they got better."""
-    block = model.get_submodule(name)
-    gradients = _gradients(model, name, calibration, wanted[0].shape[-1])
+def _widened(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def distance(number: int) -> torch.Tensor:
-        difference = calls[number].of(block, inputs[number]) - wanted[number]
-        if gradients is None:
-            weighted = difference
-        else:
-            weighted = difference * gradients if gradients.ndim == 1 else difference @ gradients
-        mask = masks[number]
-        return ((weighted * difference).sum(-1) * mask).sum() / mask.sum()
 
-    def error(numbers: Sequence[int]) -> float:
-        with torch.no_grad():
-            return float(torch.stack([distance(number) for number in numbers]).double().mean())
-
-    heldout = max(len(calls) // _HELDOUT, 1) if len(calls) > 1 else 0
-    split = len(calls) - heldout
-    judged = range(split, len(calls)) if heldout else range(split)
-
-    def moments(matrix: str) -> tuple[Any, Any]:
-        return (None, None) if calibration is None else (calibration.input(matrix), calibration.output(matrix))
-
-    before = error(judged)
-    if not np.isfinite(before):
-        raise NonFiniteError(f"refine: {name} computes NaN or an infinity")
-    if before == 0:
-        return
-    factors = [module for module in block.modules() if isinstance(module, CompressedBase)]
-    saved = [(parameter, parameter.detach().clone()) for parameter in (*_factors(factors), *vectors)]
-    for rate in _LEARNING_RATES:
-        with balanced(model, moments, within=f"{name}."):
-            trained = [
-                *_factors(module for module in block.modules() if isinstance(module, CompressedBase)),
-                *vectors,
-            ]
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            _descend(trained, distance, split, before, rate, epochs, seed)
-        if error(judged) < before:
-            return
-        with torch.no_grad():
-            for parameter, old in saved:
-                parameter.copy_(old)
+def _predicts(
+    model: PreTrainedModel, blocks: list[nn.Module], calls: list[Call], batch: Batch, hidden: torch.Tensor, logits: Any
+) -> bool:
+    """Whether these logits are of every token, and come from these hidden states behind the last block alone."""
+    if is_encoder_decoder(model) or not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+        return False
+    if logits.shape[:2] != hidden.shape[:2] or logits.shape[2] < 2:
+        return False
+    with passing(blocks, calls, hidden):
+        return torch.equal(run(model, batch).logits, logits)
 
 
 def _descend(
@@ -230,17 +363,18 @@ def _kept_unless_done(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _gradients(model: PreTrainedModel, block: str, calibration: Calibration | None, width: int) -> torch.Tensor | None:
-    """The moment of the gradients at the last linear layer of a block that has `width` outputs, of trace 1."""
+def _gradients(
+    model: PreTrainedModel, block: str, calibration: Calibration | None, outputs: torch.Tensor
+) -> torch.Tensor | None:
+    """The moment of the gradients at the last linear layer of a block that has these outputs, of trace 1."""
     if calibration is None:
         return None
     inside = bare_name(model, f"{block}.")
     for unit in reversed(units(model)):
-        if unit.name.startswith(inside) and [columns for _, columns in unit.outputs] == [width]:
+        if unit.name.startswith(inside) and [columns for _, columns in unit.outputs] == [outputs.shape[-1]]:
             moment = calibration.output(unit.name)
             if moment is not None and (total := float(moment.sum() if moment.ndim == 1 else moment.trace())) > 0:
-                found: torch.Tensor = torch.from_numpy(np.array(moment, np.float32) / total)
-                return found.to(model.device)
+                return torch.from_numpy(np.array(moment, np.float32) / total).to(outputs)
     return None
 
 
@@ -254,18 +388,18 @@ def _placed(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
         replace_modules(model, old)
 
 
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 @contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """Within the block, parameters and buffers of half precision are float32; they are rounded at the end."""
-    tensors = [
-        (tensor, tensor.dtype)
-        for tensor in (*block.parameters(), *block.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16)
-    ]
-    for tensor, _ in tensors:
+def _in_float32(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within the block, those of half precision are float32; they are rounded at the end."""
+    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, _ in halves:
         tensor.data = tensor.data.float()
     try:
         yield
     finally:
-        for tensor, dtype in tensors:
+        for tensor, dtype in halves:
             tensor.data = tensor.data.to(dtype)

@@ -105,8 +105,8 @@ def distill(
         calibration: Of the teacher, for the first budget, or of either, to balance the factors of a student; by default
             it is measured on the text. Later stages calibrate the student that they compress.
         num_samples: Sequences of 128 tokens that a calibration reads.
-        refine: Whether the factors that a budget leaves are first trained block by block on these sequences, as by
-            `compress(refine=True)`: fewer tokens are then needed for the same quality.
+        refine: Whether the factors that a budget leaves are first trained on these sequences as by
+            `compress(refine=True)`, a few blocks at a time: fewer tokens are then needed for the same quality.
         text: The training text: a str is the text itself, a `Path` a UTF-8 file or a glob pattern, and a list holds
             either. A `datasets.Dataset` with a column "text" and a `TokenBlocks` are accepted too.
         out: The folder to write; it must not exist, or be empty, unless `resume`.

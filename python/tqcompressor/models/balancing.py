@@ -32,10 +32,10 @@ _KINDS = {LowRankLinear: BalancedLinear, LowRankEmbedding: BalancedEmbedding, Gr
 
 
 @contextmanager
-def balanced(model: PreTrainedModel, moments: MomentsOf, *, within: str = "") -> Iterator[None]:
+def balanced(model: PreTrainedModel, moments: MomentsOf, *, within: tuple[str, ...] = ("",)) -> Iterator[None]:
     """Within the block, every low-rank module is its `BalancedFactors`; afterwards it has what these have learned.
 
-    `within` limits this to the modules whose full names begin with it.
+    `within` limits this to the modules whose full names begin with one of these.
     If the block raises, the modules have the values from before it. Low-rank terms of mixed sums stay as they are.
     """
     tied, found = ties(model), dict(compressed_modules(model))

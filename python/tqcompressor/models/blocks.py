@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,17 @@ class Call:
 
     others: tuple[Any, ...]
     keywords: dict[str, Any]
+    behind: tuple[Any, ...] | None = None
+    """What the block returned behind the hidden states; None if these were all, and not in a tuple."""
 
     def of(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states behind a block that is called like this; tensors of floats have the dtype of `hidden`."""
         others, keywords = _in_dtype((self.others, self.keywords), hidden.dtype)
         return hidden_states(block(hidden, *others, **keywords))
+
+    def returned(self, hidden: torch.Tensor) -> Any:
+        """The output of the block if its hidden states were these."""
+        return hidden if self.behind is None else (hidden, *self.behind)
 
 
 def hidden_states(output: Any) -> torch.Tensor:
@@ -53,13 +60,40 @@ def recorded_calls(blocks: list[nn.Module]) -> Iterator[list[tuple[torch.Tensor,
         calls.append((hidden, Call(arguments[1:], keywords), []))
 
     def end(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        calls[-1][2].append(hidden_states(output))
+        hidden, call, after = calls[-1]
+        after.append(hidden_states(output))
+        calls[-1] = (hidden, replace(call, behind=output[1:] if isinstance(output, tuple) else None), after)
 
     with ExitStack() as stack:
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(end).remove)
         yield calls
+
+
+@contextmanager
+def passing(blocks: Iterable[nn.Module], calls: Iterable[Call], hidden: torch.Tensor) -> Iterator[None]:
+    """Within the block, `blocks` compute nothing: each returns `hidden`, in the form of its call.
+
+    A model that runs then computes what it makes of these hidden states behind its last block.
+    """
+
+    def instead(call: Call, *_arguments: Any, **_keywords: Any) -> Any:
+        return call.returned(hidden)
+
+    with ExitStack() as stack:
+        for block, call in zip(blocks, calls, strict=True):
+            stack.callback(_set_forward, block, vars(block).get("forward"))
+            _set_forward(block, partial(instead, call))
+        yield
+
+
+def _set_forward(block: nn.Module, forward: Any) -> None:
+    """The instance's own `forward`, before that of its class; None takes it away."""
+    if forward is None:
+        vars(block).pop("forward", None)
+    else:
+        vars(block)["forward"] = forward
 
 
 class FirstBlock(Exception):

@@ -1,6 +1,7 @@
 """Refining: blocks get closer to the dense model's, nothing else changes, and what fails leaves no trace."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -15,12 +16,29 @@ from tqcompressor.calibration.batches import batches_of
 from tqcompressor.compression import model as in_place
 from tqcompressor.compression import refine as refining
 from tqcompressor.errors import ConfigError, NonFiniteError, TextError
+from tqcompressor.losses import kl_divergence
 from tqcompressor.models.blocks import transformer_blocks
 from tqcompressor.models.matrices import compressed_modules
 
 
 def some_batches():
     return [batch for seed in range(12) for batch in batches(padded=False, seed=seed)]
+
+
+def divergence(model, student, of):
+    """The mean Kullback-Leibler divergence of the predictions of the next token from the original ones."""
+    with torch.no_grad():
+        found = [kl_divergence(student(**each).logits.float(), model(**each).logits.float()) for each in of]
+    return float(torch.stack(found).mean())
+
+
+def lost(model, student, of):
+    """What refining makes smaller behind the last block."""
+    return (divergence if predicts_tokens(model) else block_error)(model, student, of)
+
+
+def predicts_tokens(model):
+    return "LM" in type(model).__name__
 
 
 def block_error(model, student, of):
@@ -58,7 +76,7 @@ def test_the_outputs_come_closer(family, calibrated, fast_learning):
     compress(plain, **options)
     report = compress(refined, **options, refine=read, refine_epochs=4)
     assert report.parameters_after == refined.num_parameters() == plain.num_parameters()
-    before, after = (block_error(model, student, read) for student in (plain, refined))
+    before, after = (lost(model, student, read) for student in (plain, refined))
     assert 0 < after < before
 
 
@@ -69,7 +87,7 @@ def test_every_kind_of_factors_learns(spec, fast_learning):
     config = TQConfig({"layers.*": spec}, effort="fast")
     compress(plain, config)
     compress(refined, config, refine=read, refine_epochs=4)
-    assert block_error(model, refined, read) < 0.95 * block_error(model, plain, read)
+    assert lost(model, refined, read) < 0.95 * lost(model, plain, read)
 
 
 @pytest.mark.parametrize("family", [gpt2, bert, opt, llama])
@@ -120,13 +138,15 @@ def test_gradients_of_the_caller_stay():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_dtype_stays(dtype, fast_learning):
-    model, read = llama().to(dtype), some_batches()
+@pytest.mark.parametrize("family", [gpt2, bert, opt, llama])
+def test_the_dtype_stays(family, dtype, fast_learning):
+    model, read = family().to(dtype), some_batches()
+    calibration = calibrate(model, read)
     plain, refined = copy.deepcopy(model), copy.deepcopy(model)
-    compress(plain, budget=0.6)
-    compress(refined, budget=0.6, refine=read, refine_epochs=4)
+    compress(plain, budget=0.7, calibration=calibration)
+    compress(refined, budget=0.7, calibration=calibration, refine=read, refine_epochs=4)
     assert {value.dtype for value in refined.parameters()} == {dtype}
-    assert block_error(model, refined, read) < 0.95 * block_error(model, plain, read)
+    assert lost(model, refined, read) < 0.97 * lost(model, plain, read)
 
 
 def test_equal_seeds_give_equal_factors_and_the_result_is_loaded(tmp_path):
@@ -224,7 +244,79 @@ def test_a_single_batch_judges_itself(fast_learning):
     plain, refined = copy.deepcopy(model), copy.deepcopy(model)
     compress(plain, budget=0.6)
     compress(refined, budget=0.6, refine=read, refine_epochs=4)
-    assert block_error(model, refined, read) < block_error(model, plain, read)
+    assert lost(model, refined, read) < lost(model, plain, read)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "predicts", "windows"),
+    [
+        (1, True, [(0, 1)]),
+        (1, False, [(0, 1)]),
+        (2, True, [(0, 2), (1, 2)]),
+        (2, False, [(0, 2)]),
+        (5, False, [(0, 2), (1, 3), (2, 4), (3, 5)]),
+        (5, True, [(0, 2), (1, 3), (2, 4), (3, 5), (4, 5)]),
+        (9, True, [*((first, first + 2) for first in range(7)), (7, 9)]),
+        (30, True, [*((first, first + 2) for first in range(26)), (26, 30)]),
+    ],
+)
+def test_blocks_have_their_turns_in_pairs_and_the_last_ones_together(blocks, predicts, windows):
+    assert [(window.start, window.stop) for window in refining._windows(blocks, predicts)] == windows
+
+
+@pytest.mark.parametrize("family", [llama, opt])
+def test_the_last_blocks_learn_the_predictions(family, fast_learning, monkeypatch):
+    model, read = family(num_hidden_layers=9), some_batches()
+    config = TQConfig({"*layers.*": LowRankSpec(3)}, effort="fast")
+    students, real = {}, refining._predicts
+    for predicts in (True, False):
+        students[predicts] = copy.deepcopy(model)
+        monkeypatch.setattr(refining, "_predicts", real if predicts else lambda *_: False)
+        compress(students[predicts], config, refine=read, refine_epochs=4)
+    assert divergence(model, students[True], read) < divergence(model, students[False], read)
+    # Two blocks of nine are the last ones, and the pair before them ends with the first of these.
+    last = tuple(list(transformer_blocks(model))[-2:])
+    for name, value in students[False].state_dict().items():
+        assert name.startswith(last) or torch.equal(value, students[True].state_dict()[name]), name
+
+
+def test_neighbouring_blocks_learn_together(fast_learning, monkeypatch):
+    model, read = bert(num_hidden_layers=5), some_batches()
+    students, config = {}, TQConfig({"*layer.*": LowRankSpec(3)}, effort="fast")
+    for size in (1, 2):
+        students[size] = copy.deepcopy(model)
+        monkeypatch.setattr(refining, "_WINDOW", size)
+        compress(students[size], config, refine=read, refine_epochs=4)
+    alone, together = (block_error(model, students[size], read) for size in (1, 2))
+    assert together < alone
+
+
+@pytest.mark.parametrize("family", ["gpt2 base", "bert", "bert classes"])
+def test_a_model_that_predicts_no_tokens_learns_its_hidden_states(family, monkeypatch):
+    model, seen, real = FAMILIES[family](), [], refining._predicts
+    monkeypatch.setattr(refining, "_predicts", lambda *given: seen.append(real(*given)) or seen[-1])
+    compress(model, budget=0.7, refine=some_batches(), refine_epochs=1)
+    assert seen == [False]
+
+
+def test_logits_that_read_more_than_the_last_hidden_states_are_not_learned(monkeypatch):
+    model, seen, real = gpt2(), [], refining._predicts
+    own = type(model).forward
+
+    class Skipping(type(model)):
+        @functools.wraps(own)
+        def forward(self, *arguments, **keywords):
+            kept = []
+            handle = self.transformer.h[0].register_forward_hook(lambda _, _inputs, output: kept.append(output))
+            found = own(self, *arguments, **keywords)
+            handle.remove()
+            found.logits = found.logits + self.lm_head(kept[0])
+            return found
+
+    model.__class__ = Skipping
+    monkeypatch.setattr(refining, "_predicts", lambda *given: seen.append(real(*given)) or seen[-1])
+    compress(model, TQConfig({"h.*.mlp.*": LowRankSpec(3)}, effort="fast"), refine=some_batches(), refine_epochs=1)
+    assert seen == [False]
 
 
 def albert():

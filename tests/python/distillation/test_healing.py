@@ -128,8 +128,8 @@ def test_factors_are_refined_before_they_are_trained(data, tmp_path, name):
     refined = run(data, name, out, refine=True, **options)
     assert refined.settings["refine"] and not plain.settings["refine"]
     assert refined.stages[0].compressed.parameters == plain.stages[0].compressed.parameters
-    # The blocks of the masked model lose next to nothing.
-    slack = 1.001 if name == "masked" else 1.0
+    # The blocks of these random language models lose next to nothing of the score.
+    slack = 1.0 if name == "encoder" else 1.001
     assert refined.stages[0].compressed.score < slack * plain.stages[0].compressed.score
     # The student without any training is the same.
     assert refined.one_shot == plain.one_shot
