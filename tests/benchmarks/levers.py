@@ -9,7 +9,8 @@ Every row is the effort "fast" with one thing changed, at budgets of the blocks'
 - allocation by trials: the loss that the plan adds up is corrected by measured ones. "alone" compresses one block at a
   time and leaves the others dense, "restored" makes one block at a time dense again in the compressed model; each
   block's gradients are scaled by what was measured over what was added up;
-- refined: `compress(refine=…)` on the calibration's sequences; "trials, refined" with the allocation of "restored".
+- refined: `compress(refine=…)` on the calibration's sequences; "trials, refined" with the allocation of "restored"; and
+  what its parts gain: each block trained alone, in pairs, the last one or four on the model's predictions.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from quality_data import DATA, Batch, Subject, matrix, on, set_matrix, smollm2
 from torch import nn
 from tqcompressor.calibration import hooks
 from tqcompressor.calibration.calibration import Calibration
+from tqcompressor.compression import refine as refining
 from transformers import PreTrainedModel
 
 LIKELIEST = 50
@@ -215,11 +217,14 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], wanted: Sequence[torc
     return float(np.mean(found))
 
 
-def refined(work: Work, scope: str) -> Found:
+def refined(work: Work, scope: str, together: int = 2, last: int = 4) -> Found:
+    """`together` blocks at a time; the `last` ones, or none, on the predictions."""
     tokens, epochs = work.calibration.tokens, work.options.epochs
+    predicts = {} if last else {"_predicts": lambda *_: False}
     for budget in work.options.budgets:
-        model = work.compressed(work.calibration, budget, scope, **work.refining())
-        yield budget, f"refined, {tokens:,} tokens, {epochs} epochs", model
+        with patch.multiple(refining, _WINDOW=together, _LAST=last, **predicts):
+            model = work.compressed(work.calibration, budget, scope, **work.refining())
+        yield budget, f"refined, {tokens:,} tokens, {epochs} epochs, {together} together, {last} by predictions", model
 
 
 LEVERS: dict[str, Callable] = {
@@ -231,5 +236,9 @@ LEVERS: dict[str, Callable] = {
     "progressive": progressive,
     "trials": partial(by_trials, kinds=("alone", "restored"), refine=False),
     "refined": refined,
+    "refined alone": partial(refined, together=1, last=0),
+    "refined in pairs": partial(refined, together=2, last=0),
+    "refined alone, last one": partial(refined, together=1, last=1),
+    "refined alone, last four": partial(refined, together=1, last=4),
     "trials, refined": partial(by_trials, kinds=("restored",), refine=True),
 }

@@ -255,14 +255,18 @@ def _read(
 
     Last, whether the model predicts tokens from nothing but the hidden states behind the last block.
     """
-    states, calls, predicts = [], [], False
+    states: list[torch.Tensor] = []
+    calls: list[list[Call]] = []
     with torch.no_grad(), _placed(model, dense):
-        for number, batch in enumerate(batches):
-            with recorded_calls(blocks) as found:
+        for batch in batches:
+            # How blocks are called does not depend on what they compute, unless they return more than hidden states.
+            known = bool(calls) and not any(call.behind for call in calls[0])
+            with recorded_calls(blocks) as found, passing(blocks, calls[0]) if known else nullcontext():
                 outputs = run(model, batch)
             behind = [after[0] for _, _, after in found]
             chained = len(found) == len(blocks) and all(
-                torch.equal(before, after) for (before, _, _), after in zip(found[1:], behind, strict=False)
+                before is after or torch.equal(before, after)
+                for (before, _, _), after in zip(found[1:], behind, strict=False)
             )
             if not chained:
                 raise ConfigError(
@@ -271,7 +275,7 @@ def _read(
                 )
             states.append(_widened(found[0][0]))
             calls.append([call for _, call, _ in found])
-            if number == 0:
+            if len(calls) == 1:
                 predicts = _predicts(model, blocks, calls[0], batch, behind[-1], getattr(outputs, "logits", None))
     with torch.no_grad():
         shifted = [_widened(input_of(blocks[0], partial(run, model, batch))) for batch in batches]

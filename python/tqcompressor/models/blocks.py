@@ -72,14 +72,15 @@ def recorded_calls(blocks: list[nn.Module]) -> Iterator[list[tuple[torch.Tensor,
 
 
 @contextmanager
-def passing(blocks: Iterable[nn.Module], calls: Iterable[Call], hidden: torch.Tensor) -> Iterator[None]:
-    """Within the block, `blocks` compute nothing: each returns `hidden`, in the form of its call.
+def passing(blocks: Iterable[nn.Module], calls: Iterable[Call], hidden: torch.Tensor | None = None) -> Iterator[None]:
+    """Within the block, `blocks` compute nothing: each returns `hidden`, or what it gets, in the form of its call.
 
     A model that runs then computes what it makes of these hidden states behind its last block.
     """
 
-    def instead(call: Call, *_arguments: Any, **_keywords: Any) -> Any:
-        return call.returned(hidden)
+    def instead(call: Call, *arguments: Any, **keywords: Any) -> Any:
+        got = arguments[0] if arguments else keywords["hidden_states"]
+        return call.returned(got if hidden is None else hidden)
 
     with ExitStack() as stack:
         for block, call in zip(blocks, calls, strict=True):

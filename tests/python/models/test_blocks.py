@@ -39,6 +39,11 @@ def test_a_model_computes_the_same_from_the_hidden_states_behind_its_last_block(
         with passing(blocks, of, calls[-1][2][0]):
             found = run(model, batch)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted if torch.is_tensor(wanted[name]))
+        with recorded_calls(blocks) as again, passing(blocks, of):
+            run(model, batch)
+        first = calls[0][0]
+        assert all(torch.equal(before, first) and torch.equal(after, first) for before, _, (after,) in again)
+        assert [set(call.keywords) for _, call, _ in again] == [set(call.keywords) for call in of]
         with passing(blocks, of, torch.zeros_like(calls[-1][2][0])):
             assert not torch.equal(run(model, batch)[0], wanted[0])
         assert all("forward" not in vars(block) for block in blocks)
