@@ -114,7 +114,7 @@ def compress(
             back. True reads `text`; or batches or `TokenBlocks`, as for `calibrate`, or `(tokenizer, text)`. It needs
             no labels, and helps a model whose errors add up from block to block. With half of the blocks' parameters,
             SmolLM2-135M has a perplexity of 44.5 instead of 72.2, MiniLM a cosine of 0.846 instead of 0.836, and the
-            GPT-2 of `tests/data` 74.2 with and without it. Lost energies in the report are those of before.
+            GPT-2 of `tests/data` 74.1 instead of 74.2. Lost energies in the report are those of before.
         refine_epochs: How often `refine` reads its text.
         matrices: Patterns of the matrices that a budget is spent on. Default: as for `plan`.
         max_macs: With a budget: a cap on the MACs of these matrices for one token, as a share of their MACs while
