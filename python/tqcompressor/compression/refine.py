@@ -1,4 +1,4 @@
-"""Trains the blocks of a compressed model, a few after the other, on what the original model computes."""
+"""Trains the blocks of a compressed model, a few at a time, on what the original model computes."""
 
 from __future__ import annotations
 
@@ -106,6 +106,8 @@ class _Work:
     ) -> None:
         self.model, self.dense, self.batches, self.calibration = model, dense, batches, calibration
         self.names, self.blocks, self.vectors = list(blocks), list(blocks.values()), vectors
+        inside = tuple(f"{name}." for name in blocks)
+        self.dense_outside = {full: module for full, module in dense.items() if not full.startswith(inside)}
         # Blocks are in float32 from the window in which they are trained first to that in which they are last.
         self.widened = widened
         self.in_float32: dict[int, ExitStack] = {}
@@ -167,7 +169,6 @@ class _Work:
 
     def _divergence(self, window: range) -> Callable[[int], torch.Tensor]:
         """Of a batch: the Kullback-Leibler divergence of the predictions, the mean over the tokens."""
-        outside = {full: self.dense[full] for full in self.dense if not full.startswith(self._inside())}
 
         def logits(hidden: torch.Tensor, number: int) -> torch.Tensor:
             with passing(self.blocks, self.calls[number], hidden):
@@ -175,7 +176,7 @@ class _Work:
                 return found
 
         def divergence(number: int) -> torch.Tensor:
-            with torch.no_grad(), _placed(self.model, outside):
+            with torch.no_grad(), _placed(self.model, self.dense_outside):
                 wanted = logits(self.wanted[number], number)
             *_, hidden = self._hidden(window, number)
             try:
@@ -186,14 +187,11 @@ class _Work:
 
         return divergence
 
-    def _inside(self) -> tuple[str, ...]:
-        return tuple(f"{name}." for name in self.names)
-
     def _outside(self) -> list[torch.Tensor]:
         """Parameters and buffers beside the blocks, in both models."""
         inside = {id(tensor) for block in self.blocks for tensor in _tensors(block)}
-        others = [module for full, module in self.dense.items() if not full.startswith(self._inside())]
-        every = {id(tensor): tensor for module in (self.model, *others) for tensor in _tensors(module)}
+        modules = (self.model, *self.dense_outside.values())
+        every = {id(tensor): tensor for module in modules for tensor in _tensors(module)}
         return [tensor for key, tensor in every.items() if key not in inside]
 
     def _learn(

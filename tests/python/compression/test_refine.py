@@ -143,10 +143,10 @@ def test_the_dtype_stays(family, dtype, fast_learning):
     model, read = family().to(dtype), some_batches()
     calibration = calibrate(model, read)
     plain, refined = copy.deepcopy(model), copy.deepcopy(model)
-    compress(plain, budget=0.7, calibration=calibration)
-    compress(refined, budget=0.7, calibration=calibration, refine=read, refine_epochs=4)
+    compress(plain, budget=0.6, calibration=calibration)
+    compress(refined, budget=0.6, calibration=calibration, refine=read, refine_epochs=4)
     assert {value.dtype for value in refined.parameters()} == {dtype}
-    assert lost(model, refined, read) < 0.97 * lost(model, plain, read)
+    assert lost(model, refined, read) < 0.95 * lost(model, plain, read)
 
 
 def test_equal_seeds_give_equal_factors_and_the_result_is_loaded(tmp_path):
