@@ -10,7 +10,8 @@ Every row is the effort "fast" with one thing changed, at budgets of the blocks'
   time and leaves the others dense, "restored" makes one block at a time dense again in the compressed model; each
   block's gradients are scaled by what was measured over what was added up;
 - refined: `compress(refine=…)` on the calibration's sequences; "trials, refined" with the allocation of "restored"; and
-  what its parts gain: each block trained alone, in pairs, the last one or four on the model's predictions.
+  what its parts gain: each block trained alone, in pairs, the last one or four on the model's predictions;
+  `--learning-rate` is that of all of these.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens")
     parser.add_argument("--reads", choices=["WikiText-2", "books", "both"], default="both", help="what they are of")
     parser.add_argument("--epochs", type=int, default=4, help="of the refinement over the calibration's sequences")
+    parser.add_argument("--learning-rate", type=float, help="of the refinement at first, in place of the package's")
     parser.add_argument("--wikitext", type=Path, default=DATA / "wikitext-2", metavar="FOLDER")
     parser.add_argument("--books", type=Path, default=DATA / "books" / "train.txt", metavar="FILE")
     parser.add_argument("--device", default="cpu", help="on which models run; what compresses them runs on the CPU")
@@ -93,6 +95,13 @@ Found = Iterator[tuple[float, str, PreTrainedModel]]
 
 
 def run(options: argparse.Namespace) -> Iterator[dict]:
+    rate = options.learning_rate
+    rates = refining._LEARNING_RATES if rate is None else (rate, rate / 10, rate / 100)
+    with patch.object(refining, "_LEARNING_RATES", rates):
+        yield from levers(options)
+
+
+def levers(options: argparse.Namespace) -> Iterator[dict]:
     work = Work(options)
     yield {"dense": work.subject.name, **work.dense}
     for scope in options.scopes:
@@ -219,12 +228,12 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], wanted: Sequence[torc
 
 def refined(work: Work, scope: str, together: int = 2, last: int = 4) -> Found:
     """`together` blocks at a time; the `last` ones, or none, on the predictions."""
-    tokens, epochs = work.calibration.tokens, work.options.epochs
+    read = f"{work.calibration.tokens:,} tokens, {work.options.epochs} epochs, rate {refining._LEARNING_RATES[0]:g}"
     predicts = {} if last else {"_predicts": lambda *_: False}
     for budget in work.options.budgets:
         with patch.multiple(refining, _WINDOW=together, _LAST=last, **predicts):
             model = work.compressed(work.calibration, budget, scope, **work.refining())
-        yield budget, f"refined, {tokens:,} tokens, {epochs} epochs, {together} together, {last} by predictions", model
+        yield budget, f"refined, {read}, {together} together, {last} by predictions", model
 
 
 LEVERS: dict[str, Callable] = {
