@@ -31,9 +31,9 @@ EPOCHS = 4
 _WINDOW = 2
 # At most so many blocks at the end learn the predictions, together; of a shallow model, a quarter of all.
 _LAST = 4
-# The next one is for blocks that got worse with the one before. Three times the first fits a pair better and makes the
-# next one worse, and is far too much where little is lost; tests/benchmarks/README.md has figures.
-_LEARNING_RATES = (1e-4, 1e-5, 1e-6)
+# The next one is for blocks that got worse with the one before. A third of the first is no better where little is lost,
+# and worse where much is; tests/benchmarks/README.md has figures.
+_LEARNING_RATES = (3e-4, 3e-5, 3e-6)
 _WARMUP = 0.05
 # The share of the batches that decides whether blocks keep what they learned.
 _HELDOUT = 8
