@@ -53,10 +53,10 @@ def refine(
 
     Two neighbouring blocks at a time learn to give the outputs that the dense blocks have, on the inputs that they get
     in the compressed model, so that they also make up for what the blocks before them lost. With the original's outputs
-    `Y` of the second, and the moment `G` of the gradients at them, which is the identity without a calibration, the
-    loss is `tr((Ŷ − Y) G (Ŷ − Y)ᵀ)` over the tokens. The next two begin with the second of these. In a model that
-    predicts tokens, the last quarter of the blocks, at most four, learns together, by the Kullback-Leibler divergence
-    of the predictions from the dense model's.
+    `y` of the second for a token, and the moment `G` of the gradients at them, which is the identity without a
+    calibration, the loss is `(ŷ − y) G (ŷ − y)ᵀ / ‖y‖²`, the mean over the tokens. The next two begin with the second
+    of these. In a model that predicts tokens, the last quarter of the blocks, at most four, learns together, by the
+    Kullback-Leibler divergence of the predictions from the dense model's.
 
     An eighth of the batches is held out: blocks that got worse on it are put back, and trained with a tenth of the
     learning rate, twice at most. Vectors are the blocks' biases and the gains of their norms, unless other modules
@@ -153,18 +153,23 @@ class _Work:
             yield hidden
 
     def _distance(self, window: range) -> Callable[[int], torch.Tensor]:
-        """Of a batch: `tr((Ŷ − Y) G (Ŷ − Y)ᵀ)` behind a window, the mean over the tokens."""
+        """Of a batch: `(ŷ − y) G (ŷ − y)ᵀ / ‖y‖²` behind a window, the mean over the tokens."""
         gradients = _gradients(self.model, self.names[window[-1]], self.calibration, self.wanted[0])
 
         def distance(number: int) -> torch.Tensor:
             *_, hidden = self._hidden(window, number)
-            difference = hidden - self.wanted[number]
+            tokens = self.masks[number].bool()
+            wanted = self.wanted[number][tokens]
+            difference = hidden[tokens] - wanted
             if gradients is None:
                 weighted = difference
             else:
                 weighted = difference * gradients if gradients.ndim == 1 else difference @ gradients
-            mask = self.masks[number]
-            return ((weighted * difference).sum(-1) * mask).sum() / mask.sum()
+            # Norms take sizes away, and a text's first token may be a hundred times as long as the others: unweighted,
+            # it is all that blocks learn. No token counts more than a hundred of the median's.
+            sizes = wanted.square().sum(-1)
+            least = (sizes.median() / 100).clamp_min(torch.finfo(sizes.dtype).tiny)
+            return ((weighted * difference).sum(-1) / sizes.clamp_min(least)).mean()
 
         return distance
 

@@ -239,6 +239,37 @@ def test_texts_are_those_that_calibrate_takes(tmp_path):
         compress(model, config, refine=(tokenizer, text[:1000]))
 
 
+def test_a_token_of_huge_size_does_not_hide_the_others(fast_learning):
+    model = llama(num_hidden_layers=3).model
+    read = [{"input_ids": torch.cat([torch.full((3, 1), 2), each["input_ids"]], 1)} for each in some_batches()]
+    make_huge(model, 2)
+    calibration, behind = calibrate(model, read), []
+    for budget, options in ((None, {}), (0.7, {}), (0.7, {"refine": read, "refine_epochs": 4})):
+        student = copy.deepcopy(model)
+        if budget is not None:
+            compress(student, budget=budget, calibration=calibration, effort="fast", **options)
+        with torch.no_grad():
+            behind.append(torch.cat([student(**each, output_hidden_states=True).hidden_states[-2] for each in read]))
+    original, plain, refined = (each.double() for each in behind)
+    sizes = original.norm(dim=-1)
+    assert sizes[:, 0].min() > 50 * sizes[:, 1:].max()
+    before, after = (float((each - original)[:, 1:].square().sum()) for each in (plain, refined))
+    assert after < 0.15 * before
+
+
+def make_huge(model, token):
+    """As trained models have it: the first block answers to a token with a vector that is very long."""
+    block, width = model.layers[0], model.config.hidden_size
+    with torch.no_grad():
+        # Only this token has a first value, by which the MLP knows it.
+        embeddings = model.embed_tokens.weight
+        embeddings[:, 0] = block.self_attn.o_proj.weight[0] = 0
+        embeddings[token] = torch.eye(width)[0] * embeddings[token].norm()
+        for known in (block.mlp.gate_proj, block.mlp.up_proj):
+            known.weight[0] = torch.eye(width)[0]
+        block.mlp.down_proj.weight[:, 0] = 100
+
+
 def test_a_single_batch_judges_itself(fast_learning):
     model, read = llama(), some_batches()[:1]
     plain, refined = copy.deepcopy(model), copy.deepcopy(model)
