@@ -115,7 +115,7 @@ class _Work:
         self.behind, self.before = 0, 0
         """How many blocks `wanted` has passed in the dense model, and `inputs` in the compressed one."""
         self.wanted, self.inputs, self.calls, self.predicts = _read(model, self.blocks, dense, batches)
-        self.masks = [mask_of(batch).to(self.wanted[0].device) for batch in batches]
+        self.masks = [mask_of(batch).bool().to(self.wanted[0].device) for batch in batches]
 
     def train(self, window: range, epochs: int, seed: int) -> None:
         """Trains the blocks of a window together, and keeps them where they got better."""
@@ -158,7 +158,7 @@ class _Work:
 
         def distance(number: int) -> torch.Tensor:
             *_, hidden = self._hidden(window, number)
-            tokens = self.masks[number].bool()
+            tokens = self.masks[number]
             wanted = self.wanted[number][tokens]
             difference = hidden[tokens] - wanted
             if gradients is None:
@@ -166,7 +166,7 @@ class _Work:
             else:
                 weighted = difference * gradients if gradients.ndim == 1 else difference @ gradients
             # Norms take sizes away, and a text's first token may be a hundred times as long as the others: unweighted,
-            # it is all that blocks learn. No token counts more than a hundred of the median's.
+            # it is all that blocks learn. No token counts more than a hundred times as much as the median one.
             sizes = wanted.square().sum(-1)
             least = (sizes.median() / 100).clamp_min(torch.finfo(sizes.dtype).tiny)
             return ((weighted * difference).sum(-1) / sizes.clamp_min(least)).mean()
@@ -186,7 +186,7 @@ class _Work:
                 wanted = logits(self.wanted[number], number)
             *_, hidden = self._hidden(window, number)
             try:
-                return kl_divergence(logits(hidden, number), wanted, mask=self.masks[number].bool())
+                return kl_divergence(logits(hidden, number), wanted, mask=self.masks[number])
             except NonFiniteError:
                 # After steps that were too long; what was learned is judged, as that of the other windows.
                 return hidden.sum() * torch.nan

@@ -131,7 +131,7 @@ def test_factors_are_refined_before_they_are_trained(data, tmp_path, name):
     # Refining follows the teacher, not the text, on which these students are no worse than their teachers. All that the
     # blocks of the masked model change is a hundred-thousandth of its score.
     far, near = (abs(each.stages[0].compressed.score - each.teacher.score) for each in (plain, refined))
-    assert near < max(far, 1e-4 * refined.teacher.score)
+    assert near < (1e-4 * refined.teacher.score if name == "masked" else far)
     assert refined.stages[0].compressed.score < 1.001 * plain.stages[0].compressed.score
     # The student without any training is the same.
     assert refined.one_shot == plain.one_shot
